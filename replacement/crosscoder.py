@@ -1,0 +1,203 @@
+"""The crosscoder: encoder, activation function and sparse decoder over a wiring.
+
+B rows (token positions), D site width, F features per group, G groups, W written sites of a group, S active features.
+
+    h_g = sum_{r in reads(g)} x_r W_enc[g, r]^T + b_enc[g]        pre-activations
+    a_g = f(h_g)                                                  activations, kept sparse
+    y_w = sum_{g writes w} (a_g W_dec[g, w] + sum_r x_r W_skip[g, r, w]^T) + b_dec[w]
+
+Autoencoders, transcoders, cross-layer transcoders and crosscoders differ only in the wiring. Decoding visits active
+features only: a feature's decoder vectors to its written sites are contiguous, as in the published CLT layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from replacement.activation import BatchTopK
+from replacement.features import Features
+from replacement.sites import Site
+from replacement.sparse import weighted_rows, with_encoder_gradient
+from replacement.weights import CrosscoderWeights
+
+
+class CrosscoderOutput(NamedTuple):
+    """Result of `Crosscoder.forward`."""
+
+    reconstructions: dict[Site, Tensor]
+    """Reconstruction of every written site, `[B, D]`, biases and skip included."""
+    features: Features
+    """Active features of all groups."""
+
+
+class Crosscoder(CrosscoderWeights):
+    """Sparse features read from some sites of a transformer and written to others.
+
+    Construction and parameters: see `CrosscoderWeights`.
+    """
+
+    def pre_activations(self, inputs: Mapping[Site, Tensor], group: int) -> Float[Tensor, "B F"]:
+        """Dense pre-activations `h = sum_r x_r W_enc[r]^T + b_enc` of one group, `[B, F]`.
+
+        Arguments:
+            inputs: activations `[B, D]` of (at least) the sites the group reads.
+
+        Raises:
+            ValueError: a site is missing or has another width.
+        """
+        pre_BF = self.b_enc[group]
+        for weight_FD, x_BD in zip(self.encoders(group), self._reads(inputs, group), strict=True):
+            pre_BF = torch.addmm(pre_BF, x_BD, weight_FD.T)
+        return pre_BF
+
+    def encode(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> Features:
+        """Active features of all groups; differentiable in the inputs and weights.
+
+        Arguments:
+            inputs: activations `[B, D]` of every read site.
+            positions: position of each row in its prompt, by default 0 to B - 1; rows before `undecomposed_positions`
+                have no features.
+
+        Raises:
+            ValueError: a site is missing or has another width.
+        """
+        parts = [self.encode_group(group, inputs, positions=positions) for group in range(self.n_groups)]
+        return Features.concatenate(parts)
+
+    def encode_group(
+        self, group: int, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None
+    ) -> Features:
+        """Active features of one group, for running a model layer by layer; see `encode`."""
+        with torch.no_grad():
+            pre_BF = self.pre_activations(inputs, group)
+            threshold_F = None if self.threshold is None else self.threshold[group]
+            row_S, index_S = self.activation.select(pre_BF, threshold_F, training=self.training)
+            if self.undecomposed_positions:
+                where_S = row_S if positions is None else positions[row_S]
+                keep_S = where_S >= self.undecomposed_positions
+                row_S, index_S = row_S[keep_S], index_S[keep_S]
+        acts_S = self.activations_at(inputs, group, row_S, index_S, pre_S=pre_BF[row_S, index_S])
+        if self.training and isinstance(self.activation, BatchTopK) and self.threshold is not None:
+            with torch.no_grad():
+                self.threshold[group] = self.activation.next_threshold(self.threshold[group], acts_S)
+        return self._features(group, row_S, index_S, acts_S, n_rows=len(pre_BF))
+
+    def activations_at(
+        self,
+        inputs: Mapping[Site, Tensor],
+        group: int,
+        row_S: Int[Tensor, " S"],
+        index_S: Int[Tensor, " S"],
+        *,
+        pre_S: Float[Tensor, " S"],
+    ) -> Float[Tensor, " S"]:
+        """Activations of chosen features, with gradients to inputs and weights at those entries only.
+
+        Arguments:
+            row_S, index_S: chosen (row, feature index) pairs, sorted by row.
+            pre_S: their pre-activations, as computed by `pre_activations`.
+        """
+        bias_F: Tensor | None = self.b_enc[group]
+        for weight_FD, x_BD in zip(self.encoders(group), self._reads(inputs, group), strict=True):
+            pre_S = with_encoder_gradient(pre_S, x_BD, weight_FD, bias_F, row_S, index_S)
+            bias_F = None  # the bias belongs to the first term only
+        if self.threshold is None:
+            return self.activation.values(pre_S, None)
+        return self.activation.values(pre_S, self.threshold[group].expand(self.n_features)[index_S])
+
+    def _features(self, group: int, row_S: Tensor, index_S: Tensor, acts_S: Tensor, *, n_rows: int) -> Features:
+        group_S = torch.full_like(row_S, group)
+        return Features(group_S, row_S, index_S, acts_S, n_rows, self.n_groups, self.n_features)
+
+    def decode(self, features: Features) -> dict[Site, Tensor]:
+        """Reconstruction `[B, D]` of every written site from the features, with `b_dec` and without skip terms."""
+        return self._with_bias(self.decode_contribution(features), features.n_rows)
+
+    def decode_contribution(
+        self, features: Features, *, groups: Iterable[int] | None = None, sites: Iterable[Site] | None = None
+    ) -> dict[Site, Tensor]:
+        """Partial sums `sum_g a_g W_dec[g, w]`, `[B, D]`, without biases.
+
+        Arguments:
+            groups: groups to add up, all by default; a forward pass can so add group by group.
+            sites: written sites to compute, all that these groups write by default.
+
+        Raises:
+            ValueError: features of another number of groups or features, or a site that no such group writes.
+        """
+        self._check_features(features)
+        chosen = tuple(range(self.n_groups) if groups is None else groups)
+        wanted = None if sites is None else set(sites)
+        written = {site for group in chosen for site in self.wiring.writes[group]}
+        if wanted is not None and wanted - written:
+            raise ValueError(f"the groups {chosen} do not write {min(wanted - written)}")
+        sums: dict[Site, Tensor] = {}
+        for group in chosen:
+            for site, y_BD in self._decode_group(features, group, wanted).items():
+                sums[site] = sums[site] + y_BD if site in sums else y_BD
+        return sums
+
+    def _decode_group(self, features: Features, group: int, wanted: set[Site] | None) -> dict[Site, Tensor]:
+        part, offsets = features.of(group), features.row_offsets(group)
+        writes = self.wiring.writes[group]
+        kept = [j for j, site in enumerate(writes) if wanted is None or site in wanted]
+        if self.tied:
+            weights = {writes[j]: self.W_dec[self.wiring.write_sites.index(writes[j])] for j in kept}
+            return {site: weighted_rows(w_FD, part.index, part.activation, offsets) for site, w_FD in weights.items()}
+        weight_FWD = self.W_dec[group]
+        if len(kept) == len(writes):
+            y_BX = weighted_rows(weight_FWD.flatten(1), part.index, part.activation, offsets)
+            return dict(zip(writes, y_BX.split(weight_FWD.shape[2], dim=1), strict=True))
+        # A view with one row per (feature, written site) selects sites without copying the decoder.
+        weight_XD, n_writes = weight_FWD.flatten(0, 1), len(writes)
+        return {writes[j]: weighted_rows(weight_XD, part.index * n_writes + j, part.activation, offsets) for j in kept}
+
+    def skip_contribution(
+        self, inputs: Mapping[Site, Tensor], *, groups: Iterable[int] | None = None
+    ) -> dict[Site, Tensor]:
+        """Sum of skip terms `x_r W_skip[g, r, w]^T`, `[B, D]` per written site; empty for crosscoders without skip."""
+        sums: dict[Site, Tensor] = {}
+        if not self.skip:
+            return sums
+        for group in range(self.n_groups) if groups is None else groups:
+            for read, x_BD in zip(self.wiring.reads[group], self._reads(inputs, group), strict=True):
+                for write in self.wiring.writes[group]:
+                    y_BD = x_BD @ self.skip_matrix(group, read, write).T
+                    sums[write] = sums[write] + y_BD if write in sums else y_BD
+        return sums
+
+    def forward(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> CrosscoderOutput:
+        """Encode and decode, skip terms included; see `encode` for the arguments."""
+        features = self.encode(inputs, positions=positions)
+        outputs = self.decode(features)
+        for site, y_BD in self.skip_contribution(inputs).items():
+            outputs[site] = outputs[site] + y_BD
+        return CrosscoderOutput(outputs, features)
+
+    def _with_bias(self, sums: Mapping[Site, Tensor], n_rows: int) -> dict[Site, Tensor]:
+        sites = self.wiring.write_sites
+        return {site: sums[site] + bias_D for site, bias_D in zip(sites, self.b_dec, strict=True)}
+
+    def _reads(self, inputs: Mapping[Site, Tensor], group: int) -> list[Tensor]:
+        for site in self.wiring.reads[group]:
+            if site not in inputs:
+                raise ValueError(
+                    f"group {group} reads {site}, but the inputs hold {', '.join(map(str, inputs)) or 'none'}"
+                )
+            width, shape = self.wiring.width(site), tuple(inputs[site].shape)
+            if len(shape) != 2 or shape[1] != width:
+                raise ValueError(f"the input at {site} must have shape [rows, {width}], got {list(shape)}")
+        return [inputs[site] for site in self.wiring.reads[group]]
+
+    def _check_features(self, features: Features) -> None:
+        given, own = (features.n_groups, features.n_features), (self.n_groups, self.n_features)
+        if given != own:
+            raise ValueError(
+                f"this crosscoder has {own[0]} groups of {own[1]} features; the features given come from "
+                f"{given[0]} groups of {given[1]}"
+            )

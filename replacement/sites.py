@@ -1,0 +1,108 @@
+"""Sites: named places in a transformer, and the shape of the model that holds them.
+
+One layer, in the order of the residual timeline (a parallel layer has no `resid_mid`: both branches read `resid_pre`):
+
+    resid_pre -> [attn_z -> attn_out] -> resid_mid -> [mlp_in -> mlp_out] -> resid_post = resid_pre of the next layer
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import total_ordering
+
+SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "mlp_in", "mlp_out", "attn_z", "attn_out")
+
+# Points of one layer on the residual timeline; resid_post of a layer IS resid_pre of the next (6 = 0 one layer on).
+_POINT = {"resid_pre": 0, "attn_z": 1, "attn_out": 2, "resid_mid": 3, "mlp_in": 4, "mlp_out": 5, "resid_post": 6}
+_POINTS_PER_LAYER = 6
+_SITE_TEXT = re.compile(r"([a-z_]+)\.(\d+)(?:@(\d+))?")
+
+
+@total_ordering
+@dataclass(frozen=True)
+class Site:
+    """A named place in the transformer; sites sort in the order the forward pass meets them.
+
+    >>> str(Site(3, "resid_mid")), str(Site(3, "resid_mid", model=1))
+    ('resid_mid.3', 'resid_mid.3@1')
+
+    Raises:
+        ValueError: unknown kind, negative layer, or a model other than 0 and 1.
+    """
+
+    layer: int
+    """Layer, from 0."""
+    kind: str
+    """One of `SITE_KINDS`."""
+    model: int = 0
+    """0, or 1 for the second model of a model-diffing crosscoder."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in SITE_KINDS:
+            raise ValueError(f"unknown site kind {self.kind!r}: expected one of {', '.join(SITE_KINDS)}")
+        if self.layer < 0:
+            raise ValueError(f"the layer of a site must be 0 or more, got {self.layer}")
+        if self.model not in (0, 1):
+            raise ValueError(f"the model of a site must be 0 or 1, got {self.model}")
+
+    @property
+    def point(self) -> int:
+        """Place on the residual timeline; `resid_post` of a layer and `resid_pre` of the next share one."""
+        return self.layer * _POINTS_PER_LAYER + _POINT[self.kind]
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read `kind.layer` or `kind.layer@model`, the inverse of `str`.
+
+        Raises:
+            ValueError: the text has another form, or names no site.
+        """
+        match = _SITE_TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"cannot read site {text!r}: expected 'kind.layer' such as 'resid_mid.3', or 'resid_mid.3@1'"
+            )
+        kind, layer, model = match.groups()
+        return cls(int(layer), kind, int(model or 0))
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.layer}" + (f"@{self.model}" if self.model else "")
+
+    def __lt__(self, other: Site) -> bool:
+        return (self.layer, _POINT[self.kind], self.model) < (other.layer, _POINT[other.kind], other.model)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a transformer that decide how a crosscoder is wired to it.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    n_layers: int
+    """Number of layers L."""
+    d_model: int
+    """Width D of the residual stream."""
+    n_heads: int
+    """Attention heads per layer H."""
+    d_head: int
+    """Width of one head's value vector."""
+    parallel: bool = False
+    """Attention and MLP both read `resid_pre` (GPT-NeoX); such a model has no `resid_mid`."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "d_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+
+    def width(self, kind: str) -> int:
+        """Vector width at sites of this kind: `n_heads * d_head` for `attn_z`, `d_model` elsewhere.
+
+        Raises:
+            ValueError: unknown kind.
+        """
+        if kind not in SITE_KINDS:
+            raise ValueError(f"unknown site kind {kind!r}: expected one of {', '.join(SITE_KINDS)}")
+        return self.n_heads * self.d_head if kind == "attn_z" else self.d_model
