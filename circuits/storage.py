@@ -1,0 +1,70 @@
+"""The graph file: one `.safetensors` holding the node and edge columns, with labels and metadata as JSON in its
+header."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialise
+
+from circuits.edges import Edges, GraphData
+from circuits.files import write_atomic
+from circuits.nodes import COLUMNS, NodeTable
+
+FORMAT = "crosstrace.circuit"
+SCHEMA = 1
+_EDGE_COLUMNS = ("indptr", "source", "weight")
+
+
+def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
+    """Write a graph atomically. Raises `ValueError` when the place cannot be written."""
+    tensors = {f"nodes.{name}": np.ascontiguousarray(getattr(graph.nodes, name)) for name in COLUMNS}
+    tensors |= {f"edges.{name}": np.ascontiguousarray(getattr(graph.edges, name)) for name in _EDGE_COLUMNS}
+    header = {
+        "format": FORMAT,
+        "schema": str(SCHEMA),
+        "labels": json.dumps(graph.nodes.label),
+        "metadata": json.dumps(dict(graph.metadata), allow_nan=False),
+    }
+    return write_atomic(path, serialise(tensors, metadata=header))
+
+
+def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]]:
+    """Nodes, edges and metadata of a graph file.
+
+    Raises `ValueError` naming the file when it is missing, damaged, not a circuit, or written by a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a circuit file, but there is no such file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            _check_header(path, header)
+            nodes = {name: file.get_tensor(f"nodes.{name}") for name in COLUMNS}
+            edges = Edges(**{name: file.get_tensor(f"edges.{name}") for name in _EDGE_COLUMNS})
+        table = NodeTable(**nodes, label=tuple(json.loads(header["labels"])))
+        return table, edges, json.loads(header["metadata"])
+    except _ForeignError as error:
+        raise ValueError(str(error)) from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a circuit file, given one that is damaged or foreign ({error})") from error
+
+
+class _ForeignError(Exception):
+    """The file is whole, but not a circuit that this version reads."""
+
+
+def _check_header(path: Path, header: dict[str, str]) -> None:
+    if header.get("format") != FORMAT:
+        raise _ForeignError(f"{path}: expected a circuit file, given another kind of safetensors file")
+    schema = header.get("schema", "")
+    if not schema.isdecimal() or int(schema) > SCHEMA:
+        raise _ForeignError(
+            f"{path}: expected circuit schema {SCHEMA} or older, given {schema or 'none'}; a newer version is needed"
+        )
