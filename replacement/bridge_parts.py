@@ -1,0 +1,169 @@
+"""Access to the parts of a TransformerLens bridge that the linear maps are made of: hooks, norms, attention weights.
+
+Letters: T tokens, D d_model, H heads, K d_head. This is the only file that knows how TransformerLens names things.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from replacement.frozen import AttentionWeights, NormWeights
+from replacement.sites import ModelShape, Site
+
+HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "mlp_in": "mlp.hook_in",
+    "mlp_out": "hook_mlp_out",
+    "attn_z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+}
+"""TransformerLens hook of every site kind, below `blocks.{layer}.`; `hook_mlp_out` is after a post-norm where there is one."""
+
+NamedHook = tuple[str, Any]
+
+
+class BridgeParts:
+    """Uniform access to one bridge.
+
+    Raises:
+        ValueError: the architecture lacks a part that must be frozen; it is named.
+    """
+
+    def __init__(self, bridge: TransformerBridge) -> None:
+        self.bridge = bridge
+        self.architecture = str(bridge.cfg.architecture)
+        self.dtype = next(bridge.parameters()).dtype
+        self.device = next(bridge.parameters()).device
+        self._require_parts()
+        cfg = bridge.cfg
+        parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
+        self.shape = ModelShape(cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.d_head, parallel)
+        self._attention_weights: tuple[AttentionWeights, ...] | None = None
+
+    def hook_name(self, site: Site) -> str:
+        """TransformerLens name of a site.
+
+        Raises:
+            ValueError: the model has no such site.
+        """
+        parallel_mid = site.kind == "resid_mid" and self.shape.parallel
+        if site.layer >= self.shape.n_layers or site.model != 0 or parallel_mid:
+            why = "attention and MLP run in parallel" if parallel_mid else f"it has {self.shape.n_layers} layers"
+            raise ValueError(f"the language model has no site {site}: {why}")
+        return f"blocks.{site.layer}.{HOOKS[site.kind]}"
+
+    def capture(self, tokens_T: Tensor, names: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits `[T, V]` and the activations at hooks for one prompt, batch axis dropped."""
+        cache: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(x: Tensor, hook: Any) -> None:
+                # Position embeddings arrive without a batch axis in some models.
+                cache[name] = x[0].detach() if x.ndim > 2 else x.detach()
+
+            return hook
+
+        with torch.no_grad():
+            logits_BTV = self.run(tokens_T[None], [(name, keep(name)) for name in sorted(names)])
+        return logits_BTV[0], cache
+
+    def run(self, tokens_BT: Tensor, hooks: list[NamedHook]) -> Tensor:
+        """Logits of the bridge with forward hooks."""
+        logits: Tensor = self.bridge.run_with_hooks(tokens_BT, fwd_hooks=self._float64_norm_hooks() + hooks)
+        return logits
+
+    def frozen_hook_names(self) -> set[str]:
+        """Hooks that a frozen prompt is made of."""
+        names = {"hook_embed", "ln_final.hook_in", "ln_final.hook_out", "ln_final.hook_scale"}
+        if hasattr(self.bridge, "pos_embed"):
+            names.add("hook_pos_embed")
+        for layer in range(self.shape.n_layers):
+            hooks = ["attn.hook_pattern", "hook_attn_out", "hook_resid_pre", "hook_resid_post"]
+            hooks += [f"{name}.hook_scale" for name in self.norm_names(layer)]
+            names |= {f"blocks.{layer}.{hook}" for hook in hooks}
+        return names
+
+    def norm_names(self, layer: int) -> list[str]:
+        """Norms of one layer, in forward order; `_post` ones act on what a branch writes (Gemma 2 and 3)."""
+        return [name for name in ("ln1", "ln1_post", "ln2", "ln2_post") if name in self.bridge.blocks[layer]._modules]
+
+    def norm_weights(self, path: str) -> NormWeights:
+        """Gain and offset of the norm at `blocks.{layer}.{name}` or `ln_final`."""
+        norm = self._component(path)
+        original = norm.original_component
+        weight = getattr(original, "weight", None)
+        bias = getattr(original, "bias", None)
+        zeros_D = torch.zeros(self.shape.d_model, dtype=self.dtype, device=self.device)
+        weight_D = zeros_D + 1 if weight is None else weight.detach() + (1 if norm.uses_weight_offset else 0)
+        return NormWeights(weight_D, zeros_D if bias is None else bias.detach(), centred=not norm.uses_rms_norm)
+
+    @property
+    def attention_weights(self) -> tuple[AttentionWeights, ...]:
+        """Value and output weights of every layer with the norms folded in; made once, shared by all prompts."""
+        if self._attention_weights is None:
+            self._attention_weights = tuple(self._fold_attention(layer) for layer in range(self.shape.n_layers))
+        return self._attention_weights
+
+    def unembedding(self) -> tuple[Tensor, Tensor]:
+        """`W_U [D, V]` and `b_U [V]` (zeros where the model has none)."""
+        W_U, b_U = self.bridge.W_U.detach(), self.bridge.b_U
+        return W_U, W_U.new_zeros(W_U.shape[1]) if b_U is None else b_U.detach()
+
+    def _fold_attention(self, layer: int) -> AttentionWeights:
+        attention = self.bridge.blocks[layer].attn
+        b_V, b_O = attention.b_V, attention.b_O
+        post = "ln1_post" in self.norm_names(layer)
+        return AttentionWeights.fold(
+            W_V=attention.W_V.detach(),
+            W_O=attention.W_O.detach(),
+            b_V=None if b_V is None else b_V.detach(),
+            b_O=None if b_O is None else b_O.detach(),
+            norm_in=self.norm_weights(f"blocks.{layer}.ln1"),
+            norm_out=self.norm_weights(f"blocks.{layer}.ln1_post") if post else None,
+        )
+
+    def _component(self, path: str) -> Any:
+        component: Any = self.bridge
+        for part in path.split("."):
+            component = component[int(part)] if part.isdigit() else getattr(component, part)
+        return component
+
+    def _require_parts(self) -> None:
+        blocks = getattr(self.bridge, "blocks", None)
+        if blocks is None or getattr(self.bridge, "ln_final", None) is None:
+            raise ValueError(f"{self.architecture} cannot be linearised exactly: it has no plain stack of blocks")
+        for layer, block in enumerate(blocks):
+            for part in ("ln1", "attn", "ln2", "mlp"):
+                if part not in block._modules:
+                    raise ValueError(
+                        f"{self.architecture} cannot be linearised exactly: layer {layer} has no '{part}' to freeze"
+                    )
+
+    def _float64_norm_hooks(self) -> list[NamedHook]:
+        """In float64, redo the RMS norms: Hugging Face computes them in float32 whatever the model's dtype."""
+        if self.dtype != torch.float64 or not self.bridge.ln_final.uses_rms_norm:
+            return []
+        paths = [f"blocks.{layer}.{name}" for layer in range(self.shape.n_layers) for name in self.norm_names(layer)]
+        return [hook for path in [*paths, "ln_final"] for hook in self._float64_norm(path)]
+
+    def _float64_norm(self, path: str) -> list[NamedHook]:
+        norm = self._component(path)
+        original = norm.original_component
+        epsilon = float(getattr(original, "variance_epsilon", getattr(original, "eps", norm.config.eps)))
+        weight_D = self.norm_weights(path).weight_D
+        seen: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: Any) -> None:
+            seen["x"] = x
+
+        def redo(y: Tensor, hook: Any) -> Tensor:
+            x = seen.pop("x")
+            return x / (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * weight_D
+
+        return [(f"{path}.hook_in", keep), (f"{path}.hook_out", redo)]

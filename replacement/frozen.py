@@ -1,0 +1,158 @@
+"""What stays fixed for one prompt: norm scales and attention patterns. With them frozen, a transformer minus its MLPs is linear.
+
+Letters: T tokens, H heads, K d_head, D d_model, N targets. Targets ride in the middle axis (`v_TND`), positions first, so
+that every product below is one plain matrix product on contiguous memory.
+
+Everything that could be folded is folded once. A frozen norm is `x -> centre(x) * weight / scale[t] + bias`; its weight and
+centring go into `W_V` (norm before attention) and `W_O` (norm after it), its scale into the rows and columns of the pattern.
+What is left of an attention layer is, per head, `kernel_TT @ x_TD @ W_V_DK @ W_O_KD`, plus a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class NormWeights:
+    """A layer norm or RMS norm without its scale: `x -> centre(x) / scale * weight + bias`."""
+
+    weight_D: Tensor
+    """Gain, with any `1 + w` convention already applied."""
+    bias_D: Tensor
+    """Offset; zeros where the norm has none."""
+    centred: bool
+    """True for LayerNorm, which subtracts the mean over D."""
+
+    def freeze(self, scale_T: Tensor) -> FrozenNorm:
+        """Fix the scale of every position."""
+        return FrozenNorm(gain_TD=self.weight_D / scale_T[:, None], bias_D=self.bias_D, centred=self.centred)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenNorm:
+    """A norm whose scale is fixed at every position: an affine map per position."""
+
+    gain_TD: Tensor
+    bias_D: Tensor
+    centred: bool
+
+    def apply(self, x_TD: Tensor) -> Tensor:
+        """The norm's output for a residual stream `x_TD`."""
+        if self.centred:
+            x_TD = x_TD - x_TD.mean(-1, keepdim=True)
+        return x_TD * self.gain_TD + self.bias_D
+
+    def pull_back(self, v_ND: Tensor, position_N: Tensor) -> Tensor:
+        """The vector `u` with `u . x = v . (norm(x) - bias)` at each target's own position."""
+        u_ND = v_ND * self.gain_TD[position_N]
+        return u_ND - u_ND.mean(-1, keepdim=True) if self.centred else u_ND
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """The linear part of one attention layer with its norms folded in; the same for every prompt.
+
+    Grouped-query attention is expanded: every query head carries its own copy of the value weights.
+    """
+
+    W_V_HDK: Tensor
+    """Value weights with the input norm's weight and centring folded in."""
+    W_O_HKD: Tensor
+    """Output weights with the output norm's weight and centring folded in (where the model has such a norm)."""
+    value_bias_HK: Tensor
+    """What a value vector holds when the stream is zero: input-norm bias through `W_V`, plus `b_V`."""
+    output_bias_D: Tensor
+    """`b_O` through the output norm's weight (not yet divided by its scale)."""
+    norm_bias_D: Tensor
+    """Bias of the output norm; zeros where there is none."""
+
+    @classmethod
+    def fold(
+        cls,
+        *,
+        W_V: Tensor,
+        W_O: Tensor,
+        b_V: Tensor | None,
+        b_O: Tensor | None,
+        norm_in: NormWeights,
+        norm_out: NormWeights | None,
+    ) -> AttentionWeights:
+        """Fold both norms into the weights `W_V [H or fewer, D, K]` and `W_O [H, K, D]`."""
+        n_heads = W_O.shape[0]
+        b_V = W_V.new_zeros(W_V.shape[0], W_V.shape[2]) if b_V is None else b_V
+        b_O = W_O.new_zeros(W_O.shape[2]) if b_O is None else b_O
+        value_bias = torch.einsum("d,hdk->hk", norm_in.bias_D, W_V) + b_V
+        W_V = W_V * norm_in.weight_D[:, None]
+        if norm_in.centred:
+            W_V = W_V - W_V.mean(1, keepdim=True)
+        norm_bias = torch.zeros_like(b_O)
+        if norm_out is not None:
+            if norm_out.centred:
+                W_O = W_O - W_O.mean(-1, keepdim=True)
+                b_O = b_O - b_O.mean()
+            W_O, b_O, norm_bias = W_O * norm_out.weight_D, b_O * norm_out.weight_D, norm_out.bias_D
+        groups = n_heads // W_V.shape[0]
+        return cls(
+            W_V_HDK=W_V.repeat_interleave(groups, 0).contiguous(),
+            W_O_HKD=W_O.contiguous(),
+            value_bias_HK=value_bias.repeat_interleave(groups, 0),
+            output_bias_D=b_O,
+            norm_bias_D=norm_bias,
+        )
+
+    def freeze(self, pattern_HTT: Tensor, scale_in_T: Tensor, scale_out_T: Tensor | None) -> FrozenAttention:
+        """Fix the pattern `[head, query, key]` and both norm scales for one prompt."""
+        rows_T = torch.ones_like(scale_in_T) if scale_out_T is None else 1 / scale_out_T
+        z_HTK = pattern_HTT.sum(-1)[..., None] * self.value_bias_HK[:, None]
+        constant_TD = torch.einsum("htk,hkd->td", z_HTK, self.W_O_HKD) + self.output_bias_D
+        return FrozenAttention(
+            weights=self,
+            kernel_HTT=pattern_HTT * rows_T[:, None] / scale_in_T,
+            constant_TD=constant_TD * rows_T[:, None] + self.norm_bias_D,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenAttention:
+    """One attention layer with pattern and norm scales fixed: `x_TD -> sum_h kernel_h x W_V_h W_O_h + constant`."""
+
+    weights: AttentionWeights
+    kernel_HTT: Tensor
+    """Pattern `[head, query, key]`, divided by the key's input scale and the query's output scale."""
+    constant_TD: Tensor
+    """Output for a zero stream: every bias of the layer."""
+
+    def apply(self, x_TD: Tensor) -> Tensor:
+        """The layer's write to the residual stream when it reads `x_TD`."""
+        out_TD = self.constant_TD.clone()
+        for kernel_TT, W_V_DK, W_O_KD in zip(
+            self.kernel_HTT, self.weights.W_V_HDK, self.weights.W_O_HKD, strict=True
+        ):
+            out_TD += kernel_TT @ (x_TD @ W_V_DK) @ W_O_KD
+        return out_TD
+
+    def add_pull_back_(self, v_TND: Tensor) -> Tensor:
+        """Turn, in place, vectors at this layer's output into vectors at its input, direct stream included.
+
+        `v[s] += sum_h sum_t kernel_h[t, s] W_V_h W_O_h v[t]`. Cost per position and target: `4 D^2` flops for the two
+        weight products (when H K = D) and `2 T D` for the mixing over positions.
+
+        Args:
+            v_TND: contiguous; its first axis may stop before the prompt does, because attention is causal.
+        """
+        T, N, D = v_TND.shape
+        K = self.weights.W_V_HDK.shape[2]
+        flat_RD = v_TND.view(T * N, D)
+        # All heads read the vectors as they came in, so the heads' inputs are made before the sum is written back.
+        source_RD = flat_RD.clone()
+        mixed_TM = v_TND.new_empty(T, N * K)
+        for kernel_TT, W_V_DK, W_O_KD in zip(
+            self.kernel_HTT[:, :T, :T], self.weights.W_V_HDK, self.weights.W_O_HKD, strict=True
+        ):
+            torch.mm(kernel_TT.T, (source_RD @ W_O_KD.T).view(T, N * K), out=mixed_TM)
+            flat_RD.addmm_(mixed_TM.view(T * N, K), W_V_DK.T)
+        return v_TND

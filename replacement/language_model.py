@@ -1,0 +1,194 @@
+"""Thin adapter over TransformerLens's `TransformerBridge`: tokens, logits, activations at sites, and frozen prompts.
+
+Letters: B batch, T tokens, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from replacement.bridge_parts import BridgeParts
+from replacement.freezing import FrozenPrompt, freeze
+from replacement.loading import boot, check_finite, fingerprint
+from replacement.sites import ModelShape, Site
+
+Hook = Callable[[Tensor], Tensor | None]
+"""Receives the activation `[B, T, D]` at a site; returns its replacement, or None to leave it."""
+
+
+class LanguageModel:
+    """A causal language model, reached through TransformerLens.
+
+    Attributes:
+        name: hub name or folder name; written into crosscoder checkpoints.
+        fingerprint: short digest of the weights, equal for every dtype they are loaded in.
+        tokenizer: a Hugging Face tokenizer, or None for a model without one.
+        context_length: longest prompt in tokens.
+    """
+
+    def __init__(self, bridge: TransformerBridge, *, name: str | None = None) -> None:
+        """Wrap a bridge: `TransformerBridge.boot_transformers(...)` or `.boot_native(...)`.
+
+        Raises:
+            ValueError: the architecture lacks a part that must be frozen, or a weight is not finite.
+        """
+        self.name = name or str(bridge.cfg.model_name)
+        check_finite(bridge, self.name)
+        self.parts = BridgeParts(bridge.eval().requires_grad_(False))
+        self.tokenizer: Any = bridge.tokenizer
+        self.context_length = int(bridge.cfg.n_ctx)
+        self.fingerprint = fingerprint(bridge)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> LanguageModel:
+        """Load a hub name or a local folder in Hugging Face layout.
+
+        Raises:
+            ValueError: the folder is missing, incomplete, damaged or of an unknown architecture.
+        """
+        bridge, name = boot(name_or_folder, dtype=dtype, device=device)
+        return cls(bridge, name=name)
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes that a crosscoder is wired to."""
+        return self.parts.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.parts.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.parts.device
+
+    # Tokens -----------------------------------------------------------------------------------------------------
+
+    def tokenize(self, prompt: str) -> Tensor:
+        """Token ids `[T]` of a prompt, with the beginning-of-sequence token where the model was trained with one.
+
+        Raises:
+            ValueError: empty prompt, words the tokenizer does not know, more tokens than the context holds.
+        """
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: expected at least one word")
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer: pass a 1-D tensor of token ids instead of text")
+        encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        ids = list(encoding["input_ids"])
+        self._refuse_unknown_words(prompt, ids, encoding)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and self.parts.bridge.cfg.default_prepend_bos and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        return self.check_tokens(torch.tensor(ids, device=self.device))
+
+    def check_tokens(self, tokens_T: Tensor) -> Tensor:
+        """Return 1-D token ids unchanged if the model can read them.
+
+        Raises:
+            ValueError: empty, not 1-D integers, longer than the context, or outside the vocabulary.
+        """
+        if tokens_T.ndim != 1 or tokens_T.is_floating_point() or len(tokens_T) == 0:
+            raise ValueError(
+                f"expected a 1-D tensor of at least one token id, got {tokens_T.dtype} of shape {tuple(tokens_T.shape)}"
+            )
+        if len(tokens_T) > self.context_length:
+            raise ValueError(f"the prompt has {len(tokens_T)} tokens: {self.name} reads at most {self.context_length}")
+        if int(tokens_T.min()) < 0 or int(tokens_T.max()) >= self.vocabulary_size:
+            raise ValueError(
+                f"token ids must lie in [0, {self.vocabulary_size}), got {int(tokens_T.min())} to {int(tokens_T.max())}"
+            )
+        return tokens_T.to(self.device)
+
+    def token_id(self, text: str) -> int:
+        """Id of a text that is exactly one token, tried as given and then with a leading space.
+
+        Raises:
+            ValueError: the text is not one known token.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer: name target tokens by id")
+        unknown = self.tokenizer.unk_token_id
+        for form in (text, " " + text):
+            ids = self.tokenizer(form, add_special_tokens=False)["input_ids"]
+            if len(ids) == 1 and ids[0] != unknown:
+                return int(ids[0])
+        raise ValueError(f"{text!r} is not a single token of {self.name}'s vocabulary")
+
+    def token_strings(self, token_ids: Iterable[int]) -> list[str]:
+        """Readable text of each token; `#id` for a model without a tokenizer."""
+        if self.tokenizer is None:
+            return [f"#{int(token)}" for token in token_ids]
+        return [str(self.tokenizer.decode([int(token)])) for token in token_ids]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens V in the embedding."""
+        return int(self.parts.bridge.cfg.d_vocab)
+
+    def _refuse_unknown_words(self, prompt: str, ids: list[int], encoding: Any) -> None:
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown not in ids:
+            return
+        if not self.tokenizer.is_fast:
+            raise ValueError("the prompt holds words the tokenizer does not know")
+        offsets = encoding["offset_mapping"]
+        words = [prompt[slice(*offsets[i])] for i, token in enumerate(ids) if token == unknown]
+        listed = ", ".join(repr(word) for word in dict.fromkeys(words))
+        raise ValueError(f"{self.name}'s tokenizer does not know {listed}")
+
+    # Activations ------------------------------------------------------------------------------------------------
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, T, V]` of tokens `[B, T]`, or `[T, V]` of tokens `[T]`, as the original model gives them."""
+        return self.run(tokens, {})
+
+    def run(self, tokens: Tensor, hooks: Mapping[Site, Hook]) -> Tensor:
+        """Logits with hooks at sites; a hook sees `[B, T, D]` and may return a replacement.
+
+        Raises:
+            ValueError: a site the model does not have.
+        """
+        named = [(self.parts.hook_name(site), _as_bridge_hook(hook)) for site, hook in hooks.items()]
+        logits = self.parts.run(tokens if tokens.ndim == 2 else tokens[None], named)
+        return logits if tokens.ndim == 2 else logits[0]
+
+    def read(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
+        """Activations `[B, T, D]` (or `[T, D]`) at sites, from one forward pass; `attn_z` has its heads concatenated."""
+        seen: dict[Site, Tensor] = {}
+
+        def keep(site: Site) -> Hook:
+            def hook(x: Tensor) -> None:
+                seen[site] = x.flatten(2) if tokens.ndim == 2 else x[0].flatten(1)
+
+            return hook
+
+        self.run(tokens, {site: keep(site) for site in sites})
+        return seen
+
+    def freeze(self, tokens_T: Tensor, *, sites: Iterable[Site] = ()) -> FrozenPrompt:
+        """Run one prompt and fix its attention patterns and norm scales; see `replacement.freezing.freeze`."""
+        return freeze(self.parts, tokens_T, sites=sites)
+
+    def check_linearisable(self) -> None:
+        """Refuse the architecture by name unless a short prompt is rebuilt exactly from its frozen parts.
+
+        Raises:
+            ValueError: which part of the model could not be rebuilt, and how far off it was.
+        """
+        length = min(6, self.context_length)
+        self.freeze(torch.arange(length, device=self.device) % self.vocabulary_size)
+
+
+def _as_bridge_hook(hook: Hook) -> Any:
+    return lambda x, hook=None, run=hook: run(x)
