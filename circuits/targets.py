@@ -1,0 +1,170 @@
+"""What a circuit is traced from: top logits, named tokens, token differences, features; at any position.
+
+T tokens, D d_model, V vocabulary, N targets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from replacement import LanguageModel, LocalReplacement
+
+TOP_PROBABILITY = 0.95
+TOP_LOGITS = 10
+_FEATURE = re.compile(r"feature:(\d+)/(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTarget:
+    """The logit of one token above the mean logit: direction `W_U[:, v] - mean_v W_U`."""
+
+    token: str | int
+    """Text of a single token, or its id."""
+    position: int = -1
+    """Position whose prediction is explained; negative counts from the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class DifferenceTarget:
+    """The logit of one token minus that of another."""
+
+    plus: str | int
+    minus: str | int
+    position: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureTarget:
+    """The pre-activation of one active feature."""
+
+    layer: int
+    index: int
+    position: int = -1
+
+
+Target = TokenTarget | DifferenceTarget | FeatureTarget
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTarget:
+    """A resolved logit target, ready for transport."""
+
+    direction_D: Tensor
+    value: float
+    """The logit (demeaned) or the difference, from the original model."""
+    bias: float
+    """The unembedding's own part of the value."""
+    position: int
+    token_id: int
+    """Vocabulary id; -1 for a difference."""
+    label: str
+    probability: float
+    """Probability of the token; 0 for a difference."""
+
+
+def parse_target(text: str) -> Target:
+    """Read a target as the command line writes it.
+
+    `Austin`, `Austin@5`, `Austin - Houston`, `feature:2/345@7` (layer/index@position).
+
+    Raises:
+        ValueError: empty text.
+    """
+    body, position = text.strip(), -1
+    if match := re.fullmatch(r"(.+)@(-?\d+)", body):
+        body, position = match.group(1).strip(), int(match.group(2))
+    if not body:
+        raise ValueError("a target is empty: expected 'token', 'token - token' or 'feature:layer/index'")
+    if match := _FEATURE.fullmatch(body):
+        return FeatureTarget(int(match.group(1)), int(match.group(2)), position)
+    plus, minus_sign, minus = body.partition(" - ")
+    return DifferenceTarget(plus, minus, position) if minus_sign else TokenTarget(body, position)
+
+
+def as_target(target: Target | str | int) -> Target:
+    """Texts are parsed, numbers are token ids, targets stay as they are."""
+    if isinstance(target, str):
+        return parse_target(target)
+    return TokenTarget(target) if isinstance(target, int) else target
+
+
+def active_feature(target: FeatureTarget, local: LocalReplacement) -> int:
+    """Number of a feature target in `local.features`.
+
+    Raises:
+        ValueError: no such layer or position, or the feature is not active there.
+    """
+    position = check_position(target.position, local.n_positions)
+    wiring, features = local.crosscoder.wiring, local.features
+    groups = [g for g in range(wiring.n_groups) if wiring.group_layer(g) == target.layer]
+    if not groups:
+        raise ValueError(f"the crosscoder has no features in layer {target.layer}")
+    found = (features.group == groups[0]) & (features.row == position) & (features.index == target.index)
+    if not bool(found.any()):
+        raise ValueError(f"feature {target.layer}/{target.index} is not active at position {position}")
+    return int(torch.nonzero(found)[0, 0])
+
+
+def top_logits(local: LocalReplacement, *, position: int = -1) -> list[TokenTarget]:
+    """The most probable tokens until their probability sums to 0.95, at most 10."""
+    probability_V = local.probabilities[position]
+    top = torch.topk(probability_V, min(TOP_LOGITS, len(probability_V)))
+    before = torch.cumsum(top.values, 0) - top.values
+    kept = top.indices[before < TOP_PROBABILITY]
+    return [TokenTarget(int(token), position) for token in kept]
+
+
+def resolve_logit(target: TokenTarget | DifferenceTarget, local: LocalReplacement, lm: LanguageModel) -> LogitTarget:
+    """Direction, value and constant part of a logit target.
+
+    Raises:
+        ValueError: an unknown token, two equal tokens, or a position outside the prompt.
+    """
+    position = check_position(target.position, local.n_positions)
+    logits_V = local.frozen.logits_TV[position]
+    if isinstance(target, TokenTarget):
+        token = _token_id(target.token, lm)
+        direction_D = local.W_U[:, token] - local.W_U.mean(1)
+        value, bias = logits_V[token] - logits_V.mean(), local.b_U[token] - local.b_U.mean()
+        label, probability = lm.token_strings([token])[0], float(local.probabilities[position, token])
+    else:
+        token, minus = _token_id(target.plus, lm), _token_id(target.minus, lm)
+        if token == minus:
+            raise ValueError(f"a difference needs two different tokens, got {target.plus!r} twice")
+        direction_D = local.W_U[:, token] - local.W_U[:, minus]
+        value, bias = logits_V[token] - logits_V[minus], local.b_U[token] - local.b_U[minus]
+        label, probability = " − ".join(text.strip() for text in lm.token_strings([token, minus])), 0.0
+        token = -1
+    return LogitTarget(direction_D, float(value), float(bias), position, token, label, probability)
+
+
+def check_position(position: int, n_positions: int) -> int:
+    """Position counted from the start.
+
+    Raises:
+        ValueError: it lies outside the prompt.
+    """
+    if not -n_positions <= position < n_positions:
+        raise ValueError(f"target position {position} lies outside the prompt of {n_positions} tokens")
+    return position % n_positions
+
+
+def output_weights(targets: Sequence[LogitTarget]) -> list[float]:
+    """Share of the output each logit stands for: probabilities normalised, or equal parts where one has none."""
+    probabilities = [target.probability for target in targets]
+    if len(targets) > 1 and all(p > 0 for p in probabilities):
+        return [p / sum(probabilities) for p in probabilities]
+    return [1 / len(targets)] * len(targets)
+
+
+def _token_id(token: str | int, lm: LanguageModel) -> int:
+    if isinstance(token, str):
+        return lm.token_id(token)
+    if not 0 <= token < lm.vocabulary_size:
+        raise ValueError(f"token id {token} lies outside [0, {lm.vocabulary_size})")
+    return token

@@ -1,0 +1,248 @@
+"""Trace the circuit of a prompt: the conductor that reads as the algorithm.
+
+N nodes: tokens, learned positions, errors, features, logits, in the order of the node table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.attribution import Attribution, Attributor, Progress
+from circuits.edges import Edges
+from circuits.graph import CircuitGraph
+from circuits.labels import FeatureLabels
+from circuits.nodes import NodeKind, NodeTable
+from circuits.targets import (
+    FeatureTarget,
+    LogitTarget,
+    Target,
+    active_feature,
+    as_target,
+    output_weights,
+    resolve_logit,
+    top_logits,
+)
+from replacement import LocalReplacement, ReplacementModel
+
+
+def trace(
+    model: ReplacementModel,
+    prompt: str | Tensor,
+    *,
+    targets: Sequence[Target | str | int] | Target | str | int | None = None,
+    coverage: float = 0.99,
+    max_nodes: int | None = None,
+    progress: Progress | None = None,
+) -> CircuitGraph:
+    """Attribute the model's output on a prompt to the features, errors and tokens that caused it.
+
+    For every expanded node, exactly: `value = sum of incoming edges + bias`; the largest relative violation seen is the
+    graph's `identity_error`.
+
+    Args:
+        model: language model with a strictly causal (or per-layer) crosscoder spliced in.
+        prompt: text, or a 1-D tensor of token ids.
+        targets: what to explain. By default the top logits at the last position (probability 0.95, at most 10); or
+            tokens (text or id), `TokenTarget`, `DifferenceTarget`, `FeatureTarget`, or texts that `parse_target` reads.
+        coverage: expand features until at most `1 - coverage` of the influence ends in unexpanded ones.
+        max_nodes: most features expanded; no limit by default.
+        progress: called after each round with features expanded and the unexpanded share.
+
+    Raises:
+        ValueError: a prompt or target the model cannot read, or numbers outside their range.
+
+    >>> model = replacement.load("demo")                                        # doctest: +SKIP
+    >>> graph = trace(model, "the capital of the state containing Dallas is")   # doctest: +SKIP
+    >>> graph.prune().scores()                                                  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    if not 0 <= coverage <= 1:
+        raise ValueError(f"coverage must lie in [0, 1], got {coverage}")
+    if max_nodes is not None and max_nodes < 1:
+        raise ValueError(f"max_nodes must be 1 or more, got {max_nodes}")
+    lm = model.language_model
+    tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
+    with torch.no_grad():
+        local = model.localize(tokens_T)
+        logits, roots = _resolve(targets, local, model)
+        attributor = Attributor(local, logits)
+        output = np.zeros(attributor.rows.n_nodes)
+        output[attributor.rows.n_columns :] = output_weights(logits) if logits else []
+        output[attributor.first_feature + np.array(roots, dtype=np.int64)] = 1 / max(1, len(roots))
+        rows = attributor.expand(output, coverage=coverage, max_nodes=max_nodes, progress=progress)
+        nodes, edges = _assemble(model, local, logits, rows, output)
+    strings = lm.token_strings(tokens_T.tolist())
+    metadata = {
+        "prompt": prompt if isinstance(prompt, str) else "".join(strings),
+        "tokens": strings,
+        "token_ids": tokens_T.tolist(),
+        "model": lm.name,
+        "model_fingerprint": lm.fingerprint,
+        "n_layers": lm.shape.n_layers,
+        "crosscoder": _describe(model),
+        "targets": _target_facts(logits, roots, local),
+        "top_tokens": _top_tokens(local, lm.token_strings, position=logits[0].position if logits else -1),
+        "active_features": len(local.features),
+        "coverage": coverage,
+        "stopped_by": rows.stopped_by,
+        "unexpanded_share": rows.unexpanded_share,
+        "identity_error": rows.identity_error,
+        "seconds": time.perf_counter() - started,
+    }
+    return CircuitGraph(nodes, edges, metadata)
+
+
+def _resolve(
+    targets: Sequence[Target | str | int] | Target | str | int | None,
+    local: LocalReplacement,
+    model: ReplacementModel,
+) -> tuple[list[LogitTarget], list[int]]:
+    """Logit targets, and the numbers of active features that are targets themselves."""
+    if targets is None:
+        named: Iterable[Target] = top_logits(local)
+    else:
+        given = [targets] if isinstance(targets, str | int) or not isinstance(targets, Sequence) else targets
+        named = [as_target(one) for one in given]
+    logits, roots = [], []
+    for target in named:
+        if isinstance(target, FeatureTarget):
+            roots.append(active_feature(target, local))
+        else:
+            logits.append(resolve_logit(target, local, model.language_model))
+    if bool(logits) == bool(roots):
+        raise ValueError(
+            "expected at least one target, all logits or all features, got " + ("both" if logits else "none")
+        )
+    if len({(one.position, one.token_id, one.label) for one in logits}) < len(logits) or len(set(roots)) < len(roots):
+        raise ValueError("the same target is named twice")
+    return logits, roots
+
+
+def _assemble(
+    model: ReplacementModel,
+    local: LocalReplacement,
+    logits: Sequence[LogitTarget],
+    rows: Attribution,
+    output: np.ndarray,
+) -> tuple[NodeTable, Edges]:
+    """The node table and edges: every token, every target, and whatever else causes one of them."""
+    columns = _columns(local, logits, rows)
+    blocks = [block for parts in rows.blocks.values() for block in parts]
+    source = np.concatenate([block.source for block in blocks])
+    target = np.concatenate([np.repeat(block.node, block.counts) for block in blocks])
+    weight = np.concatenate([block.weight for block in blocks])
+    kept = rows.expanded | np.isin(columns["kind"], (NodeKind.TOKEN, NodeKind.LOGIT))
+    kept[source] = True
+    number = np.cumsum(kept) - 1
+    edges = Edges.from_coo(number[target], number[source], weight, n_nodes=int(kept.sum()))
+    label = _labels(model, local, logits, columns, kept)
+    table = {name: column[kept] for name, column in columns.items()}
+    nodes = NodeTable.build(
+        **table,
+        label=label,
+        output_weight=output[kept],
+        expanded=rows.expanded[kept],
+        value=rows.value[kept],
+        bias=rows.bias[kept],
+        inflow=rows.inflow[kept],
+    )
+    return nodes, edges
+
+
+def _columns(local: LocalReplacement, logits: Sequence[LogitTarget], rows: Attribution) -> dict[str, np.ndarray]:
+    """Kind, layer, position, index, activation and probability of all N nodes."""
+    T, L, features = local.n_positions, local.shape.n_layers, local.features
+    tokens, positions = local.frozen.tokens_T.cpu().numpy(), np.arange(T)
+    layers = np.array([local.crosscoder.wiring.group_layer(g) for g in range(local.crosscoder.n_groups)])
+    parts = [(NodeKind.TOKEN, np.full(T, -1), positions, tokens, np.zeros(T), np.zeros(T))]
+    if local.frozen.position_embedding_TD is not None:
+        parts.append((NodeKind.POSITION, np.full(T, -1), positions, np.full(T, -1), np.zeros(T), np.zeros(T)))
+    zeros = np.zeros(L * T)
+    parts.append((NodeKind.ERROR, np.repeat(np.arange(L), T), np.tile(positions, L), zeros - 1, zeros, zeros))
+    activation = features.activation.float().cpu().numpy()
+    parts.append(
+        (
+            NodeKind.FEATURE,
+            layers[features.group.cpu().numpy()],
+            features.row.cpu().numpy(),
+            features.index.cpu().numpy(),
+            activation,
+            np.zeros(len(features)),
+        )
+    )
+    parts.append(
+        (
+            NodeKind.LOGIT,
+            np.full(len(logits), L),
+            np.array([one.position for one in logits], dtype=np.int64),
+            np.array([one.token_id for one in logits], dtype=np.int64),
+            np.zeros(len(logits)),
+            np.array([one.probability for one in logits]),
+        )
+    )
+    kind = np.concatenate([np.full(len(part[1]), part[0]) for part in parts])
+    assert len(kind) == rows.n_nodes
+    names = ("layer", "position", "index", "activation", "probability")
+    return {"kind": kind} | {name: np.concatenate([part[i + 1] for part in parts]) for i, name in enumerate(names)}
+
+
+def _labels(
+    model: ReplacementModel,
+    local: LocalReplacement,
+    logits: Sequence[LogitTarget],
+    columns: dict[str, np.ndarray],
+    kept: np.ndarray,
+) -> list[str]:
+    """Readable text of every kept node."""
+    lm = model.language_model
+    strings = [text.strip() or repr(text) for text in lm.token_strings(local.frozen.tokens_T.tolist())]
+    label = np.full(len(kept), "", dtype=object)
+    of_kind = {kind: np.flatnonzero(columns["kind"] == kind) for kind in NodeKind}
+    label[of_kind[NodeKind.TOKEN]] = strings
+    label[of_kind[NodeKind.POSITION]] = [f"position {t}" for t in columns["position"][of_kind[NodeKind.POSITION]]]
+    errors = of_kind[NodeKind.ERROR]
+    label[errors] = [f"error in layer {layer}" for layer in columns["layer"][errors]]
+    label[of_kind[NodeKind.LOGIT]] = [one.label.strip() or repr(one.label) for one in logits]
+    names, first = FeatureLabels(model, local), of_kind[NodeKind.LOGIT][0] if len(logits) else len(kept)
+    first -= len(local.features)
+    for group in range(local.crosscoder.n_groups):
+        own = np.flatnonzero(local.features.group.cpu().numpy() == group)
+        own = own[kept[first + own]]
+        if len(own):
+            label[first + own] = names.labels(group, local.features.index[torch.from_numpy(own)])
+    return label[kept].tolist()
+
+
+def _describe(model: ReplacementModel) -> str:
+    crosscoder = model.crosscoder
+    activation = type(crosscoder.activation).__name__
+    return f"{crosscoder.wiring.name}, {crosscoder.n_groups} x {crosscoder.n_features} features, {activation}"
+
+
+def _target_facts(
+    logits: Sequence[LogitTarget], roots: Sequence[int], local: LocalReplacement
+) -> list[dict[str, object]]:
+    facts: list[dict[str, object]] = [
+        {"token": one.label, "token_id": one.token_id, "position": one.position, "probability": one.probability}
+        for one in logits
+    ]
+    features = local.features
+    for root in roots:
+        layer = local.crosscoder.wiring.group_layer(int(features.group[root]))
+        name = f"feature:{layer}/{int(features.index[root])}"
+        facts.append({"token": name, "position": int(features.row[root]), "probability": 0.0})
+    return facts
+
+
+def _top_tokens(
+    local: LocalReplacement, token_strings: Callable[[Iterable[int]], list[str]], *, position: int
+) -> list[dict[str, object]]:
+    """The model's five most probable next tokens at a position."""
+    top = local.probabilities[position].topk(min(5, local.probabilities.shape[1]))
+    strings = token_strings(top.indices.tolist())
+    return [{"token": text, "probability": p} for text, p in zip(strings, top.values.tolist(), strict=True)]
