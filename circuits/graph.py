@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 
 from circuits import pruning, storage
 from circuits.edges import Edges
+from circuits.export import formats
+from circuits.export.dot import to_dot
+from circuits.export.neuronpedia import to_neuronpedia
+from circuits.export.node_link import to_networkx, to_node_link
+from circuits.export.svg import to_svg
 from circuits.influence import node_influence
 from circuits.nodes import NodeKind, NodeTable
 from circuits.scores import Scores, scores
@@ -103,6 +109,39 @@ class CircuitGraph:
             raise ValueError(
                 f"{path}: expected a circuit file, given one that is damaged or foreign ({error})"
             ) from error
+
+    def to_networkx(self) -> nx.DiGraph:
+        """A `networkx.DiGraph` from source to target, keyed by node id, with every column as plain attributes."""
+        return to_networkx(self)
+
+    def to_dot(self) -> str:
+        """Graphviz text, one rank per layer."""
+        return to_dot(self)
+
+    def to_svg(self, *, max_nodes: int = 80) -> str:
+        """The token x layer picture; of a larger graph the most influential nodes, and a caption that says so."""
+        return to_svg(self, max_nodes=max_nodes)
+
+    def to_graphml(self, path: str | os.PathLike[str]) -> Path:
+        """Write GraphML to `path`, atomically."""
+        return formats.export(self, "graphml", path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Node-link JSON object, as `networkx.node_link_graph` reads it."""
+        return to_node_link(self)
+
+    def to_neuronpedia(self) -> dict[str, Any]:
+        """The graph JSON object of Neuronpedia and circuit-tracer front ends."""
+        return to_neuronpedia(self)
+
+    def export(self, name: str, path: str | os.PathLike[str]) -> Path:
+        """Write the graph in a format of `circuits.export.formats.FORMATS`, atomically; unknown ones raise
+        `ValueError`."""
+        return formats.export(self, name, path)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """What notebooks show: the picture, and the one line of `repr` where there are no pictures."""
+        return {"image/svg+xml": self.to_svg(), "text/plain": repr(self)}
 
 
 def _json_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,9 +88,6 @@ class NodeTable:
         n_nodes = len(self.label)
         for name, dtype in COLUMNS.items():
             object.__setattr__(self, name, _column(name, getattr(self, name), dtype, n_nodes))
-        if not all(isinstance(text, str) for text in self.label):
-            raise ValueError("NodeTable.label: expected only text")
-        object.__setattr__(self, "label", tuple(self.label))
         _check_kinds(self)
         _check_order(self)
 

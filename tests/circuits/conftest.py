@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from circuits import CircuitGraph, NodeKind, NodeTable
 from circuits.edges import Edges
 
 T, P, E, F, L = NodeKind
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 def assemble(
@@ -114,9 +118,9 @@ def small() -> CircuitGraph:
 
 
 @st.composite
-def circuits(draw: st.DrawFn) -> CircuitGraph:
-    """A random layered circuit: every kind of node, lost mass, unexpanded features, rows without edges, feature
-    targets."""
+def recipes(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[tuple[int, int, float]], dict[str, Any]]:
+    """What `assemble` needs for a random layered circuit: every kind of node, lost mass, unexpanded features, rows
+    without edges, feature targets."""
     n_tokens, n_layers = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     seed = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     density = draw(st.sampled_from([0.1, 0.5, 1.0]))
@@ -149,13 +153,21 @@ def circuits(draw: st.DrawFn) -> CircuitGraph:
         and seed.random() < density
     ]
     lost = {t: float(seed.exponential()) for t, row in enumerate(rows) if row.get("expanded") and seed.random() < 0.3}
-    return assemble(rows, edges, extra_inflow=lost, n_layers=n_layers)
+    return rows, edges, {"extra_inflow": lost, "n_layers": n_layers}
 
 
 @pytest.fixture(scope="session")
-def random_circuits() -> st.SearchStrategy[CircuitGraph]:
-    """The strategy as a fixture, for tests that draw from it through `st.data()`."""
-    return circuits()
+def draw_circuit() -> Callable[[st.DataObject], CircuitGraph]:
+    """Draws a random circuit from `st.data()`.
+
+    It is built outside of the strategy, which must not see type checkers.
+    """
+
+    def draw(data: st.DataObject) -> CircuitGraph:
+        rows, edges, facts = data.draw(recipes())
+        return assemble(rows, edges, **facts)
+
+    return draw
 
 
 @pytest.fixture(scope="session")

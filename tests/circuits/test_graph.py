@@ -28,8 +28,8 @@ def test_saved_graph_comes_back(small, tmp_path) -> None:
 
 
 @given(st.data())
-def test_every_graph_survives_its_file(random_circuits, tmp_path_factory, data) -> None:
-    graph = data.draw(random_circuits).prune(nodes=0.7)
+def test_every_graph_survives_its_file(draw_circuit, tmp_path_factory, data) -> None:
+    graph = draw_circuit(data).prune(nodes=0.7)
     path = graph.save(tmp_path_factory.mktemp("graphs") / "graph.safetensors")
     assert CircuitGraph.load(path) == graph
 
@@ -123,7 +123,7 @@ def test_damaged_facts_name_the_file(small, tmp_path) -> None:
 
 def test_place_that_cannot_be_written(small, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file: expected a folder that can be made and written to"):
+    with pytest.raises(ValueError, match=r"file: expected a folder, but .*file is a file"):
         small.save(tmp_path / "file" / "graph.safetensors")
     with pytest.raises(ValueError, match="expected a file name, given a folder"):
         small.save(tmp_path)

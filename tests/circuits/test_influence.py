@@ -10,8 +10,8 @@ from circuits.influence import edge_influence, node_influence, sweep, sweep_leve
 
 
 @given(st.data())
-def test_sweep_equals_dense_inverse(random_circuits, to_shares, data) -> None:
-    graph = data.draw(random_circuits)
+def test_sweep_equals_dense_inverse(draw_circuit, to_shares, data) -> None:
+    graph = draw_circuit(data)
     shares = to_shares(graph)
     inverse = np.linalg.inv(np.eye(len(graph.nodes)) - shares)
     expected = graph.nodes.output_weight @ (inverse - np.eye(len(graph.nodes)))
@@ -19,8 +19,8 @@ def test_sweep_equals_dense_inverse(random_circuits, to_shares, data) -> None:
 
 
 @given(st.data())
-def test_edge_influence_equals_dense_formula(random_circuits, to_shares, data) -> None:
-    graph = data.draw(random_circuits)
+def test_edge_influence_equals_dense_formula(draw_circuit, to_shares, data) -> None:
+    graph = draw_circuit(data)
     shares = to_shares(graph)
     total, term = graph.nodes.output_weight.copy(), graph.nodes.output_weight.copy()
     for _ in range(len(graph.nodes)):
@@ -32,8 +32,8 @@ def test_edge_influence_equals_dense_formula(random_circuits, to_shares, data) -
 
 
 @given(st.data())
-def test_influence_of_a_node_is_what_crosses_its_outgoing_edges(random_circuits, data) -> None:
-    graph = data.draw(random_circuits)
+def test_influence_of_a_node_is_what_crosses_its_outgoing_edges(draw_circuit, data) -> None:
+    graph = draw_circuit(data)
     crossing = np.bincount(graph.edges.source, weights=edge_influence(graph), minlength=len(graph.nodes))
     np.testing.assert_allclose(node_influence(graph), crossing, atol=1e-12)
 

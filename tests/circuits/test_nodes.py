@@ -86,7 +86,6 @@ def test_groups() -> None:
         ({"expanded": [0, 0, 0, 1, 0, 1, 1]}, r"expected only features and logits to be expanded, given row 3"),
         ({"bias": [0.0, 0.0]}, r"NodeTable.bias: expected shape \(7,\) like the labels, given \(2,\)"),
         ({"colour": 1}, r"expected columns among kind, .*, given colour"),
-        ({"label": [1] * 7}, r"NodeTable.label: expected only text"),
     ],
 )
 def test_mistakes_are_named(changes, message) -> None:

@@ -71,8 +71,8 @@ def test_feature_targets_stay(build_graph) -> None:
 
 
 @given(st.data())
-def test_full_thresholds_drop_only_nodes_without_influence(random_circuits, data) -> None:
-    graph = data.draw(random_circuits)
+def test_full_thresholds_drop_only_nodes_without_influence(draw_circuit, data) -> None:
+    graph = draw_circuit(data)
     pruned = graph.prune(nodes=1.0, edges=1.0)
     dropped = set(graph.nodes.ids()) - set(pruned.nodes.ids())
     influence = dict(zip(graph.nodes.ids(), graph.influence(), strict=True))
@@ -82,8 +82,8 @@ def test_full_thresholds_drop_only_nodes_without_influence(random_circuits, data
 
 
 @given(st.data(), thresholds, thresholds, thresholds)
-def test_raising_the_edge_threshold_only_adds(random_circuits, data, nodes, low, high) -> None:
-    graph = data.draw(random_circuits)
+def test_raising_the_edge_threshold_only_adds(draw_circuit, data, nodes, low, high) -> None:
+    graph = draw_circuit(data)
     low, high = sorted((low, high))
     small, large = prune(graph, nodes=nodes, edges=low), prune(graph, nodes=nodes, edges=high)
     assert (small.nodes <= large.nodes).all()
@@ -91,8 +91,8 @@ def test_raising_the_edge_threshold_only_adds(random_circuits, data, nodes, low,
 
 
 @given(st.data(), thresholds, thresholds)
-def test_raising_the_node_threshold_only_adds(random_circuits, data, low, high) -> None:
-    graph = data.draw(random_circuits)
+def test_raising_the_node_threshold_only_adds(draw_circuit, data, low, high) -> None:
+    graph = draw_circuit(data)
     low, high = sorted((low, high))
     small, large = prune(graph, nodes=low, edges=1.0), prune(graph, nodes=high, edges=1.0)
     assert (small.nodes <= large.nodes).all()
@@ -100,8 +100,8 @@ def test_raising_the_node_threshold_only_adds(random_circuits, data, low, high) 
 
 
 @given(st.data(), thresholds, thresholds)
-def test_every_kept_node_leads_to_a_target(random_circuits, data, nodes, edges) -> None:
-    full = data.draw(random_circuits)
+def test_every_kept_node_leads_to_a_target(draw_circuit, data, nodes, edges) -> None:
+    full = draw_circuit(data)
     pruned = full.prune(nodes=nodes, edges=edges)
     had_causes = {full.nodes.ids()[row] for row in np.flatnonzero(np.diff(full.edges.indptr))}
     graph = nx.DiGraph(zip(pruned.edges.source.tolist(), pruned.edges.target.tolist(), strict=True))
@@ -128,7 +128,7 @@ def test_smallest_set(values, share) -> None:
         assert values[mask].min() >= values[~mask].max(initial=0)
 
 
-@pytest.mark.parametrize(("name", "value"), [("nodes", 1.5), ("nodes", -0.1), ("edges", 2), ("edges", float("nan"))])
+@pytest.mark.parametrize(("name", "value"), [("nodes", 1.5), ("nodes", -0.1), ("edges", 2.0), ("edges", float("nan"))])
 def test_thresholds_are_shares(small, name, value) -> None:
     with pytest.raises(ValueError, match=rf"{name}: expected a share of influence between 0 and 1, given {value}"):
         small.prune(**{name: value})

@@ -12,8 +12,8 @@ thresholds = st.floats(0.0, 1.0)
 
 
 @given(st.data(), thresholds, thresholds)
-def test_all_mass_ends_somewhere(random_circuits, data, nodes, edges) -> None:
-    graph = data.draw(random_circuits)
+def test_all_mass_ends_somewhere(draw_circuit, data, nodes, edges) -> None:
+    graph = draw_circuit(data)
     for part in (graph, graph.prune(nodes=nodes, edges=edges)):
         balance = mass_balance(part)
         total = balance.inputs + balance.errors + balance.unexpanded + balance.lost
@@ -22,8 +22,8 @@ def test_all_mass_ends_somewhere(random_circuits, data, nodes, edges) -> None:
 
 
 @given(st.data(), thresholds, thresholds)
-def test_pruning_never_raises_the_replacement_score(random_circuits, data, nodes, edges) -> None:
-    graph = data.draw(random_circuits)
+def test_pruning_never_raises_the_replacement_score(draw_circuit, data, nodes, edges) -> None:
+    graph = draw_circuit(data)
     full, pruned = graph.scores(), graph.prune(nodes=nodes, edges=edges).scores()
     assert pruned.replacement <= full.replacement + 1e-12
     for score in (full.replacement, full.completeness, pruned.replacement, pruned.completeness):
@@ -31,10 +31,10 @@ def test_pruning_never_raises_the_replacement_score(random_circuits, data, nodes
 
 
 @given(st.data())
-def test_scores_equal_those_of_an_explicit_error_node(random_circuits, to_shares, data) -> None:
+def test_scores_equal_those_of_an_explicit_error_node(draw_circuit, to_shares, data) -> None:
     """Adding one error node that receives all the lost mass, as published scores would see it, gives the same
     numbers."""
-    graph = data.draw(random_circuits)
+    graph = draw_circuit(data)
     nodes, n = graph.nodes, len(graph.nodes)
     shares = np.zeros((n + 1, n + 1))
     shares[:n, :n] = to_shares(graph)

@@ -1,0 +1,106 @@
+"""DOT text for Graphviz, and pictures where its `dot` program is installed."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+
+import graphviz
+import numpy as np
+
+from circuits.edges import GraphData
+from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis
+from circuits.influence import edge_influence
+from circuits.nodes import NodeKind
+from circuits.text import full_name, short_name, shorten
+
+_LINE_LENGTH = 18
+
+
+class GraphvizMissingError(ValueError):
+    """The picture needs Graphviz's `dot` program, which is not installed. The message says what was written instead."""
+
+
+def to_dot(graph: GraphData) -> str:
+    """The graph as DOT: one rank per layer from tokens (bottom) to logits (top), edges by sign and influence."""
+    picture = graphviz.Digraph("circuit")
+    picture.attr(rankdir="BT", bgcolor="white", nodesep="0.15", ranksep="0.5", outputorder="edgesfirst")
+    picture.attr("node", fontname="Helvetica", fontsize="11", shape="box", height="0.3", margin="0.08,0.04")
+    picture.attr("edge", arrowsize="0.5")
+    _add_ranks(picture, graph)
+    _add_edges(picture, graph)
+    return str(picture.source)
+
+
+def render(dot: str, picture_format: str) -> bytes:
+    """DOT text as `svg`, `png` or `pdf`. Raises `GraphvizMissingError` without the `dot` program."""
+    try:
+        return bytes(graphviz.Source(dot).pipe(format=picture_format))
+    except graphviz.ExecutableNotFound as error:
+        raise GraphvizMissingError(
+            "expected Graphviz's `dot` program on the PATH, given none; install Graphviz or use the `svg` format"
+        ) from error
+
+
+def _add_ranks(picture: graphviz.Digraph, graph: GraphData) -> None:
+    nodes = graph.nodes
+    ids = nodes.ids()
+    # -1 holds tokens and positions; logits come last whatever their layer says.
+    rank = np.where(nodes.kind == NodeKind.LOGIT, np.iinfo(np.int32).max, nodes.layer)
+    names = []
+    for layer in np.unique(rank).tolist():
+        rows = np.flatnonzero(rank == layer)
+        rows = rows[np.argsort(nodes.position[rows], kind="stable")]
+        title = "input" if layer < 0 else "output" if layer == np.iinfo(np.int32).max else f"layer {layer}"
+        names.append(f"rank {title}")
+        with picture.subgraph() as line:
+            line.attr(rank="same")
+            line.node(names[-1], label=title, shape="plaintext", style="", fontcolor="#6b7280")
+            for row in rows.tolist():
+                _add_node(line, graph, row, ids[row])
+    for below, above in itertools.pairwise(names):  # keeps layers apart that no edge joins
+        picture.edge(below, above, style="invis")
+
+
+def _add_node(line: graphviz.Digraph, graph: GraphData, row: int, name: str) -> None:
+    nodes = graph.nodes
+    kind = NodeKind(int(nodes.kind[row]))
+    fill, stroke, text = NODE_COLOURS[kind]
+    style = "filled,rounded,dashed" if nodes.unexpanded[row] else "filled,rounded"
+    look = {"fillcolor": fill, "color": stroke, "fontcolor": text, "tooltip": graphviz.escape(full_name(nodes, row))}
+    if kind is NodeKind.ERROR:
+        look |= {"shape": "diamond", "style": "filled", "width": "0.16", "height": "0.16", "fixedsize": "true"}
+        line.node(name, label="", **look)
+        return
+    if kind is NodeKind.POSITION:
+        look["shape"] = "ellipse"
+    line.node(name, label=_label(short_name(nodes, row)), style=style, **look)
+
+
+def _label(text: str) -> str:
+    """At most two lines, every character of the text taken literally by DOT."""
+    before, arrow, after = text.partition(" \u2192 ")
+    if arrow and len(text) > _LINE_LENGTH:
+        lines = [shorten(before, _LINE_LENGTH), shorten(f"\u2192 {after}", _LINE_LENGTH)]
+    else:
+        lines = textwrap.wrap(text, _LINE_LENGTH) or [""]
+        lines = lines[:1] + [shorten(" ".join(lines[1:]), _LINE_LENGTH)] * (len(lines) > 1)
+    # Doubled backslashes are literal, `\\n` is a line break; nohtml keeps "<b>" from being read as markup.
+    return graphviz.nohtml("\\n".join(line.replace("\\", "\\\\") for line in lines))
+
+
+def _add_edges(picture: graphviz.Digraph, graph: GraphData) -> None:
+    ids, edges = graph.nodes.ids(), graph.edges
+    weights = edges.weight.tolist()
+    shares = emphasis(edge_influence(graph)).tolist()
+    for source, target, weight, share in zip(
+        edges.source.tolist(), edges.target.tolist(), weights, shares, strict=True
+    ):
+        alpha = f"{round(255 * (0.2 + 0.8 * share)):02x}"
+        picture.edge(
+            ids[source],
+            ids[target],
+            color=EDGE_COLOURS[weight > 0] + alpha,
+            penwidth=f"{0.4 + 3.6 * share:.2f}",
+            tooltip=f"{weight:+.4g}",
+        )

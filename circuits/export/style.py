@@ -1,0 +1,26 @@
+"""Colours shared by every picture of a circuit. Told apart by colour-blind readers and in grey print."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from circuits.nodes import NodeKind
+
+# kind -> (fill, outline, text)
+NODE_COLOURS: dict[NodeKind, tuple[str, str, str]] = {
+    NodeKind.TOKEN: ("#eef1f5", "#8a94a3", "#1f2933"),
+    NodeKind.POSITION: ("#f7f8fa", "#b4bcc8", "#4b5563"),
+    NodeKind.ERROR: ("#c9ced6", "#9aa3af", "#4b5563"),
+    NodeKind.FEATURE: ("#ffffff", "#5b7083", "#1f2933"),
+    NodeKind.LOGIT: ("#fdf1cf", "#b98900", "#3d2f00"),
+}
+
+# weight > 0 -> colour: Okabe and Ito's blue and vermilion.
+EDGE_COLOURS = {True: "#0072b2", False: "#d55e00"}
+
+
+def emphasis(influence: np.ndarray) -> np.ndarray:
+    """float64[E] in 0..1, how strongly an edge is drawn: its influence relative to the strongest edge, to the power
+    0.6."""
+    top = influence.max(initial=0.0)
+    return (influence / top) ** 0.6 if top > 0 else np.zeros(len(influence))

@@ -1,0 +1,242 @@
+"""Where everything goes in the token x layer picture: geometry only, in pixels, y downwards.
+
+Columns are prompt positions, rows are layers with inputs at the bottom and outputs on top. The features of one cell are
+stacked, and beyond `_STACK` laid side by side; a column is as wide as its labels need, up to a width that makes the
+picture fit a page. Errors line up as small diamonds under their cell's features.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from circuits.nodes import NodeKind, NodeTable
+from circuits.text import short_name
+
+FONT = 11.0
+LINE = 13.0
+_PAD_X, _PAD_Y = 7.0, 4.5
+_GAP = 5.0
+_STACK = 4
+_DIAMOND = 10.0
+_ROW_PAD = 17.0  # half of the band between two rows, where edges can be followed
+_GUTTER, _MARGIN = 52.0, 14.0
+_PAGE = 960.0
+_CAPS = (150.0, 136.0, 124.0, 112.0, 102.0, 94.0, 86.0)
+_MIN_COLUMN = 34.0
+
+
+@dataclass(frozen=True)
+class Box:
+    """A placed node: its number in the table, centre, size, and lines of text that fit."""
+
+    node: int
+    x: float
+    y: float
+    width: float
+    height: float
+    lines: tuple[str, ...]
+
+    @property
+    def top(self) -> float:
+        """y of the upper side, where edges leave."""
+        return self.y - self.height / 2
+
+    @property
+    def bottom(self) -> float:
+        """y of the lower side, where edges arrive."""
+        return self.y + self.height / 2
+
+
+@dataclass(frozen=True)
+class Band:
+    """A row or column: its title, where it starts, and how far it reaches (y and height, or x and width)."""
+
+    title: str
+    start: float
+    size: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The whole drawing area, without title and caption: its top left corner is (0, 0)."""
+
+    boxes: tuple[Box, ...]
+    rows: tuple[Band, ...]
+    columns: tuple[Band, ...]
+    width: float
+    height: float
+
+
+def text_width(text: str, size: float = FONT) -> float:
+    """Upper estimate of the width of sans-serif text in pixels; fonts differ, so it leans on a wide one."""
+    units = 0.0
+    for character in text:
+        if unicodedata.east_asian_width(character) in "WF":
+            units += 1.02
+        elif character in "ijlI.,:;'|!` ":
+            units += 0.33
+        elif character in 'ftr()[]{}/-\u2013"\\':
+            units += 0.43
+        elif character in "mwMW@%\u2026\u2192\u2190\u2014":
+            units += 0.92
+        else:
+            units += 0.69 if character.isupper() else 0.6
+    return units * size
+
+
+def fit(text: str, width: float, size: float = FONT) -> str:
+    """The text, or its beginning with an ellipsis, no wider than `width`."""
+    if text_width(text, size) <= width:
+        return text
+    while text and text_width(text.rstrip() + "\u2026", size) > width:
+        text = text[:-1]
+    return text.rstrip() + "\u2026"
+
+
+def wrap(text: str, width: float) -> tuple[str, ...]:
+    """One or two lines no wider than `width`, broken at an arrow or else between words; the rest ends in an
+    ellipsis."""
+    if text_width(text) <= width:
+        return (text,)
+    before, arrow, after = text.partition(" \u2192 ")
+    if arrow:
+        return (fit(before, width), fit(f"\u2192 {after}", width))
+    words = text.split(" ")
+    count = 1
+    while count < len(words) and text_width(" ".join(words[: count + 1])) <= width:
+        count += 1
+    first, rest = " ".join(words[:count]), " ".join(words[count:])
+    if text_width(first) <= width and rest:
+        return (first, fit(rest, width))
+    return (fit(text, width),)
+
+
+def place(nodes: NodeTable, rank: np.ndarray) -> Layout:
+    """Place every node of a table; `rank` (float64[N]) puts the larger first inside a cell."""
+    cells = _cells(nodes, rank)
+    positions = sorted(set(nodes.position.tolist()))
+    for cap in _CAPS:
+        columns, widths = _columns(nodes, cells, positions, cap)
+        if columns[-1].start + columns[-1].size + _MARGIN <= _PAGE:
+            break
+    width = max(columns[-1].start + columns[-1].size + _MARGIN, 480.0)
+    column_of = dict(zip(positions, columns, strict=True))
+    boxes: list[Box] = []
+    rows: list[Band] = []
+    outputs = sorted(
+        np.flatnonzero(nodes.kind == NodeKind.LOGIT).tolist(), key=lambda row: (nodes.position[row], -rank[row])
+    )
+    y = _place_outputs(nodes, outputs, width, boxes, rows)
+    for layer in sorted({layer for layer, _ in cells}, reverse=True):
+        here = {position: rows_ for (at, position), rows_ in cells.items() if at == layer}
+        y = _place_row(nodes, layer, here, column_of, widths, y, boxes, rows)
+    return Layout(tuple(boxes), tuple(rows), tuple(columns), width, y)
+
+
+def _cells(nodes: NodeTable, rank: np.ndarray) -> dict[tuple[int, int], list[int]]:
+    """(layer, position) -> its nodes except logits, by rank; the input row is layer -1."""
+    cells: dict[tuple[int, int], list[int]] = defaultdict(list)
+    order = np.lexsort((-rank, nodes.kind == NodeKind.TOKEN))  # tokens last: they stand on the floor
+    for row in order.tolist():
+        if nodes.kind[row] != NodeKind.LOGIT:
+            cells[int(nodes.layer[row]), int(nodes.position[row])].append(row)
+    return cells
+
+
+def _columns(
+    nodes: NodeTable, cells: dict[tuple[int, int], list[int]], positions: list[int], cap: float
+) -> tuple[list[Band], dict[int, float]]:
+    """The columns from left to right, and the width of the boxes in each, none wider than `cap`."""
+    bands, widths = [], {}
+    x = _GUTTER
+    for position in positions:
+        here = [rows for (_, at), rows in cells.items() if at == position]
+        boxed = [[row for row in rows if nodes.kind[row] != NodeKind.ERROR] for rows in here]
+        widest = max((_box_width(short_name(nodes, row), cap) for rows in boxed for row in rows), default=_MIN_COLUMN)
+        beside = max((_beside(len(rows)) for rows in boxed), default=1)
+        widths[position] = max(widest, _MIN_COLUMN)
+        size = beside * widths[position] + (beside - 1) * _GAP + 2 * _GAP
+        bands.append(Band(str(position), x, size))
+        x += size
+    return bands, widths
+
+
+def _beside(count: int) -> int:
+    return max(-(-count // _STACK), 1)
+
+
+def _box_width(text: str, cap: float) -> float:
+    return max(text_width(line) for line in wrap(text, cap - 2 * _PAD_X)) + 2 * _PAD_X
+
+
+def _box(node: int, text: str, x: float, top: float, width: float) -> Box:
+    lines = wrap(text, width - 2 * _PAD_X)
+    height = len(lines) * LINE + 2 * _PAD_Y
+    return Box(node, x, top + height / 2, width, height, lines)
+
+
+def _place_outputs(nodes: NodeTable, outputs: list[int], width: float, boxes: list[Box], rows: list[Band]) -> float:
+    """Logits share one band across the whole width, set from the right, where the last position is."""
+    if not outputs:
+        return 0.0
+    top, x = _ROW_PAD, width - _MARGIN
+    for node in reversed(outputs):
+        text = short_name(nodes, node)
+        if nodes.probability[node] > 0:
+            text = f"{fit(text, 110.0)} {100 * nodes.probability[node]:.3g}%"
+        size = max(text_width(text) + 2 * _PAD_X, _MIN_COLUMN)
+        if x - size < _GUTTER:
+            top, x = top + LINE + 2 * _PAD_Y + _GAP, width - _MARGIN
+        height = LINE + 2 * _PAD_Y
+        boxes.append(Box(node, x - size / 2, top + height / 2, size, height, (text,)))
+        x -= size + _GAP
+    bottom = top + LINE + 2 * _PAD_Y + _ROW_PAD
+    rows.append(Band("output", 0.0, bottom))
+    return bottom
+
+
+def _place_row(
+    nodes: NodeTable,
+    layer: int,
+    cells: dict[int, list[int]],
+    columns: dict[int, Band],
+    widths: dict[int, float],
+    start: float,
+    boxes: list[Box],
+    rows: list[Band],
+) -> float:
+    """Stack the cells of one layer; returns where the next row starts."""
+    stacks = {position: _stack(nodes, cell, columns[position], widths[position]) for position, cell in cells.items()}
+    tallest = max(height for _, height in stacks.values())
+    for stack, height in stacks.values():
+        # Inputs stand on the floor of the picture, features hang in the middle of their row.
+        shift = start + _ROW_PAD + (tallest - height) * (1.0 if layer < 0 else 0.5)
+        boxes.extend(Box(b.node, b.x, b.y + shift, b.width, b.height, b.lines) for b in stack)
+    size = tallest + 2 * _ROW_PAD
+    rows.append(Band("input" if layer < 0 else f"layer {layer}", start, size))
+    return start + size
+
+
+def _stack(nodes: NodeTable, cell: list[int], column: Band, width: float) -> tuple[list[Box], float]:
+    """The boxes of one cell around y = 0 downwards, and their height."""
+    boxed = [row for row in cell if nodes.kind[row] != NodeKind.ERROR]
+    errors = [row for row in cell if nodes.kind[row] == NodeKind.ERROR]
+    beside = _beside(len(boxed))
+    centre = column.start + column.size / 2
+    left = centre - (beside * width + (beside - 1) * _GAP) / 2 + width / 2
+    stack, bottom = [], 0.0
+    for number in range(beside):
+        top = 0.0
+        for row in boxed[number::beside]:
+            box = _box(row, short_name(nodes, row), left + number * (width + _GAP), top, width)
+            stack.append(box)
+            top = box.bottom + _GAP
+        bottom = max(bottom, top)
+    for number, row in enumerate(errors):
+        x = centre + (number - (len(errors) - 1) / 2) * (_DIAMOND + _GAP)
+        stack.append(Box(row, x, bottom + _DIAMOND / 2, _DIAMOND, _DIAMOND, ()))
+    return stack, bottom + _DIAMOND if errors else bottom - _GAP
