@@ -12,16 +12,17 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from circuits import pruning, storage
 from circuits.edges import Edges
-from circuits.export import formats
 from circuits.export.dot import to_dot
+from circuits.export.formats import export
 from circuits.export.neuronpedia import to_neuronpedia
 from circuits.export.node_link import to_networkx, to_node_link
 from circuits.export.svg import to_svg
 from circuits.influence import node_influence
 from circuits.nodes import NodeKind, NodeTable
+from circuits.pruning import prune
 from circuits.scores import Scores, scores
+from circuits.storage import load, save
 
 __all__ = ["CircuitGraph", "Edges"]
 
@@ -85,7 +86,7 @@ class CircuitGraph:
 
         Raises `ValueError` for thresholds outside 0..1. The thresholds are noted in `metadata["pruning"]`.
         """
-        kept = pruning.prune(self, nodes=nodes, edges=edges)
+        kept = prune(self, nodes=nodes, edges=edges)
         return CircuitGraph(
             nodes=self.nodes.select(kept.nodes),
             edges=self.edges.select(kept.nodes, kept.edges),
@@ -94,7 +95,7 @@ class CircuitGraph:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the graph to one `.safetensors` file, atomically."""
-        return storage.save(self, path)
+        return save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CircuitGraph:
@@ -102,7 +103,7 @@ class CircuitGraph:
 
         Raises one `ValueError` naming the file when it is missing, damaged or foreign.
         """
-        nodes, edges, metadata = storage.load(path)
+        nodes, edges, metadata = load(path)
         try:
             return cls(nodes, edges, metadata)
         except ValueError as error:
@@ -124,7 +125,7 @@ class CircuitGraph:
 
     def to_graphml(self, path: str | os.PathLike[str]) -> Path:
         """Write GraphML to `path`, atomically."""
-        return formats.export(self, "graphml", path)
+        return export(self, "graphml", path)
 
     def to_json(self) -> dict[str, Any]:
         """Node-link JSON object, as `networkx.node_link_graph` reads it."""
@@ -137,7 +138,7 @@ class CircuitGraph:
     def export(self, name: str, path: str | os.PathLike[str]) -> Path:
         """Write the graph in a format of `circuits.export.formats.FORMATS`, atomically; unknown ones raise
         `ValueError`."""
-        return formats.export(self, name, path)
+        return export(self, name, path)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         """What notebooks show: the picture, and the one line of `repr` where there are no pictures."""

@@ -1,0 +1,173 @@
+"""The `circuits` command: trace a prompt, and prune, export or show a saved graph.
+
+Every mistake of the user is one line `error: ...` on stderr and exit code 2, with nothing written. Models are
+imported by the one verb that needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from circuits.export.formats import FORMATS, check_format
+from circuits.export.formats import export as write_format
+from circuits.export.neuronpedia import slug
+from circuits.files import check_folder
+from circuits.graph import CircuitGraph
+from circuits.pruning import check_threshold
+from circuits.report import show as show_report
+from circuits.report import summary
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Trace circuits in a language model, and prune, export or show them.",
+)
+
+NodeThreshold = Annotated[float, typer.Option(help="Share of influence that the kept nodes hold, 0 to 1.")]
+EdgeThreshold = Annotated[float, typer.Option(help="Share of edge influence that the kept edges hold, 0 to 1.")]
+GraphFile = Annotated[Path, typer.Argument(help="A graph saved as .safetensors.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+
+# format -> file of the pruned circuit
+CIRCUIT_FILES = {
+    "safetensors": "circuit.safetensors",
+    "svg": "circuit.svg",
+    "dot": "circuit.dot",
+    "graphml": "circuit.graphml",
+    "json": "circuit.json",
+    "neuronpedia": "circuit.neuronpedia.json",
+}
+
+
+@app.command()
+def trace(
+    prompt: Annotated[str, typer.Argument(help="The text to trace.", show_default=False)],
+    *,
+    model: Annotated[str, typer.Option(help="`demo`, a hub name or a Hugging Face folder.")] = "demo",
+    crosscoder: Annotated[str, typer.Option(help="`demo` or a crosscoder checkpoint folder.")] = "demo",
+    target: Annotated[
+        list[str] | None, typer.Option(help="What to explain instead of the top tokens; repeat for several.")
+    ] = None,
+    coverage: Annotated[float, typer.Option(help="Share of influence that is followed back, 0 to 1.")] = 0.99,
+    max_nodes: Annotated[int | None, typer.Option(help="Most features to expand.", show_default="no limit")] = None,
+    node_threshold: NodeThreshold = 0.8,
+    edge_threshold: EdgeThreshold = 0.98,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="circuit-<prompt>")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trace what caused the model's next token; writes the full graph, and the pruned circuit in every format."""
+    if not prompt.strip():
+        raise ValueError("prompt: expected some text, given none")
+    _check_thresholds(node_threshold, edge_threshold)
+    if not 0.0 <= coverage <= 1.0:
+        raise ValueError(f"coverage: expected a share of influence between 0 and 1, given {coverage}")
+    if max_nodes is not None and max_nodes < 1:
+        raise ValueError(f"max-nodes: expected at least 1, given {max_nodes}")
+    folder = check_folder(out if out is not None else Path(f"circuit-{slug(prompt)}"))
+    graph = _trace(prompt, model, crosscoder, targets=target or None, coverage=coverage, max_nodes=max_nodes)
+    circuit = graph.prune(nodes=node_threshold, edges=edge_threshold)
+    files = {"graph": graph.save(folder / "graph.safetensors")}
+    for file_format, file_name in CIRCUIT_FILES.items():
+        files[file_format] = write_format(circuit, file_format, folder / file_name)
+    if as_json:
+        typer.echo(json.dumps(summary(graph, circuit, files)))
+    else:
+        show_report(Console(), {"full": graph, "pruned": circuit}, files)
+
+
+@app.command()
+def prune(
+    file: GraphFile,
+    *,
+    node_threshold: NodeThreshold = 0.8,
+    edge_threshold: EdgeThreshold = 0.98,
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="FILE-pruned.safetensors")] = None,
+) -> None:
+    """Prune a saved graph."""
+    _check_thresholds(node_threshold, edge_threshold)
+    graph = CircuitGraph.load(file)
+    circuit = graph.prune(nodes=node_threshold, edges=edge_threshold)
+    path = circuit.save(out or file.with_name(f"{file.stem}-pruned.safetensors"))
+    show_report(Console(), {"full": graph, "pruned": circuit}, {"safetensors": path})
+
+
+@app.command()
+def export(
+    file: GraphFile,
+    *,
+    file_format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
+) -> None:
+    """Write a saved graph in another format."""
+    check_format(file_format)
+    typer.echo(str(write_format(CircuitGraph.load(file), file_format, out)))
+
+
+@app.command()
+def show(file: GraphFile) -> None:
+    """Describe a saved graph: scores, counts, and the strongest path."""
+    graph = CircuitGraph.load(file)
+    show_report(Console(), {"pruned" if "pruning" in graph.metadata else "full": graph}, {})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = typer.main.get_command(app).main(arguments or ["--help"], prog_name="circuits", standalone_mode=False)
+    except typer.TyperException as error:
+        return _fail(error.format_message())
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    """One line, whatever a library put into its message."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _check_thresholds(node_threshold: float, edge_threshold: float) -> None:
+    check_threshold("node-threshold", node_threshold)
+    check_threshold("edge-threshold", edge_threshold)
+
+
+def _trace(
+    prompt: str, model: str, crosscoder: str, *, targets: list[str] | None, coverage: float, max_nodes: int | None
+) -> CircuitGraph:
+    """Load the model and trace, with what libraries print sent to stderr."""
+    with contextlib.redirect_stdout(sys.stderr), _status("loading the model") as say:
+        import replacement
+        from circuits.tracing import trace as trace_prompt
+
+        loaded = replacement.load(model, crosscoder=crosscoder)
+        return trace_prompt(
+            loaded,
+            prompt,
+            targets=targets,
+            coverage=coverage,
+            max_nodes=max_nodes,
+            progress=lambda expanded, share: say(f"{expanded} features expanded, {100 * share:.2g} % left"),
+        )
+
+
+@contextlib.contextmanager
+def _status(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr when that is a terminal; gives a function that changes its text."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status(text) as status:
+        yield status.update

@@ -1,0 +1,117 @@
+"""What the command line says about a circuit: one JSON object, or a page for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from circuits.graph import CircuitGraph
+from circuits.paths import describe_path, strongest_path
+from circuits.text import printable
+
+
+def summary(graph: CircuitGraph, circuit: CircuitGraph, files: Mapping[str, Path]) -> dict[str, Any]:
+    """The facts of a full graph and its pruned circuit as one JSON object."""
+    counts = graph.counts()
+    edges = counts.pop("edges")
+    facts = graph.metadata
+    return {
+        "prompt": facts["prompt"],
+        "tokens": facts["tokens"],
+        "targets": [
+            {"token": target.get("token"), "probability": target.get("probability")}
+            for target in facts.get("targets", [])
+        ],
+        "nodes": counts,
+        "edges": edges,
+        "pruned": {"nodes": len(circuit.nodes), "edges": len(circuit.edges)},
+        "scores": asdict(graph.scores()),
+        "pruned_scores": asdict(circuit.scores()),
+        "identity_error": graph.identity_error,
+        "stopped_by": facts.get("stopped_by"),
+        "seconds": facts.get("seconds"),
+        "files": {name: str(path) for name, path in files.items()},
+    }
+
+
+def page(graphs: Mapping[str, CircuitGraph], files: Mapping[str, Path]) -> Group:
+    """A readable account of one prompt's graphs by name (`full` and `pruned`, or just one), and the files written."""
+    first = next(iter(graphs.values()))
+    last = list(graphs.values())[-1]
+    parts: list[RenderableType] = [Text(printable(first.metadata["prompt"]), style="bold"), Text()]
+    likely = first.metadata.get("top_tokens") or first.metadata.get("targets", [])
+    if likely:
+        parts += [_section("Next token" if "top_tokens" in first.metadata else "Targets", _likely(likely))]
+    parts += [
+        _section("Strongest path from a token", Text(describe_path(last, strongest_path(last)))),
+        _section("Graph", _comparison(graphs)),
+        _section("Run", Text(_run(first.metadata))),
+    ]
+    if files:
+        parts += [_section("Files", _files(files))]
+    return Group(*parts)
+
+
+def show(console: Console, graphs: Mapping[str, CircuitGraph], files: Mapping[str, Path]) -> None:
+    """Print `page`."""
+    console.print(page(graphs, files), highlight=False, markup=False, soft_wrap=False)
+
+
+def _section(title: str, body: RenderableType) -> Group:
+    return Group(Text(title, style="bold blue"), Padding(body, (0, 0, 1, 2), expand=False))
+
+
+def _grid(*, numbers: int, width: int) -> Table:
+    """A table without lines: one column of names, then `numbers` columns of figures."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(min_width=width)
+    for _ in range(numbers):
+        table.add_column(justify="right")
+    return table
+
+
+def _likely(tokens: list[dict[str, Any]]) -> Table:
+    table = _grid(numbers=1, width=12)
+    for fact in tokens:
+        probability = fact.get("probability")
+        table.add_row(Text(repr(fact.get("token", ""))), f"{100 * probability:.1f} %" if probability else "")
+    return table
+
+
+def _comparison(graphs: Mapping[str, CircuitGraph]) -> Table:
+    table = _grid(numbers=len(graphs), width=14)
+    table.add_row("", *(Text(name, style="bold") for name in graphs))
+    counts = [graph.counts() for graph in graphs.values()]
+    names = {"total": "nodes", "features": "features", "errors": "errors", "edges": "edges"}
+    for key, name in names.items():
+        table.add_row(name, *(f"{count[key]:,}" for count in counts))
+    scores = [graph.scores() for graph in graphs.values()]
+    table.add_row("replacement", *(f"{score.replacement:.3f}" for score in scores))
+    table.add_row("completeness", *(f"{score.completeness:.3f}" for score in scores))
+    return table
+
+
+def _run(facts: Mapping[str, Any]) -> str:
+    parts = [f"identity error {float(facts['identity_error']):.1e}"]
+    if "stopped_by" in facts:
+        parts.append(f"stopped by {facts['stopped_by']}")
+    if "unexpanded_share" in facts:
+        parts.append(f"{100 * facts['unexpanded_share']:.2g} % not expanded")
+    if "seconds" in facts:
+        parts.append(f"{facts['seconds']:.1f} s")
+    return ", ".join(parts)
+
+
+def _files(files: Mapping[str, Path]) -> Table:
+    table = _grid(numbers=0, width=14)
+    table.add_column(overflow="fold")
+    for name, path in files.items():
+        table.add_row(name, Text(str(path)))
+    return table

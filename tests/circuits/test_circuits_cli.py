@@ -1,0 +1,178 @@
+"""The `circuits` command: what it writes, what it prints, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from circuits import CircuitGraph
+from circuits.cli import CIRCUIT_FILES, main
+
+
+@pytest.fixture
+def tracer(monkeypatch, small) -> list[dict]:
+    """Stands in for the model rooms: records how it was called and traces the small graph, printing on the way."""
+    calls: list[dict] = []
+    rooms, tracing = types.ModuleType("replacement"), types.ModuleType("circuits.tracing")
+
+    def load(model: str, *, crosscoder: str) -> str:
+        sys.stdout.write("a library greets\n")
+        return f"{model} with {crosscoder}"
+
+    def trace(model: str, prompt: str, *, progress, **options: object) -> CircuitGraph:
+        progress(3, 0.5)
+        calls.append({"model": model, "prompt": prompt, **options})
+        return small
+
+    rooms.load, tracing.trace = load, trace
+    monkeypatch.setitem(sys.modules, "replacement", rooms)
+    monkeypatch.setitem(sys.modules, "circuits.tracing", tracing)
+    return calls
+
+
+@pytest.fixture
+def saved(small, tmp_path) -> Path:
+    return small.save(tmp_path / "graph.safetensors")
+
+
+def fails(capsys, *arguments: object) -> str:
+    """The one line a mistake gives; nothing on stdout."""
+    assert main([str(argument) for argument in arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def test_trace_writes_every_file(tracer, tmp_path, capsys, small) -> None:
+    out = tmp_path / "new" / "folder"
+    assert main(["trace", "a b", "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"graph.safetensors", *CIRCUIT_FILES.values()}
+    assert CircuitGraph.load(out / "graph.safetensors") == small
+    assert CircuitGraph.load(out / "circuit.safetensors") == small.prune()
+    assert tracer == [
+        {"model": "demo with demo", "prompt": "a b", "targets": None, "coverage": 0.99, "max_nodes": None}
+    ]
+    page = capsys.readouterr().out
+    for text in ("replacement", "completeness", "Strongest path", "' x'", "60.0 %", "graph.safetensors", "1.0e-06"):
+        assert text in page
+    assert "a library greets" not in page
+
+
+def test_trace_passes_options_on(tracer, tmp_path) -> None:
+    options = ["--model", "gpt2", "--crosscoder", "here", "--target", " x", "--target", " y", "--coverage", "0.5"]
+    assert main(["trace", "hi", *options, "--max-nodes", "7", "--out", str(tmp_path)]) == 0
+    assert tracer[0]["targets"] == [" x", " y"]
+    assert (tracer[0]["model"], tracer[0]["coverage"], tracer[0]["max_nodes"]) == ("gpt2 with here", 0.5, 7)
+
+
+def test_trace_prunes_by_the_thresholds(tracer, tmp_path, small) -> None:
+    assert main(["trace", "hi", "--node-threshold", "1", "--edge-threshold", "0.7", "--out", str(tmp_path)]) == 0
+    assert CircuitGraph.load(tmp_path / "circuit.safetensors") == small.prune(nodes=1.0, edges=0.7)
+
+
+def test_default_folder_is_named_after_the_prompt(tracer, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", "The capital of Texas, is"]) == 0
+    assert (tmp_path / "circuit-the-capital-of-texas-is" / "circuit.svg").exists()
+
+
+def test_json_is_exactly_one_object(tracer, tmp_path, capsys, small) -> None:
+    assert main(["trace", "a b", "--json", "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr()
+    facts = json.loads(output.out)
+    assert "a library greets" in output.err
+    assert list(facts) == [
+        "prompt", "tokens", "targets", "nodes", "edges", "pruned", "scores", "pruned_scores", "identity_error",
+        "stopped_by", "seconds", "files",
+    ]  # fmt: skip
+    assert facts["targets"] == [{"token": " x", "probability": 0.6}, {"token": " y", "probability": 0.2}]
+    assert facts["nodes"] == {"total": 8, "features": 2, "errors": 1, "tokens": 2, "positions": 1, "logits": 2}
+    assert facts["edges"] == 8
+    pruned = small.prune()
+    assert facts["pruned"] == {"nodes": len(pruned.nodes), "edges": len(pruned.edges)}
+    assert facts["scores"]["replacement"] == pytest.approx(small.scores().replacement)
+    assert facts["pruned_scores"]["completeness"] == pytest.approx(pruned.scores().completeness)
+    assert facts["stopped_by"] == "coverage"
+    assert set(facts["files"]) == {"graph", *CIRCUIT_FILES}
+    assert CircuitGraph.load(facts["files"]["graph"]) == small
+
+
+def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
+    assert main(["prune", str(saved), "--node-threshold", "0.5"]) == 0
+    pruned = CircuitGraph.load(tmp_path / "graph-pruned.safetensors")
+    assert pruned == small.prune(nodes=0.5)
+    assert main(["show", str(tmp_path / "graph-pruned.safetensors")]) == 0
+    assert "pruned" in capsys.readouterr().out
+    assert main(["export", str(saved), "--format", "svg", "--out", str(tmp_path / "c.svg")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "c.svg")
+    assert (tmp_path / "c.svg").read_text() == small.to_svg()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trace", "  "], "prompt: expected some text, given none"),
+        (["trace", "a", "--coverage", "2"], "coverage: expected a share of influence between 0 and 1, given 2.0"),
+        (["trace", "a", "--max-nodes", "0"], "max-nodes: expected at least 1, given 0"),
+        (["trace", "a", "--node-threshold", "-1"], "node-threshold: expected a share of influence between 0 and 1"),
+        (["trace", "a", "--edge-threshold", "nan"], "edge-threshold: expected a share of influence between 0 and 1"),
+        (["trace", "a", "--coverage", "much"], "Invalid value for '--coverage'"),
+        (["trace", "a", "--max-nodes", "1.5"], "Invalid value for '--max-nodes'"),
+        (["trace", "a", "--bogus"], "No such option: --bogus"),
+        (["trace"], "Missing argument"),
+        (["bogus"], "No such command"),
+        (["show", "missing.safetensors"], "missing.safetensors: expected a circuit file, but there is no such file"),
+        (["prune", "missing.safetensors"], "missing.safetensors: expected a circuit file, but there is no such file"),
+        (["export", "missing.safetensors", "--format", "gif", "--out", "x"], "expected one of svg, dot"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(tracer, tmp_path, monkeypatch, capsys, arguments, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *arguments)
+    assert tracer == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_is_checked_before_anything_is_loaded(tracer, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert "expected a folder, but" in fails(capsys, "trace", "a", "--out", tmp_path / "file" / "out")
+    assert tracer == []
+
+
+def test_errors_of_the_model_rooms_are_one_line(tracer, tmp_path, capsys, monkeypatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise OSError("no such model\non the hub")
+
+    monkeypatch.setattr(sys.modules["replacement"], "load", load)
+    assert "error: no such model on the hub" in fails(capsys, "trace", "a", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_file(tmp_path, capsys) -> None:
+    (tmp_path / "graph.safetensors").write_bytes(b"nonsense")
+    assert "damaged or foreign" in fails(capsys, "show", tmp_path / "graph.safetensors")
+
+
+def test_interrupt_exits_130(tracer, tmp_path, monkeypatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["replacement"], "load", load)
+    assert main(["trace", "a", "--out", str(tmp_path / "out")]) == 130
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_the_answer_to_nothing(capsys) -> None:
+    assert main([]) == 0
+    assert "trace" in capsys.readouterr().out
+
+
+def test_help_loads_no_model_code() -> None:
+    script = "import sys; from circuits.cli import main; main(['trace', '--help']); print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.strip().endswith("False")
