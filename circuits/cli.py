@@ -54,7 +54,10 @@ def trace(
     model: Annotated[str, typer.Option(help="`demo`, a hub name or a Hugging Face folder.")] = "demo",
     crosscoder: Annotated[str, typer.Option(help="`demo` or a crosscoder checkpoint folder.")] = "demo",
     target: Annotated[
-        list[str] | None, typer.Option(help="What to explain instead of the top tokens; repeat for several.")
+        list[str] | None,
+        typer.Option(
+            help="Instead of the top tokens: `Austin`, `Austin@5`, `Austin - Houston`, `feature:2/345@7`; repeatable."
+        ),
     ] = None,
     coverage: Annotated[float, typer.Option(help="Share of influence that is followed back, 0 to 1.")] = 0.99,
     max_nodes: Annotated[int | None, typer.Option(help="Most features to expand.", show_default="no limit")] = None,

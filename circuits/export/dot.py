@@ -33,12 +33,20 @@ def to_dot(graph: GraphData) -> str:
 
 
 def render(dot: str, picture_format: str) -> bytes:
-    """DOT text as `svg`, `png` or `pdf`. Raises `GraphvizMissingError` without the `dot` program."""
+    """DOT text as `svg`, `png` or `pdf`.
+
+    Raises `GraphvizMissingError` without the `dot` program, and `ValueError` with its words when it fails.
+    """
     try:
         return bytes(graphviz.Source(dot).pipe(format=picture_format))
     except graphviz.ExecutableNotFound as error:
         raise GraphvizMissingError(
             "expected Graphviz's `dot` program on the PATH, given none; install Graphviz or use the `svg` format"
+        ) from error
+    except graphviz.CalledProcessError as error:
+        words = (error.stderr or b"").decode("utf-8", errors="replace").strip()
+        raise ValueError(
+            f"expected Graphviz to draw the graph as {picture_format}, but `dot` failed ({words})"
         ) from error
 
 

@@ -65,7 +65,10 @@ def _text(text: str) -> str:
 
 
 def _shown(nodes: NodeTable, influence: np.ndarray, max_nodes: int) -> np.ndarray:
-    """bool[N]: targets, the tokens of a short prompt, and the most influential others up to `max_nodes` in all."""
+    """bool[N]: targets, tokens of a short prompt, and the most influential others up to `max_nodes` in all.
+
+    Of a long prompt, the tokens of columns that show something else are added: a column needs its word.
+    """
     always = nodes.mask(NodeKind.LOGIT) | nodes.is_target
     if nodes.mask(NodeKind.TOKEN).sum() <= _FEW_TOKENS:
         always |= nodes.mask(NodeKind.TOKEN)
@@ -73,7 +76,7 @@ def _shown(nodes: NodeTable, influence: np.ndarray, max_nodes: int) -> np.ndarra
     room = max(max_nodes - int(always.sum()), 0)
     shown = always.copy()
     shown[others[np.argsort(-influence[others], kind="stable")[:room]]] = True
-    return shown
+    return shown | (nodes.mask(NodeKind.TOKEN) & np.isin(nodes.position, nodes.position[shown]))
 
 
 def _shown_edges(graph: GraphData, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -92,9 +92,9 @@ def fit(text: str, width: float, size: float = FONT) -> str:
     """The text, or its beginning with an ellipsis, no wider than `width`."""
     if text_width(text, size) <= width:
         return text
-    while text and text_width(text.rstrip() + "\u2026", size) > width:
+    while text and text_width(text.rstrip(" ,") + "\u2026", size) > width:
         text = text[:-1]
-    return text.rstrip() + "\u2026"
+    return text.rstrip(" ,") + "\u2026"
 
 
 def wrap(text: str, width: float) -> tuple[str, ...]:

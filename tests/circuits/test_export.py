@@ -119,6 +119,14 @@ def test_without_graphviz_the_text_is_written(small, tmp_path, monkeypatch) -> N
     assert not (tmp_path / "circuit.png").exists()
 
 
+def test_words_of_a_failing_graphviz_are_passed_on(small, tmp_path, monkeypatch) -> None:
+    (tmp_path / "dot").write_text("#!/bin/sh\necho out of paper >&2\nexit 3\n")
+    (tmp_path / "dot").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(ValueError, match=r"draw the graph as png, but `dot` failed \(out of paper\)"):
+        small.export("dot-png", tmp_path / "circuit.png")
+
+
 def test_unknown_format_lists_the_known_ones(small, tmp_path) -> None:
     with pytest.raises(
         ValueError, match=r"format: expected one of svg, dot, graphml, json, .*safetensors, given 'gif'"
@@ -139,6 +147,13 @@ def test_folder_that_cannot_be_written(small, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"folder: expected a folder, but .*file is a file"):
         small.export("svg", tmp_path / "file" / "folder" / "circuit.svg")
+
+
+def test_folder_without_permission(small, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"expected a folder that can be written to \(permission denied\)"):
+        small.export("svg", tmp_path / "circuit.svg")
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_write_leaves_the_old_file(small, tmp_path, monkeypatch) -> None:

@@ -146,6 +146,14 @@ def test_long_prompts_keep_the_columns_that_matter(build_graph) -> None:
     assert "20 of 201 nodes drawn" in texts(svg)[-1]
 
 
+def test_a_drawn_column_has_its_word(build_graph) -> None:
+    rows = [{"kind": T, "index": i, "position": i, "label": f"w{i}"} for i in range(60)]
+    rows.append({"kind": F, "layer": 0, "position": 30, "index": 1, "label": "late"})
+    rows.append({"kind": L, "layer": 1, "position": 59, "index": 1, "expanded": True, "output_weight": 1.0})
+    svg = build_graph(rows, [(61, 60, 5.0), (61, 2, 1.0)]).to_svg(max_nodes=2)
+    assert {"late", "w30", "w59"} <= set(texts(svg))
+
+
 def test_room_for_nothing(small) -> None:
     with pytest.raises(ValueError, match="max_nodes: expected at least 1, given 0"):
         small.to_svg(max_nodes=0)
