@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from circuits.targets import LogitTarget
-from circuits.transport import Point, Targets, Transport
+from circuits.transport import Targets, Transport, read_depth
 from replacement import LocalReplacement
 
 FIRST_ROUND = 128
@@ -34,7 +34,7 @@ Progress = Callable[[int, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows of some nodes that read at one point: A in CSR form."""
+    """Rows of some nodes that read at one depth: A in CSR form."""
 
     node: np.ndarray
     """int64[n], node of every row."""
@@ -52,7 +52,8 @@ class Attribution:
 
     n_columns: int
     n_nodes: int
-    blocks: dict[Point, list[Block]] = field(default_factory=dict)
+    blocks: dict[int, list[Block]] = field(default_factory=dict)
+    """Rows by the depth at which their nodes read (see `circuits.transport`)."""
     value: np.ndarray = field(init=False)
     bias: np.ndarray = field(init=False)
     inflow: np.ndarray = field(init=False)
@@ -68,8 +69,8 @@ class Attribution:
         self.value, self.bias, self.inflow = (np.zeros(self.n_nodes) for _ in range(3))
         self.expanded = np.zeros(self.n_nodes, dtype=bool)
 
-    def add(self, point: Point, node_N: Tensor, effects_NC: Tensor, bias_N: Tensor, value_N: Tensor) -> None:
-        """Store the rows of nodes that read at one point, and check the identity on each."""
+    def add(self, depth: int, node_N: Tensor, effects_NC: Tensor, bias_N: Tensor, value_N: Tensor) -> None:
+        """Store the rows of nodes that read at one depth, and check the identity on each."""
         inflow_N = effects_NC.abs().sum(1)
         gap_N = (value_N - effects_NC.sum(1) - bias_N).abs()
         scale_N = torch.maximum(value_N.abs(), CANCELLATION * (inflow_N + bias_N.abs()))
@@ -80,13 +81,13 @@ class Attribution:
         effects = effects_NC.float().cpu().numpy()
         row, column = np.nonzero(effects)
         counts = np.bincount(row, minlength=len(node))
-        self.blocks.setdefault(point, []).append(Block(node, counts, column.astype(np.int32), effects[row, column]))
+        self.blocks.setdefault(depth, []).append(Block(node, counts, column.astype(np.int32), effects[row, column]))
 
     def influence(self, output: np.ndarray) -> np.ndarray:
-        """float64[N], influence through the rows made so far: one sweep from the last point to the first."""
+        """float64[N], influence through the rows made so far: one sweep from the deepest reader to the shallowest."""
         influence = np.zeros(self.n_nodes)
-        for point in sorted(self.blocks, reverse=True):
-            for block in self.blocks[point]:
+        for depth in sorted(self.blocks, reverse=True):
+            for block in self.blocks[depth]:
                 share = (influence + output)[block.node] / np.maximum(self.inflow[block.node], 1e-300)
                 mass = np.repeat(share, block.counts) * np.abs(block.weight)
                 influence[: self.n_columns] += np.bincount(block.source, weights=mass, minlength=self.n_columns)
@@ -144,38 +145,59 @@ class Attributor:
 
     def _expand_logits(self) -> None:
         norm = self.local.frozen.norm_final
-        device = norm.gain_TD.device
         direction_ND = torch.stack([target.direction_D for target in self.logits])
-        position_N = torch.tensor([target.position for target in self.logits], device=device)
-        point = Point(self.local.shape.n_layers)
+        position_N = torch.tensor([target.position for target in self.logits], device=direction_ND.device)
+        depth_N = torch.full_like(position_N, 2 * self.local.shape.n_layers)
         effects_NC, bias_N = self.transport.attribute(
-            Targets(point, norm.pull_back(direction_ND, position_N), position_N)
+            Targets(norm.pull_back(direction_ND, position_N), depth_N, position_N)
         )
-        own_bias_N = direction_ND.new_tensor([target.bias for target in self.logits])
+        bias_N = bias_N + direction_ND @ norm.bias_D
+        bias_N = bias_N + direction_ND.new_tensor([target.bias for target in self.logits])
         value_N = direction_ND.new_tensor([target.value for target in self.logits])
         node_N = self.rows.n_columns + torch.arange(len(self.logits))
-        self.rows.add(point, node_N, effects_NC, bias_N + direction_ND @ norm.bias_D + own_bias_N, value_N)
+        self.rows.add(int(depth_N[0]), node_N, effects_NC, bias_N, value_N)
 
     def _expand_features(self, chosen_S: Tensor) -> None:
         """Rows of the chosen active features (numbers into `local.features`, rising)."""
-        features, crosscoder = self.local.features, self.local.crosscoder
-        for group in torch.unique(features.group[chosen_S]).tolist():
-            own_S = chosen_S[features.group[chosen_S] == group]
-            index_N, position_N = features.index[own_S], features.row[own_S]
-            bias_N = crosscoder.b_enc[group][index_N]
-            effects_NC: Tensor | None = None
+        features, crosscoder, shape = self.local.features, self.local.crosscoder, self.local.shape
+        group_S = features.group[chosen_S]
+        bias_S = torch.empty_like(self.local.pre_activation_S[chosen_S])
+        readers: list[tuple[Tensor, Tensor, int]] = []  # features, their encoder vectors, depth they read at
+        for group in torch.unique(group_S).tolist():
+            own = torch.nonzero(group_S == group)[:, 0]
+            index, position = features.index[chosen_S[own]], features.row[chosen_S[own]]
+            bias_S[own] = crosscoder.b_enc[group][index]
             for site in crosscoder.wiring.reads[group]:
-                vectors_ND = crosscoder.encoder(group, site)[index_N]
+                vectors = crosscoder.encoder(group, site)[index]
                 if site.kind == "mlp_in":
                     norm = self.local.frozen.norms_mlp[site.layer]
-                    bias_N = bias_N + vectors_ND @ norm.bias_D
-                    vectors_ND = norm.pull_back(vectors_ND, position_N)
-                point = Point.of_read(site, self.local.shape)
-                effects, constant_N = self.transport.attribute(Targets(point, vectors_ND, position_N))
-                effects_NC = effects if effects_NC is None else effects_NC + effects
-                bias_N = bias_N + constant_N
-            assert effects_NC is not None
-            self.rows.add(point, self.first_feature + own_S, effects_NC, bias_N, self.local.pre_activation_S[own_S])
+                    bias_S[own] += vectors @ norm.bias_D
+                    vectors = norm.pull_back(vectors, position)
+                readers.append((own, vectors, read_depth(site, shape)))
+        own_N = torch.cat([own for own, _, _ in readers])
+        depth_N = torch.cat([torch.full_like(own, depth) for own, _, depth in readers])
+        vectors_ND = torch.cat([vectors for _, vectors, _ in readers])
+        targets = Targets(vectors_ND, depth_N, features.row[chosen_S[own_N]])
+        effects_NC, constant_N = self.transport.attribute(targets)
+        # A feature that reads several sites is several targets; its row is their sum, its depth the deepest.
+        self._add_features(chosen_S, own_N, depth_N, effects_NC, bias_S.index_add(0, own_N, constant_N))
+
+    def _add_features(
+        self, chosen_S: Tensor, own_N: Tensor, depth_N: Tensor, effects_NC: Tensor, bias_S: Tensor
+    ) -> None:
+        depth_S = depth_N.new_zeros(len(chosen_S)).scatter_reduce(0, own_N, depth_N, "amax")
+        for depth in torch.unique(depth_S).tolist():
+            at_depth = depth_S == depth
+            own = torch.nonzero(at_depth)[:, 0]
+            place = torch.cumsum(at_depth, 0) - 1
+            entries = torch.nonzero(at_depth[own_N])[:, 0]
+            rows = effects_NC[entries]
+            if len(entries) != len(own) or not torch.equal(own_N[entries], own):
+                rows = rows.new_zeros(len(own), rows.shape[1]).index_add(0, place[own_N[entries]], rows)
+            chosen = chosen_S[own]
+            self.rows.add(
+                depth, self.first_feature + chosen, rows, bias_S[own], self.local.pre_activation_S[chosen]
+            )
 
 
 def _smallest_set(held: np.ndarray, enough: float) -> np.ndarray:

@@ -1,17 +1,19 @@
-"""Transport: pull target vectors back through the frozen transformer and meet every source on the way, without
-autograd.
+"""Transport: pull target vectors back through the frozen transformer and meet every source on the way, without autograd.
 
-T tokens, N targets of one chunk, D d_model, C source columns. Targets ride in the middle axis (`v_TND`).
+T tokens, N targets of one chunk, D d_model, C source columns.
 
-A target is a vector at a point of the residual timeline, at one position. Walking down,
+A target is a vector `v` read at a point of the residual timeline, at one position. Walking down,
 
-    v at post_l   meets what the MLP position of layer l writes: features, error, decoder bias
-    v at mid_l    meets the constant that attention l writes, then is pulled back through attention l
+    v at post_l   meets what the MLP position of layer l writes: features and error
+    v at mid_l    is pulled back through attention l
     v at pre_0    meets token and position embeddings
 
 Parallel models have no mid: attention l is pulled back from post_l, and MLP readers sit at pre_l. A skip matrix adds
-`W_skip^T v` at the point it reads. One chunk holds targets that read at the same point, sorted by position, so that
-only positions up to the last target's are carried and every product is one plain matrix product.
+`W_skip^T v` at the point it reads. Constants (biases of attention and decoders) need no walk: the model is affine, so their
+part of a target is its inner product with the stream that a run without any source produces.
+
+Points are numbered by depth: pre_l = 2 l, mid_l = 2 l + 1. One chunk holds targets of similar position and any depth,
+deepest first, so those under way are always a prefix and every product is one plain matrix product.
 """
 
 from __future__ import annotations
@@ -25,37 +27,31 @@ from torch import Tensor
 from circuits.sources import Sources
 from replacement import LocalReplacement, ModelShape, Site
 
-ROWS_PER_CHUNK = 1024
-"""Positions x targets carried at once: enough for full-speed matrix products, small enough to stay in the cache."""
+ROWS_PER_CHUNK = 4096
+"""Targets x positions carried at once: enough for full-speed matrix products, small enough to stay near the cache."""
+PADDING = 1.1
+"""Carried rows over rows in a causal cone, above which a chunk of a fair size is closed early."""
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Point:
-    """A place on the residual timeline: in front of a layer's attention, or between it and the MLP (`mid`)."""
+def read_depth(site: Site, shape: ModelShape) -> int:
+    """Depth of the point at which a site reads the residual stream.
 
-    layer: int
-    mid: bool = False
-
-    @classmethod
-    def of_read(cls, site: Site, shape: ModelShape) -> Point:
-        """The point at which a site reads the residual stream.
-
-        Raises:
-            ValueError: the site is not a linear reading of the residual stream.
-        """
-        if site.kind in ("resid_mid", "mlp_in"):
-            return cls(site.layer, mid=not shape.parallel)
-        if site.kind in ("resid_pre", "resid_post"):
-            return cls(site.layer + (site.kind == "resid_post"))
-        raise ValueError(f"cannot attribute to features that read {site}: expected a site on the residual stream")
+    Raises:
+        ValueError: the site is not a linear reading of the residual stream.
+    """
+    if site.kind in ("resid_mid", "mlp_in"):
+        return 2 * site.layer + (not shape.parallel)
+    if site.kind in ("resid_pre", "resid_post"):
+        return 2 * (site.layer + (site.kind == "resid_post"))
+    raise ValueError(f"cannot attribute to features that read {site}: expected a site on the residual stream")
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """N vectors read at one point of the timeline, each at its own position."""
+    """N vectors, each read at a point and a position."""
 
-    point: Point
     vectors_ND: Tensor
+    depth_N: Tensor
     position_N: Tensor
 
 
@@ -65,6 +61,7 @@ class Transport:
     def __init__(self, local: LocalReplacement) -> None:
         self.local = local
         self.sources = Sources.of(local)
+        self.constants = _constant_stream(local, self.sources.bias_LD)
 
     def attribute(self, targets: Targets) -> tuple[Tensor, Tensor]:
         """Direct effects `A [N, C]` of every source on every target, and the constant part `bias [N]`.
@@ -73,97 +70,130 @@ class Transport:
 
         Cost: `(position + 1) x layers below x (4 D^2 + 2 T D)` flops per target, plus decoder products.
         """
-        n_targets = len(targets.vectors_ND)
-        effects_NC = targets.vectors_ND.new_zeros(n_targets, self.sources.n_columns)
-        bias_N = targets.vectors_ND.new_zeros(n_targets)
-        order_N = torch.argsort(targets.position_N, stable=True)
-        for chunk in _chunks(targets.position_N[order_N].tolist()):
-            chosen_N = order_N[chunk]
-            walk = _Walk(self, targets.vectors_ND[chosen_N], targets.position_N[chosen_N])
-            walk.down_from(targets.point)
-            effects_NC[chosen_N], bias_N[chosen_N] = walk.effects_NC, walk.bias_N
+        vectors_ND, depth_N, position_N = targets.vectors_ND, targets.depth_N, targets.position_N
+        bias_N = (vectors_ND * self.constants[depth_N, position_N]).sum(-1)
+        effects_NC = vectors_ND.new_empty(len(vectors_ND), self.sources.n_columns)
+        order_N = torch.argsort(position_N, stable=True)
+        for chunk in _chunks(position_N[order_N].tolist()):
+            chosen = order_N[chunk]
+            chosen = chosen[torch.argsort(depth_N[chosen], descending=True, stable=True)]
+            walk = _Walk(self, vectors_ND[chosen], depth_N[chosen].tolist(), position_N[chosen])
+            effects_NC[chosen] = walk.down()
         return effects_NC, bias_N
 
 
 def _chunks(position_N: list[int]) -> Iterator[slice]:
-    """Cut targets, sorted by position, into runs of about `ROWS_PER_CHUNK` carried rows."""
-    start = 0
-    for stop in range(1, len(position_N) + 1):
-        if stop == len(position_N) or (position_N[stop] + 1) * (stop + 1 - start) > ROWS_PER_CHUNK:
-            yield slice(start, stop)
-            start = stop
+    """Cut targets, sorted by position, into runs of similar position and at most `ROWS_PER_CHUNK` carried rows."""
+    start, cone = 0, 0
+    for n, position in enumerate(position_N):
+        carried = (n + 1 - start) * (position + 1)
+        padded = carried > PADDING * (cone + position + 1) and carried > ROWS_PER_CHUNK / 4
+        if n > start and (carried > ROWS_PER_CHUNK or padded):
+            yield slice(start, n)
+            start, cone = n, 0
+        cone += position + 1
+    yield slice(start, len(position_N))
 
 
 @dataclass(slots=True)
 class _Walk:
-    """One chunk of targets on its way down."""
+    """One chunk of targets, deepest first, on its way down."""
 
     transport: Transport
     vectors_ND: Tensor
+    depths: list[int]
     position_N: Tensor
-    v_TND: Tensor = field(init=False)
+    v_NTD: Tensor = field(init=False)
     effects_NC: Tensor = field(init=False)
-    bias_N: Tensor = field(init=False)
-    _pending: dict[Point, Tensor] = field(init=False, default_factory=dict)
-    """Vectors that skip matrices add when the walk reaches a point."""
+    _pending: dict[int, Tensor] = field(init=False, default_factory=dict)
+    """Vectors that skip matrices add when the walk reaches a depth."""
 
     def __post_init__(self) -> None:
         n_targets, D = self.vectors_ND.shape
-        self.v_TND = self.vectors_ND.new_zeros(int(self.position_N.max()) + 1, n_targets, D)
-        self.v_TND[self.position_N, torch.arange(n_targets)] = self.vectors_ND
+        self.v_NTD = self.vectors_ND.new_zeros(n_targets, int(self.position_N.max()) + 1, D)
+        self.v_NTD[torch.arange(n_targets), self.position_N] = self.vectors_ND
         self.effects_NC = self.vectors_ND.new_zeros(n_targets, self.transport.sources.n_columns)
-        self.bias_N = self.vectors_ND.new_zeros(n_targets)
 
-    def down_from(self, point: Point) -> None:
-        """Walk to the embeddings and fill `effects_NC` and `bias_N`."""
-        if point.mid:
-            self._pass_attention(point.layer)
-        for layer in reversed(range(point.layer)):
-            self._meet_mlp(layer)
-            self._pass_attention(layer)
+    def down(self) -> Tensor:
+        """Walk to the embeddings; return the effects `[N, C]`."""
+        local = self.transport.local
+        for layer in reversed(range(min(local.shape.n_layers, self.depths[0] // 2 + 1))):
+            self._meet_mlp(layer, self._under_way(2 * layer + 2))
+            self._add_pending(2 * layer + 1)
+            reached = self._under_way(2 * layer + 1)
+            if reached:
+                local.frozen.attentions[layer].add_pull_back_(self.v_NTD[:reached])
+            self._add_pending(2 * layer)
         self._meet_embeddings()
+        return self.effects_NC
 
-    def _meet_mlp(self, layer: int) -> None:
-        sources = self.transport.sources
-        written = sources.layers[layer]
-        for v_ND, begin, end in zip(self.v_TND, written.offsets, written.offsets[1:], strict=False):
-            effects_NS = v_ND @ written.vectors_SD[begin:end].T
-            self.effects_NC.index_add_(1, written.columns_S[begin:end], effects_NS)
-        self.bias_N += self.v_TND.sum(0) @ sources.bias_LD[layer]
+    def _under_way(self, depth: int) -> int:
+        """Number of targets that read at this depth or deeper; they are a prefix."""
+        return sum(one >= depth for one in self.depths)
+
+    def _meet_mlp(self, layer: int, reached: int) -> None:
+        if not reached:
+            return
+        written, effects_NC = self.transport.sources.layers[layer], self.effects_NC[:reached]
+        for t in range(self.v_NTD.shape[1]):
+            rows = slice(written.offsets[t], written.offsets[t + 1])
+            effects_NS = self.v_NTD[:reached, t] @ written.vectors_SD[rows].T
+            effects_NC.index_add_(1, written.columns_S[rows], effects_NS)
         if self.transport.local.crosscoder.skip:
-            self._branch_into_skips(Site(layer, "mlp_out"))
-
-    def _pass_attention(self, layer: int) -> None:
-        attention = self.transport.local.frozen.attentions[layer]
-        self._add_pending(Point(layer, mid=True))
-        constant_TD = attention.constant_TD[: len(self.v_TND)]
-        self.bias_N += torch.einsum("tnd,td->n", self.v_TND, constant_TD)
-        attention.add_pull_back_(self.v_TND)
-        self._add_pending(Point(layer))
+            self._branch_into_skips(Site(layer, "mlp_out"), self.v_NTD[:reached])
 
     def _meet_embeddings(self) -> None:
         frozen = self.transport.local.frozen
-        T = len(self.v_TND)
-        self.effects_NC[:, :T] = torch.einsum("tnd,td->nt", self.v_TND, frozen.token_embedding_TD[:T])
-        if frozen.position_embedding_TD is not None:
-            n_tokens = len(frozen.tokens_T)
-            effects_NT = torch.einsum("tnd,td->nt", self.v_TND, frozen.position_embedding_TD[:T])
-            self.effects_NC[:, n_tokens : n_tokens + T] = effects_NT
+        T, n_tokens = self.v_NTD.shape[1], len(frozen.tokens_T)
+        for first, source_TD in ((0, frozen.token_embedding_TD), (n_tokens, frozen.position_embedding_TD)):
+            if source_TD is not None:
+                effects_NT = torch.einsum("ntd,td->nt", self.v_NTD, source_TD[:T])
+                self.effects_NC[:, first : first + T] = effects_NT
 
-    def _add_pending(self, point: Point) -> None:
-        if point in self._pending:
-            self.v_TND += self._pending.pop(point)
+    def _add_pending(self, depth: int) -> None:
+        if depth in self._pending:
+            u_NTD = self._pending.pop(depth)
+            self.v_NTD[: len(u_NTD)] += u_NTD
 
-    def _branch_into_skips(self, write: Site) -> None:
+    def _branch_into_skips(self, write: Site, v_NTD: Tensor) -> None:
         """Send `W_skip^T v` to the points that the skip matrices of one written site read."""
         local = self.transport.local
-        crosscoder = local.crosscoder
-        for group, writes in enumerate(crosscoder.wiring.writes):
-            for read in crosscoder.wiring.reads[group] if write in writes else ():
-                u_TND = self.v_TND @ crosscoder.skip_matrix(group, read, write)
+        for group in local.crosscoder.wiring.writers(write):
+            for read in local.crosscoder.wiring.reads[group]:
+                u_NTD = v_NTD @ local.crosscoder.skip_matrix(group, read, write)
                 if read.kind == "mlp_in":
-                    norm = local.frozen.norms_mlp[read.layer]
-                    self.bias_N += (u_TND @ norm.bias_D).sum(0)
-                    u_TND = norm.pull_back(u_TND, torch.arange(len(u_TND))[:, None])
-                point = Point.of_read(read, local.shape)
-                self._pending[point] = self._pending[point] + u_TND if point in self._pending else u_TND
+                    u_NTD = local.frozen.norms_mlp[read.layer].pull_back(u_NTD, torch.arange(u_NTD.shape[1]))
+                depth = read_depth(read, local.shape)
+                if depth in self._pending:  # of a shallower written layer: as many targets or fewer
+                    u_NTD[: len(self._pending[depth])] += self._pending[depth]
+                self._pending[depth] = u_NTD
+
+
+def _constant_stream(local: LocalReplacement, bias_LD: Tensor) -> Tensor:
+    """`[2 L + 1, T, D]`: the residual stream at every depth when embeddings, features and errors are all zero."""
+    frozen, crosscoder, shape = local.frozen, local.crosscoder, local.shape
+    x_TD = torch.zeros_like(frozen.token_embedding_TD)
+    stream = x_TD.new_zeros(2 * shape.n_layers + 1, *x_TD.shape)
+    reads: dict[Site, Tensor] = {}
+    for layer, attention in enumerate(frozen.attentions):
+        stream[2 * layer] = x_TD
+        after_TD = x_TD + attention.apply(x_TD)
+        stream[2 * layer + 1] = after_TD
+        for site in crosscoder.wiring.read_sites:
+            if site.layer == layer:
+                point_TD = stream[read_depth(site, shape)]
+                reads[site] = frozen.norms_mlp[layer].apply(point_TD) if site.kind == "mlp_in" else point_TD
+        x_TD = after_TD + bias_LD[layer]
+        if crosscoder.skip:
+            x_TD = x_TD + _skip_constant(local, Site(layer, "mlp_out"), reads)
+    stream[-1] = x_TD
+    return stream
+
+
+def _skip_constant(local: LocalReplacement, write: Site, reads: dict[Site, Tensor]) -> Tensor:
+    crosscoder = local.crosscoder
+    total_TD = torch.zeros_like(local.errors_LTD[0])
+    for group in crosscoder.wiring.writers(write):
+        for read in crosscoder.wiring.reads[group]:
+            total_TD += reads[read] @ crosscoder.skip_matrix(group, read, write).T
+    return total_TD

@@ -1,7 +1,6 @@
 """What stays fixed for one prompt: norm scales and attention patterns. With them frozen, a transformer minus its MLPs is linear.
 
-Letters: T tokens, H heads, K d_head, D d_model, N targets. Targets ride in the middle axis (`v_TND`), positions first, so
-that every product below is one plain matrix product on contiguous memory.
+Letters: T tokens, H heads, K d_head, X = H K, D d_model, N targets, R = N T rows.
 
 Everything that could be folded is folded once. A frozen norm is `x -> centre(x) * weight / scale[t] + bias`; its weight and
 centring go into `W_V` (norm before attention) and `W_O` (norm after it), its scale into the rows and columns of the pattern.
@@ -56,15 +55,18 @@ class FrozenNorm:
 class AttentionWeights:
     """The linear part of one attention layer with its norms folded in; the same for every prompt.
 
-    Grouped-query attention is expanded: every query head carries its own copy of the value weights.
+    Heads are stacked (`X = H K`) so that all of them are one matrix product. Grouped-query attention is expanded: every
+    query head carries its own copy of the value weights.
     """
 
-    W_V_HDK: Tensor
-    """Value weights with the input norm's weight and centring folded in."""
-    W_O_HKD: Tensor
+    n_heads: int
+    """H."""
+    W_V_XD: Tensor
+    """Value weights with the input norm's weight and centring folded in; `x @ W_V.T` gives all values."""
+    W_O_XD: Tensor
     """Output weights with the output norm's weight and centring folded in (where the model has such a norm)."""
-    value_bias_HK: Tensor
-    """What a value vector holds when the stream is zero: input-norm bias through `W_V`, plus `b_V`."""
+    value_bias_X: Tensor
+    """What the value vectors hold when the stream is zero: input-norm bias through `W_V`, plus `b_V`."""
     output_bias_D: Tensor
     """`b_O` through the output norm's weight (not yet divided by its scale)."""
     norm_bias_D: Tensor
@@ -97,9 +99,10 @@ class AttentionWeights:
             W_O, b_O, norm_bias = W_O * norm_out.weight_D, b_O * norm_out.weight_D, norm_out.bias_D
         groups = n_heads // W_V.shape[0]
         return cls(
-            W_V_HDK=W_V.repeat_interleave(groups, 0).contiguous(),
-            W_O_HKD=W_O.contiguous(),
-            value_bias_HK=value_bias.repeat_interleave(groups, 0),
+            n_heads=n_heads,
+            W_V_XD=W_V.repeat_interleave(groups, 0).transpose(1, 2).flatten(0, 1).contiguous(),
+            W_O_XD=W_O.flatten(0, 1).contiguous(),
+            value_bias_X=value_bias.repeat_interleave(groups, 0).flatten(),
             output_bias_D=b_O,
             norm_bias_D=norm_bias,
         )
@@ -107,8 +110,8 @@ class AttentionWeights:
     def freeze(self, pattern_HTT: Tensor, scale_in_T: Tensor, scale_out_T: Tensor | None) -> FrozenAttention:
         """Fix the pattern `[head, query, key]` and both norm scales for one prompt."""
         rows_T = torch.ones_like(scale_in_T) if scale_out_T is None else 1 / scale_out_T
-        z_HTK = pattern_HTT.sum(-1)[..., None] * self.value_bias_HK[:, None]
-        constant_TD = torch.einsum("htk,hkd->td", z_HTK, self.W_O_HKD) + self.output_bias_D
+        z_THK = pattern_HTT.sum(-1).T[..., None] * self.value_bias_X.view(self.n_heads, -1)
+        constant_TD = z_THK.flatten(1) @ self.W_O_XD + self.output_bias_D
         return FrozenAttention(
             weights=self,
             kernel_HTT=pattern_HTT * rows_T[:, None] / scale_in_T,
@@ -128,31 +131,27 @@ class FrozenAttention:
 
     def apply(self, x_TD: Tensor) -> Tensor:
         """The layer's write to the residual stream when it reads `x_TD`."""
-        out_TD = self.constant_TD.clone()
-        for kernel_TT, W_V_DK, W_O_KD in zip(
-            self.kernel_HTT, self.weights.W_V_HDK, self.weights.W_O_HKD, strict=True
-        ):
-            out_TD += kernel_TT @ (x_TD @ W_V_DK) @ W_O_KD
-        return out_TD
+        weights = self.weights
+        values_HTK = (x_TD @ weights.W_V_XD.T).unflatten(1, (weights.n_heads, -1)).transpose(0, 1)
+        z_TX = (self.kernel_HTT @ values_HTK).transpose(0, 1).flatten(1)
+        return z_TX @ weights.W_O_XD + self.constant_TD
 
-    def add_pull_back_(self, v_TND: Tensor) -> Tensor:
+    def add_pull_back_(self, v_NTD: Tensor) -> Tensor:
         """Turn, in place, vectors at this layer's output into vectors at its input, direct stream included.
 
         `v[s] += sum_h sum_t kernel_h[t, s] W_V_h W_O_h v[t]`. Cost per position and target: `4 D^2` flops for the two
         weight products (when H K = D) and `2 T D` for the mixing over positions.
 
+        The first product is taken transposed, which leaves heads and channels in front and positions last: the mixing is
+        then one batched product over heads and the second product closes the sum, with no copy and no permutation.
+
         Args:
-            v_TND: contiguous; its first axis may stop before the prompt does, because attention is causal.
+            v_NTD: contiguous; its second axis may stop before the prompt does, because attention is causal.
         """
-        T, N, D = v_TND.shape
-        K = self.weights.W_V_HDK.shape[2]
-        flat_RD = v_TND.view(T * N, D)
-        # All heads read the vectors as they came in, so the heads' inputs are made before the sum is written back.
-        source_RD = flat_RD.clone()
-        mixed_TM = v_TND.new_empty(T, N * K)
-        for kernel_TT, W_V_DK, W_O_KD in zip(
-            self.kernel_HTT[:, :T, :T], self.weights.W_V_HDK, self.weights.W_O_HKD, strict=True
-        ):
-            torch.mm(kernel_TT.T, (source_RD @ W_O_KD.T).view(T, N * K), out=mixed_TM)
-            flat_RD.addmm_(mixed_TM.view(T * N, K), W_V_DK.T)
-        return v_TND
+        weights = self.weights
+        N, T, D = v_NTD.shape
+        flat_RD = v_NTD.view(N * T, D)
+        u_XR = torch.mm(weights.W_O_XD, flat_RD.T)
+        mixed_HMT = torch.bmm(u_XR.view(weights.n_heads, -1, T), self.kernel_HTT[:, :T, :T])
+        flat_RD.addmm_(mixed_HMT.view(-1, N * T).T, weights.W_V_XD)
+        return v_NTD

@@ -6,7 +6,6 @@ Letters: B batch, T tokens, R = B T rows, D d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +16,6 @@ from replacement.interventions import Intervention, check_interventions, interve
 from replacement.language_model import Hook, LanguageModel
 from replacement.local import LocalReplacement, localize
 from replacement.sites import Site
-
-Errors = Literal["drop", "keep"]
-Reads = Literal["replaced", "clean"]
 
 
 class ReplacementModel:
@@ -57,9 +53,9 @@ class ReplacementModel:
         self,
         tokens: Tensor,
         *,
-        errors: Errors = "drop",
+        errors: str = "drop",
         layers: Iterable[int] | None = None,
-        reads: Reads = "replaced",
+        reads: str = "replaced",
         interventions: Iterable[Intervention] = (),
     ) -> Tensor:
         """Logits `[B, T, V]` of tokens `[B, T]`, or `[T, V]` of tokens `[T]`.

@@ -1,0 +1,98 @@
+"""Tiny randomly initialised models in Hugging Face layout, one per supported architecture, made by the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerFast
+
+from replacement import Crosscoder, LanguageModel, TopK, Wiring
+
+VOCABULARY = 97
+CONTEXT = 32
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+WINDOW = {"sliding_window": 4}
+CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT, "bos_token_id": 1}
+
+HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**GPT2, "eos_token_id": 1}),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {**SIZES, **GROUPED}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**SIZES, **GROUPED, **WINDOW, **CAPS}),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**SIZES, **GROUPED, **WINDOW}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**SIZES, **GROUPED}),
+    "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES),
+}
+ARCHITECTURES = (*HUGGING_FACE, "native")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 ... w96; w0 is the unknown word, w1 begins a sentence."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", pad_token="w2")
+
+
+def save_model(architecture: str, folder: Path) -> Path:
+    """Write a model with every weight away from its default, so that no norm gain or bias is trivial."""
+    config, model_class, options = HUGGING_FACE[architecture]
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config)(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter) * 0.3
+            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def native_model(dtype: torch.dtype) -> LanguageModel:
+    """A TransformerLens native model: no tokenizer, LayerNorm, learned positions."""
+    config = {
+        "n_layers": 2,
+        "d_model": 32,
+        "n_heads": 4,
+        "d_head": 8,
+        "n_ctx": CONTEXT,
+        "d_vocab": VOCABULARY,
+        "act_fn": "gelu",
+        "normalization_type": "LN",
+        "seed": 0,
+    }
+    return LanguageModel(TransformerBridge.boot_native(config, dtype=dtype), name="tiny-native")
+
+
+def crosscoder_for(lm: LanguageModel, *, wiring: Wiring | None = None, n_features: int = 48, **options: Any) -> Crosscoder:
+    """A random crosscoder whose decoders and biases are not zero."""
+    options.setdefault("activation", TopK(5))
+    crosscoder = Crosscoder(
+        wiring or Wiring.strictly_causal(lm), n_features=n_features, seed=0, dtype=lm.dtype, model_name=lm.name, **options
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in crosscoder.named_parameters():
+            if "W_enc" not in name and "threshold" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1)
+    return crosscoder
+
+
+def random_tokens(length: int = 10, *, seed: int = 0) -> torch.Tensor:
+    """Token ids of a random prompt."""
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))

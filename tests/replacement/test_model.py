@@ -1,0 +1,173 @@
+"""The replacement model: exact with errors kept, equal to a hand-written splice without, and strict about its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from replacement import Crosscoder, Intervention, ReLU, ReplacementModel, Site, TopK, Wiring
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+WIRINGS = ["strictly_causal", "per_layer", "transcoder"]
+
+
+def wiring_of(name: str, lm: Any) -> Wiring:
+    """Wirings that write MLP outputs."""
+    return Wiring.transcoder(lm, layer=1) if name == "transcoder" else getattr(Wiring, name)(lm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_keeping_errors_gives_the_original_logits(language_model: Any, architecture: str, dtype: torch.dtype) -> None:
+    lm = language_model(architecture, dtype)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    tokens = torch.stack([tiny.random_tokens(seed=seed) for seed in range(3)])
+    original = lm(tokens)
+    torch.testing.assert_close(model(tokens, errors="keep"), original, rtol=0, atol=TOLERANCE[dtype])
+    assert float((model(tokens) - original).abs().max()) > 0.1  # the random crosscoder is no copy of the MLPs
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_every_wiring_keeps_errors_and_localizes_exactly(language_model: Any, wiring: str, skip: bool) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm, wiring=wiring_of(wiring, lm), skip=skip))
+    tokens = tiny.random_tokens()
+    torch.testing.assert_close(model(tokens, errors="keep"), lm(tokens), rtol=0, atol=1e-12)
+    local = model.localize(tokens)
+    torch.testing.assert_close(local.logits(), local.frozen.logits_TV, rtol=0, atol=1e-12)
+
+
+def test_replaced_reads_equal_a_splice_written_by_hand(language_model: Any) -> None:
+    """Independent oracle: run layer by layer with dense features and overwrite MLP outputs one at a time."""
+    lm = language_model("llama", torch.float64)
+    crosscoder = tiny.crosscoder_for(lm, activation=ReLU())
+    tokens = tiny.random_tokens()
+    outputs: dict[Site, torch.Tensor] = {}
+    acts = []
+    for layer in range(3):
+        stream: dict[Site, torch.Tensor] = {}
+        hooks: dict[Site, Any] = {site: (lambda x, y=y: y[None]) for site, y in outputs.items()}
+        hooks[Site(layer, "resid_mid")] = lambda x, kept=stream: kept.update(x=x[0])
+        lm.run(tokens, hooks)
+        pre = stream["x"] @ crosscoder.encoder(layer, Site(layer, "resid_mid")).T + crosscoder.b_enc[layer]
+        acts.append(pre.relu())
+        site = Site(layer, "mlp_out")
+        outputs[site] = crosscoder.decoder_bias(site) + sum(a @ crosscoder.decoder(g, site) for g, a in enumerate(acts))
+    expected = lm.run(tokens, {site: (lambda x, y=y: y[None]) for site, y in outputs.items()})
+    torch.testing.assert_close(ReplacementModel(lm, crosscoder)(tokens), expected, rtol=0, atol=1e-12)
+
+
+def test_clean_reads_of_one_layer_change_that_layer_only(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    tokens = tiny.random_tokens()
+    sites = [Site(layer, "mlp_out") for layer in range(3)]
+    clean = lm.read(tokens, [*sites, *model.crosscoder.wiring.read_sites])
+    expected = model.crosscoder({site: clean[site] for site in model.crosscoder.wiring.read_sites}).reconstructions
+    spliced = lm.run(tokens, {sites[2]: lambda x: expected[sites[2]][None]})
+    torch.testing.assert_close(model(tokens, layers=[2], reads="clean"), spliced, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(tokens, layers=[]), lm(tokens), rtol=0, atol=0)
+
+
+def test_dropped_and_kept_errors_differ_by_the_error_terms(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    tokens = tiny.random_tokens()
+    local = model.localize(tokens)
+    outputs = local.mlp_outputs()
+    clean = lm.read(tokens, [Site(layer, "mlp_out") for layer in range(3)])
+    for layer in range(3):
+        torch.testing.assert_close(outputs[layer], clean[Site(layer, "mlp_out")], rtol=0, atol=1e-12)
+    assert float(local.errors_LTD.abs().max()) > 0.1
+
+
+def test_intervention_sets_what_it_names(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    tokens = tiny.random_tokens()
+    features = model.localize(tokens).features
+    last = features.of(2)
+    group, position, index = 2, int(last.row[-1]), int(last.index[-1])
+    own = Intervention(group=group, position=position, index=index, activation=float(last.activation[-1]))
+    torch.testing.assert_close(model(tokens, errors="keep", interventions=[own]), lm(tokens), rtol=0, atol=1e-12)
+    # The last layer's features reach the logits through the final norm alone: add the vector by hand.
+    off = Intervention(group=group, position=position, index=index, activation=0.0)
+    site = Site(2, "mlp_out")
+    vector = model.crosscoder.decoder(2, site)[index] * last.activation[-1]
+
+    def subtract(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[0, position] -= vector
+        return x
+
+    expected = lm.run(tokens, {site: subtract})
+    torch.testing.assert_close(model(tokens, errors="keep", interventions=[off]), expected, rtol=0, atol=1e-12)
+
+
+def test_intervention_switches_an_inactive_feature_on_in_every_prompt_of_a_batch(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    tokens = torch.stack([tiny.random_tokens(seed=seed) for seed in range(2)])
+    on = [Intervention(group=0, position=4, index=i, activation=2.0) for i in range(3)]
+    together = model(tokens, interventions=on)
+    alone = torch.stack([model(row, interventions=on) for row in tokens])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    assert float((together - model(tokens))[:, 4:].abs().max()) > 1e-3
+    torch.testing.assert_close(together[:, :4], model(tokens)[:, :4], rtol=0, atol=1e-12)  # causality
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"errors": "add"}, "errors must be 'drop' or 'keep', got 'add'"),
+        ({"reads": "dirty"}, "reads must be 'replaced' or 'clean', got 'dirty'"),
+        ({"layers": [1, 7]}, r"the crosscoder writes layers \[0, 1, 2\], not layer 7"),
+        ({"interventions": [Intervention(group=5, position=0, index=0, activation=0.0)]}, "group 5: expected 0 to 2"),
+        ({"interventions": [Intervention(group=0, position=10, index=0, activation=0.0)]}, "position 10: expected 0 to 9"),
+        ({"interventions": [Intervention(group=0, position=0, index=48, activation=0.0)]}, "index 48: expected 0 to 47"),
+        ({"interventions": [Intervention(group=0, position=0, index=1, activation=float("nan"))]}, "to nan"),
+        ({"interventions": [Intervention(group=0, position=0, index=1, activation=1.0)] * 2}, "set the same feature"),
+    ],
+)
+def test_bad_options(language_model: Any, options: dict[str, Any], message: str) -> None:
+    lm = language_model("gpt2")
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    with pytest.raises(ValueError, match=message):
+        model(tiny.random_tokens(), **options)
+
+
+def test_crosscoders_of_another_model(language_model: Any) -> None:
+    gpt2, native = language_model("gpt2"), language_model("native")
+    with pytest.raises(ValueError, match="tiny-gpt2"):
+        ReplacementModel(native, tiny.crosscoder_for(gpt2))
+    with pytest.raises(ValueError, match="tiny-gpt2"):
+        ReplacementModel(language_model("llama"), tiny.crosscoder_for(gpt2))
+    wide = Wiring.strictly_causal(type(gpt2.shape)(3, 40, 4, 10))
+    with pytest.raises(ValueError, match=r"40.*32"):
+        ReplacementModel(gpt2, Crosscoder(wide, n_features=16, activation=TopK(2), model_name=gpt2.name))
+
+
+def test_crosscoders_that_cannot_be_spliced(language_model: Any) -> None:
+    lm = language_model("gpt2")
+    autoencoder = Crosscoder(Wiring.autoencoder(lm, layers=1), n_features=16, activation=TopK(2))
+    with pytest.raises(ValueError, match=r"writes mlp_out sites, this one writes resid_post.1"):
+        ReplacementModel(lm, autoencoder)
+    backwards = Wiring("backwards", ((Site(2, "resid_mid"),),), ((Site(0, "mlp_out"),),), {"resid_mid": 32, "mlp_out": 32})
+    with pytest.raises(ValueError, match="needs a causal crosscoder"):
+        ReplacementModel(lm, Crosscoder(backwards, n_features=16, activation=TopK(2)))
+    broken = tiny.crosscoder_for(lm)
+    with torch.no_grad():
+        broken.b_enc[1][0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        ReplacementModel(lm, broken)
+
+
+def test_localize_refuses_what_the_model_cannot_read(language_model: Any) -> None:
+    lm = language_model("gpt2")
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    with pytest.raises(ValueError, match="the prompt has 33 tokens"):
+        model.localize(torch.ones(33, dtype=torch.int64))
