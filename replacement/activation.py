@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -225,7 +225,7 @@ def activation_from_dict(value: Mapping[str, Any]) -> Activation:
     name = parameters.pop("name", None)
     if name not in kinds:
         raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(kinds)}")
-    expected = list(kinds[name].__dataclass_fields__)
+    expected = [field.name for field in fields(kinds[name])]
     if set(parameters) - set(expected) or (name in ("topk", "batchtopk") and "k" not in parameters):
         raise ValueError(f"activation {name} has the parameters {expected}, got {sorted(parameters)}")
     return kinds[name](**parameters)

@@ -15,7 +15,7 @@ from torch import Tensor
 from replacement.features import Features
 
 
-def fraction_of_variance_unexplained(target_BD: Float[Tensor, "B D"], reconstruction_BD: Float[Tensor, "B D"]) -> float:
+def fraction_of_variance_unexplained(target_BD: Float[Tensor, "B D"], reconstruction_BD: Tensor) -> float:
     """`sum_b ||y - y_hat||^2 / sum_b ||y - mean_b y||^2`: 0 is perfect, 1 is no better than the mean, above 1 is worse.
 
     Raises:
@@ -24,7 +24,7 @@ def fraction_of_variance_unexplained(target_BD: Float[Tensor, "B D"], reconstruc
     return VarianceUnexplained().update(target_BD, reconstruction_BD).value()
 
 
-def kl_divergence(logits_p: Float[Tensor, "*B V"], logits_q: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+def kl_divergence(logits_p: Float[Tensor, "*B V"], logits_q: Tensor) -> Float[Tensor, "*B"]:
     """`KL(p || q) = sum_v p_v (log p_v - log q_v)` of every token, in nats; p is the original model.
 
     Raises:
@@ -51,9 +51,7 @@ class Agreement(NamedTuple):
         return self.agreed / self.counted if self.counted else float("nan")
 
 
-def top1_agreement(
-    logits_p: Float[Tensor, "*B V"], logits_q: Float[Tensor, "*B V"], *, min_probability: float = 0.5
-) -> Agreement:
+def top1_agreement(logits_p: Float[Tensor, "*B V"], logits_q: Tensor, *, min_probability: float = 0.5) -> Agreement:
     """Agreement on the most likely token, among tokens to which model p gives at least `min_probability`.
 
     Where p itself hesitates between tokens, disagreement says little; 0 counts every token.
@@ -94,7 +92,7 @@ class VarianceUnexplained:
         self._n_rows = 0
         self._error = 0.0
 
-    def update(self, target_BD: Float[Tensor, "B D"], reconstruction_BD: Float[Tensor, "B D"]) -> VarianceUnexplained:
+    def update(self, target_BD: Float[Tensor, "B D"], reconstruction_BD: Tensor) -> VarianceUnexplained:
         """Add one batch; returns itself.
 
         Raises:
