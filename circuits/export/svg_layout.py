@@ -16,17 +16,18 @@ import numpy as np
 from circuits.nodes import NodeKind, NodeTable
 from circuits.text import short_name
 
-FONT = 11.0
-LINE = 13.0
+FONT = 12.0
+LINE = 14.0
 _PAD_X, _PAD_Y = 7.0, 4.5
 _GAP = 5.0
 _STACK = 4
 _DIAMOND = 10.0
 _ROW_PAD = 17.0  # half of the band between two rows, where edges can be followed
-_GUTTER, _MARGIN = 52.0, 14.0
-_PAGE = 960.0
-_CAPS = (150.0, 136.0, 124.0, 112.0, 102.0, 94.0, 86.0)
+_GUTTER, _MARGIN = 56.0, 14.0
+_PAGE = 980.0
+_CAPS = (160.0, 146.0, 132.0, 120.0, 110.0, 100.0, 92.0)
 _MIN_COLUMN = 34.0
+_MIN_WIDTH = 480.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def text_width(text: str, size: float = FONT) -> float:
 
 def fit(text: str, width: float, size: float = FONT) -> str:
     """The text, or its beginning with an ellipsis, no wider than `width`."""
+    width += 1e-6  # a box made for this very text must hold it
     if text_width(text, size) <= width:
         return text
     while text and text_width(text.rstrip(" ,") + "\u2026", size) > width:
@@ -100,7 +102,7 @@ def fit(text: str, width: float, size: float = FONT) -> str:
 def wrap(text: str, width: float) -> tuple[str, ...]:
     """One or two lines no wider than `width`, broken at an arrow or else between words; the rest ends in an
     ellipsis."""
-    if text_width(text) <= width:
+    if fit(text, width) == text:
         return (text,)
     before, arrow, after = text.partition(" \u2192 ")
     if arrow:
@@ -119,18 +121,19 @@ def place(nodes: NodeTable, rank: np.ndarray) -> Layout:
     """Place every node of a table; `rank` (float64[N]) puts the larger first inside a cell."""
     cells = _cells(nodes, rank)
     positions = sorted(set(nodes.position.tolist()))
+    outputs = _outputs(nodes, rank)
     for cap in _CAPS:
         columns, widths = _columns(nodes, cells, positions, cap)
-        if columns[-1].start + columns[-1].size + _MARGIN <= _PAGE:
+        needed = columns[-1].start + columns[-1].size + _MARGIN
+        if needed <= _PAGE:
             break
-    width = max(columns[-1].start + columns[-1].size + _MARGIN, 480.0)
+    width = max(needed, _MIN_WIDTH, min(_GUTTER + sum(size + _GAP for _, _, size in outputs) + _MARGIN, _PAGE))
+    spare = (width - needed) / len(columns)
+    columns = [Band(c.title, c.start + number * spare, c.size + spare) for number, c in enumerate(columns)]
     column_of = dict(zip(positions, columns, strict=True))
     boxes: list[Box] = []
     rows: list[Band] = []
-    outputs = sorted(
-        np.flatnonzero(nodes.kind == NodeKind.LOGIT).tolist(), key=lambda row: (nodes.position[row], -rank[row])
-    )
-    y = _place_outputs(nodes, outputs, width, boxes, rows)
+    y = _place_outputs(outputs, width, boxes, rows)
     for layer in sorted({layer for layer, _ in cells}, reverse=True):
         here = {position: rows_ for (at, position), rows_ in cells.items() if at == layer}
         y = _place_row(nodes, layer, here, column_of, widths, y, boxes, rows)
@@ -179,22 +182,35 @@ def _box(node: int, text: str, x: float, top: float, width: float) -> Box:
     return Box(node, x, top + height / 2, width, height, lines)
 
 
-def _place_outputs(nodes: NodeTable, outputs: list[int], width: float, boxes: list[Box], rows: list[Band]) -> float:
-    """Logits share one band across the whole width, set from the right, where the last position is."""
+def _outputs(nodes: NodeTable, rank: np.ndarray) -> list[tuple[int, str, float]]:
+    """Logits by position and rank: node, text and width."""
+    logits = np.flatnonzero(nodes.kind == NodeKind.LOGIT).tolist()
+    result = []
+    for node in sorted(logits, key=lambda row: (nodes.position[row], -rank[row])):
+        text = fit(short_name(nodes, node), 150.0)
+        if nodes.probability[node] > 0:
+            text = f"{text} {100 * nodes.probability[node]:.3g}%"
+        result.append((node, text, max(text_width(text) + 2 * _PAD_X, _MIN_COLUMN)))
+    return result
+
+
+def _place_outputs(outputs: list[tuple[int, str, float]], width: float, boxes: list[Box], rows: list[Band]) -> float:
+    """Logits share one band across the whole width, set to the right, where the last position is."""
     if not outputs:
         return 0.0
-    top, x = _ROW_PAD, width - _MARGIN
-    for node in reversed(outputs):
-        text = short_name(nodes, node)
-        if nodes.probability[node] > 0:
-            text = f"{fit(text, 110.0)} {100 * nodes.probability[node]:.3g}%"
-        size = max(text_width(text) + 2 * _PAD_X, _MIN_COLUMN)
-        if x - size < _GUTTER:
-            top, x = top + LINE + 2 * _PAD_Y + _GAP, width - _MARGIN
-        height = LINE + 2 * _PAD_Y
-        boxes.append(Box(node, x - size / 2, top + height / 2, size, height, (text,)))
-        x -= size + _GAP
-    bottom = top + LINE + 2 * _PAD_Y + _ROW_PAD
+    height, room = LINE + 2 * _PAD_Y, width - _GUTTER - _MARGIN
+    lines: list[list[tuple[int, str, float]]] = [[]]
+    for output in outputs:
+        if lines[-1] and sum(size + _GAP for _, _, size in lines[-1]) + output[2] > room:
+            lines.append([])
+        lines[-1].append(output)
+    for number, line in enumerate(lines):
+        x = width - _MARGIN - sum(size for _, _, size in line) - (len(line) - 1) * _GAP
+        for node, text, size in line:
+            y = _ROW_PAD + number * (height + _GAP) + height / 2
+            boxes.append(Box(node, x + size / 2, y, size, height, (text,)))
+            x += size + _GAP
+    bottom = 2 * _ROW_PAD + len(lines) * (height + _GAP) - _GAP
     rows.append(Band("output", 0.0, bottom))
     return bottom
 

@@ -102,7 +102,7 @@ def test_long_labels_end_in_an_ellipsis_and_are_whole_in_the_tooltip(build_graph
     assert any(label.strip() in title for title in titles)
     shown = [text for text in texts(crowded(build_graph, label=label).to_svg()) if text.startswith("a label")]
     assert shown
-    assert all(text_width(text) <= 150 for text in shown)
+    assert all(text_width(text) <= 160 for text in shown)
 
 
 def test_caption_shows_scores_and_what_was_left_out(build_graph) -> None:
@@ -161,10 +161,12 @@ def test_room_for_nothing(small) -> None:
 
 def test_wrapping() -> None:
     assert wrap("short", 100.0) == ("short",)
-    assert wrap("Dallas, Houston → Texas", 110.0) == ("Dallas, Houston", "→ Texas")
-    assert wrap("completion of a fact", 80.0) == ("completion of", "a fact")
+    assert wrap("Dallas, Houston → Texas", 120.0) == ("Dallas, Houston", "→ Texas")
+    assert wrap("completion of a fact", 90.0) == ("completion of", "a fact")
     assert wrap("Donaudampfschifffahrt", 60.0)[0].endswith("…")
     assert fit("", 5.0) == ""
+    for text in ("w30", "Austin", "i"):
+        assert fit(text, text_width(text) + 14.0 - 14.0) == text
     assert text_width("中") > text_width("a") > text_width("i")
 
 
