@@ -5,7 +5,7 @@ T tokens, N targets of one chunk, D d_model, C source columns.
 A target is a vector `v` read at a point of the residual timeline, at one position. Walking down,
 
     v at post_l   meets what the MLP position of layer l writes: features and error
-    v at mid_l    is pulled back through attention l
+    v at mid_l    is pulled back through attention l, first to its value vectors, then to its input
     v at pre_0    meets token and position embeddings
 
 Parallel models have no mid: attention l is pulled back from post_l, and MLP readers sit at pre_l. A skip matrix adds
@@ -120,12 +120,31 @@ class _Walk:
         for layer in reversed(range(min(local.shape.n_layers, self.depths[0] // 2 + 1))):
             self._meet_mlp(layer, self._under_way(2 * layer + 2))
             self._add_pending(2 * layer + 1)
-            reached = self._under_way(2 * layer + 1)
-            if reached:
-                local.frozen.attentions[layer].add_pull_back_(self.v_NTD[:reached])
+            mixed = self._mix_back(layer)
             self._add_pending(2 * layer)
-        self._meet_embeddings()
+            if layer == 0:
+                self._meet_embeddings(mixed)
+            else:
+                for rows, z_XNT in mixed:
+                    local.frozen.attentions[layer].add_values_back_(z_XNT, self.v_NTD[rows])
         return self.effects_NC
+
+    def _mix_back(self, layer: int) -> list[tuple[slice, Tensor]]:
+        """Pull the targets under way back to the value vectors of one layer.
+
+        Targets that meet their first attention layer here are still at one position, which saves half of its cost.
+        """
+        attention = self.transport.local.frozen.attentions[layer]
+        spread, reached = self._under_way(2 * layer + 3), self._under_way(2 * layer + 1)
+        mixed = []
+        if spread:
+            mixed.append((slice(0, spread), attention.mix_back(self.v_NTD[:spread])))
+        if reached > spread:
+            fresh = slice(spread, reached)
+            position_N = self.position_N[fresh]
+            v_ND = self.v_NTD[torch.arange(spread, reached), position_N]
+            mixed.append((fresh, attention.mix_back_from(v_ND, position_N, self.v_NTD.shape[1])))
+        return mixed
 
     def _under_way(self, depth: int) -> int:
         """Number of targets that read at this depth or deeper; they are a prefix."""
@@ -142,13 +161,22 @@ class _Walk:
         if self.transport.local.crosscoder.skip:
             self._branch_into_skips(Site(layer, "mlp_out"), self.v_NTD[:reached])
 
-    def _meet_embeddings(self) -> None:
+    def _meet_embeddings(self, mixed: list[tuple[slice, Tensor]]) -> None:
+        """Inner products with the embeddings, below attention 0.
+
+        The last pull-back through `W_V` is not taken: embeddings are pushed up to the value vectors instead, once.
+        """
         frozen = self.transport.local.frozen
         T, n_tokens = self.v_NTD.shape[1], len(frozen.tokens_T)
+        W_V_XD = frozen.attentions[0].weights.W_V_XD
         for first, source_TD in ((0, frozen.token_embedding_TD), (n_tokens, frozen.position_embedding_TD)):
-            if source_TD is not None:
-                effects_NT = torch.einsum("ntd,td->nt", self.v_NTD, source_TD[:T])
-                self.effects_NC[:, first : first + T] = effects_NT
+            if source_TD is None:
+                continue
+            effects_NT = torch.einsum("ntd,td->nt", self.v_NTD, source_TD[:T])
+            values_XT = W_V_XD @ source_TD[:T].T
+            for rows, z_XNT in mixed:
+                effects_NT[rows] += (z_XNT * values_XT[:, None]).sum(0)
+            self.effects_NC[:, first : first + T] = effects_NT
 
     def _add_pending(self, depth: int) -> None:
         if depth in self._pending:

@@ -136,22 +136,27 @@ class FrozenAttention:
         z_TX = (self.kernel_HTT @ values_HTK).transpose(0, 1).flatten(1)
         return z_TX @ weights.W_O_XD + self.constant_TD
 
-    def add_pull_back_(self, v_NTD: Tensor) -> Tensor:
-        """Turn, in place, vectors at this layer's output into vectors at its input, direct stream included.
+    def mix_back(self, v_NTD: Tensor) -> Tensor:
+        """Vectors at this layer's output, pulled back to its value vectors: `[X, N, T]`, positions last.
 
-        `v[s] += sum_h sum_t kernel_h[t, s] W_V_h W_O_h v[t]`. Cost per position and target: `4 D^2` flops for the two
-        weight products (when H K = D) and `2 T D` for the mixing over positions.
-
-        The first product is taken transposed, which leaves heads and channels in front and positions last: the mixing is
-        then one batched product over heads and the second product closes the sum, with no copy and no permutation.
+        `z_h[s] = sum_t kernel_h[t, s] W_O_h v[t]`. The product with `W_O` is taken transposed, which leaves heads and
+        channels in front and positions last: the mixing is then one batched product over heads, without a copy.
 
         Args:
             v_NTD: contiguous; its second axis may stop before the prompt does, because attention is causal.
         """
-        weights = self.weights
         N, T, D = v_NTD.shape
-        flat_RD = v_NTD.view(N * T, D)
-        u_XR = torch.mm(weights.W_O_XD, flat_RD.T)
-        mixed_HMT = torch.bmm(u_XR.view(weights.n_heads, -1, T), self.kernel_HTT[:, :T, :T])
-        flat_RD.addmm_(mixed_HMT.view(-1, N * T).T, weights.W_V_XD)
-        return v_NTD
+        u_XR = torch.mm(self.weights.W_O_XD, v_NTD.view(N * T, D).T)
+        z_HMT = torch.bmm(u_XR.view(self.weights.n_heads, -1, T), self.kernel_HTT[:, :T, :T])
+        return z_HMT.view(-1, N, T)
+
+    def mix_back_from(self, v_ND: Tensor, position_N: Tensor, length: int) -> Tensor:
+        """`mix_back` of vectors that are still at one position each: one product per target instead of one per row."""
+        u_HKN = torch.mm(self.weights.W_O_XD, v_ND.T).unflatten(0, (self.weights.n_heads, -1))
+        rows_HNT = self.kernel_HTT[:, position_N, :length]
+        return (u_HKN[..., None] * rows_HNT[:, None]).flatten(0, 1)
+
+    def add_values_back_(self, z_XNT: Tensor, v_NTD: Tensor) -> None:
+        """Finish the pull-back in place: `v += z W_V`; `v` then sits at this layer's input, direct stream included."""
+        flat_RD = v_NTD.view(-1, v_NTD.shape[2])
+        flat_RD.addmm_(z_XNT.flatten(1).T, self.weights.W_V_XD)

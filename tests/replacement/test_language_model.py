@@ -40,8 +40,13 @@ def test_pull_back_is_the_transpose_of_the_forward_map(language_model: Any, arch
     x, v = torch.randn(2, 10, 32, dtype=torch.float64, generator=generator)
     for attention in frozen.attentions:
         forward = (v * (x + attention.apply(x) - attention.constant_TD)).sum()
-        backward = (attention.add_pull_back_(v[None].clone())[0] * x).sum()
-        torch.testing.assert_close(forward, backward, rtol=1e-12, atol=0)
+        pulled = v[None].clone()
+        attention.add_values_back_(attention.mix_back(pulled), pulled)
+        torch.testing.assert_close(forward, (pulled[0] * x).sum(), rtol=1e-12, atol=0)
+        alone = torch.zeros_like(pulled)
+        alone[0, 6] = v[6]
+        short = attention.mix_back_from(v[6:7], torch.tensor([6]), 10)
+        torch.testing.assert_close(short, attention.mix_back(alone), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("architecture", list(tiny.HUGGING_FACE))
