@@ -94,6 +94,7 @@ def fit(text: str, width: float, size: float = FONT) -> str:
     width += 1e-6  # a box made for this very text must hold it
     if text_width(text, size) <= width:
         return text
+    text = text[: int(width)]  # no character is narrower than a pixel
     while text and text_width(text.rstrip(" ,") + "\u2026", size) > width:
         text = text[:-1]
     return text.rstrip(" ,") + "\u2026"
