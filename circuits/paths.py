@@ -53,8 +53,8 @@ def describe_path(graph: GraphData, path: Sequence[int]) -> str:
     words = [full_name(graph.nodes, path[0])]
     for source, target in itertools.pairwise(path):
         weight = _weight(graph, source, target)
-        sign = "+" if weight > 0 else "\u2212"
-        words.append(f"\u2014({sign})\u2192 {full_name(graph.nodes, target)}")
+        sign = "+" if weight > 0 else "−"
+        words.append(f"—({sign})→ {full_name(graph.nodes, target)}")
     return " ".join(words)
 
 

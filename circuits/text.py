@@ -6,26 +6,25 @@ import unicodedata
 
 from circuits.nodes import NodeKind, NodeTable
 
-_VISIBLE = {"\n": "\u21b5", "\r": "\u21b5", "\t": "\u21e5"}
+_VISIBLE = {"\n": "↵", "\r": "↵", "\t": "⇥"}
 _UNPRINTABLE = {"Cc", "Cs", "Cn", "Co"}
 _REORDERING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # would turn text around them
 
 
 def printable(text: str) -> str:
-    """Text for XML, DOT and screens: line ends and tabs as symbols, other control characters and lone surrogates
-    gone."""
+    """Text for XML, DOT and screens: line ends and tabs as symbols, without other control characters or surrogates."""
     shown = (_VISIBLE.get(character, character) for character in text if character not in _REORDERING)
     return "".join(character for character in shown if unicodedata.category(character) not in _UNPRINTABLE)
 
 
 def shorten(text: str, length: int) -> str:
     """At most `length` characters, the last one an ellipsis where something was cut."""
-    return text if len(text) <= length else text[: max(length - 1, 0)].rstrip() + "\u2026"
+    return text if len(text) <= length else text[: max(length - 1, 0)].rstrip() + "…"
 
 
 def token_text(text: str) -> str:
     """A token without its leading space, or a visible blank where nothing else is left."""
-    return printable(text).strip() or "\u2423"
+    return printable(text).strip() or "␣"
 
 
 def short_name(nodes: NodeTable, row: int) -> str:

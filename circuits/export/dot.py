@@ -87,9 +87,9 @@ def _add_node(line: graphviz.Digraph, graph: GraphData, row: int, name: str) -> 
 
 def _label(text: str) -> str:
     """At most two lines, every character of the text taken literally by DOT."""
-    before, arrow, after = text.partition(" \u2192 ")
+    before, arrow, after = text.partition(" → ")
     if arrow and len(text) > _LINE_LENGTH:
-        lines = [shorten(before, _LINE_LENGTH), shorten(f"\u2192 {after}", _LINE_LENGTH)]
+        lines = [shorten(before, _LINE_LENGTH), shorten(f"→ {after}", _LINE_LENGTH)]
     else:
         lines = textwrap.wrap(text, _LINE_LENGTH) or [""]
         lines = lines[:1] + [shorten(" ".join(lines[1:]), _LINE_LENGTH)] * (len(lines) > 1)

@@ -47,7 +47,7 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
         f'<g transform="translate(0 {_HEAD:g})">',
         *_bands(layout),
         *_edges(nodes, edges, crossing, layout),
-        *(_node(graph, nodes, box, influence[shown]) for box in layout.boxes),
+        *(_node(nodes, box, influence[shown]) for box in layout.boxes),
         "</g>",
         *_footer(nodes, caption, layout),
         "</svg>",
@@ -94,9 +94,9 @@ def _title(graph: GraphData, width: float) -> str:
     prompt = printable(graph.metadata["prompt"])
     answer = printable(nodes.label[top]).strip()
     if nodes.kind[top] == NodeKind.LOGIT and answer:
-        tail = f" \u2192 {fit(answer, 160.0, 15.0)}"
+        tail = f" → {fit(answer, 160.0, 15.0)}"
     else:
-        tail = f" \u2192 {fit(full_name(nodes, top), 260.0, 15.0)}"
+        tail = f" → {fit(full_name(nodes, top), 260.0, 15.0)}"
     head = fit(prompt, width - 36.0 - text_width(tail, 15.0) * 1.1, 15.0)
     return (
         f'<text x="18" y="31" font-size="15" font-weight="600" fill="{_INK}" xml:space="preserve">{escape(head)}'
@@ -139,7 +139,7 @@ def _edges(nodes: NodeTable, edges: Edges, influence: np.ndarray, layout: Layout
         x2, y2 = end[number], box[target[number]].bottom
         bend = max(0.5 * (y1 - y2), 14.0)
         weight, share = float(edges.weight[number]), float(strength[number])
-        names = f"{full_name(nodes, source[number])} \u2192 {full_name(nodes, target[number])}: {weight:+.4g}"
+        names = f"{full_name(nodes, source[number])} → {full_name(nodes, target[number])}: {weight:+.4g}"
         curve = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 - bend:.1f} {x2:.1f} {y2 + bend:.1f} {x2:.1f} {y2:.1f}"
         parts.append(
             f'<path d="{curve}" fill="none" stroke="{EDGE_COLOURS[weight > 0]}" '
@@ -164,7 +164,7 @@ def _ports(ends: list[int], others: list[int], box: dict[int, Box]) -> list[floa
     return ports
 
 
-def _node(graph: GraphData, nodes: NodeTable, box: Box, influence: np.ndarray) -> str:
+def _node(nodes: NodeTable, box: Box, influence: np.ndarray) -> str:
     kind = NodeKind(int(nodes.kind[box.node]))
     fill, stroke, ink = NODE_COLOURS[kind]
     facts = [full_name(nodes, box.node)]
@@ -201,7 +201,7 @@ def _caption(graph: GraphData, *, drawn_nodes: int, drawn_edges: int) -> str:
         f"{n_edges} edges" if drawn_edges == n_edges else f"{drawn_edges} of {n_edges} edges drawn",
         f"identity error {float(graph.metadata['identity_error']):.1e}",
     )
-    return "  \u00b7  ".join(facts)
+    return "  ·  ".join(facts)
 
 
 def _footer(nodes: NodeTable, caption: str, layout: Layout) -> list[str]:

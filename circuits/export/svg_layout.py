@@ -80,9 +80,9 @@ def text_width(text: str, size: float = FONT) -> float:
             units += 1.02
         elif character in "ijlI.,:;'|!` ":
             units += 0.33
-        elif character in 'ftr()[]{}/-\u2013"\\':
+        elif character in 'ftr()[]{}/-–"\\':
             units += 0.43
-        elif character in "mwMW@%\u2026\u2192\u2190\u2014":
+        elif character in "mwMW@%…→←—":
             units += 0.92
         else:
             units += 0.69 if character.isupper() else 0.6
@@ -95,9 +95,9 @@ def fit(text: str, width: float, size: float = FONT) -> str:
     if text_width(text, size) <= width:
         return text
     text = text[: int(width)]  # no character is narrower than a pixel
-    while text and text_width(text.rstrip(" ,") + "\u2026", size) > width:
+    while text and text_width(text.rstrip(" ,") + "…", size) > width:
         text = text[:-1]
-    return text.rstrip(" ,") + "\u2026"
+    return text.rstrip(" ,") + "…"
 
 
 def wrap(text: str, width: float) -> tuple[str, ...]:
@@ -105,9 +105,9 @@ def wrap(text: str, width: float) -> tuple[str, ...]:
     ellipsis."""
     if fit(text, width) == text:
         return (text,)
-    before, arrow, after = text.partition(" \u2192 ")
+    before, arrow, after = text.partition(" → ")
     if arrow:
-        return (fit(before, width), fit(f"\u2192 {after}", width))
+        return (fit(before, width), fit(f"→ {after}", width))
     words = text.split(" ")
     count = 1
     while count < len(words) and text_width(" ".join(words[: count + 1])) <= width:
