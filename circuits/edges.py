@@ -86,8 +86,7 @@ class Edges:
         return np.bincount(self.target, weights=values, minlength=self.n_nodes)
 
     def select(self, nodes: np.ndarray, edges: np.ndarray) -> Edges:
-        """The edges where `edges` (bool[E]) is true and both ends lie in `nodes` (bool[N]), renumbered to the kept
-        nodes."""
+        """The edges kept by `edges` (bool[E]) with both ends kept by `nodes` (bool[N]), renumbered to those."""
         target = self.target
         kept = edges & nodes[target] & nodes[self.source]
         number = np.cumsum(nodes) - 1

@@ -136,8 +136,7 @@ class CircuitGraph:
         return to_neuronpedia(self)
 
     def export(self, name: str, path: str | os.PathLike[str]) -> Path:
-        """Write the graph in a format of `circuits.export.formats.FORMATS`, atomically; unknown ones raise
-        `ValueError`."""
+        """Write the graph, atomically, in a format of `circuits.export.formats.FORMATS`; others raise `ValueError`."""
         return export(self, name, path)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:

@@ -20,7 +20,6 @@ EDGE_COLOURS = {True: "#0072b2", False: "#d55e00"}
 
 
 def emphasis(influence: np.ndarray) -> np.ndarray:
-    """float64[E] in 0..1, how strongly an edge is drawn: its influence relative to the strongest edge, to the power
-    0.6."""
+    """float64[E] in 0..1, strength of drawing: an edge's influence relative to the strongest edge, to the power 0.6."""
     top = influence.max(initial=0.0)
     return (influence / top) ** 0.6 if top > 0 else np.zeros(len(influence))

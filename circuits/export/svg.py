@@ -150,8 +150,7 @@ def _edges(nodes: NodeTable, edges: Edges, influence: np.ndarray, layout: Layout
 
 
 def _ports(ends: list[int], others: list[int], box: dict[int, Box]) -> list[float]:
-    """x of each edge at its end `ends[i]`: spread over the box in the order in which the other ends lie, so few
-    cross."""
+    """x of each edge at its end `ends[i]`: spread over the box in the order of the other ends, so that few cross."""
     ports = [0.0] * len(ends)
     by_end: dict[int, list[int]] = {}
     for number, end in enumerate(ends):

@@ -101,8 +101,7 @@ def fit(text: str, width: float, size: float = FONT) -> str:
 
 
 def wrap(text: str, width: float) -> tuple[str, ...]:
-    """One or two lines no wider than `width`, broken at an arrow or else between words; the rest ends in an
-    ellipsis."""
+    """One or two lines no wider than `width`, broken at an arrow or else between words; what is cut ends in `…`."""
     if fit(text, width) == text:
         return (text,)
     before, arrow, after = text.partition(" → ")

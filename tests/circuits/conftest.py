@@ -26,8 +26,7 @@ def assemble(
     extra_inflow: dict[int, float] | None = None,
     **facts: Any,
 ) -> CircuitGraph:
-    """A graph from node rows and (target, source, weight) triples; inflow, value and bias are made to fit the
-    identity."""
+    """A graph from node rows and (target, source, weight) triples; inflow, value and bias are made to fit."""
     n_nodes = len(rows)
     columns = {name: np.array([row.get(name, default) for row in rows]) for name, default in _DEFAULTS.items()}
     matrix = np.zeros((n_nodes, n_nodes), dtype=np.float32)
@@ -119,8 +118,10 @@ def small() -> CircuitGraph:
 
 @st.composite
 def recipes(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[tuple[int, int, float]], dict[str, Any]]:
-    """What `assemble` needs for a random layered circuit: every kind of node, lost mass, unexpanded features, rows
-    without edges, feature targets."""
+    """What `assemble` needs for a random layered circuit.
+
+    Drawn are every kind of node, lost mass, unexpanded features, rows without edges and feature targets.
+    """
     n_tokens, n_layers = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     seed = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     density = draw(st.sampled_from([0.1, 0.5, 1.0]))

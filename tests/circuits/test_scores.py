@@ -32,8 +32,7 @@ def test_pruning_never_raises_the_replacement_score(draw_circuit, data, nodes, e
 
 @given(st.data())
 def test_scores_equal_those_of_an_explicit_error_node(draw_circuit, to_shares, data) -> None:
-    """Adding one error node that receives all the lost mass, as published scores would see it, gives the same
-    numbers."""
+    """Published scores of the graph with one more error node that receives all the lost mass are the same."""
     graph = draw_circuit(data)
     nodes, n = graph.nodes, len(graph.nodes)
     shares = np.zeros((n + 1, n + 1))
