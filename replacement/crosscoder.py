@@ -40,6 +40,11 @@ class Crosscoder(CrosscoderWeights):
     """Sparse features read from some sites of a transformer and written to others.
 
     Construction and parameters: see `CrosscoderWeights`.
+
+    >>> clt = Crosscoder(Wiring.strictly_causal(lm), n_features=4096, activation=TopK(16))  # doctest: +SKIP
+    >>> outputs, features = clt({site: activations[site] for site in clt.wiring.read_sites})  # doctest: +SKIP
+    >>> outputs[Site(3, "mlp_out")]                             # [B, D] reconstruction      # doctest: +SKIP
+    >>> features.of(2).index                                    # active features of group 2 # doctest: +SKIP
     """
 
     def pre_activations(self, inputs: Mapping[Site, Tensor], group: int) -> Float[Tensor, "B F"]:
@@ -119,7 +124,8 @@ class Crosscoder(CrosscoderWeights):
 
     def decode(self, features: Features) -> dict[Site, Tensor]:
         """Reconstruction `[B, D]` of every written site from the features, with `b_dec` and without skip terms."""
-        return self._with_bias(self.decode_contribution(features), features.n_rows)
+        sums = self.decode_contribution(features)
+        return {s: sums[s] + bias_D for s, bias_D in zip(self.wiring.write_sites, self.b_dec, strict=True)}
 
     def decode_contribution(
         self, features: Features, *, groups: Iterable[int] | None = None, sites: Iterable[Site] | None = None
@@ -181,10 +187,6 @@ class Crosscoder(CrosscoderWeights):
         for site, y_BD in self.skip_contribution(inputs).items():
             outputs[site] = outputs[site] + y_BD
         return CrosscoderOutput(outputs, features)
-
-    def _with_bias(self, sums: Mapping[Site, Tensor], n_rows: int) -> dict[Site, Tensor]:
-        sites = self.wiring.write_sites
-        return {site: sums[site] + bias_D for site, bias_D in zip(sites, self.b_dec, strict=True)}
 
     def _reads(self, inputs: Mapping[Site, Tensor], group: int) -> list[Tensor]:
         for site in self.wiring.reads[group]:

@@ -182,7 +182,7 @@ class CrosscoderWeights(nn.Module):
             output_scale: factor per written site, 1 where absent.
 
         Raises:
-            ValueError: a factor that is not above 0, or tied decoders where a site is unknown.
+            ValueError: a factor that is not above 0, or a site this crosscoder does not read or write.
         """
         output_scale = output_scale or {}
         for scales, sites in ((input_scale, self.wiring.read_sites), (output_scale, self.wiring.write_sites)):
