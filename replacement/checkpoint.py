@@ -115,18 +115,28 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def check_fits(crosscoder: Crosscoder, shape: ModelShape | HasShape, model_name: str = "") -> None:
-    """Check that a crosscoder belongs to a model of these sizes and this name.
+def check_fits(
+    crosscoder: Crosscoder, shape: ModelShape | HasShape, *, model_name: str = "", model_fingerprint: str = ""
+) -> None:
+    """Check that a crosscoder belongs to a model of these sizes, weights and name.
 
     Arguments:
-        model_name: name of the model; an empty name on either side is not compared.
+        model_name: name of the model; compared only where a fingerprint is missing, for folders get renamed.
+        model_fingerprint: digest of the model's weights (`LanguageModel.fingerprint`).
 
     Raises:
-        ValueError: another model name, width or depth, with both values.
+        ValueError: another width, depth or model, with both values.
     """
-    if model_name and crosscoder.model_name and model_name != crosscoder.model_name:
-        raise ValueError(f"this crosscoder was trained on {crosscoder.model_name!r}, the model is {model_name!r}")
     crosscoder.wiring.check_fits(shape)
+    ours, theirs = (crosscoder.model_name, crosscoder.model_fingerprint), (model_name, model_fingerprint)
+    if ours[1] and theirs[1]:
+        if ours[1] != theirs[1]:
+            raise ValueError(
+                f"this crosscoder was trained on another model: on {ours[0]!r} with weights {ours[1]}, "
+                f"the model is {theirs[0]!r} with weights {theirs[1]}"
+            )
+    elif ours[0] and theirs[0] and ours[0] != theirs[0]:
+        raise ValueError(f"this crosscoder was trained on {ours[0]!r}, the model is {theirs[0]!r}")
 
 
 def _config(crosscoder: Crosscoder, dtype: torch.dtype, training: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +144,7 @@ def _config(crosscoder: Crosscoder, dtype: torch.dtype, training: dict[str, Any]
         "format": FORMAT,
         "version": VERSION,
         "model_name": crosscoder.model_name,
+        "model_fingerprint": crosscoder.model_fingerprint,
         "wiring": crosscoder.wiring.to_dict(),
         "n_features": crosscoder.n_features,
         "activation": crosscoder.activation.to_dict(),
@@ -155,6 +166,7 @@ def _from_config(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> C
             skip=config["skip"],
             dtype=dtype,
             model_name=config["model_name"],
+            model_fingerprint=config["model_fingerprint"],
             undecomposed_positions=config["undecomposed_positions"],
             seed=0,
         )

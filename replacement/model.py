@@ -34,7 +34,12 @@ class ReplacementModel:
             ValueError: the crosscoder was made for another width, depth or model, is not causal, writes other sites than
                 MLP outputs, or holds NaN; or the architecture cannot be linearised exactly.
         """
-        check_fits(crosscoder, language_model.shape, language_model.name)
+        check_fits(
+            crosscoder,
+            language_model.shape,
+            model_name=language_model.name,
+            model_fingerprint=language_model.fingerprint,
+        )
         for site in crosscoder.wiring.write_sites:
             if site.kind != "mlp_out" or site.model != 0:
                 raise ValueError(f"a replacement model needs a crosscoder that writes mlp_out sites, this one writes {site}")

@@ -36,7 +36,6 @@ def load(
     lm = LanguageModel.from_pretrained(
         ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device
     )
-    if is_demo:
-        lm.name = DEMO
+    lm.name = DEMO if is_demo else lm.name
     folder = ARTIFACTS / "crosscoder" if str(crosscoder) == DEMO else Path(crosscoder)
     return ReplacementModel(lm, checkpoint.load(folder, dtype=dtype, device=device))

@@ -26,7 +26,8 @@ class CrosscoderWeights(nn.Module):
         tied: one decoder per written site, shared by every group that writes it (decoders tied per target): feature i
             of all groups then writes one common vector at a site, and decoders grow with L instead of L^2.
         skip: add a linear map from each read to each written site of a group (Paulo et al. 2025, skip transcoders).
-        model_name: name of the language model this crosscoder belongs to, checked on use.
+        model_name: name of the language model this crosscoder belongs to.
+        model_fingerprint: digest of that model's weights (`LanguageModel.fingerprint`), checked on use.
         undecomposed_positions: the first n positions of a prompt have no features (the beginning-of-sequence token has
             MLP outputs of its own kind); their output is left to the error term.
         seed: seed of the initial weights; None draws from torch's global generator.
@@ -49,6 +50,7 @@ class CrosscoderWeights(nn.Module):
         skip: bool = False,
         dtype: torch.dtype = torch.float32,
         model_name: str = "",
+        model_fingerprint: str = "",
         undecomposed_positions: int = 0,
         seed: int | None = None,
     ) -> None:
@@ -59,7 +61,8 @@ class CrosscoderWeights(nn.Module):
             raise ValueError(f"undecomposed_positions must be 0 or more, got {undecomposed_positions}")
         activation.check_fits(n_features)
         self.wiring, self.n_features, self.activation = wiring, n_features, activation
-        self.tied, self.skip, self.model_name = tied, skip, model_name
+        self.tied, self.skip = tied, skip
+        self.model_name, self.model_fingerprint = model_name, model_fingerprint
         self.undecomposed_positions = undecomposed_positions
         self._allocate(dtype)
         self._initialise(seed)

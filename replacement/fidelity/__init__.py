@@ -1,5 +1,6 @@
 """How faithful a reconstruction or a replacement model is."""
 
+from replacement.fidelity.measure import Fidelity, measure_fidelity
 from replacement.fidelity.metrics import (
     Agreement,
     Mean,
@@ -12,10 +13,12 @@ from replacement.fidelity.metrics import (
 
 __all__ = [
     "Agreement",
+    "Fidelity",
     "Mean",
     "VarianceUnexplained",
     "fraction_of_variance_unexplained",
     "kl_divergence",
     "l0",
+    "measure_fidelity",
     "top1_agreement",
 ]

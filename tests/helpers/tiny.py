@@ -83,7 +83,13 @@ def crosscoder_for(lm: LanguageModel, *, wiring: Wiring | None = None, n_feature
     """A random crosscoder whose decoders and biases are not zero."""
     options.setdefault("activation", TopK(5))
     crosscoder = Crosscoder(
-        wiring or Wiring.strictly_causal(lm), n_features=n_features, seed=0, dtype=lm.dtype, model_name=lm.name, **options
+        wiring or Wiring.strictly_causal(lm),
+        n_features=n_features,
+        seed=0,
+        dtype=lm.dtype,
+        model_name=lm.name,
+        model_fingerprint=lm.fingerprint,
+        **options,
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -169,11 +169,14 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "nowhere")
 
 
-def test_check_fits_compares_model_name_and_shape(shape: ModelShape) -> None:
-    crosscoder = Crosscoder(Wiring.per_layer(shape), n_features=16, model_name="gpt2", seed=0)
-    checkpoint.check_fits(crosscoder, shape, "gpt2")
+def test_check_fits_compares_shape_then_weights_then_names(shape: ModelShape) -> None:
+    crosscoder = Crosscoder(Wiring.per_layer(shape), n_features=16, model_name="gpt2", model_fingerprint="aa", seed=0)
+    checkpoint.check_fits(crosscoder, shape, model_name="gpt2")
     checkpoint.check_fits(crosscoder, shape)
+    checkpoint.check_fits(crosscoder, shape, model_name="renamed", model_fingerprint="aa")
     with pytest.raises(ValueError, match="trained on 'gpt2', the model is 'pythia'"):
-        checkpoint.check_fits(crosscoder, shape, "pythia")
+        checkpoint.check_fits(crosscoder, shape, model_name="pythia")
+    with pytest.raises(ValueError, match="on 'gpt2' with weights aa, the model is 'gpt2' with weights bb"):
+        checkpoint.check_fits(crosscoder, shape, model_name="gpt2", model_fingerprint="bb")
     with pytest.raises(ValueError, match="has width 8 at mlp_out, the model has 4"):
-        checkpoint.check_fits(crosscoder, ModelShape(3, 4, 2, 2), "gpt2")
+        checkpoint.check_fits(crosscoder, ModelShape(3, 4, 2, 2), model_name="gpt2")
