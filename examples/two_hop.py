@@ -1,0 +1,129 @@
+"""Does the demo model hop through the state? Swap the state's features and read the capital.
+
+    python examples/two_hop.py
+
+The prompt `the capital of the state containing Dallas is` needs two hops, and Dallas is a city the model never saw in such a
+sentence. This script
+
+1. finds each state's features: active for most of the state's cities (at the city or at the last word) and for few others;
+2. traces the Dallas prompt and lists which of Texas' features are in its pruned circuit;
+3. in the original model's own run (errors kept), switches Texas' features off and another state's on, at that state's mean
+   activation, and reads the next token: the other state's capital, if the features carry the hop.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+
+import circuits
+import replacement
+from replacement import Intervention, ReplacementModel
+from replacement.demo.corpus import HELD_OUT_CITIES, capital_of, cities_of, state_of, states
+
+PROMPT = "the capital of the state containing {city} is"
+FREQUENT, RARE = 0.7, 0.2
+"""A state's feature fires for this share of its cities at least, and for that share of all other cities at most."""
+
+Key = tuple[int, int, int]
+"""Group, position, index."""
+
+
+def active_features(model: ReplacementModel, city: str) -> dict[Key, float]:
+    """Features at the city and at the last word of its prompt."""
+    tokens = model.language_model.tokenize(PROMPT.format(city=city))
+    features = model.localize(tokens).features
+    columns = (features.group.tolist(), features.row.tolist(), features.index.tolist())
+    found = zip(zip(*columns, strict=True), features.activation.tolist(), strict=True)
+    return {key: value for key, value in found if key[1] >= len(tokens) - 2}
+
+
+def state_features(model: ReplacementModel) -> dict[str, dict[Key, float]]:
+    """For every state, its features and their mean activation over the cities they fire for."""
+    by_city = {city: active_features(model, city) for state in states() for city in cities_of(state, capital=False)}
+    total: dict[Key, int] = {}
+    for found in by_city.values():
+        for key in found:
+            total[key] = total.get(key, 0) + 1
+    chosen: dict[str, dict[Key, float]] = {}
+    for state in states():
+        own = [by_city[city] for city in cities_of(state, capital=False)]
+        chosen[state] = {}
+        for key in set().union(*own):
+            values = [found[key] for found in own if key in found]
+            elsewhere = (total[key] - len(values)) / (len(by_city) - len(own))
+            if len(values) >= FREQUENT * len(own) and elsewhere <= RARE:
+                chosen[state][key] = float(np.mean(values))
+    return chosen
+
+
+def answer_after_swap(model: ReplacementModel, city: str, off: dict[Key, float], on: dict[Key, float]) -> tuple[str, float]:
+    """Next token and its probability with one state's features off and another's on, errors kept."""
+    settings = {**dict.fromkeys(off, 0.0), **on}
+    interventions = [
+        Intervention(group=group, position=position, index=index, activation=value)
+        for (group, position, index), value in settings.items()
+    ]
+    lm = model.language_model
+    tokens = lm.tokenize(PROMPT.format(city=city))
+    probabilities = model(tokens, errors="keep", interventions=interventions)[-1].softmax(-1)
+    top = int(probabilities.argmax())
+    return lm.token_strings([top])[0], float(probabilities[top])
+
+
+def print_circuit(model: ReplacementModel, texas: dict[Key, float]) -> None:
+    """Scores of the Dallas circuit and the Texas features in it."""
+    circuit = circuits.trace(model, PROMPT.format(city="Dallas")).prune()
+    scores, nodes = circuit.scores(), circuit.nodes
+    print(f"Dallas circuit: {len(nodes)} nodes, replacement {scores.replacement:.3f}, ", end="")
+    print(f"completeness {scores.completeness:.3f}, identity error {circuit.identity_error:.1e}")
+    inside = nodes.mask(circuits.NodeKind.FEATURE)
+    rows = zip(nodes.layer[inside], nodes.position[inside], nodes.index[inside], nodes.activation[inside], strict=True)
+    labels = [label for label, kept in zip(nodes.label, inside, strict=True) if kept]
+    print("Texas features in it (layer/index@position, activation, label):")
+    for (layer, position, index, activation), label in zip(rows, labels, strict=True):
+        if (int(layer), int(position), int(index)) in texas:
+            print(f"  {layer}/{index}@{position}  {activation:6.2f}  {label}")
+
+
+def print_swaps(model: ReplacementModel, features: dict[str, dict[Key, float]], pairs: list[tuple[str, str]]) -> int:
+    """One line per pair of city and other state; the number of right answers."""
+    right = 0
+    print(f"{'city':<18}{'its state':<16}{'injected state':<18}{'answer':<18}{'p':>5}  right")
+    for city, other in pairs:
+        answer, probability = answer_after_swap(model, city, features[state_of(city)], features[other])
+        right += answer == capital_of(other)
+        mark = "yes" if answer == capital_of(other) else f"no, {capital_of(other)}"
+        print(f"{city:<18}{state_of(city):<16}{other:<18}{answer:<18}{probability:5.2f}  {mark}")
+    print(f"right: {right} of {len(pairs)}\n")
+    return right
+
+
+def main() -> None:
+    """Print the circuit's facts and both tables."""
+    parser = argparse.ArgumentParser(description="Swap the state in a two-hop question.")
+    parser.add_argument("--pairs", type=int, default=20, help="state pairs per table")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    model = replacement.load("demo")
+    features = state_features(model)
+    sizes = [len(found) for found in features.values()]
+    print(f"state features: {min(sizes)} to {max(sizes)} per state, median {int(np.median(sizes))}\n")
+    print_circuit(model, features["Texas"])
+    rng = np.random.default_rng(0)
+    others = [state for state in states() if state != "Texas"]
+    print("\nTexas off, another state on (Dallas):")
+    print_swaps(model, features, [("Dallas", others[i]) for i in rng.permutation(len(others))[: options.pairs]])
+    print("Any state off, any other on (held-out cities):")
+    pairs = []
+    for i in rng.permutation(len(HELD_OUT_CITIES))[: options.pairs]:
+        city = HELD_OUT_CITIES[i]
+        choices = [state for state in states() if state != state_of(city)]
+        pairs.append((city, choices[int(rng.integers(len(choices)))]))
+    print_swaps(model, features, pairs)
+
+
+if __name__ == "__main__":
+    main()

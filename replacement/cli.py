@@ -1,0 +1,109 @@
+"""The `replacement` command: measure the demo that ships with the project, and describe a crosscoder checkpoint.
+
+Every mistake of the user is one line `error: ...` on stderr and exit code 2. Models are imported by the verb that needs
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Crosscoders, and the replacement model that a crosscoder makes of a language model.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+
+
+@app.command()
+def demo(*, rows: Annotated[int, typer.Option(help="Held-out rows of 64 tokens to measure on.")] = 512, as_json: AsJson = False) -> None:
+    """Measure the demo: accuracy on held-out probes of every behaviour, and fidelity of its replacement model."""
+    if rows < 1:
+        raise ValueError(f"rows: expected at least 1, given {rows}")
+    from replacement.demo.report import measure_demo
+
+    facts = measure_demo(n_rows=rows)
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    console = Console()
+    console.print(_accuracy_table(facts["behaviours"]))
+    console.print(_fidelity_table(facts["fidelity"]))
+
+
+@app.command()
+def show(folder: Annotated[Path, typer.Argument(help="A crosscoder checkpoint folder.", show_default=False)]) -> None:
+    """Describe a crosscoder checkpoint."""
+    from replacement.checkpoint import read_config
+
+    config = read_config(folder)
+    table = _table("crosscoder", str(folder))
+    wiring = config["wiring"]
+    facts = {
+        "model": f"{config['model_name'] or 'not recorded'} {config['model_fingerprint']}".strip(),
+        "wiring": f"{wiring['name']}, {len(wiring['reads'])} groups",
+        "features per group": config["n_features"],
+        "activation": config["activation"],
+        "reads": ", ".join(dict.fromkeys(site for sites in wiring["reads"] for site in sites)),
+        "writes": ", ".join(dict.fromkeys(site for sites in wiring["writes"] for site in sites)),
+        "tied, skip": f"{config['tied']}, {config['skip']}",
+        "stored as": config["dtype"],
+        "training": config["training"] or "not recorded",
+    }
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments or ["--help"], prog_name="replacement", standalone_mode=False)
+    except typer.TyperException as error:
+        return _fail(error.format_message())
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold blue", padding=(0, 2, 0, 0))
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place == 0 or len(columns) == 2 else "right", overflow="fold")
+    return table
+
+
+def _accuracy_table(behaviours: list[dict[str, Any]]) -> Table:
+    table = _table("behaviour (held-out probes)", "probes", "top-1", "probability")
+    for row in behaviours:
+        table.add_row(row["name"], str(row["n_probes"]), f"{row['top1']:.3f}", f"{row['probability']:.3f}")
+    return table
+
+
+def _fidelity_table(fidelity: dict[str, Any]) -> Table:
+    table = _table("fidelity (held-out text)", f"{fidelity['n_tokens']:,} tokens")
+    table.add_row("active features per token, all layers", f"{fidelity['total_l0']:.1f}")
+    table.add_row("variance unexplained, mean over layers", f"{fidelity['mean_unexplained']:.4f}")
+    table.add_row("KL, errors propagating", f"{fidelity['kl']:.4f} nats")
+    table.add_row("top-1 agreement where p >= 0.5", f"{fidelity['agreement']:.4f}")
+    table.add_row("top-1 agreement, all tokens", f"{fidelity['agreement_all']:.4f}")
+    return table
