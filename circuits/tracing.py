@@ -214,7 +214,8 @@ def _labels(
         own = np.flatnonzero(local.features.group.cpu().numpy() == group)
         own = own[kept[first + own]]
         if len(own):
-            label[first + own] = names.labels(group, local.features.index[torch.from_numpy(own)])
+            chosen = torch.from_numpy(own)
+            label[first + own] = names.labels(group, local.features.index[chosen], local.features.row[chosen])
     return label[kept].tolist()
 
 
