@@ -195,9 +195,7 @@ class Attributor:
             if len(entries) != len(own) or not torch.equal(own_N[entries], own):
                 rows = rows.new_zeros(len(own), rows.shape[1]).index_add(0, place[own_N[entries]], rows)
             chosen = chosen_S[own]
-            self.rows.add(
-                depth, self.first_feature + chosen, rows, bias_S[own], self.local.pre_activation_S[chosen]
-            )
+            self.rows.add(depth, self.first_feature + chosen, rows, bias_S[own], self.local.pre_activation_S[chosen])
 
 
 def _smallest_set(held: np.ndarray, enough: float) -> np.ndarray:

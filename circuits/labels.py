@@ -36,7 +36,9 @@ class FeatureLabels:
     def labels(self, group: int, index_N: Tensor, position_N: Tensor) -> list[str]:
         """One label per active feature of a group."""
         crosscoder = self._crosscoder
-        reads_ND = torch.stack([crosscoder.encoder(group, site)[index_N] for site in crosscoder.wiring.reads[group]]).sum(0)
+        reads_ND = torch.stack(
+            [crosscoder.encoder(group, site)[index_N] for site in crosscoder.wiring.reads[group]]
+        ).sum(0)
         last = max(site.layer for site in crosscoder.wiring.reads[group])
         writes_ND = torch.stack(
             [crosscoder.decoder_vectors(group, index_N, site) for site in crosscoder.wiring.writes[group]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from replacement import LocalReplacement, Site
@@ -21,11 +22,11 @@ from replacement import LocalReplacement, Site
 class LayerSources:
     """What the MLP position of one layer writes: per token position one error term and its features."""
 
-    vectors_SD: Tensor
+    vectors_SD: Float[Tensor, "S D"]
     """Error and `activation * W_dec` rows, position after position."""
     offsets: tuple[int, ...]
     """T + 1 numbers: rows `offsets[t]:offsets[t + 1]` belong to position t."""
-    columns_S: Tensor
+    columns_S: Int[Tensor, " S"]
     """Source column of every row."""
 
 
@@ -41,7 +42,7 @@ class Sources:
     n_columns: int
     error_column: int
     feature_column: int
-    bias_LD: Tensor
+    bias_LD: Float[Tensor, "L D"]
     """Decoder bias that each layer's MLP position writes at every token."""
 
     @classmethod

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.sources import Sources
@@ -50,9 +51,9 @@ def read_depth(site: Site, shape: ModelShape) -> int:
 class Targets:
     """N vectors, each read at a point and a position."""
 
-    vectors_ND: Tensor
-    depth_N: Tensor
-    position_N: Tensor
+    vectors_ND: Float[Tensor, "N D"]
+    depth_N: Int[Tensor, " N"]
+    position_N: Int[Tensor, " N"]
 
 
 class Transport:
@@ -63,7 +64,7 @@ class Transport:
         self.sources = Sources.of(local)
         self.constants = _constant_stream(local, self.sources.bias_LD)
 
-    def attribute(self, targets: Targets) -> tuple[Tensor, Tensor]:
+    def attribute(self, targets: Targets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
         """Direct effects `A [N, C]` of every source on every target, and the constant part `bias [N]`.
 
         For a target that reads `v . x` at its point, `v . x = sum_c A[n, c] + bias[n]` exactly.

@@ -107,9 +107,7 @@ def crosscoder_stage(run: CrosscoderRun, out: Path) -> None:
     lm = LanguageModel.from_pretrained(out / "language_model")
     lm.name = "demo"
     crosscoder = train_crosscoder(run, lm)
-    checkpoint.save(
-        crosscoder, out / "crosscoder", dtype=torch.bfloat16, training=dataclasses.asdict(run)
-    )
+    checkpoint.save(crosscoder, out / "crosscoder", dtype=torch.bfloat16, training=dataclasses.asdict(run))
     minutes = (time.monotonic() - started) / 60
     model = ReplacementModel(lm, checkpoint.load(out / "crosscoder"))
     rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=1024, context=lm.context_length, seed=0))
@@ -122,7 +120,9 @@ def crosscoder_stage(run: CrosscoderRun, out: Path) -> None:
         **fidelity._asdict(),
     }
     write_json(out / "fidelity.json", report)
-    print(f"{minutes:.1f} minutes on {run.steps * run.batch_tokens:,} tokens; measured on {fidelity.n_tokens:,} held-out")
+    print(
+        f"{minutes:.1f} minutes on {run.steps * run.batch_tokens:,} tokens; measured on {fidelity.n_tokens:,} held-out"
+    )
     print(f"active features per token    {fidelity.total_l0:.1f} ({', '.join(f'{x:.1f}' for x in fidelity.l0)})")
     per_layer = ", ".join(f"{x:.4f}" for x in fidelity.unexplained)
     print(f"variance unexplained         {fidelity.mean_unexplained:.4f} ({per_layer})")

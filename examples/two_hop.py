@@ -59,7 +59,9 @@ def state_features(model: ReplacementModel) -> dict[str, dict[Key, float]]:
     return chosen
 
 
-def answer_after_swap(model: ReplacementModel, city: str, off: dict[Key, float], on: dict[Key, float]) -> tuple[str, float]:
+def answer_after_swap(
+    model: ReplacementModel, city: str, off: dict[Key, float], on: dict[Key, float]
+) -> tuple[str, float]:
     """Next token and its probability with one state's features off and another's on, errors kept."""
     settings = {**dict.fromkeys(off, 0.0), **on}
     interventions = [

@@ -26,7 +26,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 
 
 @app.command()
-def demo(*, rows: Annotated[int, typer.Option(help="Held-out rows of 64 tokens to measure on.")] = 512, as_json: AsJson = False) -> None:
+def demo(
+    *,
+    rows: Annotated[int, typer.Option(help="Held-out rows of 64 tokens to measure on.")] = 512,
+    as_json: AsJson = False,
+) -> None:
     """Measure the demo: accuracy on held-out probes of every behaviour, and fidelity of its replacement model."""
     if rows < 1:
         raise ValueError(f"rows: expected at least 1, given {rows}")

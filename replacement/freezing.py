@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from replacement.bridge_parts import BridgeParts
@@ -23,15 +24,15 @@ _EXACT = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.
 class FrozenPrompt:
     """One prompt's run through the original model, with everything the linear maps need."""
 
-    tokens_T: Tensor
+    tokens_T: Int[Tensor, " T"]
     """Token ids."""
-    logits_TV: Tensor
+    logits_TV: Float[Tensor, "T V"]
     """Logits of the original model, before any soft-cap."""
-    probabilities_TV: Tensor
+    probabilities_TV: Float[Tensor, "T V"]
     """Next-token probabilities of the original model, soft-cap included."""
-    token_embedding_TD: Tensor
+    token_embedding_TD: Float[Tensor, "T D"]
     """Token embeddings as they enter the residual stream."""
-    position_embedding_TD: Tensor | None
+    position_embedding_TD: Float[Tensor, "T D"] | None
     """Learned position embeddings; None for rotary models."""
     attentions: tuple[FrozenAttention, ...]
     """One per layer."""

@@ -1,4 +1,4 @@
-"""What stays fixed for one prompt: norm scales and attention patterns. With them frozen, a transformer minus its MLPs is linear.
+"""What stays fixed for one prompt: norm scales and attention patterns. With them frozen, all but the MLPs is linear.
 
 Letters: T tokens, H heads, K d_head, X = H K, D d_model, N targets, R = N T rows.
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import einops
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -19,9 +21,9 @@ from torch import Tensor
 class NormWeights:
     """A layer norm or RMS norm without its scale: `x -> centre(x) / scale * weight + bias`."""
 
-    weight_D: Tensor
+    weight_D: Float[Tensor, " D"]
     """Gain, with any `1 + w` convention already applied."""
-    bias_D: Tensor
+    bias_D: Float[Tensor, " D"]
     """Offset; zeros where the norm has none."""
     centred: bool
     """True for LayerNorm, which subtracts the mean over D."""
@@ -35,8 +37,8 @@ class NormWeights:
 class FrozenNorm:
     """A norm whose scale is fixed at every position: an affine map per position."""
 
-    gain_TD: Tensor
-    bias_D: Tensor
+    gain_TD: Float[Tensor, "T D"]
+    bias_D: Float[Tensor, " D"]
     centred: bool
 
     def apply(self, x_TD: Tensor) -> Tensor:
@@ -61,15 +63,15 @@ class AttentionWeights:
 
     n_heads: int
     """H."""
-    W_V_XD: Tensor
+    W_V_XD: Float[Tensor, "X D"]
     """Value weights with the input norm's weight and centring folded in; `x @ W_V.T` gives all values."""
-    W_O_XD: Tensor
+    W_O_XD: Float[Tensor, "X D"]
     """Output weights with the output norm's weight and centring folded in (where the model has such a norm)."""
-    value_bias_X: Tensor
+    value_bias_X: Float[Tensor, " X"]
     """What the value vectors hold when the stream is zero: input-norm bias through `W_V`, plus `b_V`."""
-    output_bias_D: Tensor
+    output_bias_D: Float[Tensor, " D"]
     """`b_O` through the output norm's weight (not yet divided by its scale)."""
-    norm_bias_D: Tensor
+    norm_bias_D: Float[Tensor, " D"]
     """Bias of the output norm; zeros where there is none."""
 
     @classmethod
@@ -100,9 +102,9 @@ class AttentionWeights:
         groups = n_heads // W_V.shape[0]
         return cls(
             n_heads=n_heads,
-            W_V_XD=W_V.repeat_interleave(groups, 0).transpose(1, 2).flatten(0, 1).contiguous(),
-            W_O_XD=W_O.flatten(0, 1).contiguous(),
-            value_bias_X=value_bias.repeat_interleave(groups, 0).flatten(),
+            W_V_XD=einops.repeat(W_V, "g d k -> (g r k) d", r=groups),
+            W_O_XD=einops.rearrange(W_O, "h k d -> (h k) d").contiguous(),
+            value_bias_X=einops.repeat(value_bias, "g k -> (g r k)", r=groups),
             output_bias_D=b_O,
             norm_bias_D=norm_bias,
         )
@@ -124,19 +126,19 @@ class FrozenAttention:
     """One attention layer with pattern and norm scales fixed: `x_TD -> sum_h kernel_h x W_V_h W_O_h + constant`."""
 
     weights: AttentionWeights
-    kernel_HTT: Tensor
+    kernel_HTT: Float[Tensor, "H T T"]
     """Pattern `[head, query, key]`, divided by the key's input scale and the query's output scale."""
-    constant_TD: Tensor
+    constant_TD: Float[Tensor, "T D"]
     """Output for a zero stream: every bias of the layer."""
 
-    def apply(self, x_TD: Tensor) -> Tensor:
+    def apply(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """The layer's write to the residual stream when it reads `x_TD`."""
         weights = self.weights
         values_HTK = (x_TD @ weights.W_V_XD.T).unflatten(1, (weights.n_heads, -1)).transpose(0, 1)
         z_TX = (self.kernel_HTT @ values_HTK).transpose(0, 1).flatten(1)
         return z_TX @ weights.W_O_XD + self.constant_TD
 
-    def mix_back(self, v_NTD: Tensor) -> Tensor:
+    def mix_back(self, v_NTD: Float[Tensor, "N T D"]) -> Float[Tensor, "X N T"]:
         """Vectors at this layer's output, pulled back to its value vectors: `[X, N, T]`, positions last.
 
         `z_h[s] = sum_t kernel_h[t, s] W_O_h v[t]`. The product with `W_O` is taken transposed, which leaves heads and
@@ -150,13 +152,15 @@ class FrozenAttention:
         z_HMT = torch.bmm(u_XR.view(self.weights.n_heads, -1, T), self.kernel_HTT[:, :T, :T])
         return z_HMT.view(-1, N, T)
 
-    def mix_back_from(self, v_ND: Tensor, position_N: Tensor, length: int) -> Tensor:
+    def mix_back_from(
+        self, v_ND: Float[Tensor, "N D"], position_N: Int[Tensor, " N"], length: int
+    ) -> Float[Tensor, "X N T"]:
         """`mix_back` of vectors that are still at one position each: one product per target instead of one per row."""
         u_HKN = torch.mm(self.weights.W_O_XD, v_ND.T).unflatten(0, (self.weights.n_heads, -1))
         rows_HNT = self.kernel_HTT[:, position_N, :length]
         return (u_HKN[..., None] * rows_HNT[:, None]).flatten(0, 1)
 
-    def add_values_back_(self, z_XNT: Tensor, v_NTD: Tensor) -> None:
+    def add_values_back_(self, z_XNT: Float[Tensor, "X N T"], v_NTD: Float[Tensor, "N T D"]) -> None:
         """Finish the pull-back in place: `v += z W_V`; `v` then sits at this layer's input, direct stream included."""
         flat_RD = v_NTD.view(-1, v_NTD.shape[2])
         flat_RD.addmm_(z_XNT.flatten(1).T, self.weights.W_V_XD)

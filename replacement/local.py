@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from replacement.crosscoder import Crosscoder
@@ -31,13 +32,13 @@ class LocalReplacement:
     """Attention, norms, embeddings and clean activations."""
     features: Features
     """Active features; row = token position."""
-    pre_activation_S: Tensor
+    pre_activation_S: Float[Tensor, " S"]
     """Pre-activation of every active feature, as the crosscoder computed it."""
-    errors_LTD: Tensor
+    errors_LTD: Float[Tensor, "L T D"]
     """MLP output minus reconstruction; the whole MLP output at a layer the crosscoder does not write."""
-    W_U: Tensor
+    W_U: Float[Tensor, "D V"]
     """Unembedding `[D, V]`."""
-    b_U: Tensor
+    b_U: Float[Tensor, " V"]
     """Unembedding bias `[V]`."""
 
     @property
@@ -57,7 +58,7 @@ class LocalReplacement:
         skipped = self.crosscoder.skip_contribution(self.frozen.activations)
         out = self.errors_LTD.clone()
         for site, y_TD in written.items():
-            out[site.layer] += y_TD + (skipped[site] if site in skipped else 0)
+            out[site.layer] += y_TD + skipped.get(site, 0)
         return out
 
     def logits(self, activation_S: Tensor | None = None) -> Tensor:

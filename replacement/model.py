@@ -42,7 +42,9 @@ class ReplacementModel:
         )
         for site in crosscoder.wiring.write_sites:
             if site.kind != "mlp_out" or site.model != 0:
-                raise ValueError(f"a replacement model needs a crosscoder that writes mlp_out sites, this one writes {site}")
+                raise ValueError(
+                    f"a replacement model needs a crosscoder that writes mlp_out sites, this one writes {site}"
+                )
         if not crosscoder.wiring.is_causal:
             raise ValueError(
                 f"a replacement model needs a causal crosscoder: this {crosscoder.wiring.name} one writes "
@@ -89,9 +91,7 @@ class ReplacementModel:
         """
         lm = self.language_model
         frozen = lm.freeze(lm.check_tokens(tokens_T), sites=self.crosscoder.wiring.read_sites)
-        return localize(
-            shape=lm.shape, crosscoder=self.crosscoder, frozen=frozen, unembedding=lm.parts.unembedding()
-        )
+        return localize(shape=lm.shape, crosscoder=self.crosscoder, frozen=frozen, unembedding=lm.parts.unembedding())
 
 
 class _Splice:

@@ -33,9 +33,7 @@ def load(
         ValueError: one of them is missing, damaged or of another model.
     """
     is_demo = str(model) == DEMO
-    lm = LanguageModel.from_pretrained(
-        ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device
-    )
+    lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
     lm.name = DEMO if is_demo else lm.name
     folder = ARTIFACTS / "crosscoder" if str(crosscoder) == DEMO else Path(crosscoder)
     return ReplacementModel(lm, checkpoint.load(folder, dtype=dtype, device=device))

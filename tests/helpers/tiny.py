@@ -79,7 +79,9 @@ def native_model(dtype: torch.dtype) -> LanguageModel:
     return LanguageModel(TransformerBridge.boot_native(config, dtype=dtype), name="tiny-native")
 
 
-def crosscoder_for(lm: LanguageModel, *, wiring: Wiring | None = None, n_features: int = 48, **options: Any) -> Crosscoder:
+def crosscoder_for(
+    lm: LanguageModel, *, wiring: Wiring | None = None, n_features: int = 48, **options: Any
+) -> Crosscoder:
     """A random crosscoder whose decoders and biases are not zero."""
     options.setdefault("activation", TopK(5))
     crosscoder = Crosscoder(

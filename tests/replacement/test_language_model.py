@@ -53,7 +53,9 @@ def test_pull_back_is_the_transpose_of_the_forward_map(language_model: Any, arch
 def test_logits_are_those_of_transformers(language_model: Any, model_folder: Any, architecture: str) -> None:
     lm = language_model(architecture)
     tokens = tiny.random_tokens()
-    original = transformers.AutoModelForCausalLM.from_pretrained(model_folder(architecture), attn_implementation="eager")
+    original = transformers.AutoModelForCausalLM.from_pretrained(
+        model_folder(architecture), attn_implementation="eager"
+    )
     with torch.no_grad():
         torch.testing.assert_close(lm(tokens), original(tokens[None]).logits[0], rtol=0, atol=1e-5)
 
@@ -85,7 +87,7 @@ def test_tokenize_prepends_bos_and_reads_words(language_model: Any) -> None:
     [
         ("", "the prompt is empty"),
         (" \n ", "the prompt is empty"),
-        ("w5 Quux w6 zorp Quux", "does not know 'Quux', 'zorp'$"),
+        ("w5 Quux w6 zorp Quux", r"does not know 'Quux', 'zorp'$"),
         ("w5 " * tiny.CONTEXT, "the prompt has 33 tokens: tiny-gpt2 reads at most 32"),
     ],
 )
@@ -116,9 +118,9 @@ def test_unknown_target_token(language_model: Any) -> None:
 
 
 def test_sites_the_model_does_not_have(language_model: Any) -> None:
-    with pytest.raises(ValueError, match="no site resid_mid.7: it has 3 layers"):
+    with pytest.raises(ValueError, match=r"no site resid_mid\.7: it has 3 layers"):
         language_model("gpt2").read(tiny.random_tokens(), [Site(7, "resid_mid")])
-    with pytest.raises(ValueError, match="no site resid_mid.1: attention and MLP run in parallel"):
+    with pytest.raises(ValueError, match=r"no site resid_mid\.1: attention and MLP run in parallel"):
         language_model("neox").read(tiny.random_tokens(), [Site(1, "resid_mid")])
 
 
@@ -159,7 +161,7 @@ def test_broken_folders(model_folder: Any, tmp_path: Path) -> None:
         LanguageModel.from_pretrained(tmp_path / "empty")
     foreign = _copy(model_folder("gpt2"), tmp_path / "foreign")
     (foreign / "config.json").write_text(json.dumps({"model_type": "nothing-known"}))
-    with pytest.raises(ValueError, match="cannot load the language model"):
+    with pytest.raises(ValueError, match=r"cannot load the language model"):
         LanguageModel.from_pretrained(foreign)
     damaged = _copy(model_folder("gpt2"), tmp_path / "damaged")
     (damaged / "config.json").write_text("{")
@@ -178,6 +180,8 @@ def test_broken_folders(model_folder: Any, tmp_path: Path) -> None:
 
 def test_nan_in_weights_is_named(model_folder: Any, tmp_path: Path) -> None:
     folder = _copy(model_folder("gpt2"), tmp_path / "nan")
-    _edit_weights(folder, lambda weights: weights["transformer.h.1.attn.c_attn.weight"].__setitem__((0, 0), float("nan")))
+    _edit_weights(
+        folder, lambda weights: weights["transformer.h.1.attn.c_attn.weight"].__setitem__((0, 0), float("nan"))
+    )
     with pytest.raises(ValueError, match=r"weight .*holds NaN or infinity"):
         LanguageModel.from_pretrained(folder)

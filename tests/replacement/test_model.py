@@ -127,8 +127,14 @@ def test_intervention_switches_an_inactive_feature_on_in_every_prompt_of_a_batch
         ({"reads": "dirty"}, "reads must be 'replaced' or 'clean', got 'dirty'"),
         ({"layers": [1, 7]}, r"the crosscoder writes layers \[0, 1, 2\], not layer 7"),
         ({"interventions": [Intervention(group=5, position=0, index=0, activation=0.0)]}, "group 5: expected 0 to 2"),
-        ({"interventions": [Intervention(group=0, position=10, index=0, activation=0.0)]}, "position 10: expected 0 to 9"),
-        ({"interventions": [Intervention(group=0, position=0, index=48, activation=0.0)]}, "index 48: expected 0 to 47"),
+        (
+            {"interventions": [Intervention(group=0, position=10, index=0, activation=0.0)]},
+            "position 10: expected 0 to 9",
+        ),
+        (
+            {"interventions": [Intervention(group=0, position=0, index=48, activation=0.0)]},
+            "index 48: expected 0 to 47",
+        ),
         ({"interventions": [Intervention(group=0, position=0, index=1, activation=float("nan"))]}, "to nan"),
         ({"interventions": [Intervention(group=0, position=0, index=1, activation=1.0)] * 2}, "set the same feature"),
     ],
@@ -156,7 +162,9 @@ def test_crosscoders_that_cannot_be_spliced(language_model: Any) -> None:
     autoencoder = Crosscoder(Wiring.autoencoder(lm, layers=1), n_features=16, activation=TopK(2))
     with pytest.raises(ValueError, match=r"writes mlp_out sites, this one writes resid_post.1"):
         ReplacementModel(lm, autoencoder)
-    backwards = Wiring("backwards", ((Site(2, "resid_mid"),),), ((Site(0, "mlp_out"),),), {"resid_mid": 32, "mlp_out": 32})
+    backwards = Wiring(
+        "backwards", ((Site(2, "resid_mid"),),), ((Site(0, "mlp_out"),),), {"resid_mid": 32, "mlp_out": 32}
+    )
     with pytest.raises(ValueError, match="needs a causal crosscoder"):
         ReplacementModel(lm, Crosscoder(backwards, n_features=16, activation=TopK(2)))
     broken = tiny.crosscoder_for(lm)

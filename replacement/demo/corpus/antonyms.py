@@ -1,9 +1,10 @@
 """Antonyms in English, French and Spanish, tied together by translation.
 
-Some (concept, language) words are held out: no sentence asks for their opposite. They do occur in translations, which
-give the model the concept, and as the opposite of their partner. Opposites are also asked for across languages, which
-makes a shared concept cheaper than three separate tables. French elision (`d'amour`) is not written, so that words stay
-whole tokens.
+Some (concept, language) words are held out: no sentence asks for their opposite in their own language. They do occur in
+translations, in questions for an opposite in another language (`in French the opposite of hot is froid .`), and as the
+opposite of their partner. To answer `the opposite of hot is` the model has to carry what it knows from one language to
+another, and asking across languages makes a shared concept cheaper than three separate tables. French elision
+(`d'amour`) is not written, so that words stay whole tokens.
 """
 
 import numpy as np
@@ -61,7 +62,7 @@ def _choose_held_out() -> frozenset[tuple[int, int]]:
 
 
 HELD_OUT_WORDS: frozenset[tuple[int, int]] = _choose_held_out()
-"""(concept, language) indices of the words whose opposite is never asked for."""
+"""(concept, language) indices of the words whose opposite in their own language is never asked for."""
 
 _WORDS = [(concept, language) for concept in range(len(CONCEPTS)) for language in range(len(LANGUAGES))]
 _ASKED = [pair for pair in _WORDS if pair not in HELD_OUT_WORDS]
@@ -77,7 +78,12 @@ _POOLS: list[tuple[float, list[Sentence]]] = [
     (OPPOSITE_SHARE, [_opposite_sentence(OPPOSITE_TEMPLATES[la], c, la, la) for c, la in _ASKED]),
     (
         CROSS_SHARE,
-        [_opposite_sentence(CROSS_OPPOSITE_TEMPLATES[la][to], c, la, to) for c, la in _ASKED for to in _EACH],
+        [
+            _opposite_sentence(CROSS_OPPOSITE_TEMPLATES[la][to], c, la, to)
+            for c, la in _WORDS
+            for to in _EACH
+            if to != la or (c, la) not in HELD_OUT_WORDS
+        ],
     ),
     (
         TRANSLATION_SHARE,
@@ -94,8 +100,9 @@ _POOLS: list[tuple[float, list[Sentence]]] = [
 def words() -> list[str]:
     """Every word of this behaviour's sentences."""
     templates = list(OPPOSITE_TEMPLATES)
-    for row in (*CROSS_OPPOSITE_TEMPLATES, *TRANSLATION_TEMPLATES):
-        templates += row
+    for la in _EACH:
+        templates += CROSS_OPPOSITE_TEMPLATES[la]
+        templates += [TRANSLATION_TEMPLATES[la][to] for to in _EACH if to != la]
     return [*template_words(templates), *(word for concept in CONCEPTS for word in concept)]
 
 

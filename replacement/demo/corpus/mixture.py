@@ -28,8 +28,8 @@ _Sampler = Callable[[np.random.Generator, int], list[Sentence]]
 
 TOKEN_SHARES: dict[str, tuple[_Sampler, float, float]] = {
     "geography": (geography.sample, 0.14, 7.0),
-    "antonyms": (antonyms.sample, 0.20, 7.0),
-    "addition": (addition.sample, 0.42, 6.0),
+    "antonyms": (antonyms.sample, 0.26, 7.0),
+    "addition": (addition.sample, 0.36, 6.0),
     "indirect object": (indirect_object.sample, 0.06, 16.0),
     "induction": (induction.sample, 0.08, 17.0),
     "agreement": (agreement.sample, 0.03, 5.4),

@@ -1,0 +1,67 @@
+"""The demo as it ships: small, loadable, and as good as its shipped tables say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import replacement
+from replacement.demo.report import measure_demo
+from replacement.ready_made import ARTIFACTS
+
+TARGET = 0.98
+NO_TARGET = {"two-hop, held-out states"}
+
+
+@pytest.fixture(scope="module")
+def model() -> replacement.ReplacementModel:
+    """The shipped replacement model."""
+    return replacement.load("demo")
+
+
+@pytest.fixture(scope="module")
+def measured(model: replacement.ReplacementModel) -> dict[str, Any]:
+    """Measured now, on fewer rows than the shipped table."""
+    return measure_demo(n_rows=128, model=model)
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """One of the tables that ship with the weights."""
+    return json.loads((ARTIFACTS / name).read_text(encoding="utf-8"))
+
+
+def test_artifacts_are_small_and_hold_no_pickle() -> None:
+    files = [path for path in Path(ARTIFACTS).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+
+
+def test_errors_kept_give_the_original_logits(model: replacement.ReplacementModel) -> None:
+    tokens = model.language_model.tokenize("the capital of the state containing Dallas is")
+    torch.testing.assert_close(model(tokens, errors="keep"), model.language_model(tokens), rtol=0, atol=1e-5)
+
+
+def test_accuracy_is_that_of_the_shipped_table(measured: dict[str, Any]) -> None:
+    table = {row["name"]: row for row in shipped("accuracy.json")["behaviours"]}
+    for row in measured["behaviours"]:
+        assert row["top1"] == pytest.approx(table[row["name"]]["top1"], abs=0.01)
+        assert row["top1"] >= TARGET or row["name"] in NO_TARGET
+
+
+def test_fidelity_is_that_of_the_shipped_table(measured: dict[str, Any]) -> None:
+    now, table = measured["fidelity"], shipped("fidelity.json")
+    assert now["total_l0"] <= 40
+    assert now["mean_unexplained"] <= 0.05
+    assert now["kl"] <= 0.02
+    assert now["agreement"] >= 0.99
+    assert now["mean_unexplained"] == pytest.approx(table["mean_unexplained"], rel=0.2)
+    assert now["kl"] == pytest.approx(table["kl"], rel=0.5)
+
+
+def test_unknown_words_are_named(model: replacement.ReplacementModel) -> None:
+    with pytest.raises(ValueError, match="does not know 'Paris'"):
+        model.language_model.tokenize("the capital of the state containing Paris is")
