@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from circuits.targets import LogitTarget
-from circuits.transport import Targets, Transport, read_depth
+from circuits.transport import Targets, Transport, read_depth, read_vectors
 from replacement import LocalReplacement
 
 FIRST_ROUND = 128
@@ -43,7 +43,7 @@ class Block:
     source: np.ndarray
     """int32[E], source columns, rising inside a row."""
     weight: np.ndarray
-    """float32[E]."""
+    """float[E], in the model's own precision."""
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Attribution:
     identity_error: float = 0.0
     """Largest relative gap between a node's value and the sum of its row and bias."""
     stopped_by: str = ""
-    """`coverage`, `max_nodes`, or `exhausted` when every reachable feature has a row."""
+    """`coverage` or `max_nodes`."""
     unexpanded_share: float = 1.0
     """Share of the output that ends in features without a row."""
 
@@ -74,11 +74,14 @@ class Attribution:
         inflow_N = effects_NC.abs().sum(1)
         gap_N = (value_N - effects_NC.sum(1) - bias_N).abs()
         scale_N = torch.maximum(value_N.abs(), CANCELLATION * (inflow_N + bias_N.abs()))
-        self.identity_error = max(self.identity_error, float((gap_N / scale_N.clamp(min=1e-30)).max()))
+        gap = float((gap_N / scale_N.clamp(min=1e-30)).max())
+        if not gap < float("inf"):
+            raise ValueError("attribution met NaN or infinity: the model's activations on this prompt are not finite")
+        self.identity_error = max(self.identity_error, gap)
         node = node_N.cpu().numpy()
         self.value[node], self.bias[node] = value_N.cpu().numpy(), bias_N.cpu().numpy()
         self.inflow[node], self.expanded[node] = inflow_N.cpu().numpy(), True
-        effects = effects_NC.float().cpu().numpy()
+        effects = effects_NC.cpu().numpy()
         row, column = np.nonzero(effects)
         counts = np.bincount(row, minlength=len(node))
         self.blocks.setdefault(depth, []).append(Block(node, counts, column.astype(np.int32), effects[row, column]))
@@ -122,26 +125,25 @@ class Attributor:
             progress: called after every round.
         """
         rows = self.rows
+        features = slice(self.first_feature, rows.n_columns)
         if self.logits:
             self._expand_logits()
-        features = slice(self.first_feature, rows.n_columns)
-        n_expanded, size = 0, FIRST_ROUND
+        roots = np.flatnonzero(output[features])
+        if len(roots):  # a feature that is a root needs its row whatever the limits
+            self._expand_features(torch.from_numpy(roots))
+        n_expanded, size = len(roots), FIRST_ROUND
         while True:
             held = (rows.influence(output) + output)[features] * ~rows.expanded[features]
             rows.unexpanded_share = float(held.sum())
             if progress is not None:
                 progress(n_expanded, rows.unexpanded_share)
-            # A feature that is itself a root needs its row whatever the coverage.
-            needed = rows.unexpanded_share > 1 - coverage or bool((held[output[features] > 0] > 0).any())
             chosen = _smallest_set(held, rows.unexpanded_share - (1 - coverage))[:size]
-            if max_nodes is not None:
-                chosen = chosen[: max_nodes - n_expanded]
-            if not needed or len(chosen) == 0:
-                capped = max_nodes is not None and n_expanded >= max_nodes
-                rows.stopped_by = "coverage" if not needed else "max_nodes" if capped else "exhausted"
+            room = len(chosen) if max_nodes is None else max(0, max_nodes - n_expanded)
+            if not len(chosen) or not room:
+                rows.stopped_by = "max_nodes" if len(chosen) else "coverage"
                 return rows
-            self._expand_features(torch.from_numpy(np.sort(chosen)))
-            n_expanded, size = n_expanded + len(chosen), min(2 * size, LARGEST_ROUND)
+            self._expand_features(torch.from_numpy(np.sort(chosen[:room])))
+            n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, LARGEST_ROUND)
 
     def _expand_logits(self) -> None:
         norm = self.local.frozen.norm_final
@@ -160,6 +162,7 @@ class Attributor:
     def _expand_features(self, chosen_S: Tensor) -> None:
         """Rows of the chosen active features (numbers into `local.features`, rising)."""
         features, crosscoder, shape = self.local.features, self.local.crosscoder, self.local.shape
+        chosen_S = chosen_S.to(features.group.device)
         group_S = features.group[chosen_S]
         bias_S = torch.empty_like(self.local.pre_activation_S[chosen_S])
         readers: list[tuple[Tensor, Tensor, int]] = []  # features, their encoder vectors, depth they read at
@@ -168,11 +171,8 @@ class Attributor:
             index, position = features.index[chosen_S[own]], features.row[chosen_S[own]]
             bias_S[own] = crosscoder.b_enc[group][index]
             for site in crosscoder.wiring.reads[group]:
-                vectors = crosscoder.encoder(group, site)[index]
-                if site.kind == "mlp_in":
-                    norm = self.local.frozen.norms_mlp[site.layer]
-                    bias_S[own] += vectors @ norm.bias_D
-                    vectors = norm.pull_back(vectors, position)
+                vectors, constant = read_vectors(self.local, group, site, index, position)
+                bias_S[own] += constant
                 readers.append((own, vectors, read_depth(site, shape)))
         own_N = torch.cat([own for own, _, _ in readers])
         depth_N = torch.cat([torch.full_like(own, depth) for own, _, depth in readers])

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -77,9 +79,7 @@ def trace(
     folder = check_folder(out if out is not None else Path(f"circuit-{slug(prompt)}"))
     graph = _trace(prompt, model, crosscoder, targets=target or None, coverage=coverage, max_nodes=max_nodes)
     circuit = graph.prune(nodes=node_threshold, edges=edge_threshold)
-    files = {"graph": graph.save(folder / "graph.safetensors")}
-    for file_format, file_name in CIRCUIT_FILES.items():
-        files[file_format] = write_format(circuit, file_format, folder / file_name)
+    files = _write_all(graph, circuit, folder)
     if as_json:
         typer.echo(json.dumps(summary(graph, circuit, files)))
     else:
@@ -133,6 +133,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _write_all(graph: CircuitGraph, circuit: CircuitGraph, folder: Path) -> dict[str, Path]:
+    """Write every file, or none: all are made in a folder beside the target and moved when the last one is done."""
+    names = {"graph": "graph.safetensors", **CIRCUIT_FILES}
+    for name in names.values():
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name}: expected a file name, given a folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder if folder.is_dir() else folder.parent
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=beside) as scratch:
+        graph.save(Path(scratch) / names["graph"])
+        for file_format, name in CIRCUIT_FILES.items():
+            write_format(circuit, file_format, Path(scratch) / name)
+        folder.mkdir(exist_ok=True)
+        for name in names.values():
+            os.replace(Path(scratch) / name, folder / name)
+    return {file_format: folder / name for file_format, name in names.items()}
 
 
 def _fail(message: str) -> int:

@@ -63,7 +63,10 @@ class CircuitGraph:
 
     @property
     def identity_error(self) -> float:
-        """Largest relative violation of `value = sum of incoming edges + bias` seen while the full graph was traced."""
+        """Largest relative violation of `value = sum of incoming edges + bias` seen while the full graph was traced.
+
+        Relative to the value, or to 1 % of the summed magnitudes where the value is a smaller remainder of large terms.
+        """
         return float(self.metadata["identity_error"])
 
     def counts(self) -> dict[str, int]:

@@ -14,9 +14,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from circuits.transport import read_depth, read_vectors
 from replacement import LocalReplacement, ReplacementModel
 
 WORDS = 3
+CHUNK = 256  # features compared with the vocabulary at once; bounds memory
 
 
 class FeatureLabels:
@@ -36,22 +38,22 @@ class FeatureLabels:
     def labels(self, group: int, index_N: Tensor, position_N: Tensor) -> list[str]:
         """One label per active feature of a group."""
         crosscoder = self._crosscoder
-        reads_ND = torch.stack(
-            [crosscoder.encoder(group, site)[index_N] for site in crosscoder.wiring.reads[group]]
-        ).sum(0)
-        last = max(site.layer for site in crosscoder.wiring.reads[group])
-        writes_ND = torch.stack(
-            [crosscoder.decoder_vectors(group, index_N, site) for site in crosscoder.wiring.writes[group]]
-        ).sum(0)
-        read = self._top(self._strongest_path(reads_ND, position_N, last) @ self._embedding_VD.T)
-        promoted = self._top(writes_ND @ self._unembedding_DV)
-        return [f"{left} → {right}" for left, right in zip(read, promoted, strict=True)]
+        reads, writes = crosscoder.wiring.reads[group], crosscoder.wiring.writes[group]
+        depth = max(read_depth(site, self._local.shape) for site in reads)
+        found = []
+        for index, position in zip(index_N.split(CHUNK), position_N.split(CHUNK), strict=True):
+            read_ND = torch.stack([read_vectors(self._local, group, site, index, position)[0] for site in reads]).sum(0)
+            written_ND = torch.stack([crosscoder.decoder_vectors(group, index, site) for site in writes]).sum(0)
+            read = self._top(self._strongest_path(read_ND, position, depth) @ self._embedding_VD.T)
+            promoted = self._top(written_ND @ self._unembedding_DV)
+            found += [f"{left} → {right}" for left, right in zip(read, promoted, strict=True)]
+        return found
 
-    def _strongest_path(self, v_ND: Tensor, position_N: Tensor, last: int) -> Tensor:
-        """Encoder vectors, or their pull-back through one head where that head excites the feature more than its token."""
+    def _strongest_path(self, v_ND: Tensor, position_N: Tensor, depth: int) -> Tensor:
+        """Vectors read, or their pull-back through the one head that excites the feature more than its own token."""
         embedding_TD = self._streams[0]
         best_N, best_ND = (v_ND * embedding_TD[position_N]).sum(-1), v_ND.clone()
-        for layer in range(last + 1):
+        for layer in range((depth + 1) // 2):  # attention layers below the point where the feature reads
             attention = self._local.frozen.attentions[layer]
             weights = attention.weights
             u_NHK = (v_ND @ weights.W_O_XD.T).unflatten(1, (weights.n_heads, -1))
@@ -60,7 +62,9 @@ class FeatureLabels:
             excitement_NH = (torch.einsum("nhk,thk->nht", u_NHK, z_THK) * kernel_NHT).sum(-1)
             score_N, head_N = excitement_NH.max(1)
             W_V_HKD = weights.W_V_XD.unflatten(0, (weights.n_heads, -1))
-            pulled_ND = torch.einsum("nk,nkd->nd", u_NHK[torch.arange(len(v_ND)), head_N], W_V_HKD[head_N])
+            pulled_ND = torch.einsum(
+                "nk,nkd->nd", u_NHK[torch.arange(len(v_ND), device=head_N.device), head_N], W_V_HKD[head_N]
+            )
             better = score_N > best_N
             best_N, best_ND = torch.where(better, score_N, best_N), torch.where(better[:, None], pulled_ND, best_ND)
         return best_ND

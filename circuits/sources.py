@@ -53,8 +53,8 @@ class Sources:
         feature_column = error_column + L * T
         crosscoder = local.crosscoder
         bias_LD = local.errors_LTD.new_zeros(L, local.shape.d_model)
-        for site, bias_D in zip(crosscoder.wiring.write_sites, crosscoder.b_dec, strict=True):
-            bias_LD[site.layer] = bias_D
+        for site in crosscoder.wiring.write_sites:
+            bias_LD[site.layer] = crosscoder.decoder_bias(site)
         return cls(
             layers=tuple(_layer_sources(local, layer, error_column, feature_column) for layer in range(L)),
             n_columns=feature_column + len(local.features),
@@ -66,20 +66,22 @@ class Sources:
 
 def _layer_sources(local: LocalReplacement, layer: int, error_column: int, feature_column: int) -> LayerSources:
     T, crosscoder, site = local.n_positions, local.crosscoder, Site(layer, "mlp_out")
-    vectors, rows, columns = [local.errors_LTD[layer]], [torch.arange(T)], [error_column + layer * T + torch.arange(T)]
+    device = local.errors_LTD.device
+    positions_T = torch.arange(T, device=device)
+    vectors, rows, columns = [local.errors_LTD[layer]], [positions_T], [error_column + layer * T + positions_T]
     for group in range(crosscoder.n_groups):
         if site not in crosscoder.wiring.writes[group]:
             continue
         active = local.features.of(group)
         first = int(torch.searchsorted(local.features.group, group))
         vectors.append(crosscoder.decoder_vectors(group, active.index, site) * active.activation[:, None])
-        rows.append(active.row.cpu())
-        columns.append(feature_column + first + torch.arange(len(active)))
+        rows.append(active.row)
+        columns.append(feature_column + first + torch.arange(len(active), device=device))
     row_S = torch.cat(rows)
     order_S = torch.argsort(row_S, stable=True)
     counts = torch.bincount(row_S, minlength=T)
     return LayerSources(
-        vectors_SD=torch.cat(vectors)[order_S.to(vectors[0].device)],
+        vectors_SD=torch.cat(vectors)[order_S],
         offsets=(0, *torch.cumsum(counts, 0).tolist()),
         columns_S=torch.cat(columns)[order_S],
     )

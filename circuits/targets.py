@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -70,27 +71,34 @@ class LogitTarget:
 def parse_target(text: str) -> Target:
     """Read a target as the command line writes it.
 
-    `Austin`, `Austin@5`, `Austin - Houston`, `feature:2/345@7` (layer/index@position).
+    `Austin`, `Austin@5`, `Austin - Houston`, `feature:2/345@7` (layer/index@position; positions count from 0, the
+    beginning-of-sequence token included). A token is taken with its leading space where the vocabulary has it so.
 
     Raises:
         ValueError: empty text.
     """
-    body, position = text.strip(), -1
-    if match := re.fullmatch(r"(.+)@(-?\d+)", body):
-        body, position = match.group(1).strip(), int(match.group(2))
-    if not body:
+    body, position = text, -1
+    if match := re.fullmatch(r"(.+)@(-?\d+)\s*", text, re.DOTALL):
+        body, position = match.group(1), int(match.group(2))
+    if not body.strip():
         raise ValueError("a target is empty: expected 'token', 'token - token' or 'feature:layer/index'")
-    if match := _FEATURE.fullmatch(body):
+    if match := _FEATURE.fullmatch(body.strip()):
         return FeatureTarget(int(match.group(1)), int(match.group(2)), position)
     plus, minus_sign, minus = body.partition(" - ")
-    return DifferenceTarget(plus, minus, position) if minus_sign else TokenTarget(body, position)
+    if minus_sign and plus.strip() and minus.strip():
+        return DifferenceTarget(plus, minus, position)
+    return TokenTarget(body, position)
 
 
 def as_target(target: Target | str | int) -> Target:
     """Texts are parsed, numbers are token ids, targets stay as they are."""
     if isinstance(target, str):
         return parse_target(target)
-    return TokenTarget(target) if isinstance(target, int) else target
+    if isinstance(target, TokenTarget | DifferenceTarget | FeatureTarget):
+        return target
+    if isinstance(target, Integral):
+        return TokenTarget(int(target))
+    raise ValueError(f"cannot read target {target!r}: expected a text, a token id or one of the target types")
 
 
 def active_feature(target: FeatureTarget, local: LocalReplacement) -> int:

@@ -42,7 +42,8 @@ def trace(
     """Attribute the model's output on a prompt to the features, errors and tokens that caused it.
 
     For every expanded node, exactly: `value = sum of incoming edges + bias`; the largest relative violation seen is the
-    graph's `identity_error`.
+    graph's `identity_error`. Relative to the value, or to 1 % of the summed magnitudes where the value is a smaller
+    remainder of large terms.
 
     Args:
         model: language model with a strictly causal (or per-layer) crosscoder spliced in.
@@ -66,6 +67,11 @@ def trace(
     if max_nodes is not None and max_nodes < 1:
         raise ValueError(f"max_nodes must be 1 or more, got {max_nodes}")
     lm = model.language_model
+    layers = [model.crosscoder.wiring.group_layer(group) for group in range(model.crosscoder.n_groups)]
+    if sorted(set(layers)) != layers:
+        raise ValueError(f"cannot name features by layer: the crosscoder's groups belong to the layers {layers}")
+    if not isinstance(prompt, str | Tensor):
+        raise ValueError(f"the prompt must be text or a 1-D tensor of token ids, got {type(prompt).__name__}")
     tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
     with torch.no_grad():
         local = model.localize(tokens_T)
@@ -136,7 +142,7 @@ def _assemble(
     source = np.concatenate([block.source for block in blocks])
     target = np.concatenate([np.repeat(block.node, block.counts) for block in blocks])
     weight = np.concatenate([block.weight for block in blocks])
-    kept = rows.expanded | np.isin(columns["kind"], (NodeKind.TOKEN, NodeKind.LOGIT))
+    kept = rows.expanded | (output > 0) | np.isin(columns["kind"], (NodeKind.TOKEN, NodeKind.LOGIT))
     kept[source] = True
     number = np.cumsum(kept) - 1
     edges = Edges.from_coo(number[target], number[source], weight, n_nodes=int(kept.sum()))

@@ -47,6 +47,20 @@ def read_depth(site: Site, shape: ModelShape) -> int:
     raise ValueError(f"cannot attribute to features that read {site}: expected a site on the residual stream")
 
 
+def read_vectors(
+    local: LocalReplacement, group: int, site: Site, index_N: Tensor, position_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What features of a group read at one site: vectors `[N, D]` on the residual stream, and constants `[N]`.
+
+    `encoder . x_site = vector . stream + constant`; a site behind a norm is pulled back through it, frozen.
+    """
+    vectors_ND = local.crosscoder.encoder(group, site)[index_N]
+    if site.kind != "mlp_in":
+        return vectors_ND, vectors_ND.new_zeros(len(vectors_ND))
+    norm = local.frozen.norms_mlp[site.layer]
+    return norm.pull_back(vectors_ND, position_N), vectors_ND @ norm.bias_D
+
+
 @dataclass(frozen=True, slots=True)
 class Targets:
     """N vectors, each read at a point and a position."""
@@ -112,7 +126,7 @@ class _Walk:
     def __post_init__(self) -> None:
         n_targets, D = self.vectors_ND.shape
         self.v_NTD = self.vectors_ND.new_zeros(n_targets, int(self.position_N.max()) + 1, D)
-        self.v_NTD[torch.arange(n_targets), self.position_N] = self.vectors_ND
+        self.v_NTD[torch.arange(n_targets, device=self.v_NTD.device), self.position_N] = self.vectors_ND
         self.effects_NC = self.vectors_ND.new_zeros(n_targets, self.transport.sources.n_columns)
 
     def down(self) -> Tensor:
@@ -143,7 +157,7 @@ class _Walk:
         if reached > spread:
             fresh = slice(spread, reached)
             position_N = self.position_N[fresh]
-            v_ND = self.v_NTD[torch.arange(spread, reached), position_N]
+            v_ND = self.v_NTD[torch.arange(spread, reached, device=position_N.device), position_N]
             mixed.append((fresh, attention.mix_back_from(v_ND, position_N, self.v_NTD.shape[1])))
         return mixed
 
@@ -191,38 +205,38 @@ class _Walk:
             for read in local.crosscoder.wiring.reads[group]:
                 u_NTD = v_NTD @ local.crosscoder.skip_matrix(group, read, write)
                 if read.kind == "mlp_in":
-                    u_NTD = local.frozen.norms_mlp[read.layer].pull_back(u_NTD, torch.arange(u_NTD.shape[1]))
+                    u_NTD = local.frozen.norms_mlp[read.layer].pull_back(
+                        u_NTD, torch.arange(u_NTD.shape[1], device=u_NTD.device)
+                    )
                 depth = read_depth(read, local.shape)
-                if depth in self._pending:  # of a shallower written layer: as many targets or fewer
+                if depth in self._pending:  # of a written layer above this one: as many targets or fewer
                     u_NTD[: len(self._pending[depth])] += self._pending[depth]
                 self._pending[depth] = u_NTD
 
 
 def _constant_stream(local: LocalReplacement, bias_LD: Tensor) -> Tensor:
     """`[2 L + 1, T, D]`: the residual stream at every depth when embeddings, features and errors are all zero."""
-    frozen, crosscoder, shape = local.frozen, local.crosscoder, local.shape
+    frozen, shape = local.frozen, local.shape
     x_TD = torch.zeros_like(frozen.token_embedding_TD)
     stream = x_TD.new_zeros(2 * shape.n_layers + 1, *x_TD.shape)
-    reads: dict[Site, Tensor] = {}
     for layer, attention in enumerate(frozen.attentions):
         stream[2 * layer] = x_TD
-        after_TD = x_TD + attention.apply(x_TD)
-        stream[2 * layer + 1] = after_TD
-        for site in crosscoder.wiring.read_sites:
-            if site.layer == layer:
-                point_TD = stream[read_depth(site, shape)]
-                reads[site] = frozen.norms_mlp[layer].apply(point_TD) if site.kind == "mlp_in" else point_TD
-        x_TD = after_TD + bias_LD[layer]
-        if crosscoder.skip:
-            x_TD = x_TD + _skip_constant(local, Site(layer, "mlp_out"), reads)
+        x_TD = x_TD + attention.apply(x_TD)
+        stream[2 * layer + 1] = x_TD
+        x_TD = x_TD + bias_LD[layer]
+        if local.crosscoder.skip:
+            x_TD = x_TD + _skip_constant(local, Site(layer, "mlp_out"), stream)
     stream[-1] = x_TD
     return stream
 
 
-def _skip_constant(local: LocalReplacement, write: Site, reads: dict[Site, Tensor]) -> Tensor:
+def _skip_constant(local: LocalReplacement, write: Site, stream: Tensor) -> Tensor:
+    """What the skip matrices write to one site when they read the constant stream, filled up to the sites read."""
     crosscoder = local.crosscoder
     total_TD = torch.zeros_like(local.errors_LTD[0])
     for group in crosscoder.wiring.writers(write):
         for read in crosscoder.wiring.reads[group]:
-            total_TD += reads[read] @ crosscoder.skip_matrix(group, read, write).T
+            x_TD = stream[read_depth(read, local.shape)]
+            x_TD = local.frozen.norms_mlp[read.layer].apply(x_TD) if read.kind == "mlp_in" else x_TD
+            total_TD += x_TD @ crosscoder.skip_matrix(group, read, write).T
     return total_TD

@@ -5,15 +5,18 @@
 The prompt `the capital of the state containing Dallas is` needs two hops, and Dallas is a city the model never saw in such a
 sentence. This script
 
-1. finds each state's features: active for most of the state's cities (at the city or at the last word) and for few others;
+1. finds each state's features: active for most of the state's cities (at the city or at the last word) and for few others.
+   The city that is asked about is left out of the search, so nothing is fitted to it;
 2. traces the Dallas prompt and lists which of Texas' features are in its pruned circuit;
 3. in the original model's own run (errors kept), switches Texas' features off and another state's on, at that state's mean
-   activation, and reads the next token: the other state's capital, if the features carry the hop.
+   activation, and reads the next token: the other state's capital, if the features carry the hop. Features of the last layer
+   may simply say the answer, so the swap is repeated without that layer, with layer 0 alone, and at the city alone.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -40,22 +43,21 @@ def active_features(model: ReplacementModel, city: str) -> dict[Key, float]:
     return {key: value for key, value in found if key[1] >= len(tokens) - 2}
 
 
-def state_features(model: ReplacementModel) -> dict[str, dict[Key, float]]:
-    """For every state, its features and their mean activation over the cities they fire for."""
-    by_city = {city: active_features(model, city) for state in states() for city in cities_of(state, capital=False)}
-    total: dict[Key, int] = {}
-    for found in by_city.values():
-        for key in found:
-            total[key] = total.get(key, 0) + 1
-    chosen: dict[str, dict[Key, float]] = {}
-    for state in states():
-        own = [by_city[city] for city in cities_of(state, capital=False)]
-        chosen[state] = {}
-        for key in set().union(*own):
-            values = [found[key] for found in own if key in found]
-            elsewhere = (total[key] - len(values)) / (len(by_city) - len(own))
-            if len(values) >= FREQUENT * len(own) and elsewhere <= RARE:
-                chosen[state][key] = float(np.mean(values))
+def features_by_city(model: ReplacementModel) -> dict[str, dict[Key, float]]:
+    """Active features of every listed city that is no capital."""
+    return {city: active_features(model, city) for state in states() for city in cities_of(state, capital=False)}
+
+
+def state_features(by_city: dict[str, dict[Key, float]], state: str, *, without: str = "") -> dict[Key, float]:
+    """A state's features and their mean activation over the cities they fire for, one city left out."""
+    own = [by_city[city] for city in cities_of(state, capital=False) if city != without]
+    others = [found for city, found in by_city.items() if state_of(city) != state]
+    chosen: dict[Key, float] = {}
+    for key in sorted(set().union(*own)):
+        values = [found[key] for found in own if key in found]
+        elsewhere = sum(key in found for found in others) / len(others)
+        if len(values) >= FREQUENT * len(own) and elsewhere <= RARE:
+            chosen[key] = float(np.mean(values))
     return chosen
 
 
@@ -90,17 +92,62 @@ def print_circuit(model: ReplacementModel, texas: dict[Key, float]) -> None:
             print(f"  {layer}/{index}@{position}  {activation:6.2f}  {label}")
 
 
-def print_swaps(model: ReplacementModel, features: dict[str, dict[Key, float]], pairs: list[tuple[str, str]]) -> int:
-    """One line per pair of city and other state; the number of right answers."""
+VARIANTS: dict[str, Callable[[Key, int, int], bool]] = {
+    "all features": lambda key, last_layer, last_position: True,
+    "without the last layer": lambda key, last_layer, last_position: key[0] < last_layer,
+    "layer 0 alone": lambda key, last_layer, last_position: key[0] == 0,
+    "at the city alone": lambda key, last_layer, last_position: key[1] < last_position,
+}
+"""Which of the states' features are swapped."""
+
+
+def swap(
+    model: ReplacementModel,
+    by_city: dict[str, dict[Key, float]],
+    city: str,
+    other: str,
+    *,
+    variant: str = "all features",
+) -> tuple[str, float]:
+    """Next token and its probability after swapping the city's state for another."""
+    last_layer = model.language_model.shape.n_layers - 1
+    last_position = len(model.language_model.tokenize(PROMPT.format(city=city))) - 1
+    off, on = (
+        {key: value for key, value in found.items() if VARIANTS[variant](key, last_layer, last_position)}
+        for found in (state_features(by_city, state_of(city), without=city), state_features(by_city, other))
+    )
+    return answer_after_swap(model, city, off, on)
+
+
+def print_swaps(model: ReplacementModel, by_city: dict[str, dict[Key, float]], pairs: list[tuple[str, str]]) -> int:
+    """One line per pair of city and other state, then the number of right answers in every variant."""
     right = 0
     print(f"{'city':<18}{'its state':<16}{'injected state':<18}{'answer':<18}{'p':>5}  right")
     for city, other in pairs:
-        answer, probability = answer_after_swap(model, city, features[state_of(city)], features[other])
+        answer, probability = swap(model, by_city, city, other)
         right += answer == capital_of(other)
         mark = "yes" if answer == capital_of(other) else f"no, {capital_of(other)}"
         print(f"{city:<18}{state_of(city):<16}{other:<18}{answer:<18}{probability:5.2f}  {mark}")
-    print(f"right: {right} of {len(pairs)}\n")
+    print(f"right, all features: {right} of {len(pairs)}")
+    for variant in list(VARIANTS)[1:]:
+        answers = [swap(model, by_city, city, other, variant=variant)[0] for city, other in pairs]
+        n_right = sum(answer == capital_of(other) for answer, (_, other) in zip(answers, pairs, strict=True))
+        print(f"right, {variant}: {n_right} of {len(pairs)}")
+    print()
     return right
+
+
+def random_pairs(n: int, *, seed: int = 0) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """`n` pairs of Dallas and another state, and `n` of a held-out city and another state."""
+    rng = np.random.default_rng(seed)
+    others = [state for state in states() if state != "Texas"]
+    from_texas = [("Dallas", others[i]) for i in rng.permutation(len(others))[:n]]
+    anywhere = []
+    for i in rng.permutation(len(HELD_OUT_CITIES))[:n]:
+        city = HELD_OUT_CITIES[i]
+        choices = [state for state in states() if state != state_of(city)]
+        anywhere.append((city, choices[int(rng.integers(len(choices)))]))
+    return from_texas, anywhere
 
 
 def main() -> None:
@@ -110,21 +157,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model = replacement.load("demo")
-    features = state_features(model)
-    sizes = [len(found) for found in features.values()]
+    by_city = features_by_city(model)
+    sizes = [len(state_features(by_city, state)) for state in states()]
     print(f"state features: {min(sizes)} to {max(sizes)} per state, median {int(np.median(sizes))}\n")
-    print_circuit(model, features["Texas"])
-    rng = np.random.default_rng(0)
-    others = [state for state in states() if state != "Texas"]
+    print_circuit(model, state_features(by_city, "Texas", without="Dallas"))
+    from_texas, anywhere = random_pairs(options.pairs)
     print("\nTexas off, another state on (Dallas):")
-    print_swaps(model, features, [("Dallas", others[i]) for i in rng.permutation(len(others))[: options.pairs]])
+    print_swaps(model, by_city, from_texas)
     print("Any state off, any other on (held-out cities):")
-    pairs = []
-    for i in rng.permutation(len(HELD_OUT_CITIES))[: options.pairs]:
-        city = HELD_OUT_CITIES[i]
-        choices = [state for state in states() if state != state_of(city)]
-        pairs.append((city, choices[int(rng.integers(len(choices)))]))
-    print_swaps(model, features, pairs)
+    print_swaps(model, by_city, anywhere)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 >>> exact = model(tokens, errors="keep")                    # equals the original model
 """
 
+from replacement import checkpoint
 from replacement.activation import BatchTopK, JumpReLU, ReLU, TopK
 from replacement.crosscoder import Crosscoder, CrosscoderOutput
 from replacement.features import Features
@@ -33,5 +34,6 @@ __all__ = [
     "Site",
     "TopK",
     "Wiring",
+    "checkpoint",
     "load",
 ]

@@ -41,13 +41,16 @@ class Activation(ABC):
         """Threshold to keep in the crosscoder: `[G, F]`, `[G, 1]`, or None for functions without one."""
 
     @abstractmethod
-    def select(self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False) -> Selection:
+    def select(
+        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+    ) -> Selection:
         """Choose the active features of one group.
 
         Arguments:
             pre_BF: pre-activations; no gradient flows through the choice.
             threshold_F: the group's row of the threshold, `[F]` or `[1]`.
             training: choose for a training step (see each class).
+            group: which group the pre-activations are of.
         """
 
     @abstractmethod
@@ -65,8 +68,9 @@ class Activation(ABC):
             ValueError: more features are kept than a group has.
         """
         k = asdict(self).get("k", 1)
-        if k > n_features:
-            raise ValueError(f"{self.name} keeps k={k} features, but a group has only {n_features}")
+        most = max(k) if isinstance(k, tuple) else k
+        if most > n_features:
+            raise ValueError(f"{self.name} keeps k={most} features, but a group has only {n_features}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ class ReLU(Activation):
         """None."""
         return None
 
-    def select(self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False) -> Selection:
+    def select(
+        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+    ) -> Selection:
         """Features with a positive pre-activation."""
         return Selection(*torch.nonzero(pre_BF > 0, as_tuple=True))
 
@@ -118,7 +124,9 @@ class JumpReLU(Activation):
         """`[G, F]`, every entry `threshold`."""
         return torch.full((n_groups, n_features), self.threshold)
 
-    def select(self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False) -> Selection:
+    def select(
+        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+    ) -> Selection:
         """Features above their threshold; in training also those inside the window below it."""
         assert threshold_F is not None
         floor_F = threshold_F - self.bandwidth / 2 if training else threshold_F
@@ -140,19 +148,31 @@ class TopK(Activation):
 
     name: ClassVar[str] = "topk"
 
-    k: int
-    """Features kept per group and row."""
+    k: int | tuple[int, ...]
+    """Features kept per row: in every group, or one number for each group."""
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        if not isinstance(self.k, int):
+            object.__setattr__(self, "k", tuple(self.k))
+        for k in self.k if isinstance(self.k, tuple) else (self.k,):
+            _check_k(k)
 
     def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
-        """None."""
+        """None.
+
+        Raises:
+            ValueError: one k per group is given, but not for as many groups.
+        """
+        if isinstance(self.k, tuple) and len(self.k) != n_groups:
+            raise ValueError(f"topk has k for {len(self.k)} groups, the wiring has {n_groups}")
         return None
 
-    def select(self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False) -> Selection:
+    def select(
+        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+    ) -> Selection:
         """The k largest of each row, without those that are not positive."""
-        value_BK, index_BK = pre_BF.topk(self.k, dim=1, sorted=False)
+        k = self.k[group] if isinstance(self.k, tuple) else self.k
+        value_BK, index_BK = pre_BF.topk(k, dim=1, sorted=False)
         index_BK, order_BK = index_BK.sort(dim=1)
         row_S, column_S = torch.nonzero(value_BK.gather(1, order_BK) > 0, as_tuple=True)
         return Selection(row_S, index_BK[row_S, column_S])
@@ -189,7 +209,9 @@ class BatchTopK(Activation):
         """`[G, 1]`, zero: before training every positive feature is active, as in a ReLU."""
         return torch.zeros(n_groups, 1)
 
-    def select(self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False) -> Selection:
+    def select(
+        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+    ) -> Selection:
         """In training the `k * B` largest of the batch; otherwise all above the recorded threshold."""
         assert threshold_F is not None
         if not training:

@@ -84,7 +84,7 @@ class BridgeParts:
         if hasattr(self.bridge, "pos_embed"):
             names.add("hook_pos_embed")
         for layer in range(self.shape.n_layers):
-            hooks = ["attn.hook_pattern", "hook_attn_out", "hook_resid_pre", "hook_resid_post"]
+            hooks = ["attn.hook_pattern", "hook_attn_out", "hook_resid_pre", "hook_resid_post", "mlp.hook_in"]
             hooks += [f"{name}.hook_scale" for name in self.norm_names(layer)]
             names |= {f"blocks.{layer}.{hook}" for hook in hooks}
         return names
@@ -114,6 +114,11 @@ class BridgeParts:
         """`W_U [D, V]` and `b_U [V]` (zeros where the model has none)."""
         W_U, b_U = self.bridge.W_U.detach(), self.bridge.b_U
         return W_U, W_U.new_zeros(W_U.shape[1]) if b_U is None else b_U.detach()
+
+    def soft_cap(self, logits: Tensor) -> Tensor:
+        """The model's last step: `cap * tanh(logits / cap)` where it has a soft-cap (Gemma 2), else the logits."""
+        cap = float(getattr(self.bridge.cfg, "output_logits_soft_cap", -1.0) or -1.0)
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
     def _fold_attention(self, layer: int) -> AttentionWeights:
         attention = self.bridge.blocks[layer].attn

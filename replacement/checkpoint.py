@@ -28,6 +28,18 @@ FORMAT = "crosstrace crosscoder"
 VERSION = 1
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "crosscoder.safetensors"
+ENTRIES = (
+    "model_name",
+    "model_fingerprint",
+    "wiring",
+    "n_features",
+    "activation",
+    "tied",
+    "skip",
+    "undecomposed_positions",
+    "dtype",
+    "training",
+)
 
 
 def save(
@@ -112,6 +124,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format version {config.get('version')!r}; this library reads versions up to {VERSION}"
         )
+    missing = [entry for entry in ENTRIES if entry not in config]
+    if missing:
+        raise ValueError(f"{path} lacks the entry {missing[0]!r}")
     return config
 
 
@@ -170,9 +185,7 @@ def _from_config(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> C
             undecomposed_positions=config["undecomposed_positions"],
             seed=0,
         )
-    except KeyError as error:
-        raise ValueError(f"{path} lacks the entry {error.args[0]!r}") from None
-    except (TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} does not describe a crosscoder: {error}") from None
 
 
@@ -205,5 +218,9 @@ def _swap(scratch: Path, target: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     os.replace(target, old)
-    os.replace(scratch, target)
+    try:
+        os.replace(scratch, target)
+    except OSError:
+        os.replace(old, target)
+        raise
     shutil.rmtree(old)

@@ -108,6 +108,8 @@ def _fidelity_table(fidelity: dict[str, Any]) -> Table:
     table.add_row("active features per token, all layers", f"{fidelity['total_l0']:.1f}")
     table.add_row("variance unexplained, mean over layers", f"{fidelity['mean_unexplained']:.4f}")
     table.add_row("KL, errors propagating", f"{fidelity['kl']:.4f} nats")
-    table.add_row("top-1 agreement where p >= 0.5", f"{fidelity['agreement']:.4f}")
+    table.add_row(
+        "top-1 agreement where p >= 0.5", "none" if fidelity["agreement"] is None else f"{fidelity['agreement']:.4f}"
+    )
     table.add_row("top-1 agreement, all tokens", f"{fidelity['agreement_all']:.4f}")
     return table

@@ -84,7 +84,7 @@ class Crosscoder(CrosscoderWeights):
         with torch.no_grad():
             pre_BF = self.pre_activations(inputs, group)
             threshold_F = None if self.threshold is None else self.threshold[group]
-            row_S, index_S = self.activation.select(pre_BF, threshold_F, training=self.training)
+            row_S, index_S = self.activation.select(pre_BF, threshold_F, training=self.training, group=group)
             if self.undecomposed_positions:
                 where_S = row_S if positions is None else positions[row_S]
                 keep_S = where_S >= self.undecomposed_positions

@@ -84,8 +84,12 @@ class LanguageModel:
             raise ValueError("the prompt is empty: expected at least one word")
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer: pass a 1-D tensor of token ids instead of text")
-        encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        # Not verbose: a prompt over the limit is our error to report, in one line.
+        options = {"add_special_tokens": False, "return_offsets_mapping": self.tokenizer.is_fast, "verbose": False}
+        encoding = self.tokenizer(prompt, **options)
         ids = list(encoding["input_ids"])
+        if not ids:
+            raise ValueError("the prompt is empty: the tokenizer finds no token in it")
         self._refuse_unknown_words(prompt, ids, encoding)
         bos = self.tokenizer.bos_token_id
         if bos is not None and self.parts.bridge.cfg.default_prepend_bos and ids[:1] != [bos]:
@@ -93,35 +97,46 @@ class LanguageModel:
         return self.check_tokens(torch.tensor(ids, device=self.device))
 
     def check_tokens(self, tokens_T: Tensor) -> Tensor:
-        """Return 1-D token ids unchanged if the model can read them.
+        """Return 1-D token ids, on the model's device, if the model can read them.
 
         Raises:
             ValueError: empty, not 1-D integers, longer than the context, or outside the vocabulary.
         """
-        if tokens_T.ndim != 1 or tokens_T.is_floating_point() or len(tokens_T) == 0:
+        if tokens_T.ndim != 1:
             raise ValueError(
-                f"expected a 1-D tensor of at least one token id, got {tokens_T.dtype} of shape {tuple(tokens_T.shape)}"
+                f"expected a 1-D tensor of at least one token id, got one of shape {tuple(tokens_T.shape)}"
             )
-        if len(tokens_T) > self.context_length:
-            raise ValueError(f"the prompt has {len(tokens_T)} tokens: {self.name} reads at most {self.context_length}")
-        if int(tokens_T.min()) < 0 or int(tokens_T.max()) >= self.vocabulary_size:
+        return self.check_batch(tokens_T[None])[0]
+
+    def check_batch(self, tokens_BT: Tensor) -> Tensor:
+        """The same for rows of token ids `[B, T]`."""
+        if tokens_BT.ndim != 2 or tokens_BT.is_floating_point() or not tokens_BT.numel():
             raise ValueError(
-                f"token ids must lie in [0, {self.vocabulary_size}), got {int(tokens_T.min())} to {int(tokens_T.max())}"
+                f"expected at least one token id per row, got {tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
             )
-        return tokens_T.to(self.device)
+        if tokens_BT.shape[1] > self.context_length:
+            n_tokens = tokens_BT.shape[1]
+            raise ValueError(f"the prompt has {n_tokens} tokens: {self.name} reads at most {self.context_length}")
+        low, high = int(tokens_BT.min()), int(tokens_BT.max())
+        if low < 0 or high >= self.vocabulary_size:
+            raise ValueError(f"token ids must lie in [0, {self.vocabulary_size}), got {low} to {high}")
+        return tokens_BT.to(self.device)
 
     def token_id(self, text: str) -> int:
-        """Id of a text that is exactly one token, tried as given and then with a leading space.
+        """Id of a text that is exactly one token.
+
+        A word may be a token with and without a leading space; inside a sentence it is the one with the space, so
+        that one is meant unless the text is not a token with it.
 
         Raises:
             ValueError: the text is not one known token.
         """
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer: name target tokens by id")
-        unknown = self.tokenizer.unk_token_id
-        for form in (text, " " + text):
+        forms = (text,) if text.startswith(" ") else (" " + text, text)
+        for form in forms:
             ids = self.tokenizer(form, add_special_tokens=False)["input_ids"]
-            if len(ids) == 1 and ids[0] != unknown:
+            if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:
                 return int(ids[0])
         raise ValueError(f"{text!r} is not a single token of {self.name}'s vocabulary")
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging as transformers_logging
@@ -30,7 +29,7 @@ def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tupl
     try:
         with _quiet():
             bridge = TransformerBridge.boot_transformers(str(name_or_folder), dtype=dtype, device=device)
-    except (OSError, SafetensorError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # the loaders below raise types of their own, tokenizers a bare Exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load the language model {str(name_or_folder)!r}: {reason[:300]}") from error
     return bridge, folder.resolve().name if is_folder else str(name_or_folder)
@@ -44,7 +43,7 @@ def check_finite(module: nn.Module, source: str) -> None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Digest of a sample of every parameter, rounded to bfloat16 so that it does not depend on the dtype loaded."""
+    """Digest of a sample of every parameter, rounded to bfloat16: equal for weights loaded as bf16, fp32 or fp64."""
     digest = hashlib.sha256()
     for _, parameter in sorted(module.named_parameters()):
         flat = parameter.detach().flatten()
@@ -61,9 +60,11 @@ def _check_folder(folder: Path) -> None:
     if not config.is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(config.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{config} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{config} is no model configuration: expected a JSON object, got a {type(content).__name__}")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds no .safetensors weights (pickled weights are not loaded)")
 

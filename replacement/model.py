@@ -30,6 +30,9 @@ class ReplacementModel:
     def __init__(self, language_model: LanguageModel, crosscoder: Crosscoder) -> None:
         """Splice a crosscoder that writes MLP outputs into a language model.
 
+        The crosscoder itself is used, not a copy: it is moved to the model's dtype and device, set to evaluation mode, and
+        its gradients are switched off.
+
         Raises:
             ValueError: the crosscoder was made for another width, depth or model, is not causal, writes other sites than
                 MLP outputs, or holds NaN; or the architecture cannot be linearised exactly.
@@ -45,6 +48,11 @@ class ReplacementModel:
                 raise ValueError(
                     f"a replacement model needs a crosscoder that writes mlp_out sites, this one writes {site}"
                 )
+        both = set(crosscoder.wiring.read_sites) & set(crosscoder.wiring.write_sites)
+        if both:
+            raise ValueError(
+                f"a replacement model needs a crosscoder that writes other sites than it reads: {min(both)}"
+            )
         if not crosscoder.wiring.is_causal:
             raise ValueError(
                 f"a replacement model needs a causal crosscoder: this {crosscoder.wiring.name} one writes "
@@ -76,11 +84,13 @@ class ReplacementModel:
             interventions: features to set, the same in every prompt of the batch.
 
         Raises:
-            ValueError: an option outside its choices, a layer the crosscoder does not write, an unknown feature.
+            ValueError: tokens the model cannot read, an option outside its choices, a layer the crosscoder does not write,
+                an unknown feature.
         """
-        batch_BT = tokens if tokens.ndim == 2 else tokens[None]
+        lm = self.language_model
+        batch_BT = lm.check_batch(tokens) if tokens.ndim == 2 else lm.check_tokens(tokens)[None]
         splice = _Splice(self, batch_BT, errors=errors, layers=layers, reads=reads, interventions=interventions)
-        logits = self.language_model.run(batch_BT, splice.hooks())
+        logits = lm.run(batch_BT, splice.hooks())
         return logits if tokens.ndim == 2 else logits[0]
 
     def localize(self, tokens_T: Tensor) -> LocalReplacement:
@@ -141,15 +151,16 @@ class _Splice:
         return hooks
 
     def _reader(self, site: Site) -> Hook:
-        return lambda x_BTD: self._take(site, x_BTD.flatten(0, 1))
+        return lambda x_BTD: self._take(site, x_BTD.flatten(2).flatten(0, 1))
 
     def _writer(self, site: Site) -> Hook:
         def hook(x_BTD: Tensor) -> Tensor:
-            bias_D = self.crosscoder.b_dec[self.crosscoder.wiring.write_sites.index(site)]
-            y_RD = self.sums.pop(site) + bias_D
+            y_RD = self.sums.pop(site) + self.crosscoder.decoder_bias(site)
             if site in self.errors:
                 y_RD = y_RD + self.errors[site]
-            return y_RD.view_as(x_BTD)
+            y_BTD, n = y_RD.view_as(x_BTD), self.crosscoder.undecomposed_positions
+            # Positions without features keep what the original MLP wrote.
+            return torch.cat([x_BTD[:, :n], y_BTD[:, n:]], dim=1) if n else y_BTD
 
         return hook
 

@@ -32,8 +32,9 @@ def load(
     Raises:
         ValueError: one of them is missing, damaged or of another model.
     """
+    folder = ARTIFACTS / "crosscoder" if str(crosscoder) == DEMO else Path(crosscoder)
+    checkpoint.read_config(folder)  # a wrong path should not cost loading the language model
     is_demo = str(model) == DEMO
     lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
     lm.name = DEMO if is_demo else lm.name
-    folder = ARTIFACTS / "crosscoder" if str(crosscoder) == DEMO else Path(crosscoder)
     return ReplacementModel(lm, checkpoint.load(folder, dtype=dtype, device=device))

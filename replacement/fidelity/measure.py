@@ -15,7 +15,7 @@ from replacement.model import ReplacementModel
 
 
 class Fidelity(NamedTuple):
-    """Measured over every token of the rows given."""
+    """Measured over every token of the rows given, but for positions the crosscoder leaves undecomposed."""
 
     l0: tuple[float, ...]
     """Active features per token of each group, on clean activations."""
@@ -23,8 +23,8 @@ class Fidelity(NamedTuple):
     """Fraction of variance unexplained of each written MLP output, on clean activations."""
     kl: float
     """Mean KL from the original's next-token distribution to the replacement's, nats, errors propagating."""
-    agreement: float
-    """Top-1 agreement where the original's top token has probability 0.5 or more, errors propagating."""
+    agreement: float | None
+    """Top-1 agreement where the original's top token has probability 0.5 or more, errors propagating; None if nowhere."""
     agreement_all: float
     """Top-1 agreement on every token."""
     n_tokens: int
@@ -58,17 +58,19 @@ def measure_fidelity(model: ReplacementModel, rows_RT: Tensor, *, rows_per_pass:
     wiring, lm = model.crosscoder.wiring, model.language_model
     unexplained = {site: VarianceUnexplained() for site in wiring.write_sites}
     counts, kl, agreed = [Mean() for _ in range(wiring.n_groups)], Mean(), [0, 0, 0]
-    positions_T = torch.arange(rows_RT.shape[1], device=rows_RT.device)
+    skipped = model.crosscoder.undecomposed_positions
+    if skipped >= rows_RT.shape[1]:
+        raise ValueError(f"the crosscoder leaves {skipped} positions undecomposed, the rows have {rows_RT.shape[1]}")
+    positions_T = torch.arange(skipped, rows_RT.shape[1], device=rows_RT.device)
     for chunk_BT in rows_RT.split(rows_per_pass):
-        original = lm(chunk_BT)
-        replaced = model(chunk_BT)
+        original, replaced = lm(chunk_BT)[:, skipped:], model(chunk_BT)[:, skipped:]
         sites = {*wiring.read_sites, *wiring.write_sites}
-        clean = {site: x_BTD.flatten(0, 1) for site, x_BTD in lm.read(chunk_BT, sites).items()}
+        clean = {site: x_BTD[:, skipped:].flatten(0, 1) for site, x_BTD in lm.read(chunk_BT, sites).items()}
         output = model.crosscoder(clean, positions=positions_T.repeat(len(chunk_BT)))
         for site, error in unexplained.items():
             error.update(clean[site], output.reconstructions[site])
         for mean, count in zip(counts, l0(output.features), strict=True):
-            mean.update(count.expand(chunk_BT.numel()))
+            mean.update(count.expand(original.shape[0] * original.shape[1]))
         kl.update(kl_divergence(original, replaced))
         confident, everything = (top1_agreement(original, replaced, min_probability=p) for p in (0.5, 0.0))
         agreed = [agreed[0] + confident.agreed, agreed[1] + confident.counted, agreed[2] + everything.agreed]
@@ -76,7 +78,7 @@ def measure_fidelity(model: ReplacementModel, rows_RT: Tensor, *, rows_per_pass:
         l0=tuple(mean.value() for mean in counts),
         unexplained=tuple(error.value() for error in unexplained.values()),
         kl=kl.value(),
-        agreement=agreed[0] / agreed[1] if agreed[1] else float("nan"),
-        agreement_all=agreed[2] / rows_RT.numel(),
-        n_tokens=rows_RT.numel(),
+        agreement=agreed[0] / agreed[1] if agreed[1] else None,
+        agreement_all=agreed[2] / (len(rows_RT) * len(positions_T)),
+        n_tokens=len(rows_RT) * len(positions_T),
     )

@@ -12,8 +12,8 @@ from autograd_oracle import AutogradOracle
 
 from circuits import DifferenceTarget, FeatureTarget, NodeKind, TokenTarget, trace
 from circuits.attribution import Attributor
-from circuits.targets import resolve_logit, top_logits
-from replacement import JumpReLU, ReLU, ReplacementModel, TopK, Wiring
+from circuits.targets import parse_target, resolve_logit, top_logits
+from replacement import BatchTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 
 IDENTITY = {torch.float32: 1e-4, torch.float64: 1e-10}
 ORACLE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -36,20 +36,45 @@ def expand_all(model: ReplacementModel, tokens: torch.Tensor, local: Any) -> Any
 
 
 def dense_rows(rows: Any, nodes: np.ndarray) -> torch.Tensor:
-    """Rows of A of some nodes as a dense matrix."""
-    dense = torch.zeros(rows.n_nodes, rows.n_columns)
+    """Rows of A of some nodes as a dense matrix, in the precision they were computed in."""
+    dense = np.zeros((rows.n_nodes, rows.n_columns))
     for blocks in rows.blocks.values():
         for block in blocks:
-            targets = np.repeat(block.node, block.counts)
-            dense[torch.from_numpy(targets), torch.from_numpy(block.source).long()] = torch.from_numpy(block.weight)
-    return dense[torch.from_numpy(nodes)]
+            dense[np.repeat(block.node, block.counts), block.source] = block.weight
+    return torch.from_numpy(dense[nodes])
+
+
+def compare_with_oracle(model: ReplacementModel, tokens: torch.Tensor, *, tolerance: float) -> None:
+    """Every edge and every constant part, against gradients of TransformerLens's own forward pass."""
+    local = model.localize(tokens)
+    attributor, rows, logits = expand_all(model, tokens, local)
+    oracle = AutogradOracle(model, local, batch_size=8)
+    chosen = torch.from_numpy(np.flatnonzero(rows.expanded[attributor.first_feature : rows.n_columns]))
+    assert len(chosen)
+    nodes = attributor.first_feature + chosen.numpy()
+    expected, bias = oracle.feature_rows(chosen)
+    _assert_close(dense_rows(rows, nodes), expected, tolerance)
+    # The oracle's constant is what is left of the value, so it is as exact as the value is.
+    value = float(np.abs(rows.value).max())
+    _assert_close(torch.from_numpy(rows.bias[nodes]), bias, tolerance, scale=value)
+    directions = torch.stack([one.direction_D for one in logits])
+    expected, bias = oracle.logit_rows(directions, torch.tensor([one.position for one in logits]))
+    nodes = np.arange(rows.n_columns, rows.n_nodes)
+    _assert_close(dense_rows(rows, nodes), expected, tolerance)
+    bias = bias + torch.tensor([one.bias for one in logits])
+    _assert_close(torch.from_numpy(rows.bias[nodes]), bias, tolerance, scale=value)
+
+
+def _assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, *, scale: float = 0.0) -> None:
+    scale = scale or float(expected.abs().max())
+    torch.testing.assert_close(found, expected.double(), rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_identity_holds_for_every_expanded_target(language_model: Any, architecture: str, dtype: torch.dtype) -> None:
     graph = trace(model_of(language_model(architecture, dtype)), tiny.random_tokens(12), coverage=1.0)
-    assert graph.metadata["stopped_by"] in ("exhausted", "coverage")
+    assert graph.metadata["stopped_by"] == "coverage"
     assert 0 < graph.identity_error <= IDENTITY[dtype]
     # The stored graph obeys it too, up to the float32 of its weights; and values are those of the model, not sums.
     nodes = graph.nodes
@@ -62,26 +87,51 @@ def test_identity_holds_for_every_expanded_target(language_model: Any, architect
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_autograd_oracle_agrees(language_model: Any, architecture: str, dtype: torch.dtype) -> None:
-    lm = language_model(architecture, dtype)
-    model, tokens = model_of(lm), tiny.random_tokens()
-    local = model.localize(tokens)
-    attributor, rows, logits = expand_all(model, tokens, local)
-    oracle = AutogradOracle(model, local, batch_size=8)
-    chosen = torch.from_numpy(np.flatnonzero(rows.expanded[attributor.first_feature : rows.n_columns]))
-    expected, bias = oracle.feature_rows(chosen)
-    nodes = attributor.first_feature + chosen.numpy()
-    torch.testing.assert_close(
-        dense_rows(rows, nodes), expected.float(), rtol=0, atol=1e-5 * float(expected.abs().max())
-    )
-    np.testing.assert_allclose(rows.bias[nodes], bias.numpy(), rtol=0, atol=ORACLE[dtype] * np.abs(rows.value).max())
-    directions = torch.stack([one.direction_D for one in logits])
-    expected, bias = oracle.logit_rows(directions, torch.tensor([one.position for one in logits]))
-    nodes = np.arange(rows.n_columns, rows.n_nodes)
-    torch.testing.assert_close(
-        dense_rows(rows, nodes), expected.float(), rtol=0, atol=1e-5 * float(expected.abs().max())
-    )
-    bias = bias.numpy() + np.array([one.bias for one in logits])
-    np.testing.assert_allclose(rows.bias[nodes], bias, rtol=0, atol=ORACLE[dtype] * np.abs(rows.value).max())
+    model = model_of(language_model(architecture, dtype))
+    compare_with_oracle(model, tiny.random_tokens(), tolerance=ORACLE[dtype])
+
+
+def two_reads(lm: Any) -> Wiring:
+    """Every group reads the stream before and after attention."""
+    layers = range(lm.shape.n_layers)
+    reads = tuple((Site(layer, "resid_pre"), Site(layer, "resid_mid")) for layer in layers)
+    writes = tuple(tuple(Site(later, "mlp_out") for later in layers[layer:]) for layer in layers)
+    return Wiring("two reads", reads, writes, {"resid_pre": 32, "resid_mid": 32, "mlp_out": 32})
+
+
+def reads_behind(lm: Any) -> Wiring:
+    """A group that reads `resid_post`, the point where the next layer begins."""
+    sites = tuple(Site(layer, "mlp_out") for layer in range(1, lm.shape.n_layers))
+    return Wiring("reads behind", ((Site(0, "resid_post"),),), (sites,), {"resid_post": 32, "mlp_out": 32})
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+@pytest.mark.parametrize(
+    "wiring",
+    [
+        lambda lm: Wiring.strictly_causal(lm, read="mlp_in"),
+        lambda lm: Wiring.strictly_causal(lm, read="resid_pre"),
+        lambda lm: Wiring.per_layer(lm),
+        lambda lm: Wiring.transcoder(lm, layer=1),
+        two_reads,
+        reads_behind,
+    ],
+    ids=["mlp_in", "resid_pre", "per_layer", "one_layer", "two_reads", "reads_behind"],
+)
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3"])
+def test_autograd_oracle_agrees_for_every_wiring(
+    language_model: Any, architecture: str, wiring: Any, skip: bool
+) -> None:
+    lm = language_model(architecture, torch.float64)
+    compare_with_oracle(model_of(lm, wiring=wiring(lm), skip=skip), tiny.random_tokens(), tolerance=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tied": True}, {"undecomposed_positions": 1}, {"activation": BatchTopK(4)}], ids=str
+)
+def test_autograd_oracle_agrees_for_other_crosscoders(language_model: Any, options: dict[str, Any]) -> None:
+    model = model_of(language_model("neox", torch.float64), **options)
+    compare_with_oracle(model, tiny.random_tokens(), tolerance=1e-12)
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
@@ -163,6 +213,41 @@ def test_a_feature_as_target(language_model: Any) -> None:
     assert graph.identity_error <= 1e-10
     same = trace(model, tokens, targets=f"feature:2/{index}@{position}")
     assert same.nodes == graph.nodes
+
+
+@pytest.mark.parametrize("limits", [{"coverage": 0.0}, {"coverage": 0.5}, {"max_nodes": 1}], ids=str)
+def test_feature_targets_always_have_their_row(language_model: Any, limits: dict[str, Any]) -> None:
+    model, tokens = model_of(language_model("gpt2", torch.float64)), tiny.random_tokens()
+    active = model.localize(tokens).features.of(2)
+    named = [FeatureTarget(2, int(active.index[i]), int(active.row[i])) for i in (3, -1)]
+    graph = trace(model, tokens, targets=named, **limits)
+    roots = graph.nodes.output_weight > 0
+    assert roots.sum() == 2
+    assert graph.nodes.expanded[roots].all()
+
+
+def test_groups_out_of_layer_order_are_refused(language_model: Any) -> None:
+    lm = language_model("gpt2")
+    sites = [(Site(layer, "resid_mid"),) for layer in (1, 0)], [(Site(layer, "mlp_out"),) for layer in (1, 0)]
+    wiring = Wiring("shuffled", tuple(sites[0]), tuple(sites[1]), {"resid_mid": 32, "mlp_out": 32})
+    with pytest.raises(ValueError, match=r"groups belong to the layers \[1, 0\]"):
+        trace(model_of(lm, wiring=wiring), tiny.random_tokens())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Austin", TokenTarget("Austin")),
+        (" Austin", TokenTarget(" Austin")),
+        ("Austin@5", TokenTarget("Austin", 5)),
+        ("a - b@-2", DifferenceTarget("a", "b", -2)),
+        ("-", TokenTarget("-")),
+        ("feature:2/345@7", FeatureTarget(2, 345, 7)),
+        ("feature:2/345", FeatureTarget(2, 345, -1)),
+    ],
+)
+def test_target_texts(text: str, expected: Any) -> None:
+    assert parse_target(text) == expected
 
 
 def test_coverage_bounds_the_unexpanded_share(language_model: Any) -> None:

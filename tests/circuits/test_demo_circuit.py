@@ -34,6 +34,9 @@ def test_dallas_circuit(model: replacement.ReplacementModel) -> None:
     assert full.completeness >= 0.8
     circuit = graph.prune()
     assert len(circuit.nodes) <= 80
+    pruned = circuit.scores()
+    assert pruned.replacement >= 0.6
+    assert pruned.completeness >= 0.8
 
 
 def test_features_that_fire_for_texas_cities_are_in_the_circuit(model: replacement.ReplacementModel) -> None:
@@ -68,12 +71,11 @@ def test_swapping_the_states_features_swaps_the_capital(
     assert spec.loader is not None
     two_hop = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(two_hop)
-    features = two_hop.state_features(model)
-    others = [state for state in features if state != "Texas"]
-    chosen = np.random.default_rng(1).permutation(len(others))[:20]
-    right = two_hop.print_swaps(model, features, [("Dallas", others[i]) for i in chosen])
+    by_city = two_hop.features_by_city(model)
+    from_texas, _ = two_hop.random_pairs(20, seed=1)
+    right = two_hop.print_swaps(model, by_city, from_texas)
     assert right >= 16
-    assert f"right: {right} of 20" in capsys.readouterr().out
+    assert f"right, all features: {right} of 20" in capsys.readouterr().out
 
 
 def test_cli_prints_one_json_object_and_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

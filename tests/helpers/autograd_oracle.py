@@ -60,7 +60,7 @@ class AutogradOracle:
             hooks += self._frozen_norm(path)
         for layer in range(lm.shape.n_layers):
             hooks.append((f"blocks.{layer}.attn.hook_pattern", lambda x, hook: x.detach()))
-            hooks.append((f"blocks.{layer}.hook_mlp_out", self._leaf(f"mlp.{layer}")))
+            hooks.append((f"blocks.{layer}.hook_mlp_out", self._mlp_leaf(layer)))
         hooks.append(("hook_embed", self._leaf("token")))
         if self.local.frozen.position_embedding_TD is not None:
             hooks.append(("hook_pos_embed", self._leaf("position")))
@@ -76,6 +76,21 @@ class AutogradOracle:
             shape = (self.batch_size, *x.shape[-2:])
             self.leaves[name] = x.detach().expand(shape).clone().requires_grad_()
             return self.leaves[name]
+
+        return hook
+
+    def _mlp_leaf(self, layer: int) -> Any:
+        """The leaf holds features, error and decoder bias; what skip matrices write stays connected to what they read."""
+        site, crosscoder = Site(layer, "mlp_out"), self.local.crosscoder
+        make_leaf = self._leaf(f"mlp.{layer}")
+
+        def hook(x: Tensor, hook: Any) -> Tensor:
+            skipped = torch.zeros_like(x)
+            for group in crosscoder.wiring.writers(site) if crosscoder.skip else ():
+                for read in crosscoder.wiring.reads[group]:
+                    stream = self.streams[self.model.language_model.parts.hook_name(read)]
+                    skipped = skipped + stream @ crosscoder.skip_matrix(group, read, site).T
+            return make_leaf(x - skipped.detach(), hook) + skipped
 
         return hook
 

@@ -99,9 +99,9 @@ def test_prompts_the_model_cannot_read(language_model: Any, prompt: str, message
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (torch.tensor([]), "expected a 1-D tensor of at least one token id"),
-        (torch.tensor([0.5]), "expected a 1-D tensor of at least one token id"),
-        (torch.tensor([[1, 2]]), r"got torch.int64 of shape \(1, 2\)"),
+        (torch.tensor([], dtype=torch.int64), "expected at least one token id per row"),
+        (torch.tensor([0.5]), "expected at least one token id per row, got torch.float32"),
+        (torch.tensor([[1, 2]]), r"expected a 1-D tensor of at least one token id, got one of shape \(1, 2\)"),
         (torch.tensor([1, 97]), r"token ids must lie in \[0, 97\), got 1 to 97"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from replacement import Crosscoder, Intervention, ReLU, ReplacementModel, Site, TopK, Wiring
+from replacement import Crosscoder, Intervention, LanguageModel, ReLU, ReplacementModel, Site, TopK, Wiring
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 WIRINGS = ["strictly_causal", "per_layer", "transcoder"]
@@ -172,6 +172,37 @@ def test_crosscoders_that_cannot_be_spliced(language_model: Any) -> None:
         broken.b_enc[1][0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         ReplacementModel(lm, broken)
+
+
+def test_a_crosscoder_that_writes_what_it_reads_is_refused(language_model: Any) -> None:
+    lm = language_model("gpt2")
+    for wiring in (Wiring.autoencoder(lm, layers=1, site="mlp_out"), Wiring.weakly_causal(lm, site="mlp_out")):
+        with pytest.raises(ValueError, match="writes other sites than it reads: mlp_out"):
+            ReplacementModel(lm, tiny.crosscoder_for(lm, wiring=wiring))
+
+
+def test_undecomposed_positions_keep_their_own_mlp_output(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm, undecomposed_positions=2))
+    tokens = tiny.random_tokens()
+    torch.testing.assert_close(model(tokens)[:2], lm(tokens)[:2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(tokens, errors="keep"), lm(tokens), rtol=0, atol=1e-12)
+    assert int(model.localize(tokens).features.row.min()) == 2
+
+
+def test_tokens_are_checked_before_the_model_runs(language_model: Any) -> None:
+    lm = language_model("gpt2")
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    with pytest.raises(ValueError, match=r"token ids must lie in \[0, 97\), got 5 to 97"):
+        model(torch.tensor([[5, 97]]))
+    with pytest.raises(ValueError, match="the prompt has 33 tokens"):
+        model(torch.ones(2, 33, dtype=torch.int64))
+
+
+def test_16_bit_models_are_refused_for_exact_work(model_folder: Any) -> None:
+    lm = LanguageModel.from_pretrained(model_folder("gpt2"), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"needs float32 or float64 weights, the model is loaded in torch.bfloat16"):
+        ReplacementModel(lm, tiny.crosscoder_for(lm))
 
 
 def test_localize_refuses_what_the_model_cannot_read(language_model: Any) -> None:
