@@ -70,7 +70,8 @@ def save(
         tensors = {name: value.to("cpu", dtype).contiguous() for name, value in crosscoder.state_dict().items()}
         save_file(tensors, scratch / TENSOR_FILE)
         (scratch / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        scratch.chmod(0o755)  # mkdtemp makes private folders
+        scratch.chmod(0o755)  # mkdtemp makes private folders, safetensors private files
+        (scratch / TENSOR_FILE).chmod(0o644)
         _swap(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
