@@ -6,7 +6,7 @@ A target is a vector `v` read at a point of the residual timeline, at one positi
 
     v at post_l   meets what the MLP position of layer l writes: features and error
     v at mid_l    is pulled back through attention l, first to its value vectors, then to its input
-    v at pre_0    meets token and position embeddings
+    v at mid_0    meets token and position embeddings, pushed up through attention 0 once (long prompts: at pre_0)
 
 Parallel models have no mid: attention l is pulled back from post_l, and MLP readers sit at pre_l. A skip matrix adds
 `W_skip^T v` at the point it reads. Constants (biases of attention and decoders) need no walk: the model is affine, so their
@@ -27,9 +27,12 @@ from torch import Tensor
 
 from circuits.sources import Sources
 from replacement import LocalReplacement, ModelShape, Site
+from replacement.frozen import Scratch
 
-ROWS_PER_CHUNK = 4096
+ROWS_PER_CHUNK = 2048
 """Targets x positions carried at once: enough for full-speed matrix products, small enough to stay near the cache."""
+PUSHED_NUMBERS = 2**25
+"""Most numbers that embeddings pushed through attention 0 may take (128 MiB in float32)."""
 PADDING = 1.1
 """Carried rows over rows in a causal cone, above which a chunk of a fair size is closed early."""
 
@@ -77,6 +80,8 @@ class Transport:
         self.local = local
         self.sources = Sources.of(local)
         self.constants = _constant_stream(local, self.sources.bias_LD)
+        self.pushed = None if local.crosscoder.skip else _push_embeddings(local)
+        self.scratch = Scratch()
 
     def attribute(self, targets: Targets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
         """Direct effects `A [N, C]` of every source on every target, and the constant part `bias [N]`.
@@ -131,35 +136,35 @@ class _Walk:
 
     def down(self) -> Tensor:
         """Walk to the embeddings; return the effects `[N, C]`."""
-        local = self.transport.local
-        for layer in reversed(range(min(local.shape.n_layers, self.depths[0] // 2 + 1))):
+        pushed = self.transport.pushed
+        for layer in reversed(range(min(self.transport.local.shape.n_layers, self.depths[0] // 2 + 1))):
             self._meet_mlp(layer, self._under_way(2 * layer + 2))
             self._add_pending(2 * layer + 1)
-            mixed = self._mix_back(layer)
+            if layer == 0 and pushed is not None:
+                reached = self._under_way(1)
+                self._meet_pushed(pushed, reached)
+                self._meet_embeddings(slice(reached, None))
+                return self.effects_NC
+            for rows, z_XNT in self._mix_back(layer):
+                self.transport.local.frozen.attentions[layer].add_values_back_(z_XNT, self.v_NTD[rows])
             self._add_pending(2 * layer)
-            if layer == 0:
-                self._meet_embeddings(mixed)
-            else:
-                for rows, z_XNT in mixed:
-                    local.frozen.attentions[layer].add_values_back_(z_XNT, self.v_NTD[rows])
+        self._meet_embeddings(slice(None))
         return self.effects_NC
 
-    def _mix_back(self, layer: int) -> list[tuple[slice, Tensor]]:
+    def _mix_back(self, layer: int) -> Iterator[tuple[slice, Tensor]]:
         """Pull the targets under way back to the value vectors of one layer.
 
         Targets that meet their first attention layer here are still at one position, which saves half of its cost.
         """
         attention = self.transport.local.frozen.attentions[layer]
         spread, reached = self._under_way(2 * layer + 3), self._under_way(2 * layer + 1)
-        mixed = []
         if spread:
-            mixed.append((slice(0, spread), attention.mix_back(self.v_NTD[:spread])))
+            yield slice(0, spread), attention.mix_back(self.v_NTD[:spread], self.transport.scratch)
         if reached > spread:
             fresh = slice(spread, reached)
             position_N = self.position_N[fresh]
             v_ND = self.v_NTD[torch.arange(spread, reached, device=position_N.device), position_N]
-            mixed.append((fresh, attention.mix_back_from(v_ND, position_N, self.v_NTD.shape[1])))
-        return mixed
+            yield fresh, attention.mix_back_from(v_ND, position_N, self.v_NTD.shape[1])
 
     def _under_way(self, depth: int) -> int:
         """Number of targets that read at this depth or deeper; they are a prefix."""
@@ -176,22 +181,18 @@ class _Walk:
         if self.transport.local.crosscoder.skip:
             self._branch_into_skips(Site(layer, "mlp_out"), self.v_NTD[:reached])
 
-    def _meet_embeddings(self, mixed: list[tuple[slice, Tensor]]) -> None:
-        """Inner products with the embeddings, below attention 0.
+    def _meet_embeddings(self, rows: slice) -> None:
+        """Inner products with the embeddings, in front of attention 0."""
+        T, n_tokens = self.v_NTD.shape[1], len(self.transport.local.frozen.tokens_T)
+        for place, source_TD in enumerate(_embeddings(self.transport.local)):
+            columns = slice(place * n_tokens, place * n_tokens + T)
+            self.effects_NC[rows, columns] = torch.einsum("ntd,td->nt", self.v_NTD[rows], source_TD[:T])
 
-        The last pull-back through `W_V` is not taken: embeddings are pushed up to the value vectors instead, once.
-        """
-        frozen = self.transport.local.frozen
-        T, n_tokens = self.v_NTD.shape[1], len(frozen.tokens_T)
-        W_V_XD = frozen.attentions[0].weights.W_V_XD
-        for first, source_TD in ((0, frozen.token_embedding_TD), (n_tokens, frozen.position_embedding_TD)):
-            if source_TD is None:
-                continue
-            effects_NT = torch.einsum("ntd,td->nt", self.v_NTD, source_TD[:T])
-            values_XT = W_V_XD @ source_TD[:T].T
-            for rows, z_XNT in mixed:
-                effects_NT[rows] += (z_XNT * values_XT[:, None]).sum(0)
-            self.effects_NC[:, first : first + T] = effects_NT
+    def _meet_pushed(self, pushed_TDC: Tensor, reached: int) -> None:
+        """Inner products with the embeddings after attention 0: one matrix product instead of the last pull-back."""
+        T = self.v_NTD.shape[1]
+        n_columns = pushed_TDC.shape[2]
+        self.effects_NC[:reached, :n_columns] = self.v_NTD[:reached].flatten(1) @ pushed_TDC[:T].flatten(0, 1)
 
     def _add_pending(self, depth: int) -> None:
         if depth in self._pending:
@@ -212,6 +213,33 @@ class _Walk:
                 if depth in self._pending:  # of a written layer above this one: as many targets or fewer
                     u_NTD[: len(self._pending[depth])] += self._pending[depth]
                 self._pending[depth] = u_NTD
+
+
+def _embeddings(local: LocalReplacement) -> list[Tensor]:
+    """Token embeddings and, where the model has them, learned position embeddings, `[T, D]` each."""
+    found = (local.frozen.token_embedding_TD, local.frozen.position_embedding_TD)
+    return [source_TD for source_TD in found if source_TD is not None]
+
+
+def _push_embeddings(local: LocalReplacement) -> Tensor | None:
+    """`[T, D, C]`: what each embedding (C = T, or 2 T with positions) is at every position after attention 0.
+
+    Every target passes attention 0, but there are few embeddings: pushing them up costs less than pulling all targets
+    down, as long as the prompt is short beside D. None for longer prompts.
+    """
+    attention, sources = local.frozen.attentions[0], _embeddings(local)
+    T, D = sources[0].shape
+    if len(sources) * T > D // 4 or len(sources) * T * T * D > PUSHED_NUMBERS:
+        return None
+    weights = attention.weights
+    parts = []
+    for source_TD in sources:
+        values_SHK = (source_TD @ weights.W_V_XD.T).unflatten(1, (weights.n_heads, -1))
+        z_TSX = torch.einsum("hts,shk->tshk", attention.kernel_HTT, values_SHK).flatten(2)
+        pushed_TSD = z_TSX @ weights.W_O_XD
+        pushed_TSD[torch.arange(T), torch.arange(T)] += source_TD
+        parts.append(pushed_TSD)
+    return torch.cat(parts, 1).transpose(1, 2).contiguous()
 
 
 def _constant_stream(local: LocalReplacement, bias_LD: Tensor) -> Tensor:

@@ -9,12 +9,27 @@ What is left of an attention layer is, per head, `kernel_TT @ x_TD @ W_V_DK @ W_
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import einops
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+class Scratch:
+    """Memory for intermediate results, reused: large blocks fresh from the system cost as much as a tenth of the product."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor; valid until the same name is taken again."""
+        size = math.prod(shape)
+        if name not in self._buffers or len(self._buffers[name]) < size:
+            self._buffers[name] = like.new_empty(size)
+        return self._buffers[name][:size].view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +153,7 @@ class FrozenAttention:
         z_TX = (self.kernel_HTT @ values_HTK).transpose(0, 1).flatten(1)
         return z_TX @ weights.W_O_XD + self.constant_TD
 
-    def mix_back(self, v_NTD: Float[Tensor, "N T D"]) -> Float[Tensor, "X N T"]:
+    def mix_back(self, v_NTD: Float[Tensor, "N T D"], scratch: Scratch) -> Float[Tensor, "X N T"]:
         """Vectors at this layer's output, pulled back to its value vectors: `[X, N, T]`, positions last.
 
         `z_h[s] = sum_t kernel_h[t, s] W_O_h v[t]`. The product with `W_O` is taken transposed, which leaves heads and
@@ -146,11 +161,14 @@ class FrozenAttention:
 
         Args:
             v_NTD: contiguous; its second axis may stop before the prompt does, because attention is causal.
+            scratch: holds the result, until the next call with the same scratch.
         """
         N, T, D = v_NTD.shape
-        u_XR = torch.mm(self.weights.W_O_XD, v_NTD.view(N * T, D).T)
-        z_HMT = torch.bmm(u_XR.view(self.weights.n_heads, -1, T), self.kernel_HTT[:, :T, :T])
-        return z_HMT.view(-1, N, T)
+        X, H = len(self.weights.W_O_XD), self.weights.n_heads
+        u_XR = torch.mm(self.weights.W_O_XD, v_NTD.view(N * T, D).T, out=scratch.take("u", (X, N * T), v_NTD))
+        z_HMT = scratch.take("z", (H, X // H * N, T), v_NTD)
+        torch.bmm(u_XR.view(H, -1, T), self.kernel_HTT[:, :T, :T], out=z_HMT)
+        return z_HMT.view(X, N, T)
 
     def mix_back_from(
         self, v_ND: Float[Tensor, "N D"], position_N: Int[Tensor, " N"], length: int

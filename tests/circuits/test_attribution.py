@@ -13,6 +13,7 @@ from autograd_oracle import AutogradOracle
 from circuits import DifferenceTarget, FeatureTarget, NodeKind, TokenTarget, trace
 from circuits.attribution import Attributor
 from circuits.targets import parse_target, resolve_logit, top_logits
+from circuits.transport import Transport
 from replacement import BatchTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 
 IDENTITY = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -89,6 +90,15 @@ def test_identity_holds_for_every_expanded_target(language_model: Any, architect
 def test_autograd_oracle_agrees(language_model: Any, architecture: str, dtype: torch.dtype) -> None:
     model = model_of(language_model(architecture, dtype))
     compare_with_oracle(model, tiny.random_tokens(), tolerance=ORACLE[dtype])
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_autograd_oracle_agrees_where_embeddings_are_pushed_up(language_model: Any, architecture: str) -> None:
+    """Prompts short beside D take another way through attention 0."""
+    model, tokens = model_of(language_model(architecture, torch.float64)), tiny.random_tokens(4)
+    assert Transport(model.localize(tokens)).pushed is not None
+    assert Transport(model.localize(tiny.random_tokens(20))).pushed is None
+    compare_with_oracle(model, tokens, tolerance=1e-12)
 
 
 def two_reads(lm: Any) -> Wiring:

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from replacement import LanguageModel, Site
+from replacement.frozen import Scratch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -41,12 +42,12 @@ def test_pull_back_is_the_transpose_of_the_forward_map(language_model: Any, arch
     for attention in frozen.attentions:
         forward = (v * (x + attention.apply(x) - attention.constant_TD)).sum()
         pulled = v[None].clone()
-        attention.add_values_back_(attention.mix_back(pulled), pulled)
+        attention.add_values_back_(attention.mix_back(pulled, Scratch()), pulled)
         torch.testing.assert_close(forward, (pulled[0] * x).sum(), rtol=1e-12, atol=0)
         alone = torch.zeros_like(pulled)
         alone[0, 6] = v[6]
         short = attention.mix_back_from(v[6:7], torch.tensor([6]), 10)
-        torch.testing.assert_close(short, attention.mix_back(alone), rtol=0, atol=1e-12)
+        torch.testing.assert_close(short, attention.mix_back(alone, Scratch()), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("architecture", list(tiny.HUGGING_FACE))
