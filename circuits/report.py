@@ -105,7 +105,7 @@ def _run(facts: Mapping[str, Any]) -> str:
     if "unexpanded_share" in facts:
         parts.append(f"{100 * facts['unexpanded_share']:.2g} % not expanded")
     if "seconds" in facts:
-        parts.append(f"{facts['seconds']:.1f} s")
+        parts.append(f"{facts['seconds']:.2f} s")
     return ", ".join(parts)
 
 

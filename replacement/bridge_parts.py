@@ -75,7 +75,8 @@ class BridgeParts:
 
     def run(self, tokens_BT: Tensor, hooks: list[NamedHook]) -> Tensor:
         """Logits of the bridge with forward hooks."""
-        logits: Tensor = self.bridge.run_with_hooks(tokens_BT, fwd_hooks=self._float64_norm_hooks() + hooks)
+        named: list[Any] = [*self._float64_norm_hooks(), *hooks]
+        logits: Tensor = self.bridge.run_with_hooks(tokens_BT, fwd_hooks=named)
         return logits
 
     def frozen_hook_names(self) -> set[str]:

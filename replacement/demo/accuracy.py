@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 
 
 def _answer_ids(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> list[int]:
-    ids = tokenizer.convert_tokens_to_ids(list(probe.answers))
+    ids = [int(tokenizer.convert_tokens_to_ids(answer)) for answer in probe.answers]  # type: ignore[arg-type]
     if tokenizer.unk_token_id in ids:
         raise ValueError(f"every answer must be one token, but {probe.answers} has an answer outside the vocabulary")
     return ids
@@ -71,7 +71,7 @@ def answer_probes(
             for (index, _), p_V in zip(batch, p_BV, strict=True):
                 answers = _answer_ids(tokenizer, probes[index])
                 top = int(p_V.argmax())
-                prediction = tokenizer.convert_ids_to_tokens(top)
+                prediction = str(tokenizer.convert_ids_to_tokens(top))
                 outcomes[index] = Outcome(probes[index], prediction, top in answers, float(p_V[answers].sum()))
     return [outcomes[i] for i in range(len(probes))]
 
