@@ -155,7 +155,7 @@ def train_language_model(
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{float(loss):.3f}")
+            progress.set_postfix(loss=f"{float(loss.detach()):.3f}")
         if (step + 1) % every == 0:
             summary = "  ".join(f"{row.name} {row.top1:.3f}" for row in evaluate(model, tokenizer))
             progress.write(f"step {step + 1}  loss {held_out_loss(model, tokenizer, run.context):.4f}  {summary}")

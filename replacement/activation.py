@@ -152,8 +152,6 @@ class TopK(Activation):
     """Features kept per row: in every group, or one number for each group."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int):
-            object.__setattr__(self, "k", tuple(self.k))
         for k in self.k if isinstance(self.k, tuple) else (self.k,):
             _check_k(k)
 
@@ -250,6 +248,8 @@ def activation_from_dict(value: Mapping[str, Any]) -> Activation:
     expected = [field.name for field in fields(kinds[name])]
     if set(parameters) - set(expected) or (name in ("topk", "batchtopk") and "k" not in parameters):
         raise ValueError(f"activation {name} has the parameters {expected}, got {sorted(parameters)}")
+    if isinstance(parameters.get("k"), list):  # JSON has no tuples
+        parameters["k"] = tuple(parameters["k"])
     return kinds[name](**parameters)
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import circuits
 import replacement
 from circuits import NodeKind
 from circuits.cli import main
+from replacement import Crosscoder, ModelShape, TopK, Wiring, checkpoint
+from replacement.ready_made import ARTIFACTS
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 PROMPT = "the capital of the state containing Dallas is"
@@ -95,7 +101,6 @@ def test_cli_prints_one_json_object_and_writes_every_file(tmp_path: Path, capsys
     ("arguments", "message"),
     [
         (["trace", " "], "prompt: expected some text"),
-        (["trace", "word " * 70], "does not know 'word'"),
         (["trace", "the " * 70], "the prompt has 71 tokens: demo reads at most 64"),
         (["trace", "the capital of Atlantis is"], "does not know 'Atlantis'"),
         (["trace", PROMPT, "--target", "Narnia"], "'Narnia' is not a single token"),
@@ -114,3 +119,68 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert captured.err.count("\n") == 1
     assert message in captured.err
     assert not out.exists() or not list(out.iterdir())
+
+
+def fails(arguments: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a mistake; nothing is written."""
+    assert main(["trace", PROMPT, *arguments, "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not out.is_dir() or not list(out.iterdir())
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (ModelShape(4, 64, 4, 16), "this crosscoder has width 64 at mlp_out, the model has 128"),
+        (ModelShape(3, 128, 4, 32), "spans 3 layers, the model has 4"),
+        (ModelShape(4, 128, 4, 32), "this crosscoder was trained on another model: on 'other' with weights 0123"),
+    ],
+    ids=["width", "depth", "model"],
+)
+def test_a_crosscoder_of_another_model(
+    shape: ModelShape, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Crosscoder(
+        Wiring.strictly_causal(shape), n_features=8, activation=TopK(2), model_name="other", model_fingerprint="0123"
+    )
+    checkpoint.save(other, tmp_path / "other")
+    assert message in fails(["--crosscoder", str(tmp_path / "other")], tmp_path / "out", capsys)
+
+
+def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truncated, foreign, broken = (tmp_path / name for name in ("truncated", "foreign", "broken"))
+    shutil.copytree(ARTIFACTS / "crosscoder", truncated)
+    weights = truncated / "crosscoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    assert f"{weights} is damaged" in fails(["--crosscoder", str(truncated)], tmp_path / "out", capsys)
+    shutil.copytree(ARTIFACTS / "language_model", foreign)
+    assert "is no crosscoder checkpoint" in fails(["--crosscoder", str(foreign)], tmp_path / "out", capsys)
+    shutil.copytree(ARTIFACTS / "language_model", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["transformer.h.2.mlp.c_fc.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "holds NaN or infinity" in fails(["--model", str(broken)], tmp_path / "out", capsys)
+    (broken / "tokenizer.json").write_text("{}")
+    assert "cannot load the language model" in fails(["--model", str(broken)], tmp_path / "out", capsys)
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert "expected a folder" in fails([], tmp_path / "file" / "out", capsys)
+    (tmp_path / "out" / "circuit.json").mkdir(parents=True)
+    assert main(["trace", PROMPT, "--out", str(tmp_path / "out")]) == 2
+    assert "circuit.json: expected a file name, given a folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["circuit.json"]
+
+
+def test_a_long_prompt_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Libraries that log on their own handlers escape pytest's capture."""
+    script = "import sys; from circuits.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "trace", "the " * 70, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the prompt has 71 tokens: demo reads at most 64\n"

@@ -130,3 +130,17 @@ def test_activations_survive_json(activation: Activation) -> None:
 def test_bad_activations_are_refused(value: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         activation_from_dict(value)
+
+
+def test_topk_may_keep_another_number_in_every_group() -> None:
+    activation = activation_from_dict({"name": "topk", "k": [3, 1]})
+    assert activation == TopK((3, 1))
+    pre_BF = torch.tensor([[4.0, 3.0, 2.0, 1.0], [-1.0, 5.0, -2.0, 6.0]])
+    assert activation.select(pre_BF, None, group=0).indices.tolist() == [0, 1, 2, 1, 3]
+    assert activation.select(pre_BF, None, group=1).indices.tolist() == [0, 3]
+    with pytest.raises(ValueError, match="topk has k for 2 groups, the wiring has 3"):
+        activation.initial_threshold(3, 4)
+    with pytest.raises(ValueError, match="keeps k=3 features, but a group has only 2"):
+        activation.check_fits(2)
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1, got 0"):
+        TopK((3, 0))
