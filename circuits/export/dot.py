@@ -24,7 +24,8 @@ class GraphvizMissingError(ValueError):
 def to_dot(graph: GraphData) -> str:
     """The graph as DOT: one rank per layer from tokens (bottom) to logits (top), edges by sign and influence."""
     picture = graphviz.Digraph("circuit")
-    picture.attr(rankdir="BT", bgcolor="white", nodesep="0.15", ranksep="0.5", outputorder="edgesfirst")
+    # Circuits are wide: stretching ranks apart to a third of the width keeps edges apart and the page in proportion.
+    picture.attr(rankdir="BT", bgcolor="white", nodesep="0.1", ranksep="0.5", ratio="0.35", outputorder="edgesfirst")
     picture.attr("node", fontname="Helvetica", fontsize="11", shape="box", height="0.3", margin="0.08,0.04")
     picture.attr("edge", arrowsize="0.5")
     _add_ranks(picture, graph)

@@ -14,7 +14,7 @@ from replacement.crosscoder import Crosscoder
 from replacement.sites import ModelShape, Site
 from replacement.wiring import Wiring
 
-# A shared machine makes single examples slow now and then; correctness is what is tested.
+# A busy machine makes single examples slow now and then; correctness is what is tested.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
