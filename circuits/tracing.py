@@ -82,22 +82,10 @@ def trace(
         output[attributor.first_feature + np.array(roots, dtype=np.int64)] = 1 / max(1, len(roots))
         rows = attributor.expand(output, coverage=coverage, max_nodes=max_nodes, progress=progress)
         nodes, edges = _assemble(model, local, logits, rows, output)
-    strings = lm.token_strings(tokens_T.tolist())
     metadata = {
-        "prompt": prompt if isinstance(prompt, str) else "".join(strings),
-        "tokens": strings,
-        "token_ids": tokens_T.tolist(),
-        "model": lm.name,
-        "model_fingerprint": lm.fingerprint,
-        "n_layers": lm.shape.n_layers,
-        "crosscoder": _describe(model),
-        "targets": _target_facts(logits, roots, local),
-        "top_tokens": _top_tokens(local, lm.token_strings, position=logits[0].position if logits else -1),
-        "active_features": len(local.features),
+        "prompt": prompt if isinstance(prompt, str) else "".join(lm.token_strings(tokens_T.tolist())),
+        **_facts(model, local, logits, roots, rows),
         "coverage": coverage,
-        "stopped_by": rows.stopped_by,
-        "unexpanded_share": rows.unexpanded_share,
-        "identity_error": rows.identity_error,
         "seconds": time.perf_counter() - started,
     }
     return CircuitGraph(nodes, edges, metadata)
@@ -223,6 +211,32 @@ def _labels(
             chosen = torch.from_numpy(own)
             label[first + own] = names.labels(group, local.features.index[chosen], local.features.row[chosen])
     return label[kept].tolist()
+
+
+def _facts(
+    model: ReplacementModel,
+    local: LocalReplacement,
+    logits: Sequence[LogitTarget],
+    roots: Sequence[int],
+    rows: Attribution,
+) -> dict[str, object]:
+    """Metadata: the model, the prompt's tokens, the targets, and how the expansion ended."""
+    lm, token_ids = model.language_model, local.frozen.tokens_T.tolist()
+    position = logits[0].position if logits else int(local.features.row[roots[0]])
+    return {
+        "tokens": lm.token_strings(token_ids),
+        "token_ids": token_ids,
+        "model": lm.name,
+        "model_fingerprint": lm.fingerprint,
+        "n_layers": lm.shape.n_layers,
+        "crosscoder": _describe(model),
+        "targets": _target_facts(logits, roots, local),
+        "top_tokens": _top_tokens(local, lm.token_strings, position=position),
+        "active_features": len(local.features),
+        "stopped_by": rows.stopped_by,
+        "unexpanded_share": rows.unexpanded_share,
+        "identity_error": rows.identity_error,
+    }
 
 
 def _describe(model: ReplacementModel) -> str:
