@@ -97,7 +97,9 @@ def train_crosscoder(run: CrosscoderRun, lm: LanguageModel) -> Crosscoder:
         if progress.step % 50 == 0:
             bar.set_postfix(unexplained=f"{progress.unexplained:.4f}", dead=progress.n_dead)
 
-    config = TrainingConfig(n_steps=run.steps, learning_rate=run.learning_rate)
+    config = TrainingConfig(
+        n_tokens=run.steps * run.batch_tokens, batch_tokens=run.batch_tokens, learning_rate=run.learning_rate
+    )
     trained = train(crosscoder, batches(run, lm, wiring), config, progress=show)
     bar.close()
     return trained

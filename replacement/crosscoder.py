@@ -89,10 +89,13 @@ class Crosscoder(CrosscoderWeights):
                 where_S = row_S if positions is None else positions[row_S]
                 keep_S = where_S >= self.undecomposed_positions
                 row_S, index_S = row_S[keep_S], index_S[keep_S]
-        pre_S = self.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_BF[row_S, index_S])
+        pre_S = pre_BF[row_S, index_S].to(self.dtype)  # autocast makes bfloat16
+        pre_S = self.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_S)
         threshold_S = None if self.threshold is None else self.threshold[group].expand(self.n_features)[index_S]
         acts_S = self.activation.values(pre_S, threshold_S)
-        if self.training and isinstance(self.activation, BatchTopK) and self.threshold is not None:
+        # Only a training step moves the threshold, not a look at what the crosscoder would do.
+        records = self.training and torch.is_grad_enabled()
+        if records and isinstance(self.activation, BatchTopK) and self.threshold is not None:
             with torch.no_grad():
                 self.threshold[group] = self.activation.next_threshold(self.threshold[group], acts_S)
         return self._features(group, row_S, index_S, acts_S, n_rows=len(pre_BF))

@@ -1,8 +1,23 @@
 """Training of crosscoders."""
 
 from replacement.training.activations import activation_batches
-from replacement.training.config import TrainingConfig
-from replacement.training.losses import L1OfNorms, L2OfNorms, Penalty, Tanh
-from replacement.training.trainer import Progress, train
+from replacement.training.config import CrosscoderConfig, DataConfig, TrainingConfig
+from replacement.training.losses import Auxiliary, L1OfNorms, L2OfNorms, Loss, Penalty, PreActivation, Tanh
+from replacement.training.trainer import Progress, Trainer, train
 
-__all__ = ["L1OfNorms", "L2OfNorms", "Penalty", "Progress", "Tanh", "TrainingConfig", "activation_batches", "train"]
+__all__ = [
+    "Auxiliary",
+    "CrosscoderConfig",
+    "DataConfig",
+    "L1OfNorms",
+    "L2OfNorms",
+    "Loss",
+    "Penalty",
+    "PreActivation",
+    "Progress",
+    "Tanh",
+    "Trainer",
+    "TrainingConfig",
+    "activation_batches",
+    "train",
+]

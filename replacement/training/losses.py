@@ -1,13 +1,15 @@
-"""Training losses. B rows, D site width, F features per group, W written sites of a group, S active features.
+"""Training losses as small objects. B rows, D site width, F features per group, W written sites, S active features.
 
-Every loss is a mean over rows, so that coefficients do not depend on the batch size.
+Every loss is a mean over the rows of the whole batch, so that coefficients do not depend on the batch size. Where a run is
+spread over processes each one adds up its own share; the shares add up to the loss.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,31 +18,94 @@ from torch import Tensor
 from replacement.crosscoder import Crosscoder
 from replacement.features import Features
 from replacement.sites import Site
+from replacement.training.parallel import SINGLE, Parallel
+
+if TYPE_CHECKING:
+    from replacement.language_model import LanguageModel
+
+# Losses that need gradients for features that are not active look at one row in four: they are the costly part.
+_STRIDE = 4
 
 
-def reconstruction_loss(
-    targets: Mapping[Site, Tensor], reconstructions: Mapping[Site, Tensor], variances: Mapping[Site, Tensor]
-) -> Float[Tensor, ""]:
-    """`sum over written sites of mean_b ||y - y_hat||^2 / variance`.
+@dataclass(kw_only=True, slots=True)
+class StepState:
+    """What a loss may look at: one training step, in scaled activations (see `scales`)."""
 
-    Each term is the site's fraction of variance unexplained, so that layers with large outputs do not dominate.
+    crosscoder: Crosscoder
+    inputs: Mapping[Site, Tensor]
+    """What the crosscoder read, `[B, D]` per read site."""
+    targets: Mapping[Site, Tensor]
+    """What it should have written, `[B, D]` per written site."""
+    reconstructions: Mapping[Site, Tensor]
+    """What it wrote, `[B, D]` per written site."""
+    features: Features
+    """Active features, with gradients."""
+    dead_GF: Tensor
+    """Features that have not fired for a long time, `[G, F]` bool."""
+    variances: Mapping[Site, Tensor]
+    """`mean_b ||y - mean||^2` per written site, measured before training."""
+    scales: Mapping[Site, float] = field(default_factory=dict)
+    """Factor per site between the model's activations and those above."""
+    n_rows: int
+    """Rows B of all processes together."""
+    step: int = 0
+    """Steps done before this one."""
+    seed: int = 0
+    parallel: Parallel = SINGLE
+    language_model: LanguageModel | None = None
+    """The original model, where the run trains on whole rows of tokens."""
+    tokens_RT: Tensor | None = None
+    """Those rows."""
+    keep_RT: Tensor | None = None
+    """Which of their tokens count, bool; `B` of them, in order."""
 
-    Arguments:
-        targets, reconstructions: `[B, D]` per written site.
-        variances: `mean_b ||y - mean||^2` per written site, measured beforehand.
+
+def reconstruction_losses(state: StepState) -> dict[Site, Tensor]:
+    """`sum_b ||y - y_hat||^2 / (B variance)` per written site: its fraction of variance unexplained.
+
+    Their sum is the reconstruction loss; the normalisation keeps layers with large outputs from dominating it.
     """
-    errors = [
-        (targets[site] - y_BD).square().sum() / (len(y_BD) * variances[site]) for site, y_BD in reconstructions.items()
-    ]
-    return torch.stack(errors).sum()
+    return {
+        site: (state.targets[site] - y_BD).square().sum() / (state.n_rows * state.variances[site])
+        for site, y_BD in state.reconstructions.items()
+    }
 
 
 @dataclass(frozen=True)
-class Penalty(ABC):
-    """A sparsity penalty: `coefficient` times a sum over active features, averaged over rows."""
+class Loss(ABC):
+    """One term besides the reconstruction: called with the state of a step, it returns `coefficient` times its value."""
+
+    name: ClassVar[str]
+    """Name in configuration files and metrics."""
+    ramps: ClassVar[bool] = False
+    """Whether its weight rises over the sparsity warm-up."""
+    needs_rows: ClassVar[bool] = False
+    """Whether it needs whole rows of tokens and the language model."""
+    sums_over_features: ClassVar[bool] = False
+    """Whether processes that share the features each hold a part of its value."""
 
     coefficient: float
-    """Weight of the penalty in the loss."""
+    """Weight of the term."""
+
+    def __post_init__(self) -> None:
+        if not self.coefficient >= 0:
+            raise ValueError(f"the coefficient of {self.name} must be 0 or more, got {self.coefficient}")
+
+    @abstractmethod
+    def __call__(self, state: StepState) -> Float[Tensor, ""]:
+        """The term of this step, differentiable in the crosscoder's weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON value: the name and the parameters."""
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Penalty(Loss):
+    """A sparsity penalty: a sum over active features, averaged over rows."""
+
+    ramps: ClassVar[bool] = True
+    sums_over_features: ClassVar[bool] = True
 
     @abstractmethod
     def of_group(self, acts_S: Float[Tensor, " S"], norms_SW: Float[Tensor, "S W"]) -> Float[Tensor, ""]:
@@ -50,19 +115,20 @@ class Penalty(ABC):
             norms_SW: norms of each active feature's decoder vectors, one per written site.
         """
 
-    def __call__(self, crosscoder: Crosscoder, features: Features) -> Float[Tensor, ""]:
-        """The penalty of a batch, differentiable in activations and decoders."""
-        parts = (features.of(group) for group in range(crosscoder.n_groups))
-        sums = [
-            self.of_group(part.activation, norms_FW[part.index])
-            for part, norms_FW in zip(parts, crosscoder.decoder_norms(), strict=True)
-        ]
-        return self.coefficient * torch.stack(sums).sum() / features.n_rows
+    def __call__(self, state: StepState) -> Float[Tensor, ""]:
+        """`coefficient * sum / B`."""
+        sums = []
+        for group, norms_FW in enumerate(state.crosscoder.decoder_norms()):
+            part = state.features.of(group)
+            sums.append(self.of_group(part.activation, norms_FW[part.index]))
+        return self.coefficient * torch.stack(sums).sum() / state.n_rows
 
 
 @dataclass(frozen=True)
 class L1OfNorms(Penalty):
     """`sum_i a_i sum_w ||W_dec[i, w]||` (Lindsey et al. 2024, "Sparse Crosscoders")."""
+
+    name: ClassVar[str] = "l1"
 
     def of_group(self, acts_S: Float[Tensor, " S"], norms_SW: Float[Tensor, "S W"]) -> Float[Tensor, ""]:
         """Sum over the active features of one group."""
@@ -72,6 +138,8 @@ class L1OfNorms(Penalty):
 @dataclass(frozen=True)
 class L2OfNorms(Penalty):
     """`sum_i a_i sqrt(sum_w ||W_dec[i, w]||^2)`, which does not favour features that write to few sites."""
+
+    name: ClassVar[str] = "l2"
 
     def of_group(self, acts_S: Float[Tensor, " S"], norms_SW: Float[Tensor, "S W"]) -> Float[Tensor, ""]:
         """Sum over the active features of one group."""
@@ -85,6 +153,8 @@ class Tanh(Penalty):
     It saturates, so that strongly active features are not shrunk.
     """
 
+    name: ClassVar[str] = "tanh"
+
     c: float = 4.0
     """Steepness, per unit of (activation x decoder norm)."""
 
@@ -93,45 +163,84 @@ class Tanh(Penalty):
         return torch.tanh(self.c * norms_SW.norm(dim=1) * acts_S).sum()
 
 
-def auxiliary_loss(
-    crosscoder: Crosscoder,
-    inputs: Mapping[Site, Tensor],
-    errors: Mapping[Site, Tensor],
-    dead_GF: Tensor,
-    *,
-    k: int,
-) -> Float[Tensor, ""]:
-    """Fraction of the current error left after the k strongest dead features explain what they can of it.
+@dataclass(frozen=True)
+class PreActivation(Loss):
+    """`sum_i max(theta_i - h_i, 0) ||W_dec[i]||` on PRE-activations, theta 0 without a threshold.
 
-    This gives features that never fire a gradient (AuxK, Gao et al. 2024, "Scaling and evaluating SAEs").
-
-    Arguments:
-        inputs: `[B, D]` per read site.
-        errors: `y - y_hat` per written site, without gradient.
-        dead_GF: which features are dead, `[G, F]` bool.
-        k: dead features used per group and row.
+    It gives every silent feature a gradient towards firing (Anthropic, "Circuits Updates", January 2025). Measured on
+    one row in four.
     """
-    parts = [
-        _strongest_dead(crosscoder, inputs, group, dead_F, min(k, int(dead_F.sum())))
-        for group, dead_F in enumerate(dead_GF)
-        if bool(dead_F.any())
-    ]
-    explained = crosscoder.decode_contribution(Features.concatenate(parts), groups=[int(p.group[0]) for p in parts])
-    return _mean([(errors[s] - y_BD).square().sum() / errors[s].square().sum() for s, y_BD in explained.items()])
+
+    name: ClassVar[str] = "preactivation"
+    sums_over_features: ClassVar[bool] = True
+
+    coefficient: float = 3e-6
+    """Weight of the term."""
+
+    def __call__(self, state: StepState) -> Float[Tensor, ""]:
+        """`coefficient * sum / B`."""
+        crosscoder, terms = state.crosscoder, []
+        some = {site: x_BD[::_STRIDE] for site, x_BD in state.inputs.items()}
+        for group, norms_FW in enumerate(crosscoder.decoder_norms()):
+            theta_F = 0.0 if crosscoder.threshold is None else crosscoder.threshold[group]
+            lacking_BF = torch.relu(theta_F - crosscoder.pre_activations(some, group))
+            terms.append(lacking_BF.sum(dim=0) @ norms_FW.norm(dim=1))
+        return self.coefficient * _STRIDE * torch.stack(terms).sum() / state.n_rows
 
 
-def _strongest_dead(
-    crosscoder: Crosscoder, inputs: Mapping[Site, Tensor], group: int, dead_F: Tensor, k: int
-) -> Features:
+@dataclass(frozen=True)
+class Auxiliary(Loss):
+    """Fraction of the error left after the k strongest dead features explain what they can of it.
+
+    This gives features that never fire a gradient (AuxK, Gao et al. 2024, "Scaling and evaluating SAEs"). Measured on one
+    row in four; averaged over written sites.
+    """
+
+    name: ClassVar[str] = "auxiliary"
+
+    coefficient: float = 1 / 32
+    """Weight of the term."""
+    k: int = 32
+    """Dead features used per group and row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise ValueError(f"the auxiliary k must be 1 or more, got {self.k}")
+
+    def __call__(self, state: StepState) -> Float[Tensor, ""]:
+        """`coefficient *` the mean fraction; 0 while nothing is dead."""
+        counts = state.parallel.sum_over_features(state.dead_GF.sum(dim=1)).tolist()
+        inputs = {site: x_BD[::_STRIDE] for site, x_BD in state.inputs.items()}
+        parts = [
+            _strongest_dead(state, inputs, group, min(self.k, int(count)))
+            for group, count in enumerate(counts)
+            if count
+        ]
+        if not parts:
+            return state.targets[next(iter(state.targets))].new_zeros(())
+        groups = [group for group, count in enumerate(counts) if count]
+        explained = state.parallel.sum_partial(
+            state.crosscoder.decode_contribution(Features.concatenate(parts), groups=groups)
+        )
+        fractions = []
+        for site, y_BD in explained.items():
+            error_BD = (state.targets[site] - state.reconstructions[site].detach())[::_STRIDE]
+            total = state.parallel.sum_over_data(error_BD.square().sum())
+            # A perfect reconstruction leaves nothing to explain.
+            fractions.append((error_BD - y_BD).square().sum() / total.clamp(min=torch.finfo(total.dtype).tiny))
+        return self.coefficient * torch.stack(fractions).mean()
+
+
+def _strongest_dead(state: StepState, inputs: Mapping[Site, Tensor], group: int, k: int) -> Features:
+    crosscoder, dead_F = state.crosscoder, state.dead_GF[group]
     with torch.no_grad():
         pre_BF = crosscoder.pre_activations(inputs, group)
-        index_BK = pre_BF.masked_fill(~dead_F, -torch.inf).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-    row_S = torch.arange(len(pre_BF), device=pre_BF.device).repeat_interleave(k)
-    index_S = index_BK.flatten()
+        value_BK, index_BK = pre_BF.masked_fill(~dead_F, -torch.inf).topk(min(k, pre_BF.shape[1]), sorted=False)
+        keep_BK = state.parallel.largest(value_BK, k) & (value_BK > -torch.inf)
+        index_BK, order_BK = index_BK.sort(dim=1)
+        row_S, column_S = torch.nonzero(keep_BK.gather(1, order_BK), as_tuple=True)
+        index_S = index_BK[row_S, column_S]
     pre_S = crosscoder.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_BF[row_S, index_S])
     sizes = (len(pre_BF), crosscoder.n_groups, crosscoder.n_features)
     return Features(torch.full_like(row_S, group), row_S, index_S, torch.relu(pre_S), *sizes)
-
-
-def _mean(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(values)).mean()

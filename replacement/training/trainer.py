@@ -1,14 +1,15 @@
-"""Training of a crosscoder on batches of activations. B rows, D site width, F features per group, G groups.
+"""Optimizer steps of a crosscoder on batches of activations. B rows, D site width, F features per group, G groups.
 
-The loop is: scale the sites, encode, decode, loss, Adam step. Sites are scaled to mean norm sqrt(D) while training and
-the scale is folded into the weights at the end, so the result reads and writes the model's own activations.
+A step is: scale, encode, decode, losses, backward, clip, Adam. What decides the next step is `Trainer.state_tensors` and the
+number of steps done, nothing else: no random state is kept, and every random choice is a function of (seed, step).
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,37 +17,218 @@ from torch import Tensor
 
 from replacement.crosscoder import Crosscoder
 from replacement.features import Features
+from replacement.language_model import LanguageModel
 from replacement.sites import Site
 from replacement.training.config import TrainingConfig
-from replacement.training.losses import auxiliary_loss, reconstruction_loss
+from replacement.training.losses import StepState, reconstruction_losses
+from replacement.training.parallel import SINGLE, Parallel
+from replacement.training.scaling import Batch, Statistics, fold, measure, scaled, sites_of, start
 
-Batch = Mapping[Site, Tensor]
-
-# The auxiliary loss sees one row in four: dead features need some gradient, and it is the costly part.
-_AUXILIARY_STRIDE = 4
+SCALE_BATCHES = 4
+"""First batches that measure the scale, mean and variance of every site; they are trained on as well."""
 
 
 class Progress(NamedTuple):
-    """What a progress callback is told after each step."""
+    """What one step did."""
 
     step: int
     """Steps done."""
     loss: float
-    """Loss of this batch, penalties included."""
+    """Loss of this batch, all terms."""
     unexplained: float
     """Fraction of variance unexplained in this batch, averaged over written sites."""
     l0: float
     """Active features per row, summed over groups."""
     n_dead: int
     """Features that have not fired within `dead_after_tokens`."""
+    unexplained_by_site: dict[Site, float]
+    """Fraction of variance unexplained per written site."""
+    l0_by_group: list[float]
+    """Active features per row of each group."""
+    terms: dict[str, float]
+    """Value of every other loss, coefficient included."""
+    gradient_norm: float
+    """Norm of the gradient before clipping."""
 
 
-class _Statistics(NamedTuple):
-    """Measured on the first batches; means and variances are those of the scaled activations."""
+class RowsRead(NamedTuple):
+    """The rows of tokens behind a batch, for losses that run the language model."""
 
-    scales: dict[Site, float]
-    means: dict[Site, Tensor]
-    variances: dict[Site, Tensor]
+    language_model: LanguageModel
+    tokens_RT: Tensor
+    keep_RT: Tensor
+
+
+class Trainer:
+    """Trains a crosscoder in place, one batch per step.
+
+    The crosscoder lives in scaled activations until `finished` returns a copy of it for the model's own.
+
+    Arguments:
+        crosscoder: a fresh one (decoder zero), or a trained one to go on with.
+        statistics: scale, mean and variance of every site, from `scaling.measure`; None for a run that is about to be
+            restored.
+        parallel: this process's place in the run.
+    """
+
+    def __init__(
+        self,
+        crosscoder: Crosscoder,
+        config: TrainingConfig,
+        statistics: Statistics | None,
+        *,
+        parallel: Parallel = SINGLE,
+    ) -> None:
+        if statistics is None:
+            statistics = Statistics.blank(crosscoder)
+        else:
+            start(crosscoder, statistics)
+        self.crosscoder, self.config, self.statistics = crosscoder.train(), config, statistics
+        self.parallel = parallel
+        self.steps_done = 0
+        on_cpu_or_cuda = crosscoder.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(crosscoder.parameters(), lr=config.learning_rate, fused=on_cpu_or_cuda)
+        shape = (crosscoder.n_groups, crosscoder.n_features)
+        self.silent_GF = torch.zeros(shape, dtype=torch.int64, device=crosscoder.device)
+        """Tokens since each feature fired."""
+        shared = {id(p) for p in (*crosscoder.b_dec, *(crosscoder.W_skip if crosscoder.skip else ()))}
+        self._replicated = [p for p in crosscoder.parameters() if id(p) in shared]
+        self._sharded = [p for p in crosscoder.parameters() if id(p) not in shared]
+
+    def step(self, batch: Batch, *, rows: RowsRead | None = None, inputs: Batch | None = None) -> Progress:
+        """One optimizer step on this process's share of a batch.
+
+        Arguments:
+            batch: `{site: [B, D]}`, unscaled, for every read and written site.
+            rows: the tokens behind the batch, for losses that need them.
+            inputs: what the crosscoder reads instead of the batch's own activations, such as a propagated stream.
+
+        Raises:
+            ValueError: a site is missing, or the loss is not finite.
+        """
+        state, losses = self._forward(batch, rows, inputs)
+        values = self._values(losses)
+        total = sum(values.values())
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the loss is {total} at step {self.steps_done}: lower the learning rate or check the activations"
+            )
+        self._update(torch.stack(list(losses.values())).sum())
+        return self._report(state, values)
+
+    def _values(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Each term over all processes; a sum over features has a part in every process that shares them."""
+        local = torch.stack([value.detach() for value in losses.values()])
+        is_part = {loss.name for loss in self.config.losses if loss.sums_over_features}
+        over_features = self.parallel.sum_over_features(local)
+        mask = torch.tensor([name in is_part for name in losses], device=local.device)
+        return dict(
+            zip(losses, self.parallel.sum_over_data(torch.where(mask, over_features, local)).tolist(), strict=True)
+        )
+
+    def _forward(
+        self, batch: Batch, rows: RowsRead | None, inputs: Batch | None
+    ) -> tuple[StepState, dict[str, Tensor]]:
+        crosscoder, config = self.crosscoder, self.config
+        whole = scaled(crosscoder, batch, self.statistics)
+        reads = whole if inputs is None else whole | _scaled_reads(crosscoder, inputs, self.statistics)
+        n_rows = len(next(iter(whole.values())))
+        reconstructions, features = self._reconstruct(reads, n_rows)
+        self.silent_GF = self.parallel.least_over_data(_count_silence(self.silent_GF, features, config.batch_tokens))
+        state = StepState(
+            crosscoder=crosscoder,
+            inputs={site: reads[site] for site in crosscoder.wiring.read_sites},
+            targets={site: whole[site] for site in crosscoder.wiring.write_sites},
+            reconstructions=reconstructions,
+            features=features,
+            dead_GF=self.silent_GF >= config.dead_after_tokens,
+            variances=self.statistics.variances,
+            scales=self.statistics.scales,
+            n_rows=int(self.parallel.sum_over_data(torch.tensor(n_rows, device=crosscoder.device))),
+            step=self.steps_done,
+            seed=config.seed,
+            parallel=self.parallel,
+            language_model=None if rows is None else rows.language_model,
+            tokens_RT=None if rows is None else rows.tokens_RT,
+            keep_RT=None if rows is None else rows.keep_RT,
+        )
+        losses = {str(site): loss for site, loss in reconstruction_losses(state).items()}
+        for loss in config.losses:
+            weight = config.sparsity_weight_at(self.steps_done) if loss.ramps else 1.0
+            losses[loss.name] = weight * loss(state)
+        return state, losses
+
+    def _reconstruct(self, reads: Mapping[Site, Tensor], n_rows: int) -> tuple[dict[Site, Tensor], Features]:
+        crosscoder = self.crosscoder
+        # Rows are shuffled tokens, none of them among the first positions of a prompt.
+        positions_B = torch.full((n_rows,), crosscoder.undecomposed_positions, device=crosscoder.device)
+        with torch.autocast(crosscoder.device.type, torch.bfloat16, enabled=self.config.autocast):
+            features = crosscoder.encode(reads, positions=positions_B)
+        sums = self.parallel.sum_partial(crosscoder.decode_contribution(features))
+        skipped = crosscoder.skip_contribution(reads)
+        biased = {site: sums[site] + crosscoder.decoder_bias(site) for site in crosscoder.wiring.write_sites}
+        return {site: y_BD + skipped[site] if site in skipped else y_BD for site, y_BD in biased.items()}, features
+
+    def _update(self, loss: Tensor) -> None:
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = self.config.learning_rate_at(self.steps_done)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.parallel.sum_gradients(self.crosscoder.parameters())
+        self.gradient_norm = float(
+            self.parallel.clip_gradients(self._sharded, self._replicated, self.config.gradient_clip)
+        )
+        self.optimizer.step()
+        self.steps_done += 1
+
+    def _report(self, state: StepState, values: dict[str, float]) -> Progress:
+        features, parallel = state.features, self.parallel
+        counts_G = torch.bincount(features.group[features.activation.detach() > 0], minlength=features.n_groups)
+        counts_G = parallel.sum_over_features(parallel.sum_over_data(counts_G))
+        l0_by_group = [count / state.n_rows for count in counts_G.tolist()]
+        by_site = {site: values.pop(str(site)) for site in state.reconstructions}
+        return Progress(
+            step=self.steps_done,
+            loss=sum(by_site.values()) + sum(values.values()),
+            unexplained=sum(by_site.values()) / len(by_site),
+            l0=sum(l0_by_group),
+            n_dead=int(parallel.sum_over_features(state.dead_GF.sum())),
+            unexplained_by_site=by_site,
+            l0_by_group=l0_by_group,
+            terms=values,
+            gradient_norm=self.gradient_norm,
+        )
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that decides the next step besides `steps_done`: weights, moments, silence, statistics."""
+        self._make_moments()
+        tensors = {f"crosscoder.{name}": value.detach() for name, value in self.crosscoder.state_dict().items()}
+        for name, parameter in self.crosscoder.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        return tensors | {"silent": self.silent_GF} | self.statistics.to_tensors()
+
+    def restore(self, state: Mapping[str, Tensor], steps_done: int) -> None:
+        """Go on from a state: the dictionary of `state_tensors`, filled in place with the values of another run."""
+        self.steps_done = steps_done
+        self.statistics = Statistics.from_tensors(state, sites_of(self.crosscoder))
+        for parameter in self.crosscoder.parameters():
+            self.optimizer.state[parameter]["step"].fill_(steps_done)
+
+    def _make_moments(self) -> None:
+        for parameter in self.crosscoder.parameters():
+            if not self.optimizer.state[parameter]:
+                # The fused Adam keeps its step counter as a tensor beside the moments.
+                state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                self.optimizer.state[parameter] = state
+
+    def finished(self) -> Crosscoder:
+        """A copy of the crosscoder with the scales folded in, in evaluation mode."""
+        crosscoder = copy.deepcopy(self.crosscoder)
+        crosscoder.zero_grad(set_to_none=True)
+        fold(crosscoder, self.statistics.scales)
+        return crosscoder.eval()
 
 
 def train(
@@ -56,10 +238,10 @@ def train(
     *,
     progress: Callable[[Progress], None] | None = None,
 ) -> Crosscoder:
-    """Train a crosscoder in place and return it in evaluation mode.
+    """Train a crosscoder on an iterator of batches and return it, with the scales folded in, in evaluation mode.
 
-    A fresh crosscoder (decoder zero) starts at the mean of its targets and inputs; a trained one is continued.
-    Equal weights, batches and settings give equal results.
+    For runs with checkpoints, metrics and data of their own see `training.run`. Equal weights, batches and settings give
+    equal results.
 
     Arguments:
         batches: shuffled tokens, `{site: [B, D]}` for every read and written site; one is used per step.
@@ -69,114 +251,27 @@ def train(
         ValueError: no batches or too few, a batch without a site, or a loss that is not finite.
     """
     stream = iter(batches)
-    first = list(itertools.islice(stream, min(config.scale_batches, config.n_steps)))
-    if not first:
-        raise ValueError("no batches to train on: the iterator is empty")
-    statistics = _measure(crosscoder, first)
-    _start(crosscoder, statistics)
-    crosscoder.train()
-    optimizer = torch.optim.Adam(crosscoder.parameters(), lr=config.learning_rate, fused=True)
-    silent_GF = torch.zeros(crosscoder.n_groups, crosscoder.n_features, dtype=torch.int64, device=crosscoder.device)
-    done = 0
+    first = list(itertools.islice(stream, min(SCALE_BATCHES, config.n_steps)))
+    trainer = Trainer(crosscoder, config, measure(crosscoder, first))
     for batch in itertools.islice(itertools.chain(first, stream), config.n_steps):
-        for settings in optimizer.param_groups:
-            settings["lr"] = config.learning_rate_at(done)
-        report = _step(
-            crosscoder, optimizer, _scaled(crosscoder, batch, statistics), statistics, config, done, silent_GF
-        )
-        done += 1
+        report = trainer.step(batch)
         if progress is not None:
             progress(report)
-    if done < config.n_steps:
-        raise ValueError(f"the batches ran out after {done} of {config.n_steps} steps")
-    _rescale(crosscoder, statistics.scales)
-    return crosscoder.eval()
+    if trainer.steps_done < config.n_steps:
+        raise ValueError(f"the batches ran out after {trainer.steps_done} of {config.n_steps} steps")
+    return trainer.finished()
 
 
-def _step(
-    crosscoder: Crosscoder,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    statistics: _Statistics,
-    config: TrainingConfig,
-    step: int,
-    silent_GF: Tensor,
-) -> Progress:
-    """One optimizer step on a scaled batch; `silent_GF` (tokens since each feature fired) is updated in place."""
-    n_rows = len(next(iter(batch.values())))
-    # Rows are shuffled tokens, none of them among the first positions of a prompt.
-    positions_B = torch.full((n_rows,), crosscoder.undecomposed_positions, device=crosscoder.device)
-    reconstructions, features = crosscoder(batch, positions=positions_B)
-    reconstruction = reconstruction_loss(batch, reconstructions, statistics.variances)
-    loss = reconstruction
-    if config.penalty is not None:
-        loss = loss + config.penalty_weight_at(step) * config.penalty(crosscoder, features)
-    _count_silence(silent_GF, features)
-    dead_GF = silent_GF >= config.dead_after_tokens
-    n_dead = int(dead_GF.sum())
-    if n_dead and config.auxiliary_coefficient:
-        some = {site: x_BD[::_AUXILIARY_STRIDE] for site, x_BD in batch.items()}
-        errors = {site: some[site] - y_BD[::_AUXILIARY_STRIDE].detach() for site, y_BD in reconstructions.items()}
-        loss = loss + config.auxiliary_coefficient * auxiliary_loss(
-            crosscoder, some, errors, dead_GF, k=config.auxiliary_k
-        )
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ValueError(f"the loss is {value} at step {step}: lower the learning rate or check the activations")
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(crosscoder.parameters(), config.gradient_clip)
-    optimizer.step()
-    l0 = int((features.activation > 0).sum()) / n_rows
-    unexplained = float(reconstruction.detach()) / len(reconstructions)
-    return Progress(step + 1, value, unexplained, l0, n_dead)
-
-
-def _count_silence(silent_GF: Tensor, features: Features) -> None:
-    silent_GF += features.n_rows
-    fired_S = features.activation > 0
-    silent_GF[features.group[fired_S], features.index[fired_S]] = 0
-
-
-def _measure(crosscoder: Crosscoder, batches: Sequence[Batch]) -> _Statistics:
-    scales, means, variances = {}, {}, {}
-    for site in (*crosscoder.wiring.read_sites, *crosscoder.wiring.write_sites):
-        if any(site not in batch for batch in batches):
-            raise ValueError(f"the batches hold {', '.join(map(str, batches[0]))}, but the crosscoder needs {site}")
-        x_BD = torch.cat([batch[site] for batch in batches]).to(crosscoder.device, crosscoder.dtype)
-        norm = float(x_BD.norm(dim=1).mean())
-        if not (math.isfinite(norm) and norm > 0):
-            raise ValueError(f"the activations at {site} have mean norm {norm}: expected a finite value above 0")
-        scales[site] = math.sqrt(x_BD.shape[1]) / norm
-        means[site] = x_BD.mean(dim=0) * scales[site]
-        # A site that never varies would divide by 0; any positive number serves, for its error is 0 from the start.
-        variance = (x_BD * scales[site] - means[site]).square().sum(dim=1).mean()
-        variances[site] = torch.where(variance > 0, variance, torch.ones_like(variance))
-    return _Statistics(scales, means, variances)
-
-
-@torch.no_grad()
-def _start(crosscoder: Crosscoder, statistics: _Statistics) -> None:
-    """Bring the crosscoder to the scaled activations: a trained one exactly, a fresh one by setting its biases."""
-    if any(bool(weight.any()) for weight in crosscoder.W_dec):
-        _rescale(crosscoder, {site: 1 / scale for site, scale in statistics.scales.items()})
-        return
-    for site, bias_D in zip(crosscoder.wiring.write_sites, crosscoder.b_dec, strict=True):
-        bias_D.copy_(statistics.means[site])
-    for group, bias_F in enumerate(crosscoder.b_enc):
-        means = {site: statistics.means[site][None] for site in crosscoder.wiring.reads[group]}
-        bias_F.sub_(crosscoder.pre_activations(means, group)[0])  # the mean input has pre-activation 0
-
-
-def _rescale(crosscoder: Crosscoder, scales: Mapping[Site, float]) -> None:
-    reads, writes = crosscoder.wiring.read_sites, crosscoder.wiring.write_sites
-    crosscoder.fold_input_scale({site: scales[site] for site in reads}, {site: scales[site] for site in writes})
-
-
-def _scaled(crosscoder: Crosscoder, batch: Batch, statistics: _Statistics) -> dict[Site, Tensor]:
-    missing = [site for site in statistics.scales if site not in batch]
-    if missing:
-        raise ValueError(f"a batch holds {', '.join(map(str, batch))}, but the crosscoder needs {missing[0]}")
+def _scaled_reads(crosscoder: Crosscoder, inputs: Batch, statistics: Statistics) -> dict[Site, Tensor]:
     return {
-        site: batch[site].to(crosscoder.device, crosscoder.dtype) * scale for site, scale in statistics.scales.items()
+        site: inputs[site].to(crosscoder.device, crosscoder.dtype) * statistics.scales[site]
+        for site in crosscoder.wiring.read_sites
     }
+
+
+def _count_silence(silent_GF: Tensor, features: Features, n_rows: int) -> Tensor:
+    """Tokens since each feature fired, after `n_rows` more; JumpReLU training also lists features of value 0."""
+    silent_GF = silent_GF + n_rows
+    fired_S = features.activation.detach() > 0
+    silent_GF[features.group[fired_S], features.index[fired_S]] = 0
+    return silent_GF

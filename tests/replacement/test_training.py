@@ -15,12 +15,28 @@ from replacement.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from replacement.crosscoder import Crosscoder
 from replacement.features import Features
 from replacement.sites import ModelShape, Site
-from replacement.training import L1OfNorms, L2OfNorms, Penalty, Progress, Tanh, TrainingConfig, train
-from replacement.training.losses import auxiliary_loss, reconstruction_loss
+from replacement.training import (
+    Auxiliary,
+    L1OfNorms,
+    L2OfNorms,
+    Penalty,
+    PreActivation,
+    Progress,
+    Tanh,
+    TrainingConfig,
+    train,
+    trainer,
+)
+from replacement.training.losses import StepState, reconstruction_losses
 from replacement.wiring import Wiring
 
 SHAPE = ModelShape(n_layers=2, d_model=16, n_heads=1, d_head=16)
 N_TRUE = 24
+
+
+def settings(n_steps: int, **options: Any) -> TrainingConfig:
+    """Settings for batches of 256 tokens."""
+    return TrainingConfig(**{"n_tokens": 256 * n_steps, "batch_tokens": 256, "warmup_fraction": 0.05} | options)
 
 
 def true_dictionary() -> tuple[Tensor, Tensor]:
@@ -62,7 +78,7 @@ def unexplained(crosscoder: Crosscoder) -> dict[Site, float]:
 @pytest.fixture(scope="module")
 def trained() -> tuple[Crosscoder, list[Progress]]:
     log: list[Progress] = []
-    config = TrainingConfig(n_steps=400, learning_rate=8e-3, warmup_steps=20, dead_after_tokens=10_000)
+    config = settings(400, learning_rate=8e-3, dead_after_tokens=10_000)
     return train(clt(TopK(3)), sparse_batches(400), config, progress=log.append), log
 
 
@@ -90,9 +106,9 @@ def test_a_trained_crosscoder_continues_where_it_was(trained: tuple[Crosscoder, 
     crosscoder.load_state_dict(trained[0].state_dict())
     before = max(unexplained(crosscoder).values())
     log: list[Progress] = []
-    train(crosscoder, sparse_batches(1), TrainingConfig(n_steps=1, learning_rate=1e-9), progress=log.append)
+    continued = train(crosscoder, sparse_batches(1), settings(1, learning_rate=1e-9), progress=log.append)
     assert log[0].unexplained < 0.2
-    assert max(unexplained(crosscoder).values()) == pytest.approx(before, rel=1e-3)
+    assert max(unexplained(continued).values()) == pytest.approx(before, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +124,14 @@ def test_a_trained_crosscoder_continues_where_it_was(trained: tuple[Crosscoder, 
 )
 def test_every_activation_and_penalty_learns(activation: Activation, penalty: Penalty | None, tied: bool) -> None:
     log: list[Progress] = []
-    config = TrainingConfig(n_steps=200, learning_rate=8e-3, warmup_steps=20, penalty=penalty)
+    config = settings(200, learning_rate=8e-3, losses=[Auxiliary(), *([penalty] if penalty else [])])
     crosscoder = train(clt(activation, tied=tied), sparse_batches(200), config, progress=log.append)
     assert max(unexplained(crosscoder).values()) < 0.35
     assert log[-1].l0 < log[0].l0 + 1e-9
 
 
 def test_training_is_reproducible_bit_for_bit() -> None:
-    config = TrainingConfig(n_steps=20, dead_after_tokens=500)
+    config = settings(20, dead_after_tokens=500)
     first, second = (train(clt(TopK(3)), sparse_batches(20), config).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -125,7 +141,7 @@ def test_undecomposed_positions_do_not_stop_training() -> None:
         Wiring.strictly_causal(SHAPE), n_features=48, activation=TopK(3), undecomposed_positions=1, seed=0
     )
     log: list[Progress] = []
-    train(crosscoder, sparse_batches(2), TrainingConfig(n_steps=2), progress=log.append)
+    train(crosscoder, sparse_batches(2), settings(2), progress=log.append)
     assert log[0].l0 > 3
 
 
@@ -135,21 +151,39 @@ def test_the_auxiliary_loss_revives_dead_features() -> None:
     for coefficient in (0.0, 1.0):
         crosscoder = clt(TopK(3))
         log: list[Progress] = []
-        config = TrainingConfig(
-            n_steps=150, learning_rate=2e-2, dead_after_tokens=1000, auxiliary_coefficient=coefficient, auxiliary_k=8
-        )
+        losses = [Auxiliary(coefficient, k=8)]
+        config = settings(150, learning_rate=2e-2, dead_after_tokens=1000, losses=losses)
         train(crosscoder, sparse_batches(150), config, progress=log.append)
         n_dead.append(log[-1].n_dead)
     assert n_dead[1] < n_dead[0]
 
 
-def test_reconstruction_loss_is_the_sum_of_fractions() -> None:
-    sites = [Site(0, "mlp_out"), Site(1, "mlp_out")]
-    targets = {site: torch.randn(5, 4, generator=torch.Generator().manual_seed(site.layer)) for site in sites}
-    variances = {site: (y - y.mean(0)).square().sum(1).mean() for site, y in targets.items()}
-    means = {site: y.mean(0).expand(5, 4) for site, y in targets.items()}
-    assert float(reconstruction_loss(targets, means, variances)) == pytest.approx(2, rel=1e-6)
-    assert float(reconstruction_loss(targets, targets, variances)) == 0
+def state_of(crosscoder: Crosscoder, inputs: dict[Site, Tensor], **options: Any) -> StepState:
+    """The state of a step on random targets."""
+    features = crosscoder.encode(inputs)
+    generator = torch.Generator().manual_seed(5)
+    targets = {s: torch.randn(7, 16, dtype=torch.float64, generator=generator) for s in crosscoder.wiring.write_sites}
+    defaults: dict[str, Any] = {
+        "crosscoder": crosscoder,
+        "inputs": inputs,
+        "targets": targets,
+        "reconstructions": crosscoder.decode(features),
+        "features": features,
+        "dead_GF": torch.zeros(crosscoder.n_groups, crosscoder.n_features, dtype=torch.bool),
+        "variances": {site: torch.tensor(1.0) for site in targets},
+        "n_rows": 7,
+    }
+    return StepState(**defaults | options)
+
+
+def test_reconstruction_losses_are_fractions_of_variance(random_crosscoder: Any, random_inputs: Any) -> None:
+    crosscoder = random_crosscoder(Wiring.strictly_causal(SHAPE))
+    state = state_of(crosscoder, random_inputs(crosscoder.wiring))
+    state.variances = {site: (y - y.mean(0)).square().sum(1).mean() for site, y in state.targets.items()}
+    state.reconstructions = {site: y.mean(0).expand(7, 16) for site, y in state.targets.items()}
+    assert [float(loss) for loss in reconstruction_losses(state).values()] == pytest.approx([1, 1])
+    state.reconstructions = state.targets
+    assert [float(loss) for loss in reconstruction_losses(state).values()] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -165,25 +199,40 @@ def test_penalties_equal_their_dense_formula(
     penalty: Penalty, formula: Callable[[Tensor, Tensor], Tensor], random_crosscoder: Any, random_inputs: Any
 ) -> None:
     crosscoder = random_crosscoder(Wiring.strictly_causal(SHAPE))
-    features = crosscoder.encode(random_inputs(crosscoder.wiring))
+    state = state_of(crosscoder, random_inputs(crosscoder.wiring))
     expected = sum(
-        formula(acts_F, crosscoder.W_dec[group].norm(dim=2)) for group in range(2) for acts_F in features.dense(group)
+        formula(acts_F, crosscoder.W_dec[group].norm(dim=2))
+        for group in range(2)
+        for acts_F in state.features.dense(group)
     )
-    torch.testing.assert_close(penalty(crosscoder, features), 0.5 * expected / 7)
+    torch.testing.assert_close(penalty(state), 0.5 * expected / 7)
 
 
-def test_auxiliary_loss_equals_its_dense_formula(random_crosscoder: Any, random_inputs: Any) -> None:
+def test_the_preactivation_penalty_equals_its_dense_formula(random_crosscoder: Any, random_inputs: Any) -> None:
+    """Rows 0 and 4 of seven are looked at, and stand for four each."""
+    crosscoder = random_crosscoder(Wiring.strictly_causal(SHAPE), activation=JumpReLU())
+    inputs = random_inputs(crosscoder.wiring)
+    expected = sum(
+        (crosscoder.threshold[group] - crosscoder.pre_activations(inputs, group)[[0, 4]]).relu().sum(0)
+        @ crosscoder.W_dec[group].flatten(1).norm(dim=1)
+        for group in range(2)
+    )
+    torch.testing.assert_close(PreActivation(0.5)(state_of(crosscoder, inputs)), 0.5 * 4 * expected / 7)
+
+
+def test_the_auxiliary_loss_equals_its_dense_formula(random_crosscoder: Any, random_inputs: Any) -> None:
     crosscoder = random_crosscoder(Wiring.per_layer(SHAPE))
     inputs = random_inputs(crosscoder.wiring)
-    errors = {site: torch.randn(7, 16, dtype=torch.float64) for site in crosscoder.wiring.write_sites}
     dead_GF = torch.zeros(2, 16, dtype=torch.bool)
     dead_GF[0, [1, 5, 6, 9]] = True  # group 1 has none
-    pre_BN = crosscoder.pre_activations(inputs, 0)[:, dead_GF[0]]
+    state = state_of(crosscoder, inputs, dead_GF=dead_GF)
+    pre_BN = crosscoder.pre_activations(inputs, 0)[[0, 4]][:, dead_GF[0]]
     acts_BN = pre_BN.relu() * (pre_BN >= pre_BN.topk(2, dim=1).values[:, -1:])
     site = Site(0, "mlp_out")
-    left_BD = errors[site] - acts_BN @ crosscoder.decoder(0, site)[dead_GF[0]]
-    expected = left_BD.square().sum() / errors[site].square().sum()
-    actual = auxiliary_loss(crosscoder, inputs, errors, dead_GF, k=2)
+    error_BD = (state.targets[site] - state.reconstructions[site].detach())[[0, 4]]
+    left_BD = error_BD - acts_BN @ crosscoder.decoder(0, site)[dead_GF[0]]
+    expected = 0.5 * left_BD.square().sum() / error_BD.square().sum()
+    actual = Auxiliary(0.5, k=2)(state)
     torch.testing.assert_close(actual, expected)
     for weight in (crosscoder.W_enc[0], crosscoder.b_enc[0], crosscoder.W_dec[0]):
         grads = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (actual, expected)]
@@ -191,28 +240,35 @@ def test_auxiliary_loss_equals_its_dense_formula(random_crosscoder: Any, random_
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
-    config = TrainingConfig(n_steps=100, learning_rate=2.0, warmup_steps=9, decay_fraction=0.5)
+    config = settings(100, learning_rate=2.0, warmup_fraction=0.09, decay_fraction=0.5)
     rates = [config.learning_rate_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9:51] == [2.0] * 42
     assert rates[75] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(0.04)
-    constant = TrainingConfig(n_steps=10, warmup_steps=0, decay_fraction=0.0)
+    constant = settings(10, warmup_fraction=0.0, decay_fraction=0.0)
     assert {constant.learning_rate_at(step) for step in range(10)} == {constant.learning_rate}
+
+
+def test_sparsity_penalties_ramp() -> None:
+    config = settings(10, sparsity_warmup=0.5)
+    assert [config.sparsity_weight_at(step) for step in (0, 4, 9)] == pytest.approx([0.2, 1, 1])
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"n_steps": 0}, "n_steps must be 1 or more, got 0"),
-        ({"n_steps": 1, "learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
-        ({"n_steps": 1, "warmup_steps": -1}, "warmup_steps must be 0 or more, got -1"),
-        ({"n_steps": 1, "decay_fraction": 1.5}, "decay_fraction must lie between 0 and 1, got 1.5"),
+        ({"n_tokens": 0}, "n_tokens must be 1 or more, got 0"),
+        ({"n_tokens": 100}, "n_tokens=100 is less than one batch of 4096"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"warmup_fraction": -1.0}, "warmup_fraction must lie between 0 and 1, got -1.0"),
+        ({"decay_fraction": 1.5}, "decay_fraction must lie between 0 and 1, got 1.5"),
+        ({"reads": "dirty"}, "reads must be one of clean, propagated, subset, got 'dirty'"),
     ],
 )
 def test_bad_settings_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        TrainingConfig(**setting)
+        TrainingConfig(**{"n_tokens": 8192} | setting)
 
 
 def broken(change: Callable[[dict[Site, Tensor]], object]) -> list[dict[Site, Tensor]]:
@@ -233,17 +289,17 @@ def broken(change: Callable[[dict[Site, Tensor]], object]) -> list[dict[Site, Te
     ],
     ids=["empty", "short", "site at start", "site later", "nan at start", "nan later"],
 )
-def test_bad_batches_are_refused(batches: list[dict[Site, Tensor]], scale_batches: int, message: str) -> None:
+def test_bad_batches_are_refused(
+    batches: list[dict[Site, Tensor]], scale_batches: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "SCALE_BATCHES", scale_batches)
     with pytest.raises(ValueError, match=re.escape(message)):
-        train(clt(TopK(3)), batches, TrainingConfig(n_steps=2, scale_batches=scale_batches))
+        train(clt(TopK(3)), batches, settings(2))
 
 
 def test_dead_features_are_told_apart_from_silent_zeros() -> None:
     """JumpReLU training keeps zero-valued features in the table; they have not fired."""
-    from replacement.training.trainer import _count_silence
-
     silent_GF = torch.zeros(1, 2, dtype=torch.int64)
     acts_GBF = torch.tensor([[[1.0, 2.0]]])
     features = Features.from_dense(acts_GBF).replace_activations(torch.tensor([0.0, 2.0]))
-    _count_silence(silent_GF, features)
-    assert silent_GF.tolist() == [[1, 0]]
+    assert trainer._count_silence(silent_GF, features, 1).tolist() == [[1, 0]]

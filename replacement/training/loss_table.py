@@ -1,0 +1,33 @@
+"""Losses by their names in configuration files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from replacement.training.losses import Auxiliary, L1OfNorms, L2OfNorms, Loss, PreActivation, Tanh
+
+LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (L1OfNorms, L2OfNorms, Tanh, PreActivation, Auxiliary)}
+"""Every loss besides the reconstruction, by name."""
+
+
+def loss_from_dict(value: Mapping[str, Any]) -> Loss:
+    """Read what `Loss.to_dict` wrote.
+
+    >>> loss_from_dict({"name": "tanh", "coefficient": 1e-3})
+    Tanh(coefficient=0.001, c=4.0)
+
+    Raises:
+        ValueError: unknown name, a parameter the loss does not have, or one it needs.
+    """
+    parameters = dict(value)
+    name = parameters.pop("name", None)
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(LOSSES)}")
+    known = {f.name: f for f in fields(LOSSES[name])}
+    needed = [key for key, f in known.items() if f.default is MISSING]
+    if set(parameters) - set(known) or set(needed) - set(parameters):
+        needs = f", needs {needed}" if needed else ""
+        raise ValueError(f"the loss {name} has the parameters {list(known)}{needs}; got {sorted(parameters)}")
+    return LOSSES[name](**parameters)

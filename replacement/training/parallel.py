@@ -1,0 +1,169 @@
+"""How a training run is spread over processes: rows over one axis of a device mesh, features over the other.
+
+B rows, K candidates per row, D site width.
+
+Data parallel: every process has the whole crosscoder and its share of each batch; gradients are added up. Feature parallel:
+every process has F / n features of every group, encodes and decodes those, and the partial reconstructions are added up,
+so activations travel instead of weights. One process is the case without a mesh, in which every method is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.nn import Parameter
+
+from replacement.sites import Site
+
+DATA, FEATURES = "data", "features"
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Place of this process in a run; `SINGLE` is a run of one process."""
+
+    mesh: DeviceMesh | None = None
+    """Device mesh with the axes `data` and `features`; None in a run of one process."""
+
+    @property
+    def n_data(self) -> int:
+        """Processes that share the rows."""
+        return 1 if self.mesh is None else self.mesh[DATA].size()
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this is."""
+        return 0 if self.mesh is None else self.mesh[DATA].get_local_rank()
+
+    @property
+    def n_feature_shards(self) -> int:
+        """Processes that share the features."""
+        return 1 if self.mesh is None else self.mesh[FEATURES].size()
+
+    @property
+    def feature_rank(self) -> int:
+        """Which of them this is."""
+        return 0 if self.mesh is None else self.mesh[FEATURES].get_local_rank()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.data_rank == 0 and self.feature_rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.mesh is not None:
+            dist.barrier()
+
+    def sum_over_data(self, x: Tensor) -> Tensor:
+        """Sum over processes with other rows; no gradient."""
+        return self._sum(x, DATA) if self.n_data > 1 else x
+
+    def sum_over_features(self, x: Tensor) -> Tensor:
+        """Sum over processes with other features; no gradient."""
+        return self._sum(x, FEATURES) if self.n_feature_shards > 1 else x
+
+    def _sum(self, x: Tensor, axis: str) -> Tensor:
+        assert self.mesh is not None
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self.mesh[axis].get_group())
+        return total
+
+    def least_over_data(self, x: Tensor) -> Tensor:
+        """Smallest value over processes with other rows."""
+        if self.n_data == 1 or self.mesh is None:
+            return x
+        least = x.clone()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.mesh[DATA].get_group())
+        return least
+
+    def sum_partial(self, partial: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        """Add up what the features of every process write; the gradient of each share is that of the sum."""
+        if self.n_feature_shards == 1 or self.mesh is None:
+            return dict(partial)
+        mesh, sites = self.mesh[FEATURES], list(partial)
+        # One message for all sites. Partial -> Replicate is a sum forwards and the identity backwards.
+        joined_BX = torch.cat([partial[site] for site in sites], dim=1)
+        whole = DTensor.from_local(joined_BX, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()])
+        parts = whole.to_local().split([partial[site].shape[1] for site in sites], dim=1)
+        return dict(zip(sites, parts, strict=True))
+
+    def largest(self, value_BK: Float[Tensor, "B K"], k: int) -> Bool[Tensor, "B K"]:
+        """Which of this process's candidates are among the k largest of each row over all features."""
+        if self.n_feature_shards == 1 or self.mesh is None:
+            return torch.ones_like(value_BK, dtype=torch.bool)
+        every_BN = self.gather(value_BK, FEATURES).transpose(0, 1).flatten(1)
+        if every_BN.shape[1] <= k:
+            return torch.ones_like(value_BK, dtype=torch.bool)
+        return value_BK >= every_BN.topk(k, dim=1).values[:, -1:]
+
+    def gather(self, x: Tensor, axis: str) -> Tensor:
+        """The tensors of all processes along an axis of the mesh, stacked; all must have one shape."""
+        assert self.mesh is not None
+        group = self.mesh[axis].get_group()
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+
+    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
+        """Add up gradients over processes with other rows, in place."""
+        if self.n_data == 1 or self.mesh is None:
+            return
+        group = self.mesh[DATA].get_group()
+        pending = [dist.all_reduce(p.grad, group=group, async_op=True) for p in parameters if p.grad is not None]
+        for work in pending:
+            work.wait()
+
+    def clip_gradients(self, sharded: Iterable[Parameter], replicated: Iterable[Parameter], most: float) -> Tensor:
+        """Scale all gradients so that their norm over all features is at most `most`; returns the norm before."""
+        groups = [[p.grad for p in side if p.grad is not None] for side in (sharded, replicated)]
+        squares = [
+            torch.stack(torch._foreach_norm(side)).square().sum() if side else torch.zeros(()) for side in groups
+        ]
+        norm = (self.sum_over_features(squares[0]) + squares[1].to(squares[0].device)).sqrt()
+        factor = (most / (norm + 1e-6)).clamp(max=1.0)
+        if float(factor) < 1.0:
+            torch._foreach_mul_([grad for side in groups for grad in side], float(factor))
+        return norm
+
+    def distributed(self, tensor: Tensor, *, feature_dim: int | None) -> Tensor:
+        """A view for checkpoints: a DTensor split along `feature_dim`, or equal in every process if None."""
+        if self.mesh is None:
+            return tensor
+        placement = Replicate() if feature_dim is None else Shard(feature_dim)
+        return DTensor.from_local(tensor, self.mesh, [Replicate(), placement], run_check=False)
+
+
+SINGLE = Parallel()
+"""A run of one process."""
+
+
+def connect(*, feature_shards: int = 1, device: str = "cpu") -> Parallel:
+    """Join the run that `torchrun` started, or be a run of one process.
+
+    Arguments:
+        feature_shards: processes that share the features; the others share the rows.
+
+    Raises:
+        ValueError: a number of shards that does not divide the number of processes.
+    """
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if feature_shards < 1 or n_processes % feature_shards:
+        raise ValueError(
+            f"feature_shards={feature_shards} does not divide the {n_processes} process(es) of this run; start "
+            "several with torchrun"
+        )
+    if n_processes == 1:
+        return SINGLE
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    shape = (n_processes // feature_shards, feature_shards)
+    return Parallel(init_device_mesh(device.split(":")[0], shape, mesh_dim_names=(DATA, FEATURES)))
