@@ -146,8 +146,10 @@ def test_undecomposed_positions_have_no_features(shape: ModelShape, random_cross
 def test_batchtopk_measures_its_threshold_while_training(shape: ModelShape, random_inputs: Any) -> None:
     wiring = Wiring.per_layer(shape)
     crosscoder = Crosscoder(wiring, n_features=16, activation=BatchTopK(2), dtype=torch.float64, seed=0)
-    with torch.no_grad():
-        features = crosscoder.train().encode(random_inputs(wiring))
+    with torch.no_grad():  # a look without gradients does not count as training
+        crosscoder.train().encode(random_inputs(wiring))
+    assert crosscoder.threshold.tolist() == [[0.0]] * 3
+    features = crosscoder.encode(random_inputs(wiring))
     expected = [[float(features.of(group).activation.min())] for group in range(3)]
     assert crosscoder.threshold.tolist() == expected
     later = crosscoder.eval().encode(random_inputs(wiring))
