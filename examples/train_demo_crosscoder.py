@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from train_demo_files import write_json
 
-from replacement import Crosscoder, LanguageModel, ReplacementModel, Site, TopK, Wiring, checkpoint
+from replacement import Crosscoder, LanguageModel, Site, TopK, Wiring, checkpoint
 from replacement.demo.corpus import held_out_rows, sample_rows
 from replacement.fidelity import measure_fidelity
 from replacement.training import Progress, TrainingConfig, activation_batches, train
@@ -114,14 +114,14 @@ def crosscoder_stage(run: CrosscoderRun, out: Path) -> None:
     crosscoder = train_crosscoder(run, lm)
     checkpoint.save(crosscoder, out / "crosscoder", dtype=torch.bfloat16, training=dataclasses.asdict(run))
     minutes = (time.monotonic() - started) / 60
-    model = ReplacementModel(lm, checkpoint.load(out / "crosscoder"))
     rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=1024, context=lm.context_length, seed=0))
-    fidelity = measure_fidelity(model, rows)
+    fidelity = measure_fidelity(lm, checkpoint.load(out / "crosscoder"), rows)
     report = {
         "run": dataclasses.asdict(run),
         "minutes": round(minutes, 1),
         "total_l0": fidelity.total_l0,
         "mean_unexplained": fidelity.mean_unexplained,
+        "cross_entropy_recovered": fidelity.cross_entropy_recovered,
         **fidelity._asdict(),
     }
     write_json(out / "fidelity.json", report)
@@ -131,8 +131,9 @@ def crosscoder_stage(run: CrosscoderRun, out: Path) -> None:
     print(f"active features per token    {fidelity.total_l0:.1f} ({', '.join(f'{x:.1f}' for x in fidelity.l0)})")
     per_layer = ", ".join(f"{x:.4f}" for x in fidelity.unexplained)
     print(f"variance unexplained         {fidelity.mean_unexplained:.4f} ({per_layer})")
-    print(f"KL, errors propagating       {fidelity.kl:.4f} nats")
-    print(f"top-1 agreement, p >= 0.5    {fidelity.agreement or 0:.4f} (all tokens {fidelity.agreement_all:.4f})")
+    print(f"KL, errors propagating       {fidelity.kl or 0:.4f} nats")
+    print(f"cross-entropy recovered      {fidelity.cross_entropy_recovered or 0:.4f}")
+    print(f"top-1 agreement, p >= 0.5    {fidelity.agreement or 0:.4f} (all tokens {fidelity.agreement_all or 0:.4f})")
 
 
 def main() -> None:

@@ -75,7 +75,9 @@ class BridgeParts:
 
     def run(self, tokens_BT: Tensor, hooks: list[NamedHook]) -> Tensor:
         """Logits of the bridge with forward hooks."""
-        named: list[Any] = [*self._float64_norm_hooks(), *hooks]
+        # What a hook makes of a norm's input must reach that norm, and what it makes of an output must stay.
+        keep, redo = self._float64_norm_hooks()
+        named: list[Any] = [*redo, *hooks, *keep]
         logits: Tensor = self.bridge.run_with_hooks(tokens_BT, fwd_hooks=named)
         return logits
 
@@ -151,14 +153,19 @@ class BridgeParts:
                         f"{self.architecture} cannot be linearised exactly: layer {layer} has no '{part}' to freeze"
                     )
 
-    def _float64_norm_hooks(self) -> list[NamedHook]:
-        """In float64, redo the RMS norms: Hugging Face computes them in float32 whatever the model's dtype."""
-        if self.dtype != torch.float64 or not self.bridge.ln_final.uses_rms_norm:
-            return []
-        paths = [f"blocks.{layer}.{name}" for layer in range(self.shape.n_layers) for name in self.norm_names(layer)]
-        return [hook for path in [*paths, "ln_final"] for hook in self._float64_norm(path)]
+    def _float64_norm_hooks(self) -> tuple[list[NamedHook], list[NamedHook]]:
+        """In float64, redo the RMS norms: Hugging Face computes them in float32 whatever the model's dtype.
 
-    def _float64_norm(self, path: str) -> list[NamedHook]:
+        Returns:
+            Hooks that keep each norm's input, and hooks that compute its output from it.
+        """
+        if self.dtype != torch.float64 or not self.bridge.ln_final.uses_rms_norm:
+            return [], []
+        paths = [f"blocks.{layer}.{name}" for layer in range(self.shape.n_layers) for name in self.norm_names(layer)]
+        pairs = [self._float64_norm(path) for path in [*paths, "ln_final"]]
+        return [keep for keep, _ in pairs], [redo for _, redo in pairs]
+
+    def _float64_norm(self, path: str) -> tuple[NamedHook, NamedHook]:
         norm = self._component(path)
         original = norm.original_component
         epsilon = float(getattr(original, "variance_epsilon", getattr(original, "eps", norm.config.eps)))
@@ -172,4 +179,4 @@ class BridgeParts:
             x = seen.pop("x")
             return x / (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * weight_D
 
-        return [(f"{path}.hook_in", keep), (f"{path}.hook_out", redo)]
+        return (f"{path}.hook_in", keep), (f"{path}.hook_out", redo)

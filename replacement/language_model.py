@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from replacement.bridge_parts import BridgeParts
+from replacement.bridge_parts import BridgeParts, NamedHook
 from replacement.freezing import FrozenPrompt, freeze
 from replacement.loading import boot, check_finite, fingerprint
 from replacement.sites import ModelShape, Site
@@ -174,9 +174,36 @@ class LanguageModel:
         Raises:
             ValueError: a site the model does not have.
         """
-        named = [(self.parts.hook_name(site), _as_bridge_hook(hook)) for site, hook in hooks.items()]
+        named: list[NamedHook] = []
+        for site in sorted(hooks):
+            if site.kind == "resid_mid":
+                named += self._mid_hooks(site, hooks[site])
+            else:
+                named.append((self.parts.hook_name(site), _as_bridge_hook(hooks[site])))
         logits = self.parts.run(tokens if tokens.ndim == 2 else tokens[None], named)
         return logits if tokens.ndim == 2 else logits[0]
+
+    def _mid_hooks(self, site: Site, hook: Hook) -> list[NamedHook]:
+        """Hooks that let a replacement of `resid_mid` reach the residual stream, not only the MLP's norm.
+
+        TransformerLens hooks that norm's input, which is off the residual path; the change is added back after the MLP.
+        """
+        change: list[Tensor] = []
+
+        def replace(x_BTD: Tensor) -> Tensor | None:
+            y_BTD = hook(x_BTD)
+            if y_BTD is not None:
+                change.append(y_BTD - x_BTD)
+            return y_BTD
+
+        def add_back(x_BTD: Tensor) -> Tensor | None:
+            return x_BTD + change.pop() if change else None
+
+        after = Site(site.layer, "resid_post")
+        return [
+            (self.parts.hook_name(site), _as_bridge_hook(replace)),
+            (self.parts.hook_name(after), _as_bridge_hook(add_back)),
+        ]
 
     def read(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
         """Activations `[B, T, D]` (or `[T, D]`) at sites, from one forward pass; `attn_z` has its heads concatenated."""

@@ -30,12 +30,13 @@ def measure_demo(*, n_rows: int = 512, model: ReplacementModel | None = None) ->
     lm = model.language_model
     accuracy = measure_accuracy(lm, lm.tokenizer, behaviours())
     rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=n_rows, context=lm.context_length, seed=HELD_OUT_SEED))
-    fidelity = measure_fidelity(model, rows)
+    fidelity = measure_fidelity(lm, model.crosscoder, rows)
     return {
         "behaviours": [row._asdict() for row in accuracy],
         "fidelity": {
             **fidelity._asdict(),
             "total_l0": fidelity.total_l0,
             "mean_unexplained": fidelity.mean_unexplained,
+            "cross_entropy_recovered": fidelity.cross_entropy_recovered,
         },
     }

@@ -8,17 +8,22 @@ from replacement.fidelity.metrics import (
     fraction_of_variance_unexplained,
     kl_divergence,
     l0,
+    next_token_loss,
     top1_agreement,
 )
+from replacement.fidelity.reads import OutputChange, fidelity_by_reads
 
 __all__ = [
     "Agreement",
     "Fidelity",
     "Mean",
+    "OutputChange",
     "VarianceUnexplained",
+    "fidelity_by_reads",
     "fraction_of_variance_unexplained",
     "kl_divergence",
     "l0",
     "measure_fidelity",
+    "next_token_loss",
     "top1_agreement",
 ]

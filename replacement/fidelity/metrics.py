@@ -1,4 +1,4 @@
-"""Fidelity metrics on plain tensors. B rows, D width, V vocabulary.
+"""Fidelity metrics on plain tensors. B rows, T tokens per row, D width, V vocabulary.
 
 Each metric is a ratio of sums. The functions take one batch; the accumulators take many and give the same numbers, for
 they keep the sums and divide once.
@@ -35,6 +35,18 @@ def kl_divergence(logits_p: Float[Tensor, "*B V"], logits_q: Tensor) -> Float[Te
     # Logits of -inf rule a token out: it contributes 0 where p excludes it, not NaN.
     terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), torch.zeros_like(log_p))
     return terms.sum(dim=-1)
+
+
+def next_token_loss(logits_BTV: Float[Tensor, "B T V"], tokens_BT: Tensor) -> Float[Tensor, "B T_minus_1"]:
+    """`-log p(next token)` at every position that has a next token, in nats.
+
+    Raises:
+        ValueError: logits of other rows than the tokens.
+    """
+    if logits_BTV.shape[:2] != tokens_BT.shape:
+        raise ValueError(f"expected logits of {list(tokens_BT.shape)} tokens, got {list(logits_BTV.shape[:2])}")
+    log_p = logits_BTV[:, :-1].log_softmax(dim=-1)
+    return -log_p.gather(2, tokens_BT[:, 1:, None].to(log_p.device))[..., 0]
 
 
 class Agreement(NamedTuple):
@@ -130,15 +142,15 @@ class VarianceUnexplained:
 
 
 class Mean:
-    """Accumulates a mean over tokens, in fp64."""
+    """Accumulates a mean over tokens, in fp64; `count` is the number of values seen."""
 
     def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
+        self._sum, self.count = 0.0, 0
 
     def update(self, values: Float[Tensor, "..."]) -> Mean:
         """Add values of any shape; returns itself."""
         self._sum += float(values.double().sum())
-        self._count += values.numel()
+        self.count += values.numel()
         return self
 
     def value(self) -> float:
@@ -147,9 +159,9 @@ class Mean:
         Raises:
             ValueError: nothing was seen.
         """
-        if not self._count:
+        if not self.count:
             raise ValueError("the mean needs at least one value, got none")
-        return self._sum / self._count
+        return self._sum / self.count
 
 
 def _check_same(first: Tensor, second: Tensor) -> None:

@@ -19,6 +19,7 @@ from replacement.fidelity import (
     fraction_of_variance_unexplained,
     kl_divergence,
     l0,
+    next_token_loss,
     top1_agreement,
 )
 
@@ -62,6 +63,15 @@ def test_kl_equals_torch_distributions(n_rows: int, n_tokens: int, seed: int) ->
     assert bool((kl_divergence(p_BV, p_BV + 5) < 1e-12).all())  # logits are defined up to a constant
 
 
+def test_next_token_loss_equals_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_BTV = torch.randn(3, 5, 7, dtype=torch.float64, generator=generator)
+    tokens_BT = torch.randint(7, (3, 5), generator=generator)
+    expected = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].mT, tokens_BT[:, 1:], reduction="none")
+    torch.testing.assert_close(next_token_loss(logits_BTV, tokens_BT), expected)
+    assert next_token_loss(logits_BTV[:, :1], tokens_BT[:, :1]).shape == (3, 0)
+
+
 def test_kl_ignores_tokens_the_original_excludes() -> None:
     p_V, q_V = torch.tensor([0.0, 0.0, -torch.inf]), torch.tensor([0.0, 0.0, 0.0])
     assert float(kl_divergence(p_V, q_V)) == pytest.approx(np.log(1.5), rel=1e-6)
@@ -91,6 +101,10 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: kl_divergence(ONES, torch.ones(2, 2)), "one shape, got [3, 2] and [2, 2]"),
     (lambda: top1_agreement(ONES, torch.ones(2, 2)), "one shape, got [3, 2] and [2, 2]"),
     (lambda: top1_agreement(ONES, ONES, min_probability=1.5), "min_probability must lie between 0 and 1, got 1.5"),
+    (
+        lambda: next_token_loss(torch.ones(2, 3, 4), torch.ones(2, 2, dtype=torch.int64)),
+        "expected logits of [2, 2] tokens, got [2, 3]",
+    ),
     (lambda: fraction_of_variance_unexplained(ONES, ONES), "the target does not vary over the rows"),
     (lambda: VarianceUnexplained().value(), "needs at least one row, got none"),
     (

@@ -186,3 +186,20 @@ def test_nan_in_weights_is_named(model_folder: Any, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"weight .*holds NaN or infinity"):
         LanguageModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "neox"])
+def test_a_replaced_resid_mid_reaches_the_stream(language_model: Any, architecture: str) -> None:
+    """The stream after attention is the stream before it plus what attention writes: change either by one vector."""
+    lm = language_model(architecture, torch.float64)
+    tokens = tiny.random_tokens()
+    change = torch.randn(1, 10, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    outputs = []
+    for kind in ("resid_mid", "attn_out"):
+        seen: dict[str, torch.Tensor] = {}
+        hooks: dict[Site, Any] = {Site(1, "resid_post"): lambda x, seen=seen: seen.update(x=x)}
+        hooks[Site(1, kind)] = lambda x: x + change
+        logits = lm.run(tokens, hooks)
+        outputs.append((logits, seen["x"]))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-11)
+    assert float((outputs[0][0] - lm(tokens)).abs().max()) > 1e-2
