@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from replacement.activation import Activation, TopK
 from replacement.training.losses import Auxiliary, Loss
 
 READS = ("clean", "propagated", "subset")
-LOGGERS = ("tensorboard", "wandb")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,8 +76,8 @@ class TrainingConfig:
     """Tokens trained on, padding and special tokens not counted."""
     batch_tokens: int = 4096
     """Tokens per optimizer step, over all processes."""
-    learning_rate: float = 2e-3
-    """Peak Adam step size, for inputs and outputs of mean norm sqrt(D)."""
+    learning_rate: float | None = None
+    """Peak Adam step size, for inputs and outputs of mean norm sqrt(D); `0.1 / sqrt(F)` if None."""
     warmup_fraction: float = 0.02
     """First share of the steps (0 to 1), over which the step size rises linearly from 0."""
     decay_fraction: float = 0.5
@@ -102,7 +102,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "n_tokens", "batch_tokens", "dead_after_tokens")
         for name in ("learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_fraction", "decay_fraction", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
@@ -122,12 +122,16 @@ class TrainingConfig:
         """Whether steps need whole rows of tokens instead of shuffled activations."""
         return self.reads != "clean" or any(loss.needs_rows for loss in self.losses)
 
-    def learning_rate_at(self, step: int) -> float:
-        """Step size at a step, from 0: warm-up, plateau, linear decay that would reach 0 at step `n_steps`."""
+    def peak_learning_rate(self, n_features: int) -> float:
+        """Peak step size for groups of F features."""
+        return 0.1 / math.sqrt(n_features) if self.learning_rate is None else self.learning_rate
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Share of the peak at a step, from 0: warm-up, plateau, linear decay that would reach 0 at step `n_steps`."""
         rise = (step + 1) / (self.warmup_fraction * self.n_steps + 1)
         decay_steps = self.decay_fraction * self.n_steps
         fall = (self.n_steps - step) / decay_steps if decay_steps else 1.0
-        return self.learning_rate * min(1.0, rise, fall)
+        return min(1.0, rise, fall)
 
     def sparsity_weight_at(self, step: int) -> float:
         """Share of the sparsity penalties in force at a step, from 0."""

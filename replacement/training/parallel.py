@@ -63,6 +63,14 @@ class Parallel:
         if self.mesh is not None:
             dist.barrier()
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.mesh is None:
+            return flag
+        raised = torch.tensor(int(flag), device=self.mesh.device_type)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return bool(raised)
+
     def sum_over_data(self, x: Tensor) -> Tensor:
         """Sum over processes with other rows; no gradient."""
         return self._sum(x, DATA) if self.n_data > 1 else x

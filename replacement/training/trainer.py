@@ -86,8 +86,10 @@ class Trainer:
         self.crosscoder, self.config, self.statistics = crosscoder.train(), config, statistics
         self.parallel = parallel
         self.steps_done = 0
+        self.gradient_norm = 0.0
+        self._peak = config.peak_learning_rate(crosscoder.n_features * parallel.n_feature_shards)
         on_cpu_or_cuda = crosscoder.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(crosscoder.parameters(), lr=config.learning_rate, fused=on_cpu_or_cuda)
+        self.optimizer = torch.optim.Adam(crosscoder.parameters(), lr=self._peak, fused=on_cpu_or_cuda)
         shape = (crosscoder.n_groups, crosscoder.n_features)
         self.silent_GF = torch.zeros(shape, dtype=torch.int64, device=crosscoder.device)
         """Tokens since each feature fired."""
@@ -169,9 +171,13 @@ class Trainer:
         biased = {site: sums[site] + crosscoder.decoder_bias(site) for site in crosscoder.wiring.write_sites}
         return {site: y_BD + skipped[site] if site in skipped else y_BD for site, y_BD in biased.items()}, features
 
+    def learning_rate_at(self, step: int) -> float:
+        """Adam step size at a step, from 0."""
+        return self._peak * self.config.learning_rate_factor(step)
+
     def _update(self, loss: Tensor) -> None:
         for settings in self.optimizer.param_groups:
-            settings["lr"] = self.config.learning_rate_at(self.steps_done)
+            settings["lr"] = self.learning_rate_at(self.steps_done)
         self.optimizer.zero_grad()
         loss.backward()
         self.parallel.sum_gradients(self.crosscoder.parameters())

@@ -1,0 +1,76 @@
+"""What a crosscoder reads while training on whole rows of tokens. R rows, T tokens per row, B tokens kept, D width.
+
+Trained on clean activations a crosscoder never meets the errors of its own earlier layers, which is what it reads inside a
+replacement model. Here some or all of its layers are spliced in while the stream is read.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from replacement.crosscoder import Crosscoder
+from replacement.language_model import LanguageModel
+from replacement.sites import Site
+from replacement.splice import Splice
+from replacement.training.build import Models
+from replacement.training.config import TrainingConfig
+from replacement.training.parallel import Parallel
+from replacement.training.scaling import Batch, Statistics, sites_of
+
+
+def check_reads(config: TrainingConfig, crosscoder: Crosscoder, models: Models, parallel: Parallel) -> None:
+    """Check that a crosscoder can be trained inside the model, where the settings ask for that.
+
+    Raises:
+        ValueError: a wiring that cannot be spliced into one model, or features spread over processes.
+    """
+    if not config.needs_rows:
+        return
+    what = f"reads={config.reads!r}" if config.reads != "clean" else "this loss"
+    wiring = crosscoder.wiring
+    if models.only is None or not wiring.is_causal or set(wiring.read_sites) & set(wiring.write_sites):
+        raise ValueError(f"{what} needs a causal crosscoder that writes other sites than it reads, not {wiring.name}")
+    if parallel.n_feature_shards > 1:
+        raise ValueError(f"{what} runs the whole crosscoder in every process: it needs feature_shards=1")
+
+
+def replaced_sites(crosscoder: Crosscoder, reads: str, *, seed: int, step: int) -> tuple[Site, ...]:
+    """Written sites that are replaced in a step: none, all, or a random subset of a random size.
+
+    The subset is a function of (seed, step), so that a resumed run draws the same.
+    """
+    sites = crosscoder.wiring.write_sites
+    if reads == "clean":
+        return ()
+    if reads == "propagated":
+        return sites
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    count = int(torch.randint(len(sites) + 1, (), generator=generator))
+    chosen = torch.randperm(len(sites), generator=generator)[:count].tolist()
+    return tuple(sites[place] for place in sorted(chosen))
+
+
+@torch.no_grad()
+def read_rows(
+    language_model: LanguageModel,
+    crosscoder: Crosscoder,
+    statistics: Statistics,
+    tokens_RT: Int[Tensor, "R T"],
+    keep_RT: Bool[Tensor, "R T"],
+    *,
+    replaced: tuple[Site, ...],
+) -> tuple[Batch, Batch]:
+    """Clean activations of the kept tokens at every site, and what the crosscoder reads with some sites replaced.
+
+    Targets are always the clean activations: a propagated stream is to be led back to the original model's outputs.
+    """
+    clean = language_model.read(tokens_RT, sites_of(crosscoder))
+    batch = {site: x_RTD[keep_RT] for site, x_RTD in clean.items()}
+    if not replaced:
+        return batch, batch
+    splice = Splice(language_model, crosscoder, tokens_RT, sites=replaced, scales=statistics.scales)
+    language_model.run(tokens_RT, splice.hooks())
+    keep_B = keep_RT.flatten()
+    return batch, {site: splice.inputs[site][keep_B] for site in crosscoder.wiring.read_sites}

@@ -1,0 +1,149 @@
+"""A crosscoder split over processes by features. B rows, K candidates per row, F features per group, S active features.
+
+Each process holds `F / n` features of every group. What is chosen over all features (TopK, BatchTopK) is chosen from the
+candidates of every process; everything else is local.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from replacement.activation import Activation, BatchTopK, Selection, TopK
+from replacement.crosscoder import Crosscoder
+from replacement.training.parallel import DATA, FEATURES, SINGLE, Parallel
+
+
+def feature_dim(name: str, tensor: Tensor) -> int | None:
+    """Axis of a crosscoder's tensor (or its Adam moments) that counts features; None for tensors without one."""
+    kind = name.split(".")[0]
+    if kind in ("W_enc", "b_enc", "W_dec"):
+        return 0
+    return 1 if kind == "threshold" and tensor.shape[1] > 1 else None
+
+
+def local_part(crosscoder: Crosscoder, parallel: Parallel) -> Crosscoder:
+    """This process's features of a crosscoder, with an activation that chooses over all features.
+
+    Raises:
+        ValueError: a number of features that the processes cannot share equally, or fewer per process than are kept.
+    """
+    choosing = _choosing(crosscoder.activation, parallel)
+    if parallel.n_feature_shards == 1:
+        crosscoder.activation = choosing
+        return crosscoder
+    n_parts, n_features = parallel.n_feature_shards, crosscoder.n_features
+    if n_features % n_parts:
+        raise ValueError(f"{n_features} features cannot be shared equally by {n_parts} processes")
+    part = Crosscoder(
+        crosscoder.wiring,
+        n_features=n_features // n_parts,
+        activation=choosing,
+        tied=crosscoder.tied,
+        skip=crosscoder.skip,
+        dtype=crosscoder.dtype,
+        model_name=crosscoder.model_name,
+        model_fingerprint=crosscoder.model_fingerprint,
+        undecomposed_positions=crosscoder.undecomposed_positions,
+        seed=0,
+    ).to(crosscoder.device)
+    mine = {}
+    for name, value in crosscoder.state_dict().items():
+        dim = feature_dim(name, value)
+        mine[name] = value if dim is None else value.chunk(n_parts, dim=dim)[parallel.feature_rank]
+    part.load_state_dict(mine)
+    return part.train(crosscoder.training)
+
+
+def whole(part: Crosscoder, activation: Activation, parallel: Parallel) -> Crosscoder:
+    """The crosscoder that the parts of all processes make up, equal in every process; called by all of them."""
+    if parallel.n_feature_shards == 1:
+        joined = copy.deepcopy(part)
+        joined.activation = activation
+        return joined
+    joined = Crosscoder(
+        part.wiring,
+        n_features=part.n_features * parallel.n_feature_shards,
+        activation=activation,
+        tied=part.tied,
+        skip=part.skip,
+        dtype=part.dtype,
+        model_name=part.model_name,
+        model_fingerprint=part.model_fingerprint,
+        undecomposed_positions=part.undecomposed_positions,
+        seed=0,
+    ).to(part.device)
+    tensors = {}
+    for name, value in part.state_dict().items():
+        tensor = parallel.distributed(value.detach(), feature_dim=feature_dim(name, value))
+        tensors[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    joined.load_state_dict(tensors)
+    return joined
+
+
+def _choosing(activation: Activation, parallel: Parallel) -> Activation:
+    if isinstance(activation, TopK) and parallel.n_feature_shards > 1:
+        return _ShardedTopK(activation.k, parallel=parallel)
+    if isinstance(activation, BatchTopK) and parallel.mesh is not None:
+        return _ShardedBatchTopK(activation.k, activation.momentum, parallel=parallel)
+    return replace(activation)
+
+
+@dataclass(frozen=True)
+class _ShardedTopK(TopK):
+    """The k largest of every row over the features of all processes."""
+
+    parallel: Parallel = SINGLE
+
+    def check_fits(self, n_features: int) -> None:
+        most = max(self.k) if isinstance(self.k, tuple) else self.k
+        TopK(most).check_fits(n_features)
+
+    def select(
+        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+    ) -> Selection:
+        mine = super().select(pre_BF, threshold_F, training=training, group=group)
+        k = self.k[group] if isinstance(self.k, tuple) else self.k
+        row_S = mine.rows
+        offset_B = torch.searchsorted(row_S, torch.arange(len(pre_BF), device=row_S.device))
+        place_S = torch.arange(len(row_S), device=row_S.device) - offset_B[row_S]
+        value_BK = pre_BF.new_full((len(pre_BF), k), -torch.inf)
+        value_BK[row_S, place_S] = pre_BF[row_S, mine.indices]
+        keep_S = self.parallel.largest(value_BK, k)[row_S, place_S]
+        return Selection(row_S[keep_S], mine.indices[keep_S])
+
+
+@dataclass(frozen=True)
+class _ShardedBatchTopK(BatchTopK):
+    """The k B largest of the whole batch, over the rows and features of all processes."""
+
+    parallel: Parallel = SINGLE
+
+    def check_fits(self, n_features: int) -> None:
+        BatchTopK(self.k).check_fits(n_features)
+
+    def select(
+        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+    ) -> Selection:
+        if not training:
+            return super().select(pre_BF, threshold_F, training=False, group=group)
+        parallel = self.parallel
+        # A process may own all of the largest: each one offers as many as are kept in all.
+        n_kept = self.k * len(pre_BF) * parallel.n_data
+        offered_N = pre_BF.flatten().topk(min(n_kept, pre_BF.numel())).values
+        every = parallel.gather(parallel.gather(offered_N, FEATURES), DATA).flatten()
+        smallest = every.topk(min(n_kept, len(every))).values[-1]
+        keep_BF = (pre_BF >= smallest) & (pre_BF > 0)
+        return Selection(*torch.nonzero(keep_BF, as_tuple=True))
+
+    def next_threshold(self, threshold_1: Tensor, acts_S: Tensor) -> Tensor:
+        smallest = acts_S.detach().min() if len(acts_S) else threshold_1.new_tensor(torch.inf)
+        smallest = smallest.clone()
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return super().next_threshold(threshold_1, smallest[None] if bool(torch.isfinite(smallest)) else acts_S[:0])
