@@ -40,7 +40,7 @@ def resolve(source: str | Path | Sequence[str | Path]) -> list[Path]:
     if alone and len(paths) > 1:
         raise ValueError(f"{name} means {len(paths)} files: {alone[0]} can only be read on its own")
     if ".parquet" in suffixes and len(suffixes) > 1:
-        raise ValueError(f"{name} mixes .parquet with {suffixes[0]}: expected files of one kind")
+        raise ValueError(f"{name} mixes files of kinds {', '.join(suffixes)}: expected .parquet files on their own")
     return paths
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from replacement import LanguageModel
 from replacement.demo.corpus import held_out_rows, sample_rows
 from replacement.demo.tokenizer import build_tokenizer
-from replacement.training.documents import Piece, pack, pieces_of_files
+from replacement.training.documents import Piece, pack, pieces_of_files, special_id
 from replacement.training.token_sources import DemoRows, StoredRows, TokenSource
 from replacement.training.tokens import open_source, store_rows
 
@@ -156,3 +157,256 @@ def test_texts_are_joined_and_packed(tmp_path: Path, lm: LanguageModel, write: C
     later = next(source.blocks(2, first=4, seed=9))
     assert later.tokens_RT.tolist() == [PACKED[3], PACKED[4]]
     assert (later.index_R.tolist(), later.epoch) == ([3, 4], 1)
+
+
+def test_a_long_text_file_is_one_document_whatever_its_pieces(
+    tmp_path: Path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = torch.randint(50, 97, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "long.txt").write_text("".join(f"w{word}\n" for word in words))
+    monkeypatch.setattr("replacement.training.documents._PIECE_CHARACTERS", 40)
+    assert len(list(pieces_of_files([tmp_path / "long.txt"], text_field="text"))) > 40
+    source = open_source(tmp_path / "long.txt", lm, context=11)
+    assert epoch(source)[:, 1:].flatten().tolist() == words
+
+
+def test_a_model_trained_without_a_beginning_token_gets_none(tmp_path: Path) -> None:
+    import tiny
+
+    rows = pack([Piece("w5 w6 w7", True), Piece("w8 w9", True)], tiny.tokenizer(), context=3, separator=96)
+    assert np.concatenate(list(rows)).tolist() == [[5, 6, 7], [96, 8, 9]]
+
+
+def test_the_end_token_of_the_tokenizer_separates_where_it_has_one() -> None:
+    import tiny
+
+    tokenizer = tiny.tokenizer()
+    assert special_id(tokenizer, "eos", vocabulary_size=97) is None
+    tokenizer.eos_token = "<|endoftext|>"  # what TransformerLens gives a tokenizer without one: here the unknown word
+    assert tokenizer.eos_token_id == 0
+    assert special_id(tokenizer, "eos", vocabulary_size=97) is None
+    tokenizer.eos_token = "w9"
+    assert special_id(tokenizer, "eos", vocabulary_size=97) == 9
+    assert special_id(tokenizer, "eos", vocabulary_size=9) is None
+
+
+@pytest.mark.parametrize("kind", ["function", "dataset"])
+def test_rows_of_ids_are_taken_as_they_stand(tmp_path: Path, lm: LanguageModel, kind: str) -> None:
+    rows = IDS.reshape(10, 4).tolist()
+    if kind == "dataset":
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "rows")
+        source = open_source(tmp_path / "rows", lm, context=4, text_field="input_ids")
+    else:
+        source = open_source(lambda: map(torch.tensor, rows), lm, context=4)
+    assert streamed(source, 12) == [*rows, *rows[:2]]
+
+
+def test_a_hub_dataset_is_streamed(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        return datasets.Dataset.from_dict({"body": TEXTS}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source("hf:someone/corpus:small", lm, context=4, text_field="body", split="test")
+    assert asked == [(("someone/corpus", "small"), {"split": "test", "streaming": True})]
+    assert streamed(source, 6) == [*PACKED, PACKED[0]]
+
+
+# The demo's corpus ----------------------------------------------------------------------------------------------
+
+
+def test_the_demo_goes_on_from_seed_to_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replacement.training.token_sources.DEMO_ROWS_PER_SEED", 6)
+    tokenizer = build_tokenizer()
+    source = DemoRows(tokenizer, context=16, n_held_out=3)
+    expected = np.concatenate([sample_rows(tokenizer, n_rows=6, context=16, seed=1_000_000 + i) for i in range(3)])
+    for first in (0, 4, 7):
+        blocks = list(islice(source.blocks(5, first=first, seed=0), 2))
+        assert torch.cat([rows.tokens_RT for rows in blocks]).tolist() == expected[first : first + 10].tolist()
+        assert torch.cat([rows.index_R for rows in blocks]).tolist() == list(range(first, first + 10))
+    assert source.held_out().tolist() == held_out_rows(tokenizer, n_rows=3, context=16, seed=0).tolist()
+    assert DemoRows(tokenizer, context=16).held_out().shape == (0, 16)
+
+
+# Storing --------------------------------------------------------------------------------------------------------
+
+
+def test_stored_rows_are_those_of_the_text_and_can_be_cut_short(tmp_path: Path, lm: LanguageModel) -> None:
+    source = open_source(jsonl(tmp_path), lm, context=4, n_held_out=1)
+    store_rows(source, tmp_path / "rows.npy")
+    assert np.load(tmp_path / "rows.npy").dtype == np.uint16
+    again = open_source(tmp_path / "rows.npy", lm, n_held_out=1)
+    assert (again.held_out().tolist(), epoch(again).tolist()) == (PACKED[:1], PACKED[1:])
+    store_rows(source, tmp_path / "rows.npy", n_rows=2)
+    assert np.load(tmp_path / "rows.npy").tolist() == PACKED[:3]
+    store_rows(again, tmp_path / "new" / "rows.npy")
+    assert np.load(tmp_path / "new" / "rows.npy").tolist() == PACKED
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "new", "rows.npy"]
+
+
+def test_many_rows_and_an_endless_source_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).integers(0, 2**20, (12_345, 2))
+    store_rows(StoredRows(rows), tmp_path / "rows.npy")
+    assert np.array_equal(np.load(tmp_path / "rows.npy"), rows)
+    monkeypatch.setattr("replacement.training.token_sources.DEMO_ROWS_PER_SEED", 6)
+    demo = DemoRows(build_tokenizer(), context=16)
+    with pytest.raises(ValueError, match="the demo corpus has no end: give n_rows, the rows to write"):
+        store_rows(demo, tmp_path / "demo.npy")
+    monkeypatch.setattr("replacement.training.token_sources._ROWS_AT_A_TIME", 4)
+    store_rows(demo, tmp_path / "demo.npy", n_rows=7)
+    assert np.load(tmp_path / "demo.npy").tolist() == next(demo.blocks(7, seed=0)).tokens_RT.tolist()
+    with pytest.raises(ValueError, match=r"expected a file name that ends in \.npy"):
+        store_rows(demo, tmp_path / "demo.npz", n_rows=7)
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------
+
+
+def written(name: str, content: str | bytes) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def float_tensors(folder: Path) -> Path:
+    save_file({"a": torch.zeros(3)}, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+def array(values: Any, dtype: Any = np.int64) -> Callable[[Path], Path]:
+    return lambda folder: npy(folder, np.array(values, dtype=dtype))
+
+
+def mixed(*names: str) -> Callable[[Path], Any]:
+    return lambda folder: [written(name, "")(folder) for name in names]
+
+
+ONCE = iter(TEXTS)
+MISTAKES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
+    "missing": (lambda folder: folder / "none.txt", {}, "none.txt does not exist: expected a file or folder of tokens"),
+    "no match": (lambda folder: str(folder / "*.txt"), {}, "no file matches "),
+    "no files": (
+        lambda folder: folder,
+        {},
+        "is no saved dataset and holds no .npy, .safetensors, .txt, .jsonl, .parquet",
+    ),
+    "empty list": (lambda folder: [], {}, "the list of token files is empty"),
+    "unknown kind": (
+        written("a.csv", "x"),
+        {},
+        "unknown kind of file '.csv': expected one of .npy, .safetensors, .txt",
+    ),
+    "several arrays": (mixed("a.npy", "b.npy"), {}, "a.npy can only be read on its own"),
+    "mixed": (mixed("a.txt", "b.parquet"), {}, "mixes files of kinds .parquet, .txt: expected .parquet"),
+    "damaged npy": (written("a.npy", b"\x93NUMPY"), {}, "a.npy is damaged or not a .npy file"),
+    "damaged safetensors": (written("a.safetensors", b"no"), {}, "a.safetensors is damaged or not a safetensors file"),
+    "no integers": (float_tensors, {}, "a.safetensors holds no integer tensor: expected token ids"),
+    "other tensor": (lambda f: safetensors(f, IDS), {"tensor": "b"}, "has no tensor 'b': it holds a, ids, z"),
+    "floats": (array([[0.5] * 4], float), {}, "tokens.npy: expected integer token ids, got float64"),
+    "dimensions": (array([[[1] * 4]]), {}, "expected flat ids [N] or rows [R, T], got shape [1, 1, 4]"),
+    "other width": (array([[1] * 5]), {}, "tokens.npy holds rows of 5 tokens, expected 4 (the context)"),
+    "wide rows": (array([[1] * 33]), {"context": None}, "rows of 33 tokens: tiny-gpt2 reads at most 32"),
+    "wide context": (array([1] * 99), {"context": 33}, "rows of 33 tokens: tiny-gpt2 reads at most 32"),
+    "no context": (array([1] * 99), {"context": 0}, "the context must be 1 token or more, got 0"),
+    "few tokens": (array([1] * 3), {}, "tokens.npy holds 3 tokens, fewer than one row of 4"),
+    "no rows": (array(np.zeros((0, 4))), {}, "tokens.npy has 0 rows: expected at least 1"),
+    "few rows": (
+        array([[1] * 4] * 2),
+        {"n_held_out": 2},
+        "has 2 rows: expected at least 3 (n_held_out and one to train on",
+    ),
+    "negative": (array([[1] * 4]), {"n_held_out": -1}, "n_held_out must be 0 or more, got -1"),
+    "foreign ids": (array([[1, 2, 3, 97]]), {}, "tokens.npy: token ids must lie in [0, 97), got 1 to 97"),
+    "no text": (written("a.txt", ""), {}, "a.txt has 0 rows: expected at least 1"),
+    "little text": (jsonl, {"n_held_out": 5}, "a.jsonl has 5 rows: expected at least 6"),
+    "room for text": (jsonl, {"context": 1}, "a context of 1 leaves no room for text"),
+    "not UTF-8": (written("a.txt", b"\xff\xfe"), {}, "a.txt is not UTF-8 text"),
+    "not JSON": (written("a.jsonl", '{"text": "w5"}\n{'), {}, "a.jsonl, line 2 is not JSON"),
+    "no field": (
+        written("a.jsonl", '{"body": 1}'),
+        {},
+        "line 1: expected a text in the field 'text', got the fields body",
+    ),
+    "no object": (written("a.jsonl", "[1]"), {}, "line 1: expected a text in the field 'text', got list"),
+    "no string": (written("a.jsonl", '{"text": 1}'), {}, "line 1: expected text in the field 'text', got int"),
+    "no column": (saved, {"text_field": "body"}, "has no column 'body': it has text; see text_field"),
+    "no parquet column": (parquet, {"text_field": "body"}, "has no column 'body': it has text; see text_field"),
+    "no split": (saved_splits, {"split": "dev"}, "has no split 'dev': it has test, train"),
+    "damaged dataset": (lambda f: written("d/state.json", "{}")(f).parent, {}, "cannot open the dataset"),
+    "damaged parquet": (written("a.parquet", b"PAR0"), {}, "cannot open the dataset"),
+    "once": (lambda folder: lambda: ONCE, {}, "expected a function that starts afresh at every call"),
+    "nothing": (lambda folder: lambda: iter([]), {}, "yields nothing: expected texts or rows of token ids"),
+    "short rows": (
+        lambda folder: lambda: iter([[1, 2]]),
+        {},
+        "row 0: expected 4 integer token ids (the context), got int64",
+    ),
+    "mixed items": (lambda folder: lambda: iter(["w5", 3]), {}, "item 1: expected text, got int"),
+    "foreign rows": (lambda folder: lambda: iter([[1, 2, 3, 97]]), {}, "token ids must lie in [0, 97), got 1 to 97"),
+    "demo": (lambda folder: "demo", {}, "the demo corpus is for the demo model: this tokenizer lacks"),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named(
+    tmp_path: Path, lm: LanguageModel, make: Callable[[Path], Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_source(make(tmp_path), lm, **({"context": 4} | options))
+
+
+@pytest.mark.parametrize("make", [jsonl, function, lambda folder: "demo"], ids=["file", "function", "demo"])
+def test_text_needs_a_tokenizer(tmp_path: Path, language_model: Any, make: Callable[[Path], Any]) -> None:
+    message = "is text, but tiny-native has no tokenizer: expected token ids (.npy, .safetensors)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_source(make(tmp_path), language_model("native"), context=4)
+
+
+def test_a_model_without_a_tokenizer_reads_stored_ids(language_model: Any) -> None:
+    source = open_source(IDS, language_model("native"), context=4)
+    assert (source.bos_id, source.n_rows) == (None, 10)
+
+
+def test_ids_outside_the_vocabulary_are_found_wherever_they_stand(lm: LanguageModel) -> None:
+    rows = np.full((50, 4), 5)
+    rows[40, 2] = -1
+    source = open_source(rows, lm)
+    with pytest.raises(ValueError, match=re.escape("the token array: token ids must lie in [0, 97), got -1 to 5")):
+        next(source.blocks(50, seed=0))
+
+
+def test_a_source_that_cannot_start_again_is_refused_when_it_has_to(lm: LanguageModel) -> None:
+    remaining = [[1, 2, 3, 4]] * 3
+
+    def used_up() -> Iterator[list[int]]:
+        while remaining:
+            yield remaining.pop()
+
+    message = "the source used_up gave only 0 rows when started again: expected the same rows"
+    with pytest.raises(ValueError, match=message):
+        next(open_source(used_up, lm, context=4).blocks(5, seed=0))
+
+
+def test_a_hub_dataset_that_cannot_be_reached_is_named(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="cannot open the dataset hf:someone/corpus: no route"):
+        open_source("hf:someone/corpus", lm)
+
+
+def test_a_missing_library_is_named(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="hf:corpus is read with the `datasets` library: pip install datasets"):
+        open_source("hf:corpus", lm)
