@@ -1,4 +1,4 @@
-"""The `replacement` command: measure the demo that ships with the project, and describe a crosscoder checkpoint.
+"""The `replacement` command: train a crosscoder, describe a checkpoint, measure the demo that ships with the project.
 
 Every mistake of the user is one line `error: ...` on stderr and exit code 2. Models are imported by the verb that needs
 them.
@@ -43,6 +43,53 @@ def demo(
     console = Console()
     console.print(_accuracy_table(facts["behaviours"]))
     console.print(_fidelity_table(facts["fidelity"]))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file with the settings.", show_default=False)],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the result is OUT/crosscoder.", show_default=False)],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as training.n_tokens=1_000_000."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    feature_shards: Annotated[
+        int, typer.Option(help="Under torchrun: processes that share the features; the others share the tokens.")
+    ] = 1,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to OUT/tensorboard.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Also log to Weights & Biases.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a crosscoder: SAE, transcoder, PLT, CLT and the rest, on any language model.
+
+    SIGINT and SIGTERM write a checkpoint before the run ends; --resume goes on exactly there.
+    """
+    from replacement.training.command import train_with_bar
+    from replacement.training.parallel import is_first_process
+    from replacement.training.run import Interrupted
+    from replacement.training.run_config import read_config
+
+    loggers = [name for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb)) if wanted]
+    settings = read_config(config, overrides=overrides or [])
+    try:
+        facts = train_with_bar(
+            settings, out, resume=resume, device=device, feature_shards=feature_shards, loggers=loggers
+        )
+    except Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(130) from None
+    if not is_first_process():
+        return
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    table = _table("held-out rows", f"after {facts['step']:,} steps")
+    for name, value in _training_summary(facts).items():
+        table.add_row(name, value)
+    Console().print(table)
 
 
 @app.command()
@@ -94,6 +141,21 @@ def _table(*columns: str) -> Table:
     for place, name in enumerate(columns):
         table.add_column(name, justify="left" if place == 0 or len(columns) == 2 else "right", overflow="fold")
     return table
+
+
+def _training_summary(facts: dict[str, Any]) -> dict[str, str]:
+    unexplained = list(facts["unexplained"].values())
+    rows = {
+        "active features per token, all groups": f"{facts['l0_total']:.1f}",
+        "variance unexplained, mean over sites": f"{sum(unexplained) / len(unexplained):.4f}",
+    }
+    if facts["kl"] is not None:
+        rows |= {
+            "KL with the crosscoder spliced in": f"{facts['kl']:.4f} nats",
+            "cross-entropy recovered": f"{facts['cross_entropy_recovered']:.4f}",
+            "top-1 agreement, all tokens": f"{facts['agreement_all']:.4f}",
+        }
+    return {**rows, "saved in": facts["crosscoder"]}
 
 
 def _accuracy_table(behaviours: list[dict[str, Any]]) -> Table:

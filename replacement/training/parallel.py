@@ -154,6 +154,11 @@ SINGLE = Parallel()
 """A run of one process."""
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def connect(*, feature_shards: int = 1, device: str = "cpu") -> Parallel:
     """Join the run that `torchrun` started, or be a run of one process.
 
