@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from replacement.sites import Site
+from replacement.training.activation_cache import ActivationCache
 from replacement.training.token_sources import Rows, StoredRows, TokenSource
 
 _SHUFFLE_STREAM = 1  # first word of the random seeds of shuffles; the row orders use another
@@ -52,7 +53,7 @@ class ActivationStream:
     def __init__(
         self,
         source: TokenSource,
-        read_activations: ReadActivations,
+        read_activations: ReadActivations | ActivationCache,
         *,
         batch_tokens: int,
         buffer_tokens: int,
@@ -66,6 +67,7 @@ class ActivationStream:
         """Describe the stream; nothing is read before the first batch.
 
         Arguments:
+            read_activations: a forward pass, or a cache of what it gives.
             batch_tokens: tokens per step over all shards.
             buffer_tokens: tokens per block over all shards, rounded down to whole rows, equally many for each shard.
             seed: seed of the row order and of the shuffles.
@@ -78,8 +80,11 @@ class ActivationStream:
 
         Raises:
             ValueError: a batch that the shards do not divide, a buffer of less than two batches or without a row per
-                shard, shards that do not exist, every position left out, or another value outside its range.
+                shard, shards that do not exist, every position left out, a cache of another source, or another value
+                outside its range.
         """
+        if isinstance(read_activations, ActivationCache) and read_activations.source is not source:
+            raise ValueError(f"the cache was opened for {read_activations.source.name}, not for {source.name}")
         self.source, self.read_activations = source, read_activations
         self.batch_tokens, self.seed, self.shards = batch_tokens, seed, shards
         self.my_shards = list(range(shards)) if my_shards is None else sorted(my_shards)
@@ -179,11 +184,15 @@ class ActivationStream:
         buffer.empty()
         for shard in self.my_shards:
             mine = slice(shard, None, self.shards)
-            for tokens_BT, kept_BT in zip(
-                rows.tokens_RT[mine].split(self.rows_per_read), kept_RT[mine].split(self.rows_per_read), strict=True
-            ):
-                with torch.no_grad():
-                    buffer.append(self.read_activations(tokens_BT), kept_BT)
+            parts = (x_R[mine].split(self.rows_per_read) for x_R in (rows.tokens_RT, rows.index_R, kept_RT))
+            for tokens_BT, index_B, kept_BT in zip(*parts, strict=True):
+                buffer.append(self._read(tokens_BT, index_B), kept_BT)
+
+    @torch.no_grad()
+    def _read(self, tokens_BT: Tensor, index_B: Tensor) -> dict[Site, Tensor]:
+        if isinstance(self.read_activations, ActivationCache):
+            return self.read_activations.read_rows(index_B)
+        return self.read_activations(tokens_BT)
 
     def _order(self, block: int, kept_RT: Tensor) -> list[Tensor]:
         """For each of my shards, the places of its tokens in the buffer, shuffled."""
