@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import replacement
 from replacement import LanguageModel
 from replacement.demo.corpus import held_out_rows, sample_rows
 from replacement.demo.tokenizer import build_tokenizer
-from replacement.training.documents import Piece, pack, pieces_of_files, special_id
+from replacement.training.documents import pieces_of_files, special_id
 from replacement.training.token_sources import DemoRows, StoredRows, TokenSource
 from replacement.training.tokens import open_source, store_rows
 
@@ -170,11 +171,12 @@ def test_a_long_text_file_is_one_document_whatever_its_pieces(
     assert epoch(source)[:, 1:].flatten().tolist() == words
 
 
-def test_a_model_trained_without_a_beginning_token_gets_none(tmp_path: Path) -> None:
-    import tiny
-
-    rows = pack([Piece("w5 w6 w7", True), Piece("w8 w9", True)], tiny.tokenizer(), context=3, separator=96)
-    assert np.concatenate(list(rows)).tolist() == [[5, 6, 7], [96, 8, 9]]
+def test_a_model_trained_without_a_beginning_token_gets_none(
+    tmp_path: Path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm.parts.bridge.cfg, "default_prepend_bos", False)
+    rows = epoch(open_source(jsonl(tmp_path), lm, context=3))
+    assert rows.tolist() == [[5, 6, 7], [BOS, 8, BOS], [50, 51, 52], [53, 54, BOS], [60, 61, 62]]
 
 
 def test_the_end_token_of_the_tokenizer_separates_where_it_has_one() -> None:
@@ -230,6 +232,15 @@ def test_the_demo_goes_on_from_seed_to_seed(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.cat([rows.index_R for rows in blocks]).tolist() == list(range(first, first + 10))
     assert source.held_out().tolist() == held_out_rows(tokenizer, n_rows=3, context=16, seed=0).tolist()
     assert DemoRows(tokenizer, context=16).held_out().shape == (0, 16)
+
+
+def test_the_demo_is_opened_by_name() -> None:
+    lm = replacement.load("demo").language_model
+    source = open_source("demo", lm, n_held_out=2)
+    rows = next(source.blocks(3, seed=0)).tokens_RT
+    assert rows.tolist() == sample_rows(lm.tokenizer, n_rows=4096, context=64, seed=1_000_000)[:3].tolist()
+    assert (source.context, source.n_rows, source.bos_id) == (64, None, 0)
+    assert len(source.held_out()) == 2
 
 
 # Storing --------------------------------------------------------------------------------------------------------
