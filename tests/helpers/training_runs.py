@@ -1,0 +1,85 @@
+"""Training runs in processes of their own, to be killed, resumed, and spread over two processes.
+
+    python training_runs.py SETTINGS.json       # {"runs": [{"config": {...}, "out": ..., "stop_at": ..., ...}]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SITES_AND_DATA: dict[str, Any] = {"shards": 4, "buffer_tokens": 2048, "held_out_rows": 8}
+
+
+def settings(model: Path, tokens: Path, *, n_steps: int = 30, **changes: dict[str, Any]) -> dict[str, Any]:
+    """A small CLT on a tiny model, 30 steps of 128 tokens; `changes` by section."""
+    value: dict[str, Any] = {
+        "model": str(model),
+        "checkpoint_every": 5,
+        "data": {"source": str(tokens), **SITES_AND_DATA},
+        "crosscoder": {"n_features": 64, "activation": {"name": "topk", "k": 4}},
+        "training": {"n_tokens": 128 * n_steps, "batch_tokens": 128, "dead_after_tokens": 600},
+    }
+    for section, change in changes.items():
+        value[section] = value[section] | change
+    return value
+
+
+def write_tokens(path: Path, *, n_rows: int = 200, context: int = 16, vocabulary: int = 97) -> Path:
+    """Random token rows that start with the beginning-of-sequence token of the tiny models."""
+    rows_RT = np.random.default_rng(0).integers(3, vocabulary, (n_rows, context), dtype=np.int64)
+    rows_RT[:, 0] = 1
+    np.save(path, rows_RT)
+    return path
+
+
+def command(runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1) -> list[str]:
+    """Command line that does these runs one after the other."""
+    path = folder / f"runs-{len(list(folder.glob('runs-*.json')))}.json"
+    path.write_text(json.dumps(runs), encoding="utf-8")
+    script = [str(Path(__file__)), str(path)]
+    if n_processes == 1:
+        return [sys.executable, *script]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
+    return [*launcher, *script]
+
+
+def execute(runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1, timeout: int = 240) -> None:
+    """Do the runs and fail with their output if they fail."""
+    done = subprocess.run(
+        command(runs, folder, n_processes=n_processes),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def main() -> None:
+    """Do the runs of a file; `stop_at` asks a run to stop after a step, as a scheduler would."""
+    from replacement.training.run import Interrupted, run
+    from replacement.training.run_config import run_config
+
+    for options in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        stop_at = options.pop("stop_at", None)
+
+        def show(progress: Any, stop_at: int | None = stop_at) -> None:
+            if progress.step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            run(run_config(options.pop("config")), options.pop("out"), progress=show, **options)
+        except Interrupted:
+            assert stop_at is not None
+
+
+if __name__ == "__main__":
+    main()
