@@ -1,0 +1,85 @@
+"""Two processes see the batches of one and follow its loss curve, whether they share the rows or the features."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training_runs
+
+from replacement import checkpoint
+from replacement.training.metrics_log import read_metrics
+from replacement.training.parallel import connect
+
+CROSSCODERS: dict[str, dict[str, Any]] = {
+    "topk": {"crosscoder": {"activation": {"name": "topk", "k": [6, 4, 4]}}},
+    "batchtopk, tied": {"crosscoder": {"activation": {"name": "batchtopk", "k": 4}, "tied": True}},
+    "jumprelu, skip": {
+        "crosscoder": {"activation": {"name": "jumprelu"}, "skip": True, "read": "mlp_in"},
+        "training": {"losses": [{"name": "tanh", "coefficient": 1e-3}, {"name": "preactivation"}, {"name": "auxiliary"}]},
+    },
+}
+MODES = {"data": 1, "features": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Path:
+    """Every crosscoder trained by one process and, in both modes, by two; and half runs to go on with."""
+    root = tmp_path_factory.mktemp("runs")
+    tokens = training_runs.write_tokens(root / "tokens.npy")
+    single, double = [], []
+    for name, changes in CROSSCODERS.items():
+        value = training_runs.settings(model_folder("gpt2"), tokens, **changes)
+        single.append({"config": value, "out": str(root / f"{name} single")})
+        for mode, shards in MODES.items():
+            double.append({"config": value, "out": str(root / f"{name} {mode}"), "feature_shards": shards})
+    half = {"config": training_runs.settings(model_folder("gpt2"), tokens), "stop_at": 13}
+    single.append({"config": half["config"], "out": str(root / "whole")})
+    single.append(half | {"out": str(root / "one, then two")})
+    double.append(half | {"out": str(root / "two, then one"), "feature_shards": 2})
+    training_runs.execute(single, root)
+    training_runs.execute(double, root, n_processes=2)
+    go_on = {"config": half["config"], "resume": True}
+    training_runs.execute([go_on | {"out": str(root / "two, then one")}], root)
+    training_runs.execute([go_on | {"out": str(root / "one, then two"), "feature_shards": 2}], root, n_processes=2)
+    return root
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run_folder, kind="train")]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CROSSCODERS)
+def test_two_processes_follow_one(folder: Path, name: str, mode: str) -> None:
+    expected, actual = losses(folder / f"{name} single"), losses(folder / f"{name} {mode}")
+    assert len(expected) == 6
+    assert actual == pytest.approx(expected, rel=1e-4)
+    one, two = (read_metrics(folder / f"{name} {kind}", kind="train")[-1] for kind in ("single", mode))
+    assert two["l0"] == pytest.approx(one["l0"], rel=1e-2)
+    assert one["dead_fraction"] > 0, "the auxiliary loss should have had something to do"
+    assert two["dead_fraction"] == pytest.approx(one["dead_fraction"], abs=0.02)
+    assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CROSSCODERS)
+def test_what_two_processes_save_is_one_crosscoder(folder: Path, name: str, mode: str) -> None:
+    one, two = (checkpoint.load(folder / f"{name} {kind}" / "crosscoder") for kind in ("single", mode))
+    assert two.activation == one.activation
+    for key, value in one.state_dict().items():
+        error = (two.state_dict()[key] - value).norm() / value.norm().clamp(min=1e-6)
+        assert float(error) < 0.02, key  # single steps agree to rounding; Adam divides by small numbers
+
+
+@pytest.mark.parametrize("name", ["one, then two", "two, then one"])
+def test_a_run_goes_on_with_another_number_of_processes(folder: Path, name: str) -> None:
+    assert losses(folder / name) == pytest.approx(losses(folder / "whole"), rel=1e-4)
+
+
+def test_processes_that_cannot_share_are_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("feature_shards=3 does not divide the 1 process(es) of this run")):
+        connect(feature_shards=3)
