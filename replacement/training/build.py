@@ -35,6 +35,11 @@ class Models:
         """The model into which a crosscoder can be spliced; None for two."""
         return self.first if self.second is None else None
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the weights of every model."""
+        return "+".join(model.fingerprint for model in (self.first, self.second) if model is not None)
+
     def read(self, tokens_RT: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Activations `[R, T, D]` at sites, from one forward pass of each model."""
         acts: dict[Site, Tensor] = {}

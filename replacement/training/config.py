@@ -16,8 +16,8 @@ class DataConfig:
     """Where the tokens come from, and how they become batches."""
 
     source: str | list[str] = "demo"
-    """Text files (path, glob or list), a Hugging Face dataset (folder or hub name), token ids in a `.npy` or `.safetensors`
-    file, or `demo`, the corpus of the demo model."""
+    """Text files (path, pattern or list), a Hugging Face dataset (a saved folder, or `hf:NAME` on the hub), token ids in a
+    `.npy` or `.safetensors` file, or `demo`, the corpus of the demo model; see `open_source`."""
     text_field: str = "text"
     """Column of a dataset that holds the text."""
     context: int | None = None
@@ -30,7 +30,7 @@ class DataConfig:
     held_out_rows: int = 128
     """Rows set aside to measure on."""
     cache: str | None = None
-    """Folder that keeps the activations of stored token rows between runs; None computes them anew."""
+    """Folder that keeps the activations of stored token rows between runs, in bfloat16; None computes them anew."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "buffer_tokens", "shards", "held_out_rows")

@@ -26,6 +26,7 @@ from replacement import checkpoint
 from replacement.crosscoder import Crosscoder
 from replacement.sites import Site
 from replacement.training import snapshots
+from replacement.training.activation_cache import ActivationCache
 from replacement.training.activations import ActivationStream
 from replacement.training.build import build_crosscoder, load_models, open_tokens, special_ids
 from replacement.training.evaluation import evaluate
@@ -118,7 +119,7 @@ class _Run:
         first = share * self.parallel.data_rank
         return ActivationStream(
             self.source,
-            self._read,
+            self._cached() if data.cache else self._read,
             batch_tokens=self.config.training.batch_tokens,
             buffer_tokens=data.buffer_tokens,
             shards=data.shards,
@@ -127,6 +128,14 @@ class _Run:
             excluded_ids=special_ids(self.models.first),
             undecomposed_positions=undecomposed_positions,
         )
+
+    def _cached(self) -> ActivationCache:
+        """The activations of all rows on disk, computed by the first process if they are not there yet."""
+        folder, names = Path(self.config.data.cache or ""), self.models.fingerprint
+        if self.parallel.is_first:
+            ActivationCache.build(folder, self.source, self._read, self.sites, fingerprint=names)
+        self.parallel.barrier()
+        return ActivationCache.open(folder, self.source, fingerprint=names, sites=self.sites)
 
     def _measure(self, crosscoder: Crosscoder) -> Statistics:
         """Statistics of the first rows of the data, split over the processes like everything else."""

@@ -1,0 +1,285 @@
+"""Settings: what a file says is what the run does, and every mistake is one clear error."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training_runs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replacement import checkpoint
+from replacement.activation import BatchTopK, JumpReLU, TopK
+from replacement.cli import main
+from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens, special_ids
+from replacement.training.config import CrosscoderConfig, DataConfig
+from replacement.training.losses import Auxiliary, Tanh
+from replacement.training.metrics_log import MetricsLog, read_metrics
+from replacement.training.run import run
+from replacement.training.run_config import RunConfig, read_config, run_config, setting_names
+from replacement.wiring import Wiring
+
+TEXT = """
+model = "somewhere"
+checkpoint_every = 7
+
+[data]
+source = ["a.txt", "b.txt"]
+
+[crosscoder]
+wiring = "per_layer"
+activation = { name = "jumprelu", bandwidth = 1.0 }
+
+[training]
+n_tokens = 100_000
+learning_rate = 1
+losses = [{ name = "tanh", coefficient = 1e-3, c = 2.0 }, { name = "auxiliary" }]
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_a_file_says_everything(file: Path) -> None:
+    config = read_config(file)
+    assert (config.model, config.checkpoint_every, config.data.source) == ("somewhere", 7, ["a.txt", "b.txt"])
+    assert config.crosscoder.activation == JumpReLU(bandwidth=1.0)
+    assert config.training.losses == [Tanh(1e-3, c=2.0), Auxiliary()]
+    assert config.training.learning_rate == 1.0
+
+
+def test_overrides_are_toml_or_text(file: Path) -> None:
+    changes = [
+        "training.n_tokens=8_192",
+        "model=other/name",
+        'crosscoder.activation={name="topk", k=[3, 4]}',
+        "crosscoder.tied=true",
+    ]
+    config = read_config(file, overrides=changes)
+    assert (config.training.n_tokens, config.model, config.crosscoder.tied) == (8192, "other/name", True)
+    assert config.crosscoder.activation == TopK((3, 4))
+
+
+def test_settings_survive_json(file: Path) -> None:
+    config = read_config(file)
+    assert run_config(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@given(
+    n_tokens=st.integers(4096, 10**12),
+    k=st.integers(1, 99),
+    seed=st.integers(0, 2**31),
+    clip=st.floats(1e-6, 1e6),
+    reads=st.sampled_from(["clean", "propagated", "subset"]),
+)
+def test_any_settings_survive_json(n_tokens: int, k: int, seed: int, clip: float, reads: str) -> None:
+    training = {"n_tokens": n_tokens, "seed": seed, "gradient_clip": clip, "reads": reads}
+    config = run_config({"training": training, "crosscoder": {"activation": {"name": "batchtopk", "k": k}}})
+    assert config.crosscoder.activation == BatchTopK(k)
+    assert run_config(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_there_are_fewer_than_thirty_settings_and_each_is_explained() -> None:
+    import inspect
+
+    from replacement.training import config, run_config
+
+    names = setting_names()
+    assert len(names) < 30
+    source = inspect.getsource(config) + inspect.getsource(run_config)
+    sections = {"data", "crosscoder", "training"}
+    for name in {name.split(".")[-1] for name in names} - sections:
+        assert re.search(rf'\n    {name}: [^\n]*\n    """', source), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.lerning_rate=1"], "unknown setting lerning_rate: expected some of model, data.source,"),
+        (["training.n_tokens=many"], 'wrong value type for field "training.n_tokens"'),
+        (["training.n_tokens=0"], "n_tokens must be 1 or more, got 0"),
+        (["model.size=3"], "model is not a section of the settings, so model.size cannot be set"),
+        (["n_tokens"], "expected key=value, such as training.n_tokens=1_000_000; got 'n_tokens'"),
+        (["checkpoint_every=0"], "checkpoint_every must be 1 or more, got 0"),
+        (["data.context=1"], "context must be 2 or more tokens, got 1"),
+        (["crosscoder.n_features=0"], "n_features must be 1 or more, got 0"),
+        (['crosscoder.activation={name="gelu"}'], "unknown activation 'gelu'"),
+        (['training.losses=[{name="l0"}]'], "unknown loss 'l0': expected one of l1, l2, tanh"),
+        (['training.losses=[{name="l1"}]'], "the loss l1 has the parameters ['coefficient'], needs ['coefficient']"),
+        (['training.losses=[{name="l1", coefficient=-1.0}]'], "the coefficient of l1 must be 0 or more, got -1.0"),
+        (['training.losses=[{name="auxiliary", k=0}]'], "the auxiliary k must be 1 or more, got 0"),
+    ],
+)
+def test_mistakes_are_named(file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_config(file, overrides=overrides)
+
+
+def test_files_that_are_no_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist: expected a TOML file"):
+        read_config(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("a = [", encoding="utf-8")
+    with pytest.raises(ValueError, match="broken.toml is not TOML"):
+        read_config(broken)
+    broken.write_text("model = 'x'", encoding="utf-8")
+    with pytest.raises(ValueError, match="the setting training is missing"):
+        read_config(broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wiring": "clt"}, "unknown wiring 'clt': expected one of autoencoder, transcoder, per_layer"),
+        ({"layers": [0]}, "the wiring strictly_causal covers every layer; layers=[0] does not apply"),
+        ({"wiring": "transcoder", "layers": [0, 1]}, "the wiring transcoder takes one layer, got [0, 1]"),
+        ({"wiring": "autoencoder", "layers": [9]}, "layer 9 does not exist: the model has layers 0 to 2"),
+        ({"wiring": "autoencoder", "read": "resid_high"}, "unknown site kind 'resid_high'"),
+        ({"read": "mlp_out"}, "a transcoder reads one of resid_mid, resid_pre, mlp_in; got 'mlp_out'"),
+        ({"wiring": "model_diffing"}, "model diffing needs two models"),
+    ],
+)
+def test_crosscoders_that_do_not_fit_are_refused(
+    options: dict[str, Any], message: str, model_folder: Callable[[str], Path]
+) -> None:
+    models = load_models(str(model_folder("gpt2")))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_crosscoder(CrosscoderConfig(**options), models, torch.ones(2, 4, dtype=torch.int64), seed=0)
+
+
+def test_models_that_cannot_be_compared_are_refused(model_folder: Callable[[str], Path]) -> None:
+    folders = [str(model_folder(name)) for name in ("gpt2", "gemma2")]
+    with pytest.raises(ValueError, match="expected one model, or two for model diffing; got 3"):
+        load_models([folders[0]] * 3)
+    two = load_models([folders[0]] * 2)
+    with pytest.raises(ValueError, match="the wiring strictly_causal takes one model, two were given"):
+        build_crosscoder(CrosscoderConfig(), two, torch.ones(2, 4, dtype=torch.int64), seed=0)
+
+
+def test_every_family_is_built_by_name(model_folder: Callable[[str], Path]) -> None:
+    shape = load_models(str(model_folder("gpt2"))).first.shape
+    expected = {
+        "autoencoder": Wiring.autoencoder(shape),
+        "transcoder": Wiring.transcoder(shape, layer=1),
+        "per_layer": Wiring.per_layer(shape),
+        "strictly_causal": Wiring.strictly_causal(shape),
+        "weakly_causal": Wiring.weakly_causal(shape),
+        "acausal": Wiring.acausal(shape),
+        "model_diffing": Wiring.model_diffing(shape, layer=1),
+    }
+    for name, wiring in expected.items():
+        assert build_wiring(CrosscoderConfig(wiring=name), shape) == wiring
+
+
+def test_position_0_is_not_decomposed_where_it_is_special(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The first token of every row is special, so it has an error term; the user may decide otherwise."""
+    models = load_models(str(model_folder("gpt2")))
+    rows_RT = open_tokens(
+        DataConfig(source=str(training_runs.write_tokens(tmp_path / "t.npy")), held_out_rows=4), models.first
+    ).held_out()
+    assert 1 in special_ids(models.first)
+    undecomposed = [
+        build_crosscoder(CrosscoderConfig(undecomposed_positions=given), models, tokens_RT, seed=0)
+        for given, tokens_RT in ((None, rows_RT), (None, rows_RT + 2), (0, rows_RT))
+    ]
+    assert [crosscoder.undecomposed_positions for crosscoder in undecomposed] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "native"])
+def test_a_clt_for_any_local_folder_trains_with_one_command(
+    architecture: str, model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a folder in Hugging Face layout and a text file to a checkpoint that loads."""
+    if architecture == "native":
+        pytest.skip("native models are made in Python, not loaded from folders")
+    text = tmp_path / "corpus.txt"
+    words = np.random.default_rng(0).integers(3, 97, 6000)
+    text.write_text(" ".join(f"w{word}" for word in words), encoding="utf-8")
+    settings = tmp_path / "clt.toml"
+    settings.write_text(
+        f"""
+model = "{model_folder(architecture)}"
+[data]
+source = "{text}"
+held_out_rows = 8
+buffer_tokens = 2048
+[training]
+n_tokens = 20_000
+batch_tokens = 256
+""",
+        encoding="utf-8",
+    )
+    assert main(["train", str(settings), "--out", str(tmp_path / "run"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    crosscoder = checkpoint.load(tmp_path / "run" / "crosscoder")
+    assert crosscoder.wiring.name == "strictly_causal"
+    assert crosscoder.n_features == 16 * 32
+    first, last = (read_metrics(tmp_path / "run", kind="train")[place] for place in (0, -1))
+    assert last["loss"] < 0.9 * first["loss"]
+    assert 0 < facts["cross_entropy_original"]
+    assert facts["step"] == 20_000 // 256
+
+
+def test_the_cache_gives_the_same_training(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """In bfloat16, so up to its rounding; the second run finds it built."""
+    tokens = training_runs.write_tokens(tmp_path / "tokens.npy")
+    value = training_runs.settings(model_folder("gpt2"), tokens, n_steps=20)
+    cached = value | {"data": value["data"] | {"cache": str(tmp_path / "cache")}}
+    losses = []
+    for name, settings in (("direct", value), ("built", cached), ("found", cached)):
+        run(run_config(settings), tmp_path / name)
+        losses.append([record["loss"] for record in read_metrics(tmp_path / name, kind="train")])
+    assert losses[1] == losses[2]
+    assert losses[1] == pytest.approx(losses[0], rel=3e-2)
+
+
+def test_metrics_hold_what_the_docs_say(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    tokens = training_runs.write_tokens(tmp_path / "tokens.npy")
+    run(run_config(training_runs.settings(model_folder("gpt2"), tokens, n_steps=10)), tmp_path / "run")
+    train, held_out = (read_metrics(tmp_path / "run", kind=kind)[-1] for kind in ("train", "held_out"))
+    assert {"unexplained", "l0", "l0_total", "dead_fraction", "learning_rate", "tokens_per_second"} <= train.keys()
+    assert {"cross_entropy_recovered", "kl", "agreement_all", "unexplained", "l0"} <= held_out.keys()
+    assert list(train["unexplained"]) == ["mlp_out.0", "mlp_out.1", "mlp_out.2"]
+    assert train["l0_total"] == pytest.approx(12)
+    assert train["tokens"] == 1280
+
+
+def test_loggers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown logger 'mlflow': expected one of tensorboard, wandb"):
+        MetricsLog(tmp_path, loggers=["mlflow"])
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match="the logger wandb needs a package that is not installed: pip install wandb"):
+        MetricsLog(tmp_path, loggers=["wandb"])
+
+
+def test_a_half_written_line_is_dropped_on_resume(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.write("train", step, {"loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text(encoding="utf-8") + '{"kind": "tr', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+        read_metrics(tmp_path)
+    with MetricsLog(tmp_path, last_step=2):
+        pass
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    with pytest.raises(ValueError, match="is not the folder of a training run"):
+        read_metrics(tmp_path / "nowhere")
+
+
+def test_defaults_need_only_a_budget() -> None:
+    config = run_config({"training": {"n_tokens": 1_000_000}})
+    assert isinstance(config, RunConfig)
+    assert config.model == config.data.source == "demo"
+    assert config.training.peak_learning_rate(2500) == pytest.approx(0.002)
