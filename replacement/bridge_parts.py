@@ -5,6 +5,7 @@ Letters: T tokens, D d_model, H heads, K d_head. This is the only file that know
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -165,18 +166,49 @@ class BridgeParts:
         pairs = [self._float64_norm(path) for path in [*paths, "ln_final"]]
         return [keep for keep, _ in pairs], [redo for _, redo in pairs]
 
-    def _float64_norm(self, path: str) -> tuple[NamedHook, NamedHook]:
+    def norm_map(self, path: str) -> Callable[[Tensor], Tensor]:
+        """A norm as a function of `[..., D]`: `c / sqrt(mean c^2 + epsilon) * weight + bias`, c = x centred or not."""
         norm = self._component(path)
         original = norm.original_component
         epsilon = float(getattr(original, "variance_epsilon", getattr(original, "eps", norm.config.eps)))
-        weight_D = self.norm_weights(path).weight_D
+        weights = self.norm_weights(path)
+
+        def apply(x: Tensor) -> Tensor:
+            c = x - x.mean(-1, keepdim=True) if weights.centred else x
+            return c / (c.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * weights.weight_D + weights.bias_D
+
+        return apply
+
+    def mlp_map(self, layer: int, read: str) -> Callable[[Tensor], Tensor]:
+        """The model's own map of rows `[B, D]` at a site in front of an MLP to `mlp_out`, norms included.
+
+        Args:
+            read: `mlp_in`, or the stream the MLP's norm reads: `resid_mid`, `resid_pre` in a parallel model.
+
+        Raises:
+            ValueError: another site, from which `mlp_out` depends on other positions too.
+        """
+        stream = "resid_pre" if self.shape.parallel else "resid_mid"
+        if read not in ("mlp_in", stream):
+            raise ValueError(f"mlp_out is a function of mlp_in or {stream} at each position, not of {read}")
+        mlp = self.bridge.blocks[layer].mlp
+        before = self.norm_map(f"blocks.{layer}.ln2") if read == stream else None
+        after = self.norm_map(f"blocks.{layer}.ln2_post") if "ln2_post" in self.norm_names(layer) else None
+
+        def apply(x_BD: Tensor) -> Tensor:
+            y_BD = mlp((before(x_BD) if before else x_BD)[None])[0]
+            return after(y_BD) if after else y_BD
+
+        return apply
+
+    def _float64_norm(self, path: str) -> tuple[NamedHook, NamedHook]:
+        norm = self.norm_map(path)
         seen: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: Any) -> None:
             seen["x"] = x
 
         def redo(y: Tensor, hook: Any) -> Tensor:
-            x = seen.pop("x")
-            return x / (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * weight_D
+            return norm(seen.pop("x"))
 
         return (f"{path}.hook_in", keep), (f"{path}.hook_out", redo)

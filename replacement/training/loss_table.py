@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+from replacement.training.jacobian import JacobianMatching
 from replacement.training.losses import Auxiliary, L1OfNorms, L2OfNorms, Loss, PreActivation, Tanh
+from replacement.training.output_kl import OutputKL
 
-LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (L1OfNorms, L2OfNorms, Tanh, PreActivation, Auxiliary)}
+_KINDS: tuple[type[Loss], ...] = (L1OfNorms, L2OfNorms, Tanh, PreActivation, Auxiliary, JacobianMatching, OutputKL)
+LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in _KINDS}
 """Every loss besides the reconstruction, by name."""
 
 

@@ -1,0 +1,143 @@
+"""Derivatives of the model's own MLPs as a training loss. B rows, D site width, S active features.
+
+A crosscoder that gives the right outputs may give them for the wrong reasons: features that memorise inputs reconstruct as
+well as features that compute. Circuits are derivatives, so here the derivatives are compared.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replacement.features import Features
+from replacement.sites import Site
+from replacement.sparse import with_encoder_gradient
+from replacement.training.losses import Loss, StepState
+
+OriginalMap = Callable[[Tensor], Tensor]
+"""Rows `[B, D]` at a read site to rows `[B, D]` at a written site, in the model's own scale; each row on its own."""
+
+
+@dataclass(frozen=True)
+class JacobianMatching(Loss):
+    """`sum over pairs of mean_b ||J_f v - J_cc v||^2 / mean_b ||J_f v||^2`, one random unit vector v per row.
+
+    The mean over v of `||(J_f - J_cc) v||^2` is the squared Frobenius norm over D, so each pair's term estimates which
+    fraction of the original's Jacobian is missed. J_f is that of the original map, by forward-mode differentiation; J_cc is
+    that of the crosscoder with its active features fixed, its skip connection included.
+
+    A pair is a (read, written) site of one group with a known original map: `mlp_out` of a layer from `mlp_in` or the
+    stream in front of its norm, or any pair given.
+    """
+
+    name: ClassVar[str] = "jacobian"
+    needs_rows: ClassVar[bool] = True  # the only steps that come with the language model
+
+    maps: Mapping[tuple[Site, Site], OriginalMap] | None = field(default=None, compare=False, repr=False)
+    """Original maps by (read, written) site, in place of the language model's; not part of a configuration file."""
+
+    def __call__(self, state: StepState) -> Float[Tensor, ""]:
+        """`coefficient *` the sum over pairs.
+
+        Raises:
+            ValueError: the crosscoder has no pair of sites with a known map, or the step no language model to take it from.
+        """
+        pairs = {pair: self._map_of(state, *pair) for pair in _pairs(state, self.maps)}
+        if not pairs:
+            raise ValueError(
+                f"the loss {self.name} needs a crosscoder that reads the input of an MLP and writes its output, "
+                f"not one that reads {state.crosscoder.wiring.read_sites[0]}; or give maps"
+            )
+        vectors: dict[int, Tensor] = {}
+        terms = []
+        for (read, write), original in pairs.items():
+            x_BD = state.inputs[read].detach()
+            v_BD = vectors.setdefault(x_BD.shape[1], directions(state, x_BD.shape[1]))
+            scale_in, scale_out = state.scales.get(read, 1.0), state.scales.get(write, 1.0)
+            target_BD = _product(original, x_BD / scale_in, v_BD) * (scale_out / scale_in)
+            total = state.parallel.sum_over_data(target_BD.square().sum())
+            error = (target_BD - _crosscoder_product(state, read, write, v_BD)).square().sum()
+            terms.append(error / total.clamp(min=torch.finfo(total.dtype).tiny))
+        return self.coefficient * torch.stack(terms).sum()
+
+    def _map_of(self, state: StepState, read: Site, write: Site) -> OriginalMap:
+        if self.maps is not None:
+            return self.maps[read, write]
+        lm = state.language_model
+        if lm is None:
+            raise ValueError(f"the loss {self.name} needs the language model in every step, or maps")
+        original = lm.parts.mlp_map(write.layer, read.kind)
+        return lambda x_BD: original(x_BD.to(lm.device, lm.dtype)).to(x_BD)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON value, without the maps."""
+        return {"name": self.name, "coefficient": self.coefficient}
+
+
+def directions(state: StepState, width: int) -> Float[Tensor, "B D"]:
+    """A random unit vector for each row of this process: a function of (seed, step, row) alone."""
+    device = state.crosscoder.device
+    generator = torch.Generator(device).manual_seed(state.seed * 1_000_003 + state.step)
+    n_rows = len(next(iter(state.inputs.values())))
+    shape = (n_rows * (state.parallel.data_rank + 1), width)
+    v_BD = torch.randn(shape, generator=generator, device=device, dtype=state.crosscoder.dtype)[-n_rows:]
+    return torch.nn.functional.normalize(v_BD, dim=1)
+
+
+@torch.no_grad()
+def _product(function: OriginalMap, x_BD: Tensor, v_BD: Tensor) -> Tensor:
+    """`J_f(x) v`, row by row."""
+    with warnings.catch_warnings():
+        # PyTorch builds its rules of forward differentiation on first use, with parts it calls deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        product_BD: Tensor = torch.func.jvp(function, (x_BD,), (v_BD,))[1]
+    return product_BD
+
+
+def _pairs(state: StepState, maps: Mapping[tuple[Site, Site], OriginalMap] | None) -> list[tuple[Site, Site]]:
+    """(read, written) sites of some group whose original map is known, each once."""
+    wiring, lm = state.crosscoder.wiring, state.language_model
+    stream = "resid_pre" if lm is not None and lm.shape.parallel else "resid_mid"
+
+    def known(read: Site, write: Site) -> bool:
+        if maps is not None:
+            return (read, write) in maps
+        same = read.layer == write.layer and read.model == write.model == 0
+        return same and write.kind == "mlp_out" and read.kind in ("mlp_in", stream)
+
+    found = (
+        (read, write)
+        for reads, writes in zip(wiring.reads, wiring.writes, strict=True)
+        for read in reads
+        for write in writes
+        if known(read, write)
+    )
+    return list(dict.fromkeys(found))
+
+
+def _crosscoder_product(state: StepState, read: Site, write: Site, v_BD: Tensor) -> Tensor:
+    """`J_cc v` from one read to one written site, `[B, D]`: through the active features, and the skip matrix."""
+    crosscoder, wiring = state.crosscoder, state.crosscoder.wiring
+    groups = [g for g in range(wiring.n_groups) if read in wiring.reads[g] and write in wiring.writes[g]]
+    parts = [_slopes(state, group, read, v_BD) for group in groups]
+    partial = crosscoder.decode_contribution(Features.concatenate(parts), groups=groups, sites=[write])
+    product_BD = state.parallel.sum_partial(partial)[write]
+    for group in groups if crosscoder.skip else ():
+        product_BD = product_BD + v_BD @ crosscoder.skip_matrix(group, read, write).T
+    return product_BD
+
+
+def _slopes(state: StepState, group: int, read: Site, v_BD: Tensor) -> Features:
+    """The active features of one group with `W_enc v` in place of their activations, differentiable in the encoder."""
+    part = state.features.of(group)
+    part = part.select(part.activation.detach() > 0)  # JumpReLU training lists features of value 0 too
+    weight_FD = state.crosscoder.encoder(group, read)
+    with torch.no_grad():
+        slope_S = (v_BD @ weight_FD.T)[part.row, part.index]
+    return part.replace_activations(with_encoder_gradient(slope_S, v_BD, weight_FD, None, part.row, part.index))
