@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from replacement import Crosscoder, JumpReLU, ReLU, Site, TopK, Wiring
+from replacement import BatchTopK, Crosscoder, JumpReLU, ReLU, Site, TopK, Wiring
 from replacement.splice import read_rows
+from replacement.training.config import TrainingConfig
 from replacement.training.jacobian import JacobianMatching, directions
 from replacement.training.loss_table import loss_from_dict
 from replacement.training.losses import StepState
 from replacement.training.output_kl import OutputKL
+from replacement.training.scaling import measure
+from replacement.training.trainer import RowsRead, Trainer
 
 
 def prompts() -> Tensor:
@@ -297,3 +300,28 @@ def test_it_unlearns_a_memorised_point() -> None:
 @pytest.mark.parametrize("loss", [OutputKL(0.5), JacobianMatching(0.25)])
 def test_configuration_files_know_them(loss: Any) -> None:
     assert loss_from_dict(loss.to_dict()) == loss
+
+
+@pytest.mark.parametrize("loss", [OutputKL(3.0), JacobianMatching(1.0)])
+def test_training_lowers_them_and_resumes_exactly(language_model: Any, loss: Any) -> None:
+    lm = language_model("gpt2")
+    keep = torch.ones(3, 6, dtype=torch.bool)
+    rows = RowsRead(lm, prompts(), keep)
+
+    def trainer() -> Trainer:
+        crosscoder = Crosscoder(Wiring.strictly_causal(lm), n_features=32, activation=BatchTopK(6), seed=0)
+        config = TrainingConfig(n_tokens=60 * 18, batch_tokens=18, learning_rate=1e-2, losses=[loss])
+        return Trainer(crosscoder, config, measure(crosscoder, [batch]))
+
+    batch = read_rows(lm, prompts(), [Site(layer, kind) for layer in range(3) for kind in ("resid_mid", "mlp_out")])[1]
+    straight = trainer()
+    values = [straight.step(batch, rows=rows).terms[loss.name] for _ in range(60)]
+    assert values[-1] < 0.9 * values[0]
+    resumed = trainer()
+    first = [resumed.step(batch, rows=rows).terms[loss.name] for _ in range(30)]
+    state = {name: value.clone() for name, value in resumed.state_tensors().items()}
+    again = trainer()
+    for name, value in again.state_tensors().items():
+        value.copy_(state[name])
+    again.restore(state, 30)
+    assert first + [again.step(batch, rows=rows).terms[loss.name] for _ in range(30)] == values
