@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from train_demo_crosscoder import CrosscoderRun, crosscoder_stage
+from train_demo_crosscoder import crosscoder_stage
 from train_demo_files import write_json
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -224,7 +224,7 @@ def main() -> None:
         run = LanguageModelRun(steps=arguments.steps)
         language_model_stage(run, arguments.out, arguments.checkpoints, arguments.every)
     if arguments.stage in ("crosscoder", "all"):
-        crosscoder_stage(CrosscoderRun(), arguments.out)
+        crosscoder_stage(arguments.out)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,16 @@ def test_the_demo_is_rebuilt_the_same_twice(scripts: tuple[Any, Any], tmp_path: 
     train_demo, train_crosscoder = scripts
     threads = torch.get_num_threads()
     run = train_demo.LanguageModelRun(n_layers=2, d_model=16, n_heads=2, steps=4, threads=1, compile=False)
-    small = train_crosscoder.CrosscoderRun(
-        n_features=32, active=(4, 2), steps=6, batch_tokens=256, buffer_tokens=1024, threads=1
-    )
+    small = [
+        "crosscoder.n_features=32",
+        'crosscoder.activation={name="topk", k=[4, 2]}',
+        "training.n_tokens=1536",
+        "training.batch_tokens=256",
+        "data.buffer_tokens=1024",
+    ]
     for name in ("first", "second"):
         train_demo.language_model_stage(run, tmp_path / name, None, 10)
-        train_crosscoder.crosscoder_stage(small, tmp_path / name)
+        train_crosscoder.crosscoder_stage(tmp_path / name, small)
     torch.set_num_threads(threads)
     models = [LanguageModel.from_pretrained(tmp_path / name / "language_model") for name in ("first", "second")]
     assert models[0].fingerprint == models[1].fingerprint

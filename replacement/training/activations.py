@@ -11,7 +11,6 @@ without talking, a run on n processes sees the batches of one process, and step 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from replacement.sites import Site
 from replacement.training.activation_cache import ActivationCache
-from replacement.training.token_sources import Rows, StoredRows, TokenSource
+from replacement.training.token_sources import Rows, TokenSource
 
 _SHUFFLE_STREAM = 1  # first word of the random seeds of shuffles; the row orders use another
 
@@ -272,33 +271,3 @@ def _check_start(start: int) -> None:
 
 def _names(acts: dict[Site, Tensor]) -> str:
     return ", ".join(map(str, acts))
-
-
-def activation_batches(
-    rows: Int[Tensor, "R T"],
-    read_activations: ReadActivations,
-    *,
-    batch_tokens: int,
-    buffer_tokens: int,
-    seed: int,
-    epochs: int = 1,
-    skip_positions: int = 0,
-    rows_per_read: int = 32,
-) -> Iterator[dict[Site, Tensor]]:
-    """As many batches of an `ActivationStream` over these rows as `epochs` passes hold tokens for.
-
-    Raises:
-        ValueError: what `ActivationStream` refuses.
-    """
-    stream = ActivationStream(
-        StoredRows(rows),
-        read_activations,
-        batch_tokens=batch_tokens,
-        buffer_tokens=min(buffer_tokens, rows.numel()),
-        seed=seed,
-        shards=1,
-        undecomposed_positions=skip_positions,
-        rows_per_read=rows_per_read,
-    )
-    n_batches = epochs * len(rows) * (rows.shape[1] - skip_positions) // batch_tokens
-    return islice(stream.batches(), n_batches)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from replacement.sites import Site
-from replacement.training.activations import ActivationStream, activation_batches
+from replacement.training.activations import ActivationStream
 from replacement.training.token_sources import StoredRows, StreamedRows, TokenSource
 
 READ, WRITE = Site(0, "resid_mid"), Site(0, "mlp_out")
@@ -273,11 +273,3 @@ def test_whole_rows_need_a_batch_that_the_shards_divide() -> None:
 def test_no_step_comes_before_the_first(method: str) -> None:
     with pytest.raises(ValueError, match="start must be 0 or more, got -1"):
         next(getattr(stream(numbered_rows(8, 4), batch_tokens=16, buffer_tokens=32), method)(start=-1))
-
-
-def test_activation_batches_yield_what_the_epochs_hold() -> None:
-    rows_RT = torch.arange(32).view(8, 4)
-    batches = activation_batches(rows_RT, number, batch_tokens=6, buffer_tokens=12, seed=0, epochs=3, skip_positions=1)
-    seen = torch.cat([batch[READ][:, 0] for batch in batches]).long()
-    assert len(seen) == 3 * 24
-    assert 0 not in seen % 4

@@ -196,20 +196,17 @@ def test_position_0_is_not_decomposed_where_it_is_special(model_folder: Callable
     assert [crosscoder.undecomposed_positions for crosscoder in undecomposed] == [1, 0, 0]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "native"])
 def test_a_clt_for_any_local_folder_trains_with_one_command(
-    architecture: str, model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From a folder in Hugging Face layout and a text file to a checkpoint that loads."""
-    if architecture == "native":
-        pytest.skip("native models are made in Python, not loaded from folders")
+    """From a Llama in Hugging Face layout and a text file to a checkpoint that loads."""
     text = tmp_path / "corpus.txt"
     words = np.random.default_rng(0).integers(3, 97, 6000)
     text.write_text(" ".join(f"w{word}" for word in words), encoding="utf-8")
     settings = tmp_path / "clt.toml"
     settings.write_text(
         f"""
-model = "{model_folder(architecture)}"
+model = "{model_folder("llama")}"
 [data]
 source = "{text}"
 held_out_rows = 8
