@@ -73,7 +73,7 @@ METHODS: dict[str, Method] = {
         activation=lambda k: JumpReLU(threshold=1.0, bandwidth=1.0), losses=(Tanh(1e-3), PreActivation())
     ),
     "random CLT": Method(frozen_decoder=True),
-    "CLT ReLU + L1": Method(activation=lambda k: ReLU(), losses=(L1OfNorms(1e-3),), first_bias=-1.0),
+    "CLT ReLU + L1": Method(activation=lambda k: ReLU(), losses=(L1OfNorms(5e-3),), first_bias=-1.0),
 }
 NEURONS = "neurons"
 
