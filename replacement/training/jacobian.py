@@ -37,7 +37,7 @@ class JacobianMatching(Loss):
     """
 
     name: ClassVar[str] = "jacobian"
-    needs_rows: ClassVar[bool] = True  # the only steps that come with the language model
+    needs_model: ClassVar[bool] = True
 
     maps: Mapping[tuple[Site, Site], OriginalMap] | None = field(default=None, compare=False, repr=False)
     """Original maps by (read, written) site, in place of the language model's; not part of a configuration file."""

@@ -53,9 +53,9 @@ class StepState:
     seed: int = 0
     parallel: Parallel = SINGLE
     language_model: LanguageModel | None = None
-    """The original model, where the run trains on whole rows of tokens."""
+    """The original model."""
     tokens_RT: Tensor | None = None
-    """Those rows."""
+    """Rows behind the batch, where the run trains on whole rows of tokens."""
     keep_RT: Tensor | None = None
     """Which of their tokens count, bool; `B` of them, in order."""
 
@@ -79,8 +79,10 @@ class Loss(ABC):
     """Name in configuration files and metrics."""
     ramps: ClassVar[bool] = False
     """Whether its weight rises over the sparsity warm-up."""
+    needs_model: ClassVar[bool] = False
+    """Whether it needs the language model."""
     needs_rows: ClassVar[bool] = False
-    """Whether it needs whole rows of tokens and the language model."""
+    """Whether it needs the language model and whole rows of tokens."""
     sums_over_features: ClassVar[bool] = False
     """Whether processes that share the features each hold a part of its value."""
 

@@ -35,8 +35,12 @@ class OutputKL(Loss):
         lm, tokens_RT, keep_RT = state.language_model, state.tokens_RT, state.keep_RT
         if lm is None or tokens_RT is None or keep_RT is None:
             raise ValueError(f"the loss {self.name} needs the language model and whole rows of tokens in every step")
+        threshold = state.crosscoder.threshold
+        before = None if threshold is None else threshold.detach().clone()
         splice = Splice(lm, state.crosscoder, tokens_RT, scales=state.scales, keep_BT=keep_RT)
         spliced_KV = splice.run()[keep_RT]
+        if threshold is not None and before is not None and not threshold.requires_grad:
+            threshold.copy_(before)  # the step itself has measured BatchTopK's running threshold
         with torch.no_grad():
             original_KV = lm(tokens_RT)[keep_RT]
         return self.coefficient * kl_divergence(original_KV, spliced_KV).sum() / state.n_rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from replacement.crosscoder import Crosscoder
 from replacement.language_model import LanguageModel
 from replacement.sites import Site
-from replacement.splice import Splice
+from replacement.splice import Splice, possible_reads
 from replacement.training.build import Models
 from replacement.training.config import TrainingConfig
 from replacement.training.parallel import Parallel
@@ -30,8 +30,8 @@ def check_reads(config: TrainingConfig, crosscoder: Crosscoder, models: Models, 
         return
     what = f"reads={config.reads!r}" if config.reads != "clean" else "this loss"
     wiring = crosscoder.wiring
-    if models.only is None or not wiring.is_causal or set(wiring.read_sites) & set(wiring.write_sites):
-        raise ValueError(f"{what} needs a causal crosscoder that writes other sites than it reads, not {wiring.name}")
+    if models.only is None or "replaced" not in possible_reads(wiring):
+        raise ValueError(f"{what} needs a causal crosscoder of one model, not a {wiring.name} one")
     if parallel.n_feature_shards > 1:
         raise ValueError(f"{what} runs the whole crosscoder in every process: it needs feature_shards=1")
 
@@ -70,7 +70,7 @@ def read_rows(
     batch = {site: x_RTD[keep_RT] for site, x_RTD in clean.items()}
     if not replaced:
         return batch, batch
-    splice = Splice(language_model, crosscoder, tokens_RT, sites=replaced, scales=statistics.scales)
+    splice = Splice(language_model, crosscoder, tokens_RT, sites=replaced, scales=statistics.scales, keep_BT=keep_RT)
     language_model.run(tokens_RT, splice.hooks())
     keep_B = keep_RT.flatten()
     return batch, {site: splice.inputs[site][keep_B] for site in crosscoder.wiring.read_sites}

@@ -101,7 +101,13 @@ class _Run:
         self.sites = sites_of(crosscoder)
         self.stream = self._open_stream(crosscoder.undecomposed_positions)
         part = local_part(crosscoder.to(device), parallel)
-        self.trainer = Trainer(part, config.training, self._measure(part) if step is None else None, parallel=parallel)
+        self.trainer = Trainer(
+            part,
+            config.training,
+            self._measure(part) if step is None else None,
+            parallel=parallel,
+            language_model=self.models.only,
+        )
         if step is not None:
             state = self.trainer.state_tensors()
             snapshots.load(out / "snapshots", step, self._for_snapshot(state), parallel=parallel)
@@ -185,7 +191,7 @@ class _Run:
             activations, inputs = read_rows(
                 lm, trainer.crosscoder, trainer.statistics, tokens_RT, kept_RT, replaced=replaced
             )
-            yield partial(trainer.step, activations, inputs=inputs, rows=RowsRead(lm, tokens_RT, kept_RT))
+            yield partial(trainer.step, activations, inputs=inputs, rows=RowsRead(tokens_RT, kept_RT))
 
     def _training_record(self, report: Progress, tokens_per_second: float) -> dict[str, Any]:
         crosscoder = self.trainer.crosscoder

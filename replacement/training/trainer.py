@@ -52,11 +52,12 @@ class Progress(NamedTuple):
 
 
 class RowsRead(NamedTuple):
-    """The rows of tokens behind a batch, for losses that run the language model."""
+    """The rows of tokens behind a batch, for losses that run the language model on them."""
 
-    language_model: LanguageModel
     tokens_RT: Tensor
+    """Token ids."""
     keep_RT: Tensor
+    """Which of them the batch is made of."""
 
 
 class Trainer:
@@ -69,6 +70,7 @@ class Trainer:
         statistics: scale, mean and variance of every site, from `scaling.measure`; None for a run that is about to be
             restored.
         parallel: this process's place in the run.
+        language_model: the original model, for losses that need it.
     """
 
     def __init__(
@@ -78,13 +80,14 @@ class Trainer:
         statistics: Statistics | None,
         *,
         parallel: Parallel = SINGLE,
+        language_model: LanguageModel | None = None,
     ) -> None:
         if statistics is None:
             statistics = Statistics.blank(crosscoder)
         else:
             start(crosscoder, statistics)
         self.crosscoder, self.config, self.statistics = crosscoder.train(), config, statistics
-        self.parallel = parallel
+        self.parallel, self.language_model = parallel, language_model
         self.steps_done = 0
         self.gradient_norm = 0.0
         self._peak = config.peak_learning_rate(crosscoder.n_features * parallel.n_feature_shards)
@@ -150,7 +153,7 @@ class Trainer:
             step=self.steps_done,
             seed=config.seed,
             parallel=self.parallel,
-            language_model=None if rows is None else rows.language_model,
+            language_model=self.language_model,
             tokens_RT=None if rows is None else rows.tokens_RT,
             keep_RT=None if rows is None else rows.keep_RT,
         )

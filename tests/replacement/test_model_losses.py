@@ -306,12 +306,12 @@ def test_configuration_files_know_them(loss: Any) -> None:
 def test_training_lowers_them_and_resumes_exactly(language_model: Any, loss: Any) -> None:
     lm = language_model("gpt2")
     keep = torch.ones(3, 6, dtype=torch.bool)
-    rows = RowsRead(lm, prompts(), keep)
+    rows = RowsRead(prompts(), keep)
 
     def trainer() -> Trainer:
         crosscoder = Crosscoder(Wiring.strictly_causal(lm), n_features=32, activation=BatchTopK(6), seed=0)
         config = TrainingConfig(n_tokens=60 * 18, batch_tokens=18, learning_rate=1e-2, losses=[loss])
-        return Trainer(crosscoder, config, measure(crosscoder, [batch]))
+        return Trainer(crosscoder, config, measure(crosscoder, [batch]), language_model=lm)
 
     batch = read_rows(lm, prompts(), [Site(layer, kind) for layer in range(3) for kind in ("resid_mid", "mlp_out")])[1]
     straight = trainer()

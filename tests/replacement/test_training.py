@@ -241,13 +241,13 @@ def test_the_auxiliary_loss_equals_its_dense_formula(random_crosscoder: Any, ran
 
 def test_learning_rate_rises_stays_and_falls() -> None:
     config = settings(100, learning_rate=2.0, warmup_fraction=0.09, decay_fraction=0.5)
-    rates = [config.learning_rate_at(step) for step in range(100)]
+    rates = [config.peak_learning_rate(1) * config.learning_rate_factor(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9:51] == [2.0] * 42
     assert rates[75] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(0.04)
     constant = settings(10, warmup_fraction=0.0, decay_fraction=0.0)
-    assert {constant.learning_rate_at(step) for step in range(10)} == {constant.learning_rate}
+    assert {constant.learning_rate_factor(step) for step in range(10)} == {1.0}
 
 
 def test_sparsity_penalties_ramp() -> None:
