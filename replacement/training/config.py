@@ -75,7 +75,7 @@ class TrainingConfig:
     n_tokens: int
     """Tokens trained on, padding and special tokens not counted."""
     batch_tokens: int = 4096
-    """Tokens per optimizer step, over all processes."""
+    """Tokens per optimizer step, over all processes; where whole rows are read, left-out tokens of theirs included."""
     learning_rate: float | None = None
     """Peak Adam step size, for inputs and outputs of mean norm sqrt(D); `0.1 / sqrt(F)` if None."""
     warmup_fraction: float = 0.02
@@ -91,9 +91,10 @@ class TrainingConfig:
     """First share of the steps (0 to 1), over which sparsity penalties rise linearly from 0."""
     dead_after_tokens: int = 200_000
     """Tokens without firing after which a feature counts as dead."""
-    reads: str = "clean"
+    reads: str | None = None
     """What the crosscoder reads while training: `clean` activations, the stream `propagated` through its own earlier
-    layers, or a random `subset` of layers replaced in each step."""
+    layers, or a random `subset` of layers replaced in each step. If None, `subset` for crosscoders that replace the MLPs of
+    several layers (best overall, see the README), `clean` for others."""
     autocast: bool = False
     """Encode in bfloat16: the choice of active features; their values and gradients stay in float32."""
     seed: int = 0
@@ -107,7 +108,7 @@ class TrainingConfig:
         for name in ("warmup_fraction", "decay_fraction", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.reads not in READS:
+        if self.reads is not None and self.reads not in READS:
             raise ValueError(f"reads must be one of {', '.join(READS)}, got {self.reads!r}")
         if self.n_tokens < self.batch_tokens:
             raise ValueError(f"n_tokens={self.n_tokens} is less than one batch of {self.batch_tokens}")
@@ -116,11 +117,6 @@ class TrainingConfig:
     def n_steps(self) -> int:
         """Optimizer steps."""
         return self.n_tokens // self.batch_tokens
-
-    @property
-    def needs_rows(self) -> bool:
-        """Whether steps need whole rows of tokens instead of shuffled activations."""
-        return self.reads != "clean" or any(loss.needs_rows for loss in self.losses)
 
     def peak_learning_rate(self, n_features: int) -> float:
         """Peak step size for groups of F features."""

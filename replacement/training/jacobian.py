@@ -126,8 +126,7 @@ def _crosscoder_product(state: StepState, read: Site, write: Site, v_BD: Tensor)
     crosscoder, wiring = state.crosscoder, state.crosscoder.wiring
     groups = [g for g in range(wiring.n_groups) if read in wiring.reads[g] and write in wiring.writes[g]]
     parts = [_slopes(state, group, read, v_BD) for group in groups]
-    partial = crosscoder.decode_contribution(Features.concatenate(parts), groups=groups, sites=[write])
-    product_BD = state.parallel.sum_partial(partial)[write]
+    product_BD = crosscoder.decode_contribution(Features.concatenate(parts), groups=groups, sites=[write])[write]
     for group in groups if crosscoder.skip else ():
         product_BD = product_BD + v_BD @ crosscoder.skip_matrix(group, read, write).T
     return product_BD

@@ -222,9 +222,7 @@ class Auxiliary(Loss):
         if not parts:
             return state.targets[next(iter(state.targets))].new_zeros(())
         groups = [group for group, count in enumerate(counts) if count]
-        explained = state.parallel.sum_partial(
-            state.crosscoder.decode_contribution(Features.concatenate(parts), groups=groups)
-        )
+        explained = state.crosscoder.decode_contribution(Features.concatenate(parts), groups=groups)
         fractions = []
         for site, y_BD in explained.items():
             error_BD = (state.targets[site] - state.reconstructions[site].detach())[::_STRIDE]

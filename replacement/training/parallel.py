@@ -154,6 +154,11 @@ SINGLE = Parallel()
 """A run of one process."""
 
 
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def is_first_process() -> bool:
     """Whether this is the only process, or the first of those that `torchrun` started."""
     return os.environ.get("RANK", "0") == "0"

@@ -16,24 +16,29 @@ from replacement.sites import Site
 from replacement.splice import Splice, possible_reads
 from replacement.training.build import Models
 from replacement.training.config import TrainingConfig
-from replacement.training.parallel import Parallel
 from replacement.training.scaling import Batch, Statistics, sites_of
 
 
-def check_reads(config: TrainingConfig, crosscoder: Crosscoder, models: Models, parallel: Parallel) -> None:
-    """Check that a crosscoder can be trained inside the model, where the settings ask for that.
+def choose_reads(config: TrainingConfig, crosscoder: Crosscoder, models: Models) -> str:
+    """What the crosscoder of a run reads: as the settings say, or else what suits its wiring.
+
+    Trained on clean activations, a cross-layer transcoder is worse where it is used, with its own errors upstream; trained
+    on random subsets of replaced layers it is good everywhere (measured by `examples/read_modes.py`). Autoencoders and
+    other crosscoders that write what they read stand alone, and read clean activations.
 
     Raises:
-        ValueError: a wiring that cannot be spliced into one model, or features spread over processes.
+        ValueError: the settings ask for a splice, but the wiring cannot be spliced into one model.
     """
-    if not config.needs_rows:
-        return
-    what = f"reads={config.reads!r}" if config.reads != "clean" else "this loss"
     wiring = crosscoder.wiring
-    if models.only is None or "replaced" not in possible_reads(wiring):
-        raise ValueError(f"{what} needs a causal crosscoder of one model, not a {wiring.name} one")
-    if parallel.n_feature_shards > 1:
-        raise ValueError(f"{what} runs the whole crosscoder in every process: it needs feature_shards=1")
+    can_splice = models.only is not None and "replaced" in possible_reads(wiring)
+    if config.reads is None:
+        stands_alone = bool(set(wiring.read_sites) & set(wiring.write_sites)) or wiring.n_groups == 1
+        return "subset" if can_splice and not stands_alone else "clean"
+    needs_rows = any(loss.needs_rows for loss in config.losses)
+    if (config.reads != "clean" or needs_rows) and not can_splice:
+        what = f"reads={config.reads!r}" if config.reads != "clean" else "this loss"
+        raise ValueError(f"{what} needs a causal crosscoder of one model, not one with the wiring {wiring.name}")
+    return config.reads
 
 
 def replaced_sites(crosscoder: Crosscoder, reads: str, *, seed: int, step: int) -> tuple[Site, ...]:

@@ -32,7 +32,7 @@ from replacement.training.build import build_crosscoder, load_models, open_token
 from replacement.training.evaluation import evaluate
 from replacement.training.metrics_log import MetricsLog
 from replacement.training.parallel import Parallel, connect
-from replacement.training.reads import check_reads, read_rows, replaced_sites
+from replacement.training.reads import choose_reads, read_rows, replaced_sites
 from replacement.training.run_config import RunConfig
 from replacement.training.run_folder import open_folder
 from replacement.training.scaling import Batch, Statistics, measure, sites_of
@@ -97,7 +97,7 @@ class _Run:
         self.held_out_RT = self.source.held_out()
         crosscoder = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
         self.activation = crosscoder.activation
-        check_reads(config.training, crosscoder, self.models, parallel)
+        self.reads = choose_reads(config.training, crosscoder, self.models)
         self.sites = sites_of(crosscoder)
         self.stream = self._open_stream(crosscoder.undecomposed_positions)
         part = local_part(crosscoder.to(device), parallel)
@@ -180,14 +180,14 @@ class _Run:
         """The remaining steps, each as a function that does it."""
         trainer, training = self.trainer, self.config.training
         left = training.n_steps - done
-        if not training.needs_rows:
+        if self.reads == "clean" and not any(loss.needs_rows for loss in training.losses):
             for batch in itertools.islice(self.stream.batches(start=done), left):
                 yield partial(trainer.step, batch)
             return
         lm = self.models.first
         for tokens_RT, kept_RT in itertools.islice(self.stream.row_batches(start=done), left):
             tokens_RT, kept_RT = tokens_RT.to(lm.device), kept_RT.to(lm.device)
-            replaced = replaced_sites(trainer.crosscoder, training.reads, seed=training.seed, step=trainer.steps_done)
+            replaced = replaced_sites(trainer.crosscoder, self.reads, seed=training.seed, step=trainer.steps_done)
             activations, inputs = read_rows(
                 lm, trainer.crosscoder, trainer.statistics, tokens_RT, kept_RT, replaced=replaced
             )

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from replacement.training import snapshots
-from replacement.training.parallel import Parallel
+from replacement.training.parallel import Parallel, restarted
 from replacement.training.run_config import RunConfig
 
 SETTINGS_FILE = "run.json"
@@ -16,9 +16,12 @@ SETTINGS_FILE = "run.json"
 def open_folder(config: RunConfig, out: Path, parallel: Parallel, *, resume: bool) -> int | None:
     """Take the folder for a run; returns the step of its newest snapshot, or None for a start from nothing.
 
+    Processes that `torchrun` started again after a failure resume without being told to.
+
     Raises:
         ValueError: the folder holds something else, holds a run and `resume` is not set, or a run of other settings.
     """
+    resume = resume or restarted()
     path = out / SETTINGS_FILE
     settings = config.to_dict()
     if path.exists():

@@ -7,6 +7,7 @@ candidates of every process; everything else is local.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from replacement.activation import Activation, BatchTopK, Selection, TopK
 from replacement.crosscoder import Crosscoder
+from replacement.features import Features
+from replacement.sites import Site
 from replacement.training.parallel import DATA, FEATURES, SINGLE, Parallel
 
 
@@ -41,7 +44,7 @@ def local_part(crosscoder: Crosscoder, parallel: Parallel) -> Crosscoder:
     n_parts, n_features = parallel.n_feature_shards, crosscoder.n_features
     if n_features % n_parts:
         raise ValueError(f"{n_features} features cannot be shared equally by {n_parts} processes")
-    part = Crosscoder(
+    part = _CrosscoderPart(
         crosscoder.wiring,
         n_features=n_features // n_parts,
         activation=choosing,
@@ -53,6 +56,7 @@ def local_part(crosscoder: Crosscoder, parallel: Parallel) -> Crosscoder:
         undecomposed_positions=crosscoder.undecomposed_positions,
         seed=0,
     ).to(crosscoder.device)
+    part.parallel = parallel
     mine = {}
     for name, value in crosscoder.state_dict().items():
         dim = feature_dim(name, value)
@@ -85,6 +89,17 @@ def whole(part: Crosscoder, activation: Activation, parallel: Parallel) -> Cross
         tensors[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     joined.load_state_dict(tensors)
     return joined
+
+
+class _CrosscoderPart(Crosscoder):
+    """Some features of a crosscoder that decodes the features of all processes: sums of decoder vectors are completed."""
+
+    parallel: Parallel = SINGLE
+
+    def decode_contribution(
+        self, features: Features, *, groups: Iterable[int] | None = None, sites: Iterable[Site] | None = None
+    ) -> dict[Site, Tensor]:
+        return self.parallel.sum_partial(super().decode_contribution(features, groups=groups, sites=sites))
 
 
 def _choosing(activation: Activation, parallel: Parallel) -> Activation:

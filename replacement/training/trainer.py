@@ -169,10 +169,10 @@ class Trainer:
         positions_B = torch.full((n_rows,), crosscoder.undecomposed_positions, device=crosscoder.device)
         with torch.autocast(crosscoder.device.type, torch.bfloat16, enabled=self.config.autocast):
             features = crosscoder.encode(reads, positions=positions_B)
-        sums = self.parallel.sum_partial(crosscoder.decode_contribution(features))
-        skipped = crosscoder.skip_contribution(reads)
-        biased = {site: sums[site] + crosscoder.decoder_bias(site) for site in crosscoder.wiring.write_sites}
-        return {site: y_BD + skipped[site] if site in skipped else y_BD for site, y_BD in biased.items()}, features
+        reconstructions, skipped = crosscoder.decode(features), crosscoder.skip_contribution(reads)
+        for site, y_BD in skipped.items():
+            reconstructions[site] = reconstructions[site] + y_BD
+        return reconstructions, features
 
     def learning_rate_at(self, step: int) -> float:
         """Adam step size at a step, from 0."""

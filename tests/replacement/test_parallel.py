@@ -15,11 +15,17 @@ from replacement.training.metrics_log import read_metrics
 from replacement.training.parallel import connect
 
 CROSSCODERS: dict[str, dict[str, Any]] = {
-    "topk": {"crosscoder": {"activation": {"name": "topk", "k": [6, 4, 4]}}},
-    "batchtopk, tied": {"crosscoder": {"activation": {"name": "batchtopk", "k": 4}, "tied": True}},
+    "topk": {"crosscoder": {"activation": {"name": "topk", "k": [6, 4, 4]}}, "training": {"reads": "subset"}},
+    "batchtopk, tied": {
+        "crosscoder": {"activation": {"name": "batchtopk", "k": 4}, "tied": True},
+        "training": {"reads": "clean"},
+    },
     "jumprelu, skip": {
         "crosscoder": {"activation": {"name": "jumprelu"}, "skip": True, "read": "mlp_in"},
-        "training": {"losses": [{"name": "tanh", "coefficient": 1e-3}, {"name": "preactivation"}, {"name": "auxiliary"}]},
+        "training": {
+            "reads": "clean",
+            "losses": [{"name": "tanh", "coefficient": 1e-3}, {"name": "preactivation"}, {"name": "auxiliary"}],
+        },
     },
 }
 MODES = {"data": 1, "features": 2}
@@ -42,6 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str
     double.append(half | {"out": str(root / "two, then one"), "feature_shards": 2})
     training_runs.execute(single, root)
     training_runs.execute(double, root, n_processes=2)
+    training_runs.execute(
+        [{"config": half["config"], "out": str(root / "restarted"), "die_at": 13}], root, n_processes=2, max_restarts=1
+    )
     go_on = {"config": half["config"], "resume": True}
     training_runs.execute([go_on | {"out": str(root / "two, then one")}], root)
     training_runs.execute([go_on | {"out": str(root / "one, then two"), "feature_shards": 2}], root, n_processes=2)
@@ -75,8 +84,8 @@ def test_what_two_processes_save_is_one_crosscoder(folder: Path, name: str, mode
         assert float(error) < 0.02, key  # single steps agree to rounding; Adam divides by small numbers
 
 
-@pytest.mark.parametrize("name", ["one, then two", "two, then one"])
-def test_a_run_goes_on_with_another_number_of_processes(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["one, then two", "two, then one", "restarted"])
+def test_a_run_goes_on_with_other_processes(folder: Path, name: str) -> None:
     assert losses(folder / name) == pytest.approx(losses(folder / "whole"), rel=1e-4)
 
 

@@ -19,9 +19,11 @@ from replacement import checkpoint
 from replacement.activation import BatchTopK, JumpReLU, TopK
 from replacement.cli import main
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens, special_ids
-from replacement.training.config import CrosscoderConfig, DataConfig
+from replacement.training.config import CrosscoderConfig, DataConfig, TrainingConfig
 from replacement.training.losses import Auxiliary, Tanh
 from replacement.training.metrics_log import MetricsLog, read_metrics
+from replacement.training.output_kl import OutputKL
+from replacement.training.reads import choose_reads
 from replacement.training.run import run
 from replacement.training.run_config import RunConfig, read_config, run_config, setting_names
 from replacement.wiring import Wiring
@@ -180,6 +182,43 @@ def test_every_family_is_built_by_name(model_folder: Callable[[str], Path]) -> N
     }
     for name, wiring in expected.items():
         assert build_wiring(CrosscoderConfig(wiring=name), shape) == wiring
+
+
+@pytest.mark.parametrize(
+    ("wiring", "given", "expected"),
+    [
+        ("strictly_causal", None, "subset"),
+        ("per_layer", None, "subset"),
+        ("autoencoder", None, "clean"),
+        ("transcoder", None, "clean"),
+        ("acausal", None, "clean"),
+        ("strictly_causal", "clean", "clean"),
+        ("autoencoder", "propagated", "propagated"),
+    ],
+)
+def test_what_is_read_while_training_suits_the_wiring(
+    wiring: str, given: str | None, expected: str, model_folder: Callable[[str], Path]
+) -> None:
+    models = load_models(str(model_folder("gpt2")))
+    crosscoder = build_crosscoder(CrosscoderConfig(wiring=wiring), models, torch.ones(1, 4, dtype=torch.int64), seed=0)
+    assert choose_reads(TrainingConfig(n_tokens=4096, reads=given), crosscoder, models) == expected
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"reads": "subset"}, "reads='subset' needs a causal crosscoder of one model, not one with the wiring acausal"),
+        ({"reads": "clean", "losses": [OutputKL(1.0)]}, "this loss needs a causal crosscoder of one model"),
+    ],
+)
+def test_splices_that_are_impossible_are_refused(
+    training: dict[str, Any], message: str, model_folder: Callable[[str], Path]
+) -> None:
+    models = load_models(str(model_folder("gpt2")))
+    tokens_RT = torch.ones(1, 4, dtype=torch.int64)
+    crosscoder = build_crosscoder(CrosscoderConfig(wiring="acausal"), models, tokens_RT, seed=0)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose_reads(TrainingConfig(n_tokens=4096, **training), crosscoder, models)
 
 
 def test_position_0_is_not_decomposed_where_it_is_special(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
