@@ -5,6 +5,7 @@ Letters: B batch, T tokens, D d_model, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from replacement.sites import ModelShape, Site
 
 Hook = Callable[[Tensor], Tensor | None]
 """Receives the activation `[B, T, D]` at a site; returns its replacement, or None to leave it."""
+
+
+class EnoughSeen(Exception):  # noqa: N818 - not an error
+    """Raised by a hook to end a pass of `LanguageModel.run_to` whose later layers nobody needs."""
 
 
 class LanguageModel:
@@ -209,14 +214,27 @@ class LanguageModel:
         """Activations `[B, T, D]` (or `[T, D]`) at sites, from one forward pass; `attn_z` has its heads concatenated."""
         seen: dict[Site, Tensor] = {}
 
+        wanted = set(sites)
+
         def keep(site: Site) -> Hook:
             def hook(x: Tensor) -> None:
                 seen[site] = x.flatten(2) if tokens.ndim == 2 else x[0].flatten(1)
+                if len(seen) == len(wanted):
+                    raise EnoughSeen
 
             return hook
 
-        self.run(tokens, {site: keep(site) for site in sites})
+        self.run_to(tokens, {site: keep(site) for site in wanted})
         return seen
+
+    def run_to(self, tokens: Tensor, hooks: Mapping[Site, Hook]) -> None:
+        """Run with hooks until one of them raises `EnoughSeen`, or to the end; saves the later layers and the unembedding.
+
+        Raises:
+            ValueError: a site the model does not have.
+        """
+        with contextlib.suppress(EnoughSeen):
+            self.run(tokens, hooks)
 
     def freeze(self, tokens_T: Tensor, *, sites: Iterable[Site] = ()) -> FrozenPrompt:
         """Run one prompt and fix its attention patterns and norm scales; see `replacement.freezing.freeze`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from replacement.crosscoder import Crosscoder
 from replacement.features import Features
 from replacement.interventions import Intervention, check_interventions, intervene
-from replacement.language_model import Hook, LanguageModel
+from replacement.language_model import EnoughSeen, Hook, LanguageModel
 from replacement.sites import Site
 from replacement.wiring import Wiring
 
@@ -33,8 +33,8 @@ class Splice:
 
     Attributes:
         inputs: after the run, what each read site showed, raw, `[R, D]`.
-        features: after the run, the active features of each group by group number; row = prompt * T + position. Tokens
-            that keep their own output have none.
+        features: after the run, the active features of each group that writes a replaced site, by group number; row =
+            prompt * T + position. Tokens that keep their own output have none.
     """
 
     def __init__(
@@ -99,6 +99,22 @@ class Splice:
         """Logits `[B, T, V]` of the spliced model; call it once, or any number of times where reads are clean."""
         return self.language_model.run(self.tokens_BT, self.hooks())
 
+    def read(self) -> dict[Site, Tensor]:
+        """What every read site shows with the sites replaced, `[R, D]`; runs no further than the last of them."""
+        hooks = self.hooks()
+
+        def stopping(hook: Hook) -> Hook:
+            def run(x_BTD: Tensor) -> Tensor | None:
+                replacement = hook(x_BTD)
+                if len(self.inputs) == len(self.crosscoder.wiring.read_sites):
+                    raise EnoughSeen
+                return replacement
+
+            return run
+
+        self.language_model.run_to(self.tokens_BT, {site: stopping(hook) for site, hook in hooks.items()})
+        return self.inputs
+
     def hooks(self) -> dict[Site, Hook]:
         """Hooks for the language model, one per site: readers, unless reads are clean, and writers.
 
@@ -137,7 +153,10 @@ class Splice:
     def _take(self, site: Site, x_RD: Tensor) -> None:
         """Receive one read site; encode and add up every group whose reads are now complete."""
         self.inputs[site] = x_RD
-        for group, group_reads in enumerate(self.crosscoder.wiring.reads):
+        wiring, written = self.crosscoder.wiring, set(self.written)
+        for group, group_reads in enumerate(wiring.reads):
+            if not written.intersection(wiring.writes[group]):
+                continue  # nothing of this group is asked for
             if site in group_reads and all(read in self.inputs for read in group_reads):
                 inputs = self._scaled(group, self.inputs)
                 features = self._encode(group, inputs)

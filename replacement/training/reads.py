@@ -76,6 +76,5 @@ def read_rows(
     if not replaced:
         return batch, batch
     splice = Splice(language_model, crosscoder, tokens_RT, sites=replaced, scales=statistics.scales, keep_BT=keep_RT)
-    language_model.run(tokens_RT, splice.hooks())
-    keep_B = keep_RT.flatten()
-    return batch, {site: splice.inputs[site][keep_B] for site in crosscoder.wiring.read_sites}
+    inputs, keep_B = splice.read(), keep_RT.flatten()
+    return batch, {site: inputs[site][keep_B] for site in crosscoder.wiring.read_sites}

@@ -115,7 +115,14 @@ def test_inputs_and_features_are_those_of_the_spliced_stream(language_model: Any
         torch.testing.assert_close(splice.features[group].activation, again.of(group).activation)
     only = Splice(lm, crosscoder, prompts(), sites=[])
     torch.testing.assert_close(only.run(), lm(prompts()), rtol=0, atol=0)
-    assert set(only.features) == {0, 1, 2}
+    assert not only.features, "no group writes a replaced site"
+    last = Splice(lm, crosscoder, prompts(), sites=[Site(0, "mlp_out")])
+    inputs = last.read()
+    assert set(last.features) == {0}
+    assert set(inputs) == set(read)
+    last.run()
+    for site in read:
+        torch.testing.assert_close(inputs[site], last.inputs[site], rtol=0, atol=0)
 
 
 def test_groups_that_read_two_sites_wait_for_both(language_model: Any) -> None:
