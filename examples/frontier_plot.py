@@ -6,32 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
-
-STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.labelcolor": "#222222",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "frontier",
-}
+from plot_style import STYLE, save
 
 
 class Look(NamedTuple):
@@ -100,10 +79,7 @@ def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="lower center", ncols=5, frameon=False, handlelength=2.6, columnspacing=1.6)
         figure.tight_layout(rect=(0, 0.12, 1, 1), w_pad=2.0)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(target.with_suffix(".png"), dpi=190)
-        pyplot.close(figure)
+        save(figure, target)
 
 
 def _curve(ax: Axes, rows: Sequence[dict[str, Any]], measure: str, look: Look, name: str) -> None:
