@@ -35,10 +35,11 @@ class DemoActivations:
         *,
         n_tokens: int,
         held_out_rows: int = HELD_OUT_ROWS,
+        buffer_tokens: int = BUFFER_TOKENS,
     ) -> None:
         """Compute what the folder does not hold yet: `n_tokens` tokens, rounded up to whole shuffle buffers, in float16."""
-        rows_per_buffer = BUFFER_TOKENS // lm.context_length
-        n_rows = -(-n_tokens // BUFFER_TOKENS) * rows_per_buffer
+        self._buffer_tokens = buffer_tokens
+        n_rows = -(-n_tokens // buffer_tokens) * (buffer_tokens // lm.context_length)
         folder = folder / f"{n_rows}_rows"
         tokens = folder / "tokens.npy"
         if not tokens.exists():
@@ -57,6 +58,6 @@ class DemoActivations:
     def batches(self, n: int, *, batch_tokens: int) -> Iterator[dict[Site, Tensor]]:
         """The first `n` batches `{site: [batch_tokens, D]}`."""
         stream = ActivationStream(
-            self._source, self._cache, batch_tokens=batch_tokens, buffer_tokens=BUFFER_TOKENS, seed=0
+            self._source, self._cache, batch_tokens=batch_tokens, buffer_tokens=self._buffer_tokens, seed=0
         )
         return itertools.islice(stream.batches(), n)

@@ -1,0 +1,224 @@
+"""Recipes fit the demo model, and the examples that compare crosscoders run on tiny budgets."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from replacement.training.build import Models, build_crosscoder, load_models
+from replacement.training.losses import Tanh
+from replacement.training.run_config import read_config
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RECIPES = sorted((EXAMPLES / "recipes").glob("*.toml"))
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`example(name)`: a script as a module."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setitem(os.environ, "TQDM_DISABLE", "1")
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def demo() -> Models:
+    """The demo model."""
+    return load_models("demo")
+
+
+@pytest.fixture
+def data(example: Any, demo: Models, tmp_path: Path) -> Any:
+    """`data(sites)`: two batches' worth of activations."""
+
+    def build(sites: Any) -> Any:
+        module = example("demo_activations")
+        return module.DemoActivations(
+            tmp_path / "data", demo.first, sites, n_tokens=2048, held_out_rows=4, buffer_tokens=2048
+        )
+
+    return build
+
+
+def test_there_are_recipes_of_every_family() -> None:
+    wirings = {read_config(path).crosscoder.wiring for path in RECIPES}
+    assert wirings == {"autoencoder", "transcoder", "per_layer", "strictly_causal", "weakly_causal", "acausal"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_fit_the_demo(path: Path, demo: Models) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert len(lines) < 25
+    config = read_config(path)
+    crosscoder = build_crosscoder(config.crosscoder, demo, torch.zeros(1, 4, dtype=torch.int64), seed=0)
+    crosscoder.wiring.check_fits(demo.first)
+    assert crosscoder.activation == config.crosscoder.activation
+    assert crosscoder.undecomposed_positions == 0
+
+
+def test_a_recipe_is_trained_once_and_becomes_a_row(
+    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipes = example("recipes")
+    assert "demo" not in recipes.recipes()
+    settings = ["training.n_tokens=1024", "training.batch_tokens=512", "data.buffer_tokens=2048"]
+    settings += ["data.held_out_rows=2", "crosscoder.n_features=24"]
+    rows = [recipes.train_recipe("plt", tmp_path / "plt", overrides=settings) for _ in range(2)]
+    assert rows[0] == rows[1]
+    assert rows[0]["features"] == 4 * 24
+    assert rows[0]["L0"] == pytest.approx(32, abs=1)
+    recipes.print_table({"plt": rows[0], "none": {**rows[0], "KL": None}})
+    header, plt, none = capsys.readouterr().out.splitlines()
+    assert len(header) == len(plt) == len(none)
+    assert f"{rows[0]['unexplained']:.4f}" in plt
+
+
+def test_result_rows_grow_and_are_found(example: Any, tmp_path: Path) -> None:
+    module, path = example("result_rows"), tmp_path / "new" / "results.json"
+    assert module.read_rows(path) == []
+    for level in (1, 2):
+        module.append_row(path, {"name": "a", "level": level, "value": level / 3})
+    assert module.find_row(path, name="a", level=2)["value"] == 2 / 3
+    assert module.find_row(path, name="b", level=2) is None
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    "name", ["CLT", "tied CLT", "skip PLT", "CLT BatchTopK", "CLT JumpReLU", "random CLT", "neurons"]
+)
+def test_frontier_runs_every_kind_of_method(
+    name: str, example: Any, demo: Models, data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frontier, lm = example("frontier"), demo.first
+    monkeypatch.setattr(frontier, "N_FEATURES", 32)
+    monkeypatch.setattr(frontier, "BATCH_TOKENS", 512)
+    sites = [*frontier.Wiring.per_layer(lm, read="mlp_in").read_sites, *frontier.Wiring.per_layer(lm).write_sites]
+    row = frontier.train_and_measure(name, 16, 0, 1024, lm, data(sites))
+    assert {"l0", "unexplained", "kl", "agreement_all"} <= set(row)
+    assert row["unexplained"] > 0
+    # Few of so few features are positive with random decoders; BatchTopK and JumpReLU do not count per row.
+    if name in ("CLT", "tied CLT", "skip PLT", "neurons"):
+        assert row["l0"] == pytest.approx(16, abs=0.5)
+
+
+def test_frozen_decoders_stay_and_their_encoders_learn(example: Any, demo: Models, data: Any) -> None:
+    frontier, lm = example("frontier"), demo.first
+    sites = [*frontier.Wiring.per_layer(lm, read="mlp_in").read_sites, *frontier.Wiring.per_layer(lm).write_sites]
+    batches = data(sites)
+    config = frontier.TrainingConfig(n_tokens=1024, batch_tokens=512, losses=[])
+    trainer = frontier.new_trainer(frontier.METHODS["random CLT"], lm, batches, config, 4)
+    before = {name: value.clone() for name, value in trainer.crosscoder.state_dict().items()}
+    assert before["W_dec.0"].norm(dim=-1).flatten().tolist() == pytest.approx([1.0] * (1024 * 4))
+    for batch in batches.batches(2, batch_tokens=512):
+        trainer.step(batch)
+    after = trainer.crosscoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) == name.startswith("W_dec") for name in before)
+
+
+def test_the_order_of_the_runs(example: Any) -> None:
+    frontier = example("frontier")
+    runs = frontier.runs()
+    assert len(runs) == len(set(runs)) == 3 * (len(frontier.METHODS) + 1) + 3 * 4
+    assert [run[0] for run in runs[3:9]] == ["CLT"] * 3 + ["PLT"] * 3
+    assert {run for run in runs if run[2] > 0} == {
+        (n, v, s) for n in ("CLT", "PLT") for v in (16, 32, 64) for s in (1, 2)
+    }
+    assert frontier.runs(["PLT"], [16], 1) == [("PLT", 16, 0)]
+
+
+def test_the_penalty_follows_the_l0(example: Any) -> None:
+    frontier = example("frontier")
+    config = frontier.TrainingConfig(n_tokens=100, batch_tokens=1, losses=[Tanh(1e-3), frontier.Auxiliary()])
+    control = frontier.PenaltyControl(config, 16)
+    for step in range(60, 80):
+        control.update(64.0, step)
+    raised = config.losses[0].coefficient
+    assert raised > 2e-3
+    for step in range(80, 99):
+        control.update(4.0, step)
+    assert config.losses[0].coefficient < raised / 2
+    assert config.losses[1] == frontier.Auxiliary()
+
+
+def test_thresholded_neurons_keep_the_largest_outputs(example: Any, demo: Models) -> None:
+    neurons = example("frontier_neurons")
+    acts_NM = torch.tensor([[1.0, -3.0, 2.0], [0.1, 0.2, 0.3]])
+    kept_NM = neurons.keep_largest(acts_NM, torch.tensor([4.0, 1.0, 1.0]), 1)
+    assert kept_NM.tolist() == [[1.0, 0.0, 0.0], [pytest.approx(0.1), 0.0, 0.0]]
+    rows_RT = torch.arange(3, 35).view(2, 16)
+    everything = neurons.measure_neurons(demo.first, rows_RT, 512)
+    assert everything["unexplained"] < 1e-10
+    assert everything["kl"] < 1e-8
+    assert everything["agreement_all"] == 1.0
+
+
+def test_the_frontier_is_drawn(example: Any, tmp_path: Path) -> None:
+    plot = example("frontier_plot")
+    row = {"name": "CLT", "level": 16, "l0": 16.0, "unexplained": 0.1, "kl": 0.2, "agreement_all": 0.9}
+    plot.draw([{**row, "seed": 0}, {**row, "seed": 1, "unexplained": 0.2}], tmp_path / "frontier")
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    assert "<path" in (tmp_path / "frontier.svg").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="no results"):
+        plot.draw([], tmp_path / "frontier")
+
+
+def test_acausal_against_saes(example: Any, demo: Models, data: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    module, lm = example("acausal_against_saes"), demo.first
+    batches = data(module.Wiring.acausal(lm).read_sites)
+    for kind in (module.SAES, module.CROSSCODER):
+        row = module.train_and_measure((kind, 64, 8), 1024, lm, batches)
+        assert row["l0"] == pytest.approx(8, abs=0.5)
+        assert len(row["unexplained_by_layer"]) == 4
+    with pytest.raises(ValueError, match="63 features and 8 active ones do not divide into 4 layers"):
+        module.train_and_measure((module.SAES, 63, 8), 1024, lm, batches)
+    # Losses 1/size for the autoencoders and 1/(3 size) for the crosscoder: a factor of 3 wherever both have points.
+    found = {run: {"unexplained": 1 / run[1]} for run in module.size_sweep(module.SAES)}
+    found |= {run: {"unexplained": 1 / (3 * run[1])} for run in module.size_sweep(module.CROSSCODER)}
+    sweeps = {kind: module.size_sweep(kind) for kind in (module.SAES, module.CROSSCODER)}
+    assert module.print_sweep("title", "features", found, sweeps) == pytest.approx([3.0] * 3)
+    assert "768: 3.00 times as many" in capsys.readouterr().out
+    assert module.needed([(1, 0.5), (2, 0.6), (4, 0.1)], 0.3) is None
+
+
+def test_fine_tuning_text_is_new_and_old(example: Any, demo: Models) -> None:
+    module = example("fine_tune_demo")
+    places, capitals = module.new_facts()
+    assert not set(places.values()) & set(capitals)
+    assert all(module.capital_of(state) != city for state, city in capitals.items())
+    tokenizer = demo.first.tokenizer
+    text = tokenizer.decode(module.rows_of(tokenizer, n_rows=4, context=64, seed=0, new_share=1.0).flatten())
+    assert any(person in text for person in places)
+    assert tokenizer.unk_token not in text
+    options = {"n_rows": 4, "context": 64, "seed": 3}
+    assert torch.equal(module.rows_of(tokenizer, **options), module.rows_of(tokenizer, **options))
+
+
+def test_model_diffing(example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("model_diffing")
+    losses = module.fine_tune(tmp_path / "fine_tuned", steps=2, batch_rows=2)
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+    models = load_models(["demo", str(tmp_path / "fine_tuned")])
+    assert models.first.fingerprint != models.second.fingerprint
+    rows = []
+    for name in module.METHODS:
+        crosscoder = module.train(name, tmp_path, n_tokens=1024, n_features=24, held_out_rows=2)
+        rows.append(module.compare(name, crosscoder, models, n_rows=4))
+        assert rows[-1]["look exclusive"] >= rows[-1]["truly exclusive"]
+        assert len(rows[-1]["norms"]) == rows[-1]["features that fire"] > 0
+    module.print_comparison(rows)
+    assert "truly exclusive" in capsys.readouterr().out
+    module.draw(rows, tmp_path / "plot")
+    assert (tmp_path / "plot.svg").exists()
