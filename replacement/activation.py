@@ -9,6 +9,7 @@ frozen values; what they learn or measure (thresholds) lives in the crosscoder a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -35,6 +36,8 @@ class Activation(ABC):
     name: ClassVar[str]
     learns_threshold: ClassVar[bool] = False
     """Whether the threshold is a parameter, trained by gradient."""
+    chooses_by_row: ClassVar[bool] = False
+    """Whether `select` looks at each row alone, so that rows may be given to it in chunks."""
 
     @abstractmethod
     def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
@@ -78,6 +81,7 @@ class ReLU(Activation):
     """`max(h, 0)`."""
 
     name: ClassVar[str] = "relu"
+    chooses_by_row: ClassVar[bool] = True
 
     def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
         """None."""
@@ -108,6 +112,7 @@ class JumpReLU(Activation):
 
     name: ClassVar[str] = "jumprelu"
     learns_threshold: ClassVar[bool] = True
+    chooses_by_row: ClassVar[bool] = True
 
     threshold: float = 0.03
     """Starting threshold, in units of the pre-activation."""
@@ -147,6 +152,7 @@ class TopK(Activation):
     """
 
     name: ClassVar[str] = "topk"
+    chooses_by_row: ClassVar[bool] = True
 
     k: int | tuple[int, ...]
     """Features kept per row: in every group, or one number for each group."""
@@ -170,7 +176,7 @@ class TopK(Activation):
     ) -> Selection:
         """The k largest of each row, without those that are not positive."""
         k = self.k[group] if isinstance(self.k, tuple) else self.k
-        value_BK, index_BK = pre_BF.topk(k, dim=1, sorted=False)
+        value_BK, index_BK = _largest(pre_BF, k)
         index_BK, order_BK = index_BK.sort(dim=1)
         row_S, column_S = torch.nonzero(value_BK.gather(1, order_BK) > 0, as_tuple=True)
         return Selection(row_S, index_BK[row_S, column_S])
@@ -267,6 +273,25 @@ class _Jump(torch.autograd.Function):
         pre_S, threshold_S = ctx.saved_tensors
         window_S = (pre_S - threshold_S).abs() < ctx.bandwidth / 2
         return grad_S * (pre_S > threshold_S), -grad_S * threshold_S / ctx.bandwidth * window_S, None
+
+
+def _largest(x_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row and their columns, `[B, k]` each, in no order.
+
+    They lie in the k blocks of columns with the largest maxima, so only those are searched. Block j of n holds the
+    columns j, j + n, j + 2n, ...: maxima are then taken over whole vectors.
+    """
+    n_columns = x_BF.shape[1]
+    # With blocks of this size the two searches are about equally long.
+    size = math.gcd(n_columns, 2 ** round(math.log2(max(1, n_columns / k)) / 2))
+    if size < 4:
+        return x_BF.topk(k, dim=1, sorted=False)
+    n_blocks = n_columns // size
+    blocks_BCN = x_BF.unflatten(1, (size, n_blocks))
+    block_BK = blocks_BCN.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    found_BCK = blocks_BCN.gather(2, block_BK[:, None].expand(-1, size, -1))
+    value_BK, place_BK = found_BCK.flatten(1).topk(k, dim=1, sorted=False)
+    return value_BK, place_BK // k * n_blocks + block_BK.gather(1, place_BK % k)
 
 
 def _check_k(k: int) -> None:

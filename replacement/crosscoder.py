@@ -23,8 +23,11 @@ from torch.nn import functional
 from replacement.activation import BatchTopK
 from replacement.features import Features
 from replacement.sites import Site
-from replacement.sparse import weighted_rows, with_encoder_gradient
+from replacement.sparse import Block, Pattern, add_blocks, with_encoder_gradient
 from replacement.weights import CrosscoderWeights
+
+# 16 MiB in float32: few enough for a shared cache, enough for a fast matrix product. Accelerators get more.
+_PRE_ACTIVATIONS_AT_ONCE = 2**22
 
 
 class CrosscoderOutput(NamedTuple):
@@ -56,12 +59,11 @@ class Crosscoder(CrosscoderWeights):
         Raises:
             ValueError: a site is missing or has another width.
         """
-        bias_F: Tensor | None = self.b_enc[group]
-        terms = []
-        for weight_FD, x_BD in zip(self.encoders(group), self._reads(inputs, group), strict=True):
-            terms.append(functional.linear(x_BD, weight_FD, bias_F))
-            bias_F = None  # the bias belongs to the first term only
-        return sum(terms[1:], start=terms[0])
+        weights, reads = self.encoders(group), self._reads(inputs, group)
+        pre_BF = functional.linear(reads[0], weights[0], self.b_enc[group])
+        for weight_FD, x_BD in zip(weights[1:], reads[1:], strict=True):
+            pre_BF = torch.addmm(pre_BF, x_BD, weight_FD.T)
+        return pre_BF
 
     def encode(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> Features:
         """Active features of all groups; differentiable in the inputs and weights.
@@ -82,14 +84,11 @@ class Crosscoder(CrosscoderWeights):
     ) -> Features:
         """Active features of one group, for running a model layer by layer; see `encode`."""
         with torch.no_grad():
-            pre_BF = self.pre_activations(inputs, group)
-            threshold_F = None if self.threshold is None else self.threshold[group]
-            row_S, index_S = self.activation.select(pre_BF, threshold_F, training=self.training, group=group)
+            row_S, index_S, pre_S = self._select(inputs, group)
             if self.undecomposed_positions:
                 where_S = row_S if positions is None else positions[row_S]
                 keep_S = where_S >= self.undecomposed_positions
-                row_S, index_S = row_S[keep_S], index_S[keep_S]
-        pre_S = pre_BF[row_S, index_S].to(self.dtype)  # autocast makes bfloat16
+                row_S, index_S, pre_S = row_S[keep_S], index_S[keep_S], pre_S[keep_S]
         pre_S = self.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_S)
         threshold_S = None if self.threshold is None else self.threshold[group].expand(self.n_features)[index_S]
         acts_S = self.activation.values(pre_S, threshold_S)
@@ -98,7 +97,27 @@ class Crosscoder(CrosscoderWeights):
         if records and isinstance(self.activation, BatchTopK) and self.threshold is not None:
             with torch.no_grad():
                 self.threshold[group] = self.activation.next_threshold(self.threshold[group], acts_S)
-        return self._features(group, row_S, index_S, acts_S, n_rows=len(pre_BF))
+        return self._features(group, row_S, index_S, acts_S, n_rows=len(self._reads(inputs, group)[0]))
+
+    def _select(self, inputs: Mapping[Site, Tensor], group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, indices and pre-activations of a group's active features.
+
+        Where every row is chosen alone, rows are worked on in chunks: pre-activations are read while they are still in
+        a cache, and no `[B, F]` exists.
+        """
+        reads = dict(zip(self.wiring.reads[group], self._reads(inputs, group), strict=True))
+        n_rows = max(1, len(next(iter(reads.values()))))
+        at_once = _PRE_ACTIVATIONS_AT_ONCE * (1 if self.device.type == "cpu" else 16)
+        step = max(1, at_once // self.n_features) if self.activation.chooses_by_row else n_rows
+        threshold_F = None if self.threshold is None else self.threshold[group]
+        parts = []
+        for begin in range(0, n_rows, step):
+            pre_CF = self.pre_activations({site: x_BD[begin : begin + step] for site, x_BD in reads.items()}, group)
+            row_S, index_S = self.activation.select(pre_CF, threshold_F, training=self.training, group=group)
+            # Under autocast they are bfloat16.
+            parts.append((row_S + begin, index_S, pre_CF[row_S, index_S].to(self.dtype)))
+        rows, indices, values = zip(*parts, strict=True)
+        return torch.cat(rows), torch.cat(indices), torch.cat(values)
 
     def pre_activations_at(
         self,
@@ -148,26 +167,20 @@ class Crosscoder(CrosscoderWeights):
         written = {site for group in chosen for site in self.wiring.writes[group]}
         if wanted is not None and wanted - written:
             raise ValueError(f"the groups {chosen} do not write {min(wanted - written)}")
-        sums: dict[Site, Tensor] = {}
-        for group in chosen:
-            for site, y_BD in self._decode_group(features, group, wanted).items():
-                sums[site] = sums[site] + y_BD if site in sums else y_BD
-        return sums
-
-    def _decode_group(self, features: Features, group: int, wanted: set[Site] | None) -> dict[Site, Tensor]:
-        part, offsets = features.of(group), features.row_offsets(group)
-        writes = self.wiring.writes[group]
-        kept = [j for j, site in enumerate(writes) if wanted is None or site in wanted]
-        if self.tied:
-            weights = {writes[j]: self.W_dec[self.wiring.write_sites.index(writes[j])] for j in kept}
-            return {site: weighted_rows(w_FD, part.index, part.activation, offsets) for site, w_FD in weights.items()}
-        weight_FWD = self.W_dec[group]
-        if len(kept) == len(writes):
-            y_BX = weighted_rows(weight_FWD.flatten(1), part.index, part.activation, offsets)
-            return dict(zip(writes, y_BX.split(weight_FWD.shape[2], dim=1), strict=True))
-        # A view with one row per (feature, written site) selects sites without copying the decoder.
-        weight_XD, n_writes = weight_FWD.flatten(0, 1), len(writes)
-        return {writes[j]: weighted_rows(weight_XD, part.index * n_writes + j, part.activation, offsets) for j in kept}
+        targets: dict[Site, int] = {}
+        blocks = []
+        for source, group in enumerate(chosen):
+            for place, site in enumerate(self.wiring.writes[group]):
+                if wanted is None or site in wanted:
+                    target = targets.setdefault(site, len(targets))
+                    shared = (self.wiring.write_sites.index(site), 0)
+                    blocks.append(Block(target, source, *(shared if self.tied else (source, place))))
+        parts = [features.of(group) for group in chosen]
+        patterns = [Pattern.of(part.row, part.index, features.n_rows) for part in parts]
+        weights = [w_FD[:, None] for w_FD in self.W_dec] if self.tied else [self.W_dec[group] for group in chosen]
+        return dict(
+            zip(targets, add_blocks(blocks, patterns, [part.activation for part in parts], weights), strict=True)
+        )
 
     def skip_contribution(
         self, inputs: Mapping[Site, Tensor], *, groups: Iterable[int] | None = None

@@ -1,17 +1,55 @@
-"""Sparse products of the crosscoder. B rows, D width, F features, S active features sorted by row.
+"""Sparse products of the crosscoder. B rows, D width, F features, W written sites, S active features sorted by row.
 
-Both products visit only the S active features, forward and backward: no intermediate is larger than an input, an output
-or a weight. Dense training would spend two thirds of its time on gradients that are almost all zero.
+Every product visits only the S active features, forward and backward, one block of D columns at a time: a block of a
+weight and a block of an output both fit a cache, and no intermediate is larger than an input, an output or a weight.
+Sums run in a fixed order, so that repeated runs agree bit for bit.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+_ROWS_PER_GATHER = 2048
+
+
+class Pattern(NamedTuple):
+    """Which entries of a sparse `[B, F]` matrix are not zero, sorted by row."""
+
+    row_S: Int[Tensor, " S"]
+    """Row of each entry."""
+    index_S: Int[Tensor, " S"]
+    """Column of each entry."""
+    offsets: Int[Tensor, " B_plus_1"]
+    """CSR offsets: row b holds the entries `offsets[b]` to `offsets[b + 1]`."""
+
+    @classmethod
+    def of(cls, row_S: Int[Tensor, " S"], index_S: Int[Tensor, " S"], n_rows: int) -> Pattern:
+        """Add the offsets to sorted rows."""
+        row_S = row_S.contiguous()
+        return cls(row_S, index_S, torch.searchsorted(row_S, torch.arange(n_rows + 1, device=row_S.device)))
+
+    def transposed(self, n_columns: int) -> tuple[Pattern, Int[Tensor, " S"]]:
+        """The same entries sorted by column, and the permutation that sorts them."""
+        by_column_S, order_S = self.index_S.sort(stable=True)
+        return Pattern.of(by_column_S, self.row_S[order_S], n_columns), order_S
+
+
+class Block(NamedTuple):
+    """One term of `add_blocks`: `out[target] += A[source] @ W[weight][:, place]`."""
+
+    target: int
+    source: int
+    weight: int
+    place: int
 
 
 def weighted_rows(
@@ -20,7 +58,7 @@ def weighted_rows(
     scale_S: Float[Tensor, " S"],
     offsets: Int[Tensor, " B_plus_1"],
 ) -> Float[Tensor, "B D"]:
-    """`out[b] = sum of scale[s] * weight[index[s]]` over `offsets[b] <= s < offsets[b + 1]`, differentiable.
+    """`out[b] = sum of scale[s] * weight[index[s]]` over `offsets[b] <= s < offsets[b + 1]`.
 
     Arguments:
         offsets: CSR offsets, `[B + 1]`, ending in S.
@@ -28,6 +66,100 @@ def weighted_rows(
     return functional.embedding_bag(
         index_S, weight_FD, offsets, mode="sum", per_sample_weights=scale_S, include_last_offset=True
     )
+
+
+def dots(left_BD: Float[Tensor, "B D"], right_FD: Float[Tensor, "F D"], pattern: Pattern) -> Float[Tensor, " S"]:
+    """`left[row[s]] . right[index[s]]` for every entry of a pattern."""
+    row_S, index_S, offsets = pattern
+    if left_BD.dtype in (torch.float32, torch.float64) and left_BD.device.type in ("cpu", "cuda") and len(row_S):
+        _expect_sparse_tensors()
+        shape = (len(left_BD), len(right_FD))
+        zeros_S = left_BD.new_zeros(len(row_S))
+        zeros_BF = torch.sparse_csr_tensor(offsets, index_S, zeros_S, shape, check_invariants=False)
+        return torch.sparse.sampled_addmm(zeros_BF, left_BD, right_FD.T, beta=0.0).values()
+    chunks = zip(row_S.split(_ROWS_PER_GATHER), index_S.split(_ROWS_PER_GATHER), strict=True)
+    return torch.cat([torch.linalg.vecdot(left_BD[row_C], right_FD[index_C]) for row_C, index_C in chunks])
+
+
+def add_blocks(
+    blocks: Sequence[Block],
+    patterns: Sequence[Pattern],
+    scales: Sequence[Float[Tensor, " _"]],
+    weights: Sequence[Float[Tensor, "F _ _"]],
+) -> tuple[Float[Tensor, "B _"], ...]:
+    """Sums of products of sparse matrices A (a pattern and its values) and blocks of weights; see `Block`.
+
+    Differentiable once, in the values and the weights.
+
+    Arguments:
+        blocks: the terms, with targets 0 to n - 1 for n outputs.
+        patterns, scales: the sparse matrices and their values.
+    """
+    return _AddBlocks.apply(tuple(blocks), tuple(patterns), *scales, *weights)
+
+
+class _AddBlocks(torch.autograd.Function):
+    """Sparse products by gathering rows; the gradient of a weight gathers rows of the output's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, blocks: tuple[Block, ...], patterns: tuple[Pattern, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.blocks, ctx.patterns = blocks, patterns
+        scales, weights = tensors[: len(patterns)], tensors[len(patterns) :]
+        sums: dict[int, Tensor] = {}
+        for target, source, weight, place in blocks:
+            weight_XD, pattern = _at_place(weights[weight], place, patterns[source])
+            y_BD = weighted_rows(weight_XD, pattern.index_S, scales[source], pattern.offsets)
+            sums[target] = sums[target].add_(y_BD) if target in sums else y_BD
+        return tuple(sums[target] for target in range(len(sums)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        n, needed = len(ctx.patterns), ctx.needs_input_grad[2:]
+        scales, weights = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        grad_scales = [torch.zeros_like(scale_S) if needed[i] else None for i, scale_S in enumerate(scales)]
+        grad_weights = [_Slices(w_FWD) if needed[n + i] else None for i, w_FWD in enumerate(weights)]
+        for source, pattern in enumerate(ctx.patterns):
+            blocks = [block for block in ctx.blocks if block.source == source and grads[block.target] is not None]
+            if any(needed[n + block.weight] for block in blocks):
+                transposed, order_S = pattern.transposed(len(weights[blocks[0].weight]))
+                scale_S = scales[source][order_S]
+            for target, _, weight, place in blocks:
+                grad_BD = grads[target].contiguous()
+                if (sum_S := grad_scales[source]) is not None:
+                    sum_S.add_(dots(grad_BD, *_at_place(weights[weight], place, pattern)))
+                if (slices := grad_weights[weight]) is not None:
+                    slices.add(place, weighted_rows(grad_BD, transposed.index_S, scale_S, transposed.offsets))
+        return None, None, *grad_scales, *(slices and slices.finish() for slices in grad_weights)
+
+
+def _at_place(weight_FWD: Tensor, place: int, pattern: Pattern) -> tuple[Tensor, Pattern]:
+    """A view with one row per (feature, place), and the pattern in its terms: a place is reached without a copy."""
+    return weight_FWD.flatten(0, 1), pattern._replace(index_S=pattern.index_S * weight_FWD.shape[1] + place)
+
+
+class _Slices:
+    """A tensor `[F, W, D]` that is filled place by place; places never filled are zero in the end."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.whole_FWD = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self.filled: set[int] = set()
+
+    def add(self, place: int, part_FD: Tensor) -> None:
+        if place in self.filled:
+            self.whole_FWD[:, place] += part_FD
+        else:
+            self.whole_FWD[:, place] = part_FD
+            self.filled.add(place)
+
+    def finish(self) -> Tensor:
+        for place in set(range(self.whole_FWD.shape[1])) - self.filled:
+            self.whole_FWD[:, place] = 0
+        return self.whole_FWD
 
 
 def with_encoder_gradient(
@@ -65,17 +197,25 @@ class _EncoderGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, weight_FD, row_S, index_S = ctx.saved_tensors
+        pattern = Pattern.of(row_S, index_S, len(x_BD))
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
-            grad_x = weighted_rows(weight_FD, index_S, grad_S, _offsets(row_S, len(x_BD)))
+            grad_x = weighted_rows(weight_FD, index_S, grad_S, pattern.offsets)
         if ctx.needs_input_grad[2]:
             # The transposed product: the same sum with the roles of rows and features exchanged.
-            by_feature_S, order_S = index_S.sort(stable=True)
-            grad_weight = weighted_rows(x_BD, row_S[order_S], grad_S[order_S], _offsets(by_feature_S, len(weight_FD)))
+            transposed, order_S = pattern.transposed(len(weight_FD))
+            grad_weight = weighted_rows(x_BD, transposed.index_S, grad_S[order_S], transposed.offsets)
         if ctx.needs_input_grad[3]:
             grad_bias = grad_S.new_zeros(len(weight_FD)).index_add_(0, index_S, grad_S)
         return grad_S, grad_x, grad_weight, grad_bias, None, None
 
 
-def _offsets(sorted_S: Tensor, n: int) -> Tensor:
-    return torch.searchsorted(sorted_S, torch.arange(n + 1, device=sorted_S.device))
+@functools.cache
+def _expect_sparse_tensors() -> None:
+    """Torch announces once per process that CSR tensors are new; callers cannot do anything about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty = torch.zeros(1, dtype=torch.int64)
+        torch.sparse_csr_tensor(
+            torch.zeros(2, dtype=torch.int64), empty[:0], torch.zeros(0), (1, 1), check_invariants=False
+        )

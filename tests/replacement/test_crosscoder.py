@@ -166,7 +166,8 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        sizes = [(leaf if leaf.layout == torch.strided else leaf.values()).numel() for leaf in tensors]
         self.numel = max(self.numel, *sizes, 0)
         return result
 
