@@ -216,14 +216,16 @@ class BatchTopK(Activation):
     def select(
         self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
-        """In training the `k * B` largest of the batch; otherwise all above the recorded threshold."""
+        """In training the `k * B` largest of the batch, and ties; otherwise all above the recorded threshold."""
         assert threshold_F is not None
         if not training:
             return Selection(*torch.nonzero(pre_BF > threshold_F.clamp(min=0), as_tuple=True))
-        n_rows, n_features = pre_BF.shape
-        value_S, flat_S = pre_BF.flatten().topk(self.k * n_rows, sorted=False)
-        flat_S = flat_S[value_S > 0].sort().values
-        return Selection(flat_S // n_features, flat_S % n_features)
+        n_kept = self.k * len(pre_BF)
+        if not n_kept:
+            return Selection(*torch.nonzero(pre_BF > 0, as_tuple=True))
+        # Equal values (of equal rows, say) are kept or left together, however the batch is split.
+        smallest = pre_BF.flatten().topk(n_kept, sorted=False).values.min()
+        return Selection(*torch.nonzero((pre_BF >= smallest) & (pre_BF > 0), as_tuple=True))
 
     def values(self, pre_S: Float[Tensor, " S"], threshold_S: Tensor | None) -> Float[Tensor, " S"]:
         """`max(h, 0)`."""
