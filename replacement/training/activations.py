@@ -141,8 +141,8 @@ class ActivationStream:
             )
         for rows in self.source.blocks(n, first=start * n, seed=self.seed):
             self.epoch = rows.epoch
-            mine_R = torch.isin(torch.arange(n) % self.shards, torch.tensor(self.my_shards))
-            tokens_RT = rows.tokens_RT[mine_R]
+            # Shard by shard, as in `batches`: the rows of all processes in their order are those of one process.
+            tokens_RT = torch.cat([rows.tokens_RT[shard :: self.shards] for shard in self.my_shards])
             yield RowBatch(tokens_RT, self.kept(tokens_RT))
 
     def kept(self, tokens_RT: Int[Tensor, "R T"]) -> Bool[Tensor, "R T"]:

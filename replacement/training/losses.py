@@ -48,6 +48,8 @@ class StepState:
     """Factor per site between the model's activations and those above."""
     n_rows: int
     """Rows B of all processes together."""
+    rows_before: int = 0
+    """Rows of the processes before this one."""
     step: int = 0
     """Steps done before this one."""
     seed: int = 0
@@ -182,7 +184,7 @@ class PreActivation(Loss):
     def __call__(self, state: StepState) -> Float[Tensor, ""]:
         """`coefficient * sum / B`."""
         crosscoder, terms = state.crosscoder, []
-        some = {site: x_BD[::_STRIDE] for site, x_BD in state.inputs.items()}
+        some = {site: x_BD[_some_rows(state)] for site, x_BD in state.inputs.items()}
         for group, norms_FW in enumerate(crosscoder.decoder_norms()):
             theta_F = 0.0 if crosscoder.threshold is None else crosscoder.threshold[group]
             lacking_BF = torch.relu(theta_F - crosscoder.pre_activations(some, group))
@@ -213,7 +215,7 @@ class Auxiliary(Loss):
     def __call__(self, state: StepState) -> Float[Tensor, ""]:
         """`coefficient *` the mean fraction; 0 while nothing is dead."""
         counts = state.parallel.sum_over_features(state.dead_GF.sum(dim=1)).tolist()
-        inputs = {site: x_BD[::_STRIDE] for site, x_BD in state.inputs.items()}
+        inputs = {site: x_BD[_some_rows(state)] for site, x_BD in state.inputs.items()}
         parts = [
             _strongest_dead(state, inputs, group, min(self.k, int(count)))
             for group, count in enumerate(counts)
@@ -225,11 +227,16 @@ class Auxiliary(Loss):
         explained = state.crosscoder.decode_contribution(Features.concatenate(parts), groups=groups)
         fractions = []
         for site, y_BD in explained.items():
-            error_BD = (state.targets[site] - state.reconstructions[site].detach())[::_STRIDE]
+            error_BD = (state.targets[site] - state.reconstructions[site].detach())[_some_rows(state)]
             total = state.parallel.sum_over_data(error_BD.square().sum())
             # A perfect reconstruction leaves nothing to explain.
             fractions.append((error_BD - y_BD).square().sum() / total.clamp(min=torch.finfo(total.dtype).tiny))
         return self.coefficient * torch.stack(fractions).mean()
+
+
+def _some_rows(state: StepState) -> slice:
+    """One row in four of the whole batch, the same however it is split over processes."""
+    return slice(-state.rows_before % _STRIDE, None, _STRIDE)
 
 
 def _strongest_dead(state: StepState, inputs: Mapping[Site, Tensor], group: int, k: int) -> Features:

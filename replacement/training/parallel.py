@@ -85,6 +85,13 @@ class Parallel:
         dist.all_reduce(total, group=self.mesh[axis].get_group())
         return total
 
+    def counts_over_data(self, n: int) -> list[int]:
+        """A number of each process that shares the rows, in order."""
+        if self.n_data == 1 or self.mesh is None:
+            return [n]
+        counts: list[int] = self.gather(torch.tensor(n, device=self.mesh.device_type), DATA).tolist()
+        return counts
+
     def least_over_data(self, x: Tensor) -> Tensor:
         """Smallest value over processes with other rows."""
         if self.n_data == 1 or self.mesh is None:
@@ -156,7 +163,11 @@ SINGLE = Parallel()
 
 def restarted() -> bool:
     """Whether `torchrun --max-restarts` started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _n_restarts() > 0
+
+
+def _n_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def is_first_process() -> bool:
@@ -182,6 +193,10 @@ def connect(*, feature_shards: int = 1, device: str = "cpu") -> Parallel:
     if n_processes == 1:
         return SINGLE
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # Processes started again must not find the addresses of those before them in a store that outlived them.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"start {_n_restarts()}", store)
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     shape = (n_processes // feature_shards, feature_shards)
     return Parallel(init_device_mesh(device.split(":")[0], shape, mesh_dim_names=(DATA, FEATURES)))

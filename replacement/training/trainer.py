@@ -138,6 +138,7 @@ class Trainer:
         whole = scaled(crosscoder, batch, self.statistics)
         reads = whole if inputs is None else whole | _scaled_reads(crosscoder, inputs, self.statistics)
         n_rows = len(next(iter(whole.values())))
+        counts = self.parallel.counts_over_data(n_rows)
         reconstructions, features = self._reconstruct(reads, n_rows)
         self.silent_GF = self.parallel.least_over_data(_count_silence(self.silent_GF, features, config.batch_tokens))
         state = StepState(
@@ -149,7 +150,8 @@ class Trainer:
             dead_GF=self.silent_GF >= config.dead_after_tokens,
             variances=self.statistics.variances,
             scales=self.statistics.scales,
-            n_rows=int(self.parallel.sum_over_data(torch.tensor(n_rows, device=crosscoder.device))),
+            n_rows=sum(counts),
+            rows_before=sum(counts[: self.parallel.data_rank]),
             step=self.steps_done,
             seed=config.seed,
             parallel=self.parallel,
