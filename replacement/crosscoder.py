@@ -23,7 +23,7 @@ from torch.nn import functional
 from replacement.activation import BatchTopK
 from replacement.features import Features
 from replacement.sites import Site
-from replacement.sparse import Block, Pattern, add_blocks, with_encoder_gradient
+from replacement.sparse import Block, Pattern, add_blocks, dots, with_encoder_gradient
 from replacement.weights import CrosscoderWeights
 
 # 16 MiB in float32: few enough for a shared cache, enough for a fast matrix product. Accelerators get more.
@@ -114,10 +114,15 @@ class Crosscoder(CrosscoderWeights):
         for begin in range(0, n_rows, step):
             pre_CF = self.pre_activations({site: x_BD[begin : begin + step] for site, x_BD in reads.items()}, group)
             row_S, index_S = self.activation.select(pre_CF, threshold_F, training=self.training, group=group)
-            # Under autocast they are bfloat16.
-            parts.append((row_S + begin, index_S, pre_CF[row_S, index_S].to(self.dtype)))
-        rows, indices, values = zip(*parts, strict=True)
-        return torch.cat(rows), torch.cat(indices), torch.cat(values)
+            parts.append((row_S + begin, index_S, pre_CF[row_S, index_S]))
+        row_S, index_S, pre_S = (torch.cat(column) for column in zip(*parts, strict=True))
+        if pre_S.dtype != self.dtype:  # autocast: bfloat16 has chosen, the chosen few are computed again
+            pattern = Pattern.of(row_S, index_S, n_rows)
+            products = [
+                dots(x_BD, w_FD, pattern) for x_BD, w_FD in zip(reads.values(), self.encoders(group), strict=True)
+            ]
+            pre_S = sum(products, start=self.b_enc[group][index_S])
+        return row_S, index_S, pre_S
 
     def pre_activations_at(
         self,

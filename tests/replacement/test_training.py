@@ -136,6 +136,25 @@ def test_training_is_reproducible_bit_for_bit() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_autocast_chooses_in_bfloat16_and_computes_in_float32() -> None:
+    """The choice may differ in near ties; every value is that of float32."""
+    crosscoder = clt(TopK(3))
+    (batch,) = sparse_batches(1)
+    exact = [crosscoder.pre_activations(batch, group).detach() for group in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        features = crosscoder.encode(batch, positions=torch.ones(256, dtype=torch.int64))
+    assert features.activation.dtype == torch.float32
+    for group in range(2):
+        part = features.of(group)
+        expected = exact[group][part.row, part.index]
+        torch.testing.assert_close(part.activation.detach(), expected, rtol=1e-4, atol=1e-4)
+        best = exact[group].topk(3, dim=1).values.clamp(min=0).sum()
+        assert float(expected.sum() / best) == pytest.approx(1, abs=5e-3)
+    log: list[Progress] = []
+    train(clt(TopK(3)), sparse_batches(100), settings(100, learning_rate=8e-3, autocast=True), progress=log.append)
+    assert log[-1].unexplained < 0.4
+
+
 def test_undecomposed_positions_do_not_stop_training() -> None:
     crosscoder = Crosscoder(
         Wiring.strictly_causal(SHAPE), n_features=48, activation=TopK(3), undecomposed_positions=1, seed=0
