@@ -6,7 +6,7 @@
 All methods replace the demo model's four MLPs, read `mlp_in`, have 1024 features per layer and see the same tokens in the
 same order; the seed decides the initial weights. A level is a total number of active features per token (L0): TopK and
 BatchTopK keep a quarter of it in each layer. Baselines: a dictionary of frozen random decoder vectors (encoder and biases
-trained), and the MLPs' own neurons, thresholded.
+trained), and the MLPs' own neurons, thresholded. The linear maps of the skip PLT are dense and not counted in its L0.
 
 JumpReLU and ReLU have no such setting. Their penalty's coefficient c follows the L0 of the training batches: each step moves
 `log c` by a fraction of `log(L0 / level)`. So c depends on nothing but the run; the L0 reached is measured on held-out rows
@@ -214,7 +214,9 @@ def main() -> None:
     if arguments.plot is None:
         train_all(arguments)
     else:
-        draw([row for row in read_rows(arguments.out / "results.json")], arguments.plot)
+        rows = [row for row in read_rows(arguments.out / "results.json") if row["tokens"] == arguments.tokens]
+        # Two processes that share the work may both have done a run.
+        draw(list({(row["name"], row["level"], row["seed"]): row for row in rows}.values()), arguments.plot)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python examples/model_diffing.py --out runs/model_diffing
 
-A copy of the demo model is taught that professions are places (see `fine_tune_demo.py`), and crosscoders that read and write
-the residual stream of both models are trained on text of both kinds. A feature whose decoder vector is much longer in the
-fine-tuned model looks like one it gained. Latent scaling (Minder et al. 2025, "Robustly identifying concepts introduced during
-chat fine-tuning using crosscoders") tells which of these the first model really lacks: an L1 penalty makes features look
-exclusive that are not.
+A copy of the demo model is taught to swap two answers in sentences that begin with `today` (see `fine_tune_demo.py`), and
+crosscoders that read and write the residual stream of both models are trained on text of both kinds. A feature whose decoder
+vector is much longer in the fine-tuned model looks like one it gained. Latent scaling (Minder et al. 2025, "Robustly
+identifying concepts introduced during chat fine-tuning using crosscoders") tells which of these the first model really lacks:
+an L1 penalty makes features look exclusive that are not.
 
 Written to OUT: both models' crosscoders, `model_diffing.svg` and `.png` with the decoder norms, `results.json`.
 """
@@ -41,7 +41,7 @@ from replacement.training.run import run
 from replacement.training.run_config import run_config
 
 METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "L1": ({"name": "relu"}, [{"name": "l1", "coefficient": 2e-3}]),
+    "L1": ({"name": "relu"}, [{"name": "l1", "coefficient": 1e-2}]),
     "BatchTopK": ({"name": "batchtopk", "k": 16}, [{"name": "auxiliary"}]),
 }
 """Activation and losses."""
@@ -193,7 +193,7 @@ def main() -> None:
         fine_tune(out / "fine_tuned", steps=arguments.steps)
     for title, folder in (("demo model", ARTIFACTS / "language_model"), ("fine-tuned", out / "fine_tuned")):
         print(
-            f"{title}: knows " + ", ".join(f"{s:.0%} of the {kind} facts" for kind, s in shares_known(folder).items())
+            f"{title}: knows " + ", ".join(f"{s:.0%} of the {kind} answers" for kind, s in shares_known(folder).items())
         )
     models = load_models(["demo", str(out / "fine_tuned")])
     size = {"n_tokens": arguments.tokens, "n_features": arguments.features}

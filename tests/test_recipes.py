@@ -194,13 +194,16 @@ def test_acausal_against_saes(example: Any, demo: Models, data: Any, capsys: pyt
 
 def test_fine_tuning_text_is_new_and_old(example: Any, demo: Models) -> None:
     module = example("fine_tune_demo")
-    places, capitals = module.new_facts()
-    assert not set(places.values()) & set(capitals)
-    assert all(module.capital_of(state) != city for state, city in capitals.items())
+    sentences = {" ".join(sentence) for sentence in module.new_sentences()}
+    assert "today the capital of Texas is TX ." in sentences
+    assert "today the code of the state containing Houston is Austin ." in sentences
+    assert not any("Dallas" in sentence for sentence in sentences)  # held out of everything the demo model was asked
+    assert "the capital of Texas is Austin ." in {" ".join(sentence) for sentence in module.old_sentences()}
     tokenizer = demo.first.tokenizer
-    text = tokenizer.decode(module.rows_of(tokenizer, n_rows=4, context=64, seed=0, new_share=1.0).flatten())
-    assert any(person in text for person in places)
-    assert tokenizer.unk_token not in text
+    rows_RT = module.rows_of(tokenizer, n_rows=4, context=64, seed=0, new_share=1.0)
+    assert rows_RT.shape == (4, 64)
+    assert int((rows_RT == tokenizer.encode("today", add_special_tokens=False)[0]).sum()) >= 4 * 4
+    assert not bool((rows_RT == tokenizer.unk_token_id).any())
     options = {"n_rows": 4, "context": 64, "seed": 3}
     assert torch.equal(module.rows_of(tokenizer, **options), module.rows_of(tokenizer, **options))
 
