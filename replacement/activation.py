@@ -220,12 +220,8 @@ class BatchTopK(Activation):
         assert threshold_F is not None
         if not training:
             return Selection(*torch.nonzero(pre_BF > threshold_F.clamp(min=0), as_tuple=True))
-        n_kept = self.k * len(pre_BF)
-        if not n_kept:
-            return Selection(*torch.nonzero(pre_BF > 0, as_tuple=True))
         # Equal values (of equal rows, say) are kept or left together, however the batch is split.
-        smallest = pre_BF.flatten().topk(n_kept, sorted=False).values.min()
-        return Selection(*torch.nonzero((pre_BF >= smallest) & (pre_BF > 0), as_tuple=True))
+        return Selection(*_largest_of_all(pre_BF, self.k * len(pre_BF)))
 
     def values(self, pre_S: Float[Tensor, " S"], threshold_S: Tensor | None) -> Float[Tensor, " S"]:
         """`max(h, 0)`."""
@@ -277,23 +273,47 @@ class _Jump(torch.autograd.Function):
         return grad_S * (pre_S > threshold_S), -grad_S * threshold_S / ctx.bandwidth * window_S, None
 
 
-def _largest(x_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row and their columns, `[B, k]` each, in no order.
+def _blocks(x_BF: Tensor, k: int) -> Tensor:
+    """A view `[B, C, N]` of rows as N blocks of C columns, for searches of the k largest per row.
 
-    They lie in the k blocks of columns with the largest maxima, so only those are searched. Block j of n holds the
-    columns j, j + n, j + 2n, ...: maxima are then taken over whole vectors.
+    The k largest lie in the k blocks with the largest maxima, so only those need to be searched; the size makes the
+    search among maxima and the search in blocks about equally long. Block j holds the columns j, j + N, j + 2N, ...:
+    maxima are then taken over whole vectors.
     """
     n_columns = x_BF.shape[1]
-    # With blocks of this size the two searches are about equally long.
     size = math.gcd(n_columns, 2 ** round(math.log2(max(1, n_columns / k)) / 2))
+    return x_BF.unflatten(1, (size, n_columns // size))
+
+
+def _largest(x_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row and their columns, `[B, k]` each, in no order."""
+    blocks_BCN = _blocks(x_BF, k)
+    _, size, n_blocks = blocks_BCN.shape
     if size < 4:
         return x_BF.topk(k, dim=1, sorted=False)
-    n_blocks = n_columns // size
-    blocks_BCN = x_BF.unflatten(1, (size, n_blocks))
     block_BK = blocks_BCN.amax(dim=1).topk(k, dim=1, sorted=False).indices
     found_BCK = blocks_BCN.gather(2, block_BK[:, None].expand(-1, size, -1))
     value_BK, place_BK = found_BCK.flatten(1).topk(k, dim=1, sorted=False)
     return value_BK, place_BK // k * n_blocks + block_BK.gather(1, place_BK % k)
+
+
+def _largest_of_all(x_BF: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the n largest entries, where positive, and of all that equal the smallest of them."""
+    if not n:  # no rows
+        row_S, column_S = torch.nonzero(x_BF, as_tuple=True)
+        return row_S, column_S
+    # The n-th largest maximum of a block is no larger than the n-th largest entry.
+    bound = _nth_largest(_blocks(x_BF, n // len(x_BF)).amax(dim=1).flatten(), n)
+    row_S, column_S = torch.nonzero(x_BF >= bound if bool(bound > 0) else x_BF > 0, as_tuple=True)
+    value_S = x_BF[row_S, column_S]
+    if len(value_S) <= n:
+        return row_S, column_S
+    keep_S = value_S >= _nth_largest(value_S, n)
+    return row_S[keep_S], column_S[keep_S]
+
+
+def _nth_largest(x: Tensor, n: int) -> Tensor:
+    return x.kthvalue(len(x) - n + 1).values
 
 
 def _check_k(k: int) -> None:

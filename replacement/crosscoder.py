@@ -26,8 +26,8 @@ from replacement.sites import Site
 from replacement.sparse import Block, Pattern, add_blocks, dots, with_encoder_gradient
 from replacement.weights import CrosscoderWeights
 
-# 16 MiB in float32: few enough for a shared cache, enough for a fast matrix product. Accelerators get more.
-_PRE_ACTIVATIONS_AT_ONCE = 2**22
+# Few enough for the pre-activations to stay in a cache, enough for a fast matrix product. Accelerators get more.
+_ROWS_AT_ONCE = 512
 
 
 class CrosscoderOutput(NamedTuple):
@@ -107,8 +107,8 @@ class Crosscoder(CrosscoderWeights):
         """
         reads = dict(zip(self.wiring.reads[group], self._reads(inputs, group), strict=True))
         n_rows = max(1, len(next(iter(reads.values()))))
-        at_once = _PRE_ACTIVATIONS_AT_ONCE * (1 if self.device.type == "cpu" else 16)
-        step = max(1, at_once // self.n_features) if self.activation.chooses_by_row else n_rows
+        at_once = _ROWS_AT_ONCE * (1 if self.device.type == "cpu" else 16)
+        step = at_once if self.activation.chooses_by_row else n_rows
         threshold_F = None if self.threshold is None else self.threshold[group]
         parts = []
         for begin in range(0, n_rows, step):

@@ -71,7 +71,9 @@ def weighted_rows(
 def dots(left_BD: Float[Tensor, "B D"], right_FD: Float[Tensor, "F D"], pattern: Pattern) -> Float[Tensor, " S"]:
     """`left[row[s]] . right[index[s]]` for every entry of a pattern."""
     row_S, index_S, offsets = pattern
-    if left_BD.dtype in (torch.float32, torch.float64) and left_BD.device.type in ("cpu", "cuda") and len(row_S):
+    # On a CPU the sampled product is part of MKL, which not every build of torch has (on ARM, for one).
+    has_kernel = left_BD.is_cuda or (left_BD.device.type == "cpu" and torch.backends.mkl.is_available())
+    if has_kernel and left_BD.dtype in (torch.float32, torch.float64) and len(row_S):
         _expect_sparse_tensors()
         shape = (len(left_BD), len(right_FD))
         zeros_S = left_BD.new_zeros(len(row_S))
@@ -122,7 +124,7 @@ class _AddBlocks(torch.autograd.Function):
         n, needed = len(ctx.patterns), ctx.needs_input_grad[2:]
         scales, weights = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         grad_scales = [torch.zeros_like(scale_S) if needed[i] else None for i, scale_S in enumerate(scales)]
-        grad_weights = [_Slices(w_FWD) if needed[n + i] else None for i, w_FWD in enumerate(weights)]
+        grad_weights = _slices(weights, needed[n:])
         for source, pattern in enumerate(ctx.patterns):
             blocks = [block for block in ctx.blocks if block.source == source and grads[block.target] is not None]
             if any(needed[n + block.weight] for block in blocks):
@@ -145,8 +147,8 @@ def _at_place(weight_FWD: Tensor, place: int, pattern: Pattern) -> tuple[Tensor,
 class _Slices:
     """A tensor `[F, W, D]` that is filled place by place; places never filled are zero in the end."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.whole_FWD = torch.empty_like(like, memory_format=torch.contiguous_format)
+    def __init__(self, whole_FWD: Tensor) -> None:
+        self.whole_FWD = whole_FWD
         self.filled: set[int] = set()
 
     def add(self, place: int, part_FD: Tensor) -> None:
@@ -160,6 +162,16 @@ class _Slices:
         for place in set(range(self.whole_FWD.shape[1])) - self.filled:
             self.whole_FWD[:, place] = 0
         return self.whole_FWD
+
+
+def _slices(weights: Sequence[Tensor], needed: Sequence[bool]) -> list[_Slices | None]:
+    """Room for gradients, in one piece of memory: many pieces that come and go in every step leave gaps between them."""
+    sizes = [weight.numel() if need else 0 for weight, need in zip(weights, needed, strict=True)]
+    parts = weights[0].new_empty(sum(sizes)).split(sizes)
+    return [
+        _Slices(part.view(weight.shape)) if need else None
+        for part, weight, need in zip(parts, weights, needed, strict=True)
+    ]
 
 
 def with_encoder_gradient(

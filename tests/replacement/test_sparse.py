@@ -170,6 +170,18 @@ def test_topk_of_wide_rows(n_rows: int, n_features: int, k: int, ties: bool, dat
         assert torch.equal(found, largest[largest > 0])
 
 
+@given(st.integers(0, 5), st.sampled_from([1, 7, 48, 64, 256, 1000]), st.integers(1, 9), st.booleans(), st.data())
+def test_batchtopk_of_wide_rows(n_rows: int, n_features: int, k: int, ties: bool, data: st.DataObject) -> None:
+    """The positive entries that fewer than k B others exceed."""
+    k = min(k, n_features)
+    # Rows of different size, so that one row may hold most of what is kept.
+    pre_BF = random(n_rows, n_features, seed=data.draw(st.integers(0, 99))) * torch.arange(1, n_rows + 1)[:, None]
+    pre_BF = (pre_BF.mul(2).round() if ties else pre_BF) + data.draw(st.sampled_from([-3, 0, 3]))
+    selection = BatchTopK(k).select(pre_BF, torch.zeros(1), training=True)
+    n_larger_BF = (pre_BF.flatten() > pre_BF[..., None]).sum(dim=-1)
+    assert torch.equal(torch.stack(selection, dim=1), torch.nonzero((n_larger_BF < k * n_rows) & (pre_BF > 0)))
+
+
 @pytest.mark.parametrize("activation", [ReLU(), JumpReLU(), TopK(3), BatchTopK(3)], ids=lambda a: a.name)
 @pytest.mark.parametrize("training", [False, True], ids=["", "training"])
 def test_rows_may_be_encoded_in_chunks(
@@ -180,7 +192,7 @@ def test_rows_may_be_encoded_in_chunks(
     inputs = random_inputs(wiring, n_rows=10)
     with torch.no_grad():
         whole = random_crosscoder(wiring, activation=activation).train(training).encode(inputs)
-        monkeypatch.setattr(replacement.crosscoder, "_PRE_ACTIVATIONS_AT_ONCE", 3 * 16)
+        monkeypatch.setattr(replacement.crosscoder, "_ROWS_AT_ONCE", 3)
         chunked = random_crosscoder(wiring, activation=activation).train(training).encode(inputs)
     assert len(whole) > 0
     assert torch.equal(chunked.row, whole.row)
@@ -193,3 +205,14 @@ def test_no_rows_have_no_features(random_crosscoder: Any, random_inputs: Any) ->
     outputs, features = random_crosscoder(wiring)(random_inputs(wiring, n_rows=0))
     assert len(features) == 0
     assert all(y_BD.shape == (0, 8) for y_BD in outputs.values())
+
+
+def test_dots_without_mkl_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of torch without MKL gather the rows instead."""
+    row_S, index_S = torch.tensor([0, 0, 2]), torch.tensor([1, 3, 0])
+    pattern = Pattern.of(row_S, index_S, 3)
+    left_BD, right_FD = random(3, 5, seed=0), random(4, 5, seed=1)
+    expected_S = (left_BD @ right_FD.T)[row_S, index_S]
+    torch.testing.assert_close(dots(left_BD, right_FD, pattern), expected_S)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    torch.testing.assert_close(dots(left_BD, right_FD, pattern), expected_S)
