@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from replacement import LanguageModel, checkpoint
@@ -28,11 +29,8 @@ def train_and_measure(reads: str, out: Path, n_tokens: int, lm: LanguageModel) -
     """One run in its own folder, and its row of the table."""
     config = read_config(RECIPE, overrides=[f"training.reads={reads}", f"training.n_tokens={n_tokens}"])
     folder = out / reads
-    if not (folder / "crosscoder").exists():
-        with tqdm(total=config.training.n_steps, desc=reads, unit="step") as bar:
-            run(config, folder, resume=True, progress=lambda _: bar.update())
-    import torch
-
+    with tqdm(total=config.training.n_steps, desc=reads, unit="step") as bar:
+        run(config, folder, resume=True, progress=lambda _: bar.update())  # a finished run is left as it is
     rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=HELD_OUT_ROWS, context=lm.context_length, seed=0))
     crosscoder = checkpoint.load(folder / "crosscoder")
     change = fidelity_by_reads(lm, crosscoder, rows)
@@ -52,7 +50,15 @@ def main() -> None:
     lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model")
     lm.name = "demo"
     table = {reads: train_and_measure(reads, arguments.out, arguments.tokens, lm) for reads in READS}
-    columns = ["unexplained", "kl_clean", "kl_replaced", "kl_single_layer", "loss_clean", "loss_replaced", "loss_single_layer"]
+    columns = [
+        "unexplained",
+        "kl_clean",
+        "kl_replaced",
+        "kl_single_layer",
+        "loss_clean",
+        "loss_replaced",
+        "loss_single_layer",
+    ]
     print(f"{'trained on':12}" + "".join(f"{column:>19}" for column in columns))
     for reads, row in table.items():
         print(f"{reads:12}" + "".join(f"{row[column]:19.4f}" for column in columns))

@@ -90,10 +90,15 @@ def open_tokens(config: DataConfig, lm: LanguageModel) -> TokenSource:
 
 
 def special_ids(lm: LanguageModel) -> frozenset[int]:
-    """Ids of the special and padding tokens, which no crosscoder is trained on (an unknown word is a word)."""
-    if lm.tokenizer is None:
+    """Ids of the special and padding tokens, which no crosscoder is trained on.
+
+    An unknown word is a word, unless its token has another office too (GPT-2 has one special token for everything).
+    """
+    tokenizer = lm.tokenizer
+    if tokenizer is None:
         return frozenset()
-    return frozenset(lm.tokenizer.all_special_ids) - {lm.tokenizer.unk_token_id}
+    offices = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return frozenset(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - offices)
 
 
 def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, *, seed: int) -> Crosscoder:

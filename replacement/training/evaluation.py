@@ -13,6 +13,9 @@ from replacement.fidelity import measure_fidelity
 from replacement.sites import Site
 from replacement.training.build import Models
 
+LOGITS_PER_PASS = 2**26
+"""Logits of one pass, 256 MiB in float32; several such tensors are compared at a time."""
+
 
 def evaluate(
     crosscoder: Crosscoder,
@@ -29,6 +32,7 @@ def evaluate(
         scales: of the activations the crosscoder lives in.
     """
     device = models.first.device
+    n_logits = rows_RT.shape[1] * models.first.vocabulary_size
     fidelity = measure_fidelity(
         models.first,
         crosscoder,
@@ -36,6 +40,7 @@ def evaluate(
         keep_RT=keep_RT.to(device),
         scales=scales,
         second_model=models.second,
+        rows_per_pass=max(1, min(64, LOGITS_PER_PASS // n_logits)),
     )
     sites = crosscoder.wiring.write_sites
     return {

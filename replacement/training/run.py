@@ -6,8 +6,8 @@
     OUT/crosscoder/         the result, once the run is finished
 
 The order of the data and every random choice are functions of (seed, step), so the state is the weights, the optimizer's
-moments and the number of steps. A resumed run gives the weights of one that never stopped, bit for bit, on the same device
-with the same number of threads and processes.
+moments and the number of steps. A resumed run gives the weights of one that never stopped, bit for bit, on the same CPU
+with the same number of threads and processes (GPU kernels may add in another order).
 """
 
 from __future__ import annotations
@@ -98,6 +98,10 @@ class _Run:
         crosscoder = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
         self.activation = crosscoder.activation
         self.reads = choose_reads(config.training, crosscoder, self.models)
+        if config.data.cache and not self._shuffles:
+            raise ValueError(
+                "data.cache serves training on shuffled clean activations: set training.reads='clean', or no cache"
+            )
         self.sites = sites_of(crosscoder)
         self.stream = self._open_stream(crosscoder.undecomposed_positions)
         part = local_part(crosscoder.to(device), parallel)
@@ -112,6 +116,11 @@ class _Run:
             state = self.trainer.state_tensors()
             snapshots.load(out / "snapshots", step, self._for_snapshot(state), parallel=parallel)
             self.trainer.restore(state, step)
+
+    @property
+    def _shuffles(self) -> bool:
+        """Whether steps take shuffled tokens; otherwise whole rows, to run the model on them."""
+        return self.reads == "clean" and not any(loss.needs_rows for loss in self.config.training.losses)
 
     def _read(self, tokens_RT: Tensor) -> dict[Site, Tensor]:
         with torch.no_grad():
@@ -159,7 +168,7 @@ class _Run:
     def go(self, log: MetricsLog, stop: StopRequest, progress: Callable[[Progress], None] | None) -> None:
         """Train to the end, or until asked to stop."""
         trainer, training = self.trainer, self.config.training
-        clock = _Clock(training.batch_tokens)
+        clock = _Clock(training.batch_tokens, trainer.steps_done)
         for step in self._steps(trainer.steps_done):
             report = step()
             if progress is not None:
@@ -180,7 +189,7 @@ class _Run:
         """The remaining steps, each as a function that does it."""
         trainer, training = self.trainer, self.config.training
         left = training.n_steps - done
-        if self.reads == "clean" and not any(loss.needs_rows for loss in training.losses):
+        if self._shuffles:
             for batch in itertools.islice(self.stream.batches(start=done), left):
                 yield partial(trainer.step, batch)
             return
@@ -248,16 +257,14 @@ class _Run:
 class _Clock:
     """Tokens per second since the last record, checkpoints not counted."""
 
-    def __init__(self, batch_tokens: int) -> None:
-        self._batch_tokens = batch_tokens
+    def __init__(self, batch_tokens: int, step: int) -> None:
+        self._batch_tokens, self._step = batch_tokens, step
         self._since = time.perf_counter()
-        self._step: int | None = None
 
     def tokens_per_second(self, step: int) -> float:
         """Speed of the steps since the last call."""
         now = time.perf_counter()
-        n_steps = step - self._step if self._step is not None else LOG_EVERY
-        speed = n_steps * self._batch_tokens / max(now - self._since, 1e-9)
+        speed = (step - self._step) * self._batch_tokens / max(now - self._since, 1e-9)
         self._since, self._step = now, step
         return speed
 

@@ -24,14 +24,15 @@ def open_folder(config: RunConfig, out: Path, parallel: Parallel, *, resume: boo
     resume = resume or restarted()
     path = out / SETTINGS_FILE
     settings = config.to_dict()
-    if path.exists():
+    begun = (out / "snapshots").exists() or (out / "crosscoder").exists()
+    if path.exists() and begun:
         if not resume:
             raise ValueError(f"{out} already holds a run: choose another folder, or go on with it by --resume")
         _check_same(path, settings)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not path.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is in use and holds no run: choose another folder")
     parallel.barrier()  # nobody writes before everybody has looked
-    if parallel.is_first and not path.exists():
+    if parallel.is_first and not begun:  # a run that failed before its first checkpoint is begun anew
         out.mkdir(parents=True, exist_ok=True)
         scratch = out / f".{SETTINGS_FILE}.partial"
         scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ folded into the weights at the end, and the result reads and writes the model's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,10 @@ class Statistics(NamedTuple):
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Tensors by name, for checkpoints; scales in float64."""
-        tensors = {f"scale.{site}": torch.tensor(scale, dtype=torch.float64) for site, scale in self.scales.items()}
+        tensors = {
+            f"scale.{site}": torch.tensor(scale, dtype=torch.float64, device=self.means[site].device)
+            for site, scale in self.scales.items()
+        }
         tensors |= {f"mean.{site}": mean_D for site, mean_D in self.means.items()}
         return tensors | {f"variance.{site}": variance for site, variance in self.variances.items()}
 
@@ -96,8 +99,22 @@ def scaled(crosscoder: Crosscoder, batch: Batch, statistics: Statistics) -> dict
         ValueError: a site is missing.
     """
     check_sites(crosscoder, batch)
+    reads, writes = crosscoder.wiring.read_sites, crosscoder.wiring.write_sites
+    only_written = [site for site in writes if site not in reads]
+    return scale_sites(crosscoder, batch, statistics, reads) | scale_sites(crosscoder, batch, statistics, only_written)
+
+
+def scale_sites(
+    crosscoder: Crosscoder, batch: Batch, statistics: Statistics, sites: Sequence[Site]
+) -> dict[Site, Tensor]:
+    """Some sites of a batch, scaled, in one piece of memory: large pieces go back to the system when they are dropped,
+    many small ones leave gaps."""
+    shapes = [batch[site].shape for site in sites]
+    piece = torch.empty(sum(map(math.prod, shapes)), dtype=crosscoder.dtype, device=crosscoder.device)
+    parts = piece.split([math.prod(shape) for shape in shapes])
     return {
-        site: batch[site].to(crosscoder.device, crosscoder.dtype) * scale for site, scale in statistics.scales.items()
+        site: torch.mul(batch[site].to(piece), statistics.scales[site], out=part.view(shape))
+        for site, part, shape in zip(sites, parts, shapes, strict=True)
     }
 
 

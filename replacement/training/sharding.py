@@ -150,10 +150,12 @@ class _ShardedBatchTopK(BatchTopK):
             return super().select(pre_BF, threshold_F, training=False, group=group)
         parallel = self.parallel
         # A process may own all of the largest: each one offers as many as are kept in all.
-        n_kept = self.k * len(pre_BF) * parallel.n_data
-        offered_N = pre_BF.flatten().topk(min(n_kept, pre_BF.numel())).values
+        n_kept = self.k * sum(parallel.counts_over_data(len(pre_BF)))
+        offered_N = pre_BF.new_full((n_kept,), -torch.inf)  # of one size everywhere, however the rows are shared
+        largest = pre_BF.flatten().topk(min(n_kept, pre_BF.numel())).values
+        offered_N[: len(largest)] = largest
         every = parallel.gather(parallel.gather(offered_N, FEATURES), DATA).flatten()
-        smallest = every.topk(min(n_kept, len(every))).values[-1]
+        smallest = every.topk(n_kept).values[-1]
         keep_BF = (pre_BF >= smallest) & (pre_BF > 0)
         return Selection(*torch.nonzero(keep_BF, as_tuple=True))
 

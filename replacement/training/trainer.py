@@ -22,7 +22,7 @@ from replacement.sites import Site
 from replacement.training.config import TrainingConfig
 from replacement.training.losses import StepState, reconstruction_losses
 from replacement.training.parallel import SINGLE, Parallel
-from replacement.training.scaling import Batch, Statistics, fold, measure, scaled, sites_of, start
+from replacement.training.scaling import Batch, Statistics, fold, measure, scale_sites, scaled, sites_of, start
 
 SCALE_BATCHES = 4
 """First batches that measure the scale, mean and variance of every site; they are trained on as well."""
@@ -89,7 +89,6 @@ class Trainer:
         self.crosscoder, self.config, self.statistics = crosscoder.train(), config, statistics
         self.parallel, self.language_model = parallel, language_model
         self.steps_done = 0
-        self.gradient_norm = 0.0
         self._peak = config.peak_learning_rate(crosscoder.n_features * parallel.n_feature_shards)
         on_cpu_or_cuda = crosscoder.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(crosscoder.parameters(), lr=self._peak, fused=on_cpu_or_cuda)
@@ -111,15 +110,17 @@ class Trainer:
         Raises:
             ValueError: a site is missing, or the loss is not finite.
         """
-        state, losses = self._forward(batch, rows, inputs)
-        values = self._values(losses)
-        total = sum(values.values())
-        if not math.isfinite(total):
+        # Targets and reconstructions are let go before the gradients are made: that is when memory peaks.
+        loss, progress = self._loss(batch, rows, inputs)
+        if not math.isfinite(progress.loss):
             raise ValueError(
-                f"the loss is {total} at step {self.steps_done}: lower the learning rate or check the activations"
+                f"the loss is {progress.loss} at step {self.steps_done}: lower the learning rate or check the activations"
             )
-        self._update(torch.stack(list(losses.values())).sum())
-        return self._report(state, values)
+        return progress._replace(gradient_norm=self._update(loss))
+
+    def _loss(self, batch: Batch, rows: RowsRead | None, inputs: Batch | None) -> tuple[Tensor, Progress]:
+        state, losses = self._forward(batch, rows, inputs)
+        return torch.stack(list(losses.values())).sum(), self._report(state, self._values(losses))
 
     def _values(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """Each term over all processes; a sum over features has a part in every process that shares them."""
@@ -136,7 +137,11 @@ class Trainer:
     ) -> tuple[StepState, dict[str, Tensor]]:
         crosscoder, config = self.crosscoder, self.config
         whole = scaled(crosscoder, batch, self.statistics)
-        reads = whole if inputs is None else whole | _scaled_reads(crosscoder, inputs, self.statistics)
+        reads = (
+            whole
+            if inputs is None
+            else whole | scale_sites(crosscoder, inputs, self.statistics, crosscoder.wiring.read_sites)
+        )
         n_rows = len(next(iter(whole.values())))
         counts = self.parallel.counts_over_data(n_rows)
         reconstructions, features = self._reconstruct(reads, n_rows)
@@ -180,17 +185,20 @@ class Trainer:
         """Adam step size at a step, from 0."""
         return self._peak * self.config.learning_rate_factor(step)
 
-    def _update(self, loss: Tensor) -> None:
+    def _update(self, loss: Tensor) -> float:
+        """Take the step; the norm of the gradient before clipping."""
         for settings in self.optimizer.param_groups:
             settings["lr"] = self.learning_rate_at(self.steps_done)
-        self.optimizer.zero_grad()
         loss.backward()
         self.parallel.sum_gradients(self.crosscoder.parameters())
-        self.gradient_norm = float(
-            self.parallel.clip_gradients(self._sharded, self._replicated, self.config.gradient_clip)
-        )
+        norm = self.parallel.clip_gradients(self._sharded, self._replicated, self.config.gradient_clip)
         self.optimizer.step()
+        if self.crosscoder.activation.learns_threshold and self.crosscoder.threshold is not None:
+            # Below 0 a feature would fire with negative activations, and penalties would pay for it.
+            self.crosscoder.threshold.data.clamp_(min=0)
+        self.optimizer.zero_grad()  # now, so that no gradients lie about during the next forward pass
         self.steps_done += 1
+        return float(norm)
 
     def _report(self, state: StepState, values: dict[str, float]) -> Progress:
         features, parallel = state.features, self.parallel
@@ -199,7 +207,7 @@ class Trainer:
         l0_by_group = [count / state.n_rows for count in counts_G.tolist()]
         by_site = {site: values.pop(str(site)) for site in state.reconstructions}
         return Progress(
-            step=self.steps_done,
+            step=self.steps_done + 1,
             loss=sum(by_site.values()) + sum(values.values()),
             unexplained=sum(by_site.values()) / len(by_site),
             l0=sum(l0_by_group),
@@ -207,7 +215,7 @@ class Trainer:
             unexplained_by_site=by_site,
             l0_by_group=l0_by_group,
             terms=values,
-            gradient_norm=self.gradient_norm,
+            gradient_norm=math.nan,  # not known before the step is taken
         )
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -271,13 +279,6 @@ def train(
     if trainer.steps_done < config.n_steps:
         raise ValueError(f"the batches ran out after {trainer.steps_done} of {config.n_steps} steps")
     return trainer.finished()
-
-
-def _scaled_reads(crosscoder: Crosscoder, inputs: Batch, statistics: Statistics) -> dict[Site, Tensor]:
-    return {
-        site: inputs[site].to(crosscoder.device, crosscoder.dtype) * statistics.scales[site]
-        for site in crosscoder.wiring.read_sites
-    }
 
 
 def _count_silence(silent_GF: Tensor, features: Features, n_rows: int) -> Tensor:

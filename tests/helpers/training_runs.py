@@ -1,6 +1,6 @@
 """Training runs in processes of their own, to be killed, resumed, and spread over two processes.
 
-    python training_runs.py SETTINGS.json       # {"runs": [{"config": {...}, "out": ..., "stop_at": ..., ...}]}
+python training_runs.py SETTINGS.json       # {"runs": [{"config": {...}, "out": ..., "stop_at": ..., ...}]}
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ def write_tokens(path: Path, *, n_rows: int = 200, context: int = 16, vocabulary
     """Random token rows that start with the beginning-of-sequence token of the tiny models."""
     rows_RT = np.random.default_rng(0).integers(3, vocabulary, (n_rows, context), dtype=np.int64)
     rows_RT[:, 0] = 1
+    rows_RT[::3, 5] = 1  # a separator, left out: rows, and so processes, keep different numbers of tokens
     np.save(path, rows_RT)
     return path
 
 
-def command(
-    runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1, max_restarts: int = 0
-) -> list[str]:
+def command(runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1, max_restarts: int = 0) -> list[str]:
     """Command line that does these runs one after the other."""
     path = folder / f"runs-{len(list(folder.glob('runs-*.json')))}.json"
     path.write_text(json.dumps(runs), encoding="utf-8")

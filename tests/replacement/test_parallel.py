@@ -18,7 +18,7 @@ CROSSCODERS: dict[str, dict[str, Any]] = {
     "topk": {"crosscoder": {"activation": {"name": "topk", "k": [6, 4, 4]}}, "training": {"reads": "subset"}},
     "batchtopk, tied": {
         "crosscoder": {"activation": {"name": "batchtopk", "k": 4}, "tied": True},
-        "training": {"reads": "clean"},
+        "training": {"reads": "subset"},
     },
     "jumprelu, skip": {
         "crosscoder": {"activation": {"name": "jumprelu"}, "skip": True, "read": "mlp_in"},
@@ -48,12 +48,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str
     double.append(half | {"out": str(root / "two, then one"), "feature_shards": 2})
     training_runs.execute(single, root)
     training_runs.execute(double, root, n_processes=2)
-    training_runs.execute(
-        [{"config": half["config"], "out": str(root / "restarted"), "die_at": 13}], root, n_processes=2, max_restarts=1
-    )
+    dying = {"config": half["config"], "out": str(root / "killed"), "die_at": 13}
+    with pytest.raises(AssertionError):
+        training_runs.execute([dying], root, n_processes=2)
     go_on = {"config": half["config"], "resume": True}
     training_runs.execute([go_on | {"out": str(root / "two, then one")}], root)
-    training_runs.execute([go_on | {"out": str(root / "one, then two"), "feature_shards": 2}], root, n_processes=2)
+    two = [go_on | {"out": str(root / "one, then two"), "feature_shards": 2}, go_on | {"out": str(root / "killed")}]
+    training_runs.execute(two, root, n_processes=2)
     return root
 
 
@@ -84,7 +85,7 @@ def test_what_two_processes_save_is_one_crosscoder(folder: Path, name: str, mode
         assert float(error) < 0.02, key  # single steps agree to rounding; Adam divides by small numbers
 
 
-@pytest.mark.parametrize("name", ["one, then two", "two, then one", "restarted"])
+@pytest.mark.parametrize("name", ["one, then two", "two, then one", "killed"])
 def test_a_run_goes_on_with_other_processes(folder: Path, name: str) -> None:
     assert losses(folder / name) == pytest.approx(losses(folder / "whole"), rel=1e-4)
 

@@ -169,6 +169,25 @@ def test_models_that_cannot_be_compared_are_refused(model_folder: Callable[[str]
         build_crosscoder(CrosscoderConfig(), two, torch.ones(2, 4, dtype=torch.int64), seed=0)
 
 
+def test_one_special_token_for_everything_is_special(model_folder: Callable[[str], Path]) -> None:
+    """As GPT-2's, whose unknown token begins and ends texts as well."""
+    lm = load_models(str(model_folder("gpt2"))).first
+    lm.tokenizer.eos_token = "w1"
+    assert special_ids(lm) == {1, 2}, "w0 is the unknown word"
+    lm.tokenizer.bos_token = lm.tokenizer.eos_token = lm.tokenizer.unk_token
+    assert 0 in special_ids(lm)
+
+
+def test_a_mistake_does_not_take_the_folder(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    tokens = training_runs.write_tokens(tmp_path / "tokens.npy")
+    value = training_runs.settings(model_folder("gpt2"), tokens, n_steps=2)
+    wrong = value | {"data": value["data"] | {"source": str(tmp_path / "missing.npy")}}
+    with pytest.raises(ValueError, match="missing"):
+        run(run_config(wrong), tmp_path / "run")
+    run(run_config(value), tmp_path / "run")
+    assert (tmp_path / "run" / "crosscoder").is_dir()
+
+
 def test_every_family_is_built_by_name(model_folder: Callable[[str], Path]) -> None:
     shape = load_models(str(model_folder("gpt2"))).first.shape
     expected = {
@@ -271,6 +290,9 @@ def test_the_cache_gives_the_same_training(model_folder: Callable[[str], Path], 
     """In bfloat16, so up to its rounding; the second run finds it built."""
     tokens = training_runs.write_tokens(tmp_path / "tokens.npy")
     value = training_runs.settings(model_folder("gpt2"), tokens, n_steps=20)
+    with pytest.raises(ValueError, match=r"data\.cache serves training on shuffled clean activations"):
+        run(run_config(value | {"data": value["data"] | {"cache": str(tmp_path / "cache")}}), tmp_path / "refused")
+    value["training"]["reads"] = "clean"
     cached = value | {"data": value["data"] | {"cache": str(tmp_path / "cache")}}
     losses = []
     for name, settings in (("direct", value), ("built", cached), ("found", cached)):

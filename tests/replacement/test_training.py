@@ -136,6 +136,17 @@ def test_training_is_reproducible_bit_for_bit() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_jumprelu_thresholds_stay_above_zero() -> None:
+    """A strong pull of the straight-through estimate; below 0, activations would be negative."""
+    crosscoder = clt(JumpReLU())
+    config = settings(200, learning_rate=8e-3, losses=[Tanh(3e-3), PreActivation(1e-2)])
+    trained = train(crosscoder, sparse_batches(200), config)
+    assert trained.threshold is not None
+    assert float(trained.threshold.detach().min()) == 0.0
+    (batch,) = sparse_batches(1)
+    assert float(trained.encode(batch).activation.detach().min()) > 0
+
+
 def test_autocast_chooses_in_bfloat16_and_computes_in_float32() -> None:
     """The choice may differ in near ties; every value is that of float32."""
     crosscoder = clt(TopK(3))
