@@ -21,6 +21,7 @@ STYLE = {
     "xtick.color": "#444444",
     "ytick.color": "#444444",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.8,
     "figure.facecolor": "white",
