@@ -41,7 +41,7 @@ def write_tokens(path: Path, *, n_rows: int = 200, context: int = 16, vocabulary
     return path
 
 
-def command(runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1, max_restarts: int = 0) -> list[str]:
+def command(runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1) -> list[str]:
     """Command line that does these runs one after the other."""
     path = folder / f"runs-{len(list(folder.glob('runs-*.json')))}.json"
     path.write_text(json.dumps(runs), encoding="utf-8")
@@ -49,15 +49,13 @@ def command(runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1, m
     if n_processes == 1:
         return [sys.executable, *script]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
-    return [*launcher, f"--max-restarts={max_restarts}", *script]
+    return [*launcher, *script]
 
 
-def execute(
-    runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1, max_restarts: int = 0, timeout: int = 400
-) -> None:
+def execute(runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1, timeout: int = 400) -> None:
     """Do the runs and fail with their output if they fail."""
     done = subprocess.run(
-        command(runs, folder, n_processes=n_processes, max_restarts=max_restarts),
+        command(runs, folder, n_processes=n_processes),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -68,7 +66,7 @@ def execute(
 
 def main() -> None:
     """Do the runs of a file; `stop_at` asks a run to stop after a step, as a scheduler would; `die_at` kills the last
-    process after a step, once."""
+    process after a step."""
     from replacement.training.run import Interrupted, run
     from replacement.training.run_config import run_config
 
@@ -79,7 +77,7 @@ def main() -> None:
             if progress.step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             is_last = int(os.environ.get("RANK", "0")) + 1 == int(os.environ.get("WORLD_SIZE", "1"))
-            if progress.step == die_at and is_last and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            if progress.step == die_at and is_last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         try:

@@ -110,6 +110,19 @@ def test_folders_in_use_and_other_settings_are_refused(
         run(run_config(value), tmp_path / "other")
 
 
+def test_processes_started_again_by_torchrun_resume(
+    tokens: Path, model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is there to say --resume after an elastic restart."""
+    config = run_config(training_runs.settings(model_folder("gpt2"), tokens, n_steps=10))
+    run(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "run", progress=stop_after(6))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(config, tmp_path / "run")
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
 def test_a_damaged_checkpoint_is_named(tokens: Path, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     config = run_config(training_runs.settings(model_folder("gpt2"), tokens, n_steps=10))
     with pytest.raises(Interrupted):
