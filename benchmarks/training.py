@@ -13,13 +13,15 @@ machine hurts all of them alike; medians are printed. Peak memory is the kernel'
 it was after the imports: weights, gradients, optimizer state and the batch are in it. The batch is 4,096 tokens, the
 default of both trainers.
 
-The prediction counts flops at the rate of the encoder's product, measured in the same turns, and bytes at 50 GB/s.
+The prediction counts flops at the rate of the encoder's product, measured in the same turns, and bytes at 50 GB/s; the columns
+Gflop/s and GB/s are those flops and bytes over the measured time. Time and memory are given in multiples of the sparse step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -33,6 +35,7 @@ from training_steps import CASES, Case
 STEPS = Path(__file__).parent / "training_steps.py"
 BYTES_PER_SECOND = 50e9
 FLOAT = 4
+COLUMNS = ("tokens/s", "step", "predicted", "Gflop/s", "GB/s", "peak memory", "time", "memory")
 
 
 class Worker:
@@ -104,43 +107,43 @@ def take_turns(workers: list[Worker], steps: int) -> dict[str, dict[str, list[fl
     return found
 
 
+def against_prediction(cost: tuple[float, float] | None, seconds: float, rate: float) -> list[str]:
+    """Columns: the predicted time, and the flops and bytes of the prediction per second of the measured time."""
+    if cost is None:
+        return ["-", "-", "-"]
+    flops, moved = cost
+    prediction = flops / rate + moved / BYTES_PER_SECOND
+    return [f"{prediction * 1e3:,.0f} ms", f"{flops / seconds / 1e9:.0f}", f"{moved / seconds / 1e9:.1f}"]
+
+
 def compare(case: Case, pythons: dict[str, str], steps: int, threads: int) -> None:
     """Run and print one comparison."""
     workers = [Worker(python, name, case, threads) for name, python in pythons.items()]
     found = take_turns(workers, steps)
     for worker in workers:
         worker.close()
-    rate = statistics.median(found.pop("matmul")["rate"])
-    kept = ", ".join(map(str, sorted(set(case.k), reverse=True)))
-    print(
-        f"\n{case.name}: L={len(case.k)}, D={case.width}, F={case.n_features}, TopK k={kept}, {case.batch} tokens per step"
-    )
-    print(f"  encoder product alone: {rate / 1e9:.0f} Gflop/s")
-    print(
-        f"  {'':<15}{'tokens/s':>10}{'step':>11}{'predicted':>11}{'Gflop/s':>9}{'GB/s':>7}{'peak':>12}{'speed':>8}{'memory':>8}"
-    )
-    base = found["sparse"]
+    rate, base = statistics.median(found.pop("matmul")["rate"]), found["sparse"]
+    shape = f"L={len(case.k)}, D={case.width}, F={case.n_features}, k={max(case.k)}"
+    print(f"\n{case.name}: {shape}, {case.batch} tokens per step, {steps} steps each")
+    print(f"  the encoder's product alone runs at {rate / 1e9:.0f} Gflop/s")
+    print(f"  {'':<15}" + "".join(f"{title:>12}" for title in COLUMNS))
     for name, values in found.items():
         seconds, peak = statistics.median(values["seconds"]), max(values["peak"])
-        cost = predicted(case).get(name)
-        by_cost = ("-", "-", "-")
-        if cost is not None:
-            prediction = cost[0] / rate + cost[1] / BYTES_PER_SECOND
-            by_cost = (
-                f"{prediction * 1e3:,.0f} ms",
-                f"{cost[0] / seconds / 1e9:.0f}",
-                f"{cost[1] / seconds / 1e9:.0f}",
-            )
-        speed = statistics.median(b / a for a, b in zip(base["seconds"], values["seconds"], strict=True))
-        print(
-            f"  {name:<15}{case.batch / seconds:>10,.0f}{seconds * 1e3:>8,.0f} ms{by_cost[0]:>11}{by_cost[1]:>9}{by_cost[2]:>7}"
-            f"{peak / 2**20:>8,.0f} MiB{'1/' + format(speed, '.2f'):>8}{peak / max(base['peak']):>7.2f}x"
-        )
-    if "dense" in found:
-        differences = [abs(found["dense"][q][0] / base[q][0] - 1) for q in ("loss", "gradient_norm")]
-        print(
-            f"  first step, dense over sparse: loss {differences[0]:.1e} apart, gradient norm {differences[1]:.1e} apart"
-        )
+        times = statistics.median(a / b for a, b in zip(values["seconds"], base["seconds"], strict=True))
+        columns = [f"{case.batch / seconds:,.0f}", f"{seconds * 1e3:,.0f} ms"]
+        columns += against_prediction(predicted(case).get(name), seconds, rate)
+        columns += [f"{peak / 2**20:,.0f} MiB", f"{times:.2f}x", f"{peak / max(base['peak']):.2f}x"]
+        print(f"  {name:<15}" + "".join(f"{column:>12}" for column in columns))
+    loss, norm = (abs(found["dense"][q][0] / base[q][0] - 1) for q in ("loss", "gradient_norm"))
+    print(f"  first step, dense against sparse: loss {loss:.0e} and gradient norm {norm:.0e} apart")
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    rows = info.read_text().splitlines() if info.exists() else []
+    names = [row.split(":")[1].strip() for row in rows if row.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -152,10 +155,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--saelens-python", help="python of an environment with sae-lens")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {options.threads} threads, float32, {platform.machine()}")
+    print(f"torch {torch.__version__}, {options.threads} threads, float32; {processor()}, {os.cpu_count()} cores")
     for name in options.only or ["clt", "sae"]:
         case = CASES[name]._replace(batch=options.batch or CASES[name].batch)
         pythons = {"matmul": sys.executable, "sparse": sys.executable, "dense": sys.executable}
+        if name == "clt":
+            pythons["einsum"] = sys.executable
         if name == "sae" and options.saelens_python:
             pythons |= dict.fromkeys(("saelens", "saelens-sparse"), options.saelens_python)
         elif name == "sae":

@@ -13,6 +13,7 @@ SAELens is imported only where it is asked for, and then nothing of this project
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import sys
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Step = Callable[[], dict[str, float]]
 
@@ -73,18 +75,19 @@ def sparse(case: Case) -> Step:
     return step
 
 
-def dense(case: Case) -> Step:
+def dense(case: Case, *, einsum: bool = False) -> Step:
     """The same crosscoder, loss and optimizer on dense activations.
 
-    Decoders are separate contiguous `[F, D]` matrices and sums run inside `addmm`, which is the fastest and smallest of the
-    dense ways: an einsum over stacked groups copies all activations first.
+    Pre-activations are let go layer by layer, decoders are separate contiguous `[F, D]` matrices and sums run inside `addmm`:
+    the fastest and smallest of the dense ways. With `einsum` groups are stacked, and a written site is one
+    `einsum("gbf,gfd->bd")` over those that write it, as research code has it.
     """
     from replacement.training.scaling import measure, start
 
     crosscoder, batch = _crosscoder(case)
     statistics = measure(crosscoder, [batch])
     start(crosscoder, statistics)
-    wiring, k = crosscoder.wiring, case.k
+    wiring = crosscoder.wiring
 
     def own(x: Tensor) -> torch.nn.Parameter:
         return torch.nn.Parameter(x.detach().clone(memory_format=torch.contiguous_format))
@@ -93,33 +96,41 @@ def dense(case: Case) -> Step:
     encoder_biases = [own(bias_F) for bias_F in crosscoder.b_enc]
     decoders = {(group, s): own(crosscoder.decoder(group, s)) for group, to in enumerate(wiring.writes) for s in to}
     biases = {site: own(crosscoder.decoder_bias(site)) for site in wiring.write_sites}
+    stacked = {}
+    if einsum:
+        stacked = {s: own(torch.stack([decoders.pop((g, s)) for g in wiring.writers(s)])) for s in wiring.write_sites}
     del crosscoder
-    parameters = [*encoders, *encoder_biases, *decoders.values(), *biases.values()]
+    parameters = [*encoders, *encoder_biases, *decoders.values(), *stacked.values(), *biases.values()]
     optimizer = torch.optim.Adam(parameters, fused=True)
 
-    def step() -> dict[str, float]:
-        x = scaled_batch()
+    def forward() -> Tensor:
+        x = {site: batch[site] * scale for site, scale in statistics.scales.items()}
         acts = []
         for group, reads in enumerate(wiring.reads):
-            pre_BF = torch.nn.functional.linear(x[reads[0]], encoders[group], encoder_biases[group])
-            value_BK, index_BK = pre_BF.topk(k[group], dim=1, sorted=False)
+            pre_BF = functional.linear(x[reads[0]], encoders[group], encoder_biases[group])
+            value_BK, index_BK = pre_BF.topk(case.k[group], dim=1, sorted=False)
             acts.append(torch.zeros_like(pre_BF).scatter(1, index_BK, value_BK.relu()))
         losses = []
+        acts_GBF = torch.stack(acts) if einsum else None
         for site in wiring.write_sites:
             y_BD = biases[site].expand(case.batch, -1)
-            for group in wiring.writers(site):
+            if acts_GBF is not None:
+                writers = wiring.writers(site)
+                y_BD = y_BD + torch.einsum("gbf,gfd->bd", acts_GBF[: len(writers)], stacked[site])
+            for group in () if einsum else wiring.writers(site):
                 y_BD = torch.addmm(y_BD, acts[group], decoders[group, site])
-            losses.append((x[site] - y_BD).square().sum() / (case.batch * statistics.variances[site]))
-        del acts
-        loss = torch.stack(losses).sum()
-        optimizer.zero_grad()
+            losses.append(
+                functional.mse_loss(y_BD, x[site], reduction="sum") / (case.batch * statistics.variances[site])
+            )
+        return torch.stack(losses).sum()
+
+    def step() -> dict[str, float]:
+        loss = forward()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         return {"loss": float(loss.detach()), "gradient_norm": float(norm)}
-
-    def scaled_batch() -> dict:
-        return {site: batch[site] * scale for site, scale in statistics.scales.items()}
 
     return step
 
@@ -192,7 +203,7 @@ def main() -> None:
     name, case_name, batch, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     case = CASES[case_name]._replace(batch=int(batch))
-    if name in ("sparse", "dense"):
+    if name in ("sparse", "dense", "einsum"):
         import replacement.training  # noqa: F401 - imports are not part of a step's memory
     elif name.startswith("saelens"):
         import sae_lens.training.sae_trainer  # noqa: F401
@@ -200,6 +211,7 @@ def main() -> None:
     implementations: dict[str, Callable[[Case], Step]] = {
         "sparse": sparse,
         "dense": dense,
+        "einsum": functools.partial(dense, einsum=True),
         "saelens": saelens,
         "saelens-sparse": lambda case: saelens(case, sparse_activations=True),
         "matmul": matmul,
