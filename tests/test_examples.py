@@ -28,8 +28,8 @@ def test_the_demo_is_rebuilt_the_same_twice(scripts: tuple[Any, Any], tmp_path: 
     small = [
         "crosscoder.n_features=32",
         'crosscoder.activation={name="topk", k=[4, 2]}',
-        "training.n_tokens=1536",
-        "training.batch_tokens=256",
+        "training.n_tokens=3072",
+        "training.batch_tokens=512",
         "data.buffer_tokens=1024",
     ]
     for name in ("first", "second"):
