@@ -73,7 +73,8 @@ class TrainingConfig:
     """
 
     n_tokens: int
-    """Tokens trained on, padding and special tokens not counted."""
+    """Tokens trained on. Padding and special tokens are not counted among shuffled tokens; they are where whole rows are read
+    (`reads` other than `clean`, or a loss that needs whole rows), although no crosscoder is trained on them."""
     batch_tokens: int = 4096
     """Tokens per optimizer step, over all processes; where whole rows are read, left-out tokens of theirs included."""
     learning_rate: float | None = None
@@ -110,6 +111,10 @@ class TrainingConfig:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.reads is not None and self.reads not in READS:
             raise ValueError(f"reads must be one of {', '.join(READS)}, got {self.reads!r}")
+        names = [loss.name for loss in self.losses]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"losses names {twice[0]} {names.count(twice[0])} times: expected each loss at most once")
         if self.n_tokens < self.batch_tokens:
             raise ValueError(f"n_tokens={self.n_tokens} is less than one batch of {self.batch_tokens}")
 

@@ -37,7 +37,6 @@ class JacobianMatching(Loss):
     """
 
     name: ClassVar[str] = "jacobian"
-    needs_model: ClassVar[bool] = True
 
     maps: Mapping[tuple[Site, Site], OriginalMap] | None = field(default=None, compare=False, repr=False)
     """Original maps by (read, written) site, in place of the language model's; not part of a configuration file."""

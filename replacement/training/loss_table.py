@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from typing import Any
 
 from replacement.training.jacobian import JacobianMatching
 from replacement.training.losses import Auxiliary, L1OfNorms, L2OfNorms, Loss, PreActivation, Tanh
 from replacement.training.output_kl import OutputKL
+from replacement.training.tables import from_table
 
 _KINDS: tuple[type[Loss], ...] = (L1OfNorms, L2OfNorms, Tanh, PreActivation, Auxiliary, JacobianMatching, OutputKL)
 LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in _KINDS}
@@ -22,15 +22,6 @@ def loss_from_dict(value: Mapping[str, Any]) -> Loss:
     Tanh(coefficient=0.001, c=4.0)
 
     Raises:
-        ValueError: unknown name, a parameter the loss does not have, or one it needs.
+        ValueError: unknown name, a parameter the loss does not have or one it needs, or a value of another type.
     """
-    parameters = dict(value)
-    name = parameters.pop("name", None)
-    if name not in LOSSES:
-        raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(LOSSES)}")
-    known = {f.name: f for f in fields(LOSSES[name])}
-    needed = [key for key, f in known.items() if f.default is MISSING]
-    if set(parameters) - set(known) or set(needed) - set(parameters):
-        needs = f", needs {needed}" if needed else ""
-        raise ValueError(f"the loss {name} has the parameters {list(known)}{needs}; got {sorted(parameters)}")
-    return LOSSES[name](**parameters)
+    return from_table(value, LOSSES, what="loss", setting="training.losses")

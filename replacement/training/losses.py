@@ -81,8 +81,6 @@ class Loss(ABC):
     """Name in configuration files and metrics."""
     ramps: ClassVar[bool] = False
     """Whether its weight rises over the sparsity warm-up."""
-    needs_model: ClassVar[bool] = False
-    """Whether it needs the language model."""
     needs_rows: ClassVar[bool] = False
     """Whether it needs the language model and whole rows of tokens."""
     sums_over_features: ClassVar[bool] = False

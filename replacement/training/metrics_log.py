@@ -23,7 +23,7 @@ class MetricsLog:
         silent: write nothing, as in all processes of a run but the first.
 
     Raises:
-        ValueError: an unknown logger, or one whose package is not installed.
+        ValueError: an unknown logger, one whose package is not installed, or Weights & Biases without a login.
     """
 
     def __init__(
@@ -137,5 +137,12 @@ def _open_logger(name: str, folder: Path, config: dict[str, Any]) -> Callable[[i
         import wandb
     except ImportError as error:
         raise ValueError(f"the logger {name} needs a package that is not installed: pip install {name}") from error
-    run = wandb.init(dir=str(folder), config=config, resume="allow")
+    try:
+        run = wandb.init(dir=str(folder), config=config, resume="allow")
+    except wandb.Error as error:  # no login, no route to the server
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"Weights & Biases does not start: {reason} (`wandb login` or WANDB_API_KEY logs in, WANDB_MODE=offline "
+            "needs no login)"
+        ) from error
     return lambda step, values: run.log(values, step=step)

@@ -27,18 +27,20 @@ def choose_reads(config: TrainingConfig, crosscoder: Crosscoder, models: Models)
     other crosscoders that write what they read stand alone, and read clean activations.
 
     Raises:
-        ValueError: the settings ask for a splice, but the wiring cannot be spliced into one model.
+        ValueError: the settings ask for a splice (by `reads` or by a loss that needs whole rows), but the wiring cannot be
+            spliced into one model.
     """
     wiring = crosscoder.wiring
     can_splice = models.only is not None and "replaced" in possible_reads(wiring)
-    if config.reads is None:
+    reads = config.reads
+    if reads is None:
         stands_alone = bool(set(wiring.read_sites) & set(wiring.write_sites)) or wiring.n_groups == 1
-        return "subset" if can_splice and not stands_alone else "clean"
-    needs_rows = any(loss.needs_rows for loss in config.losses)
-    if (config.reads != "clean" or needs_rows) and not can_splice:
-        what = f"reads={config.reads!r}" if config.reads != "clean" else "this loss"
+        reads = "subset" if can_splice and not stands_alone else "clean"
+    needs_rows = [loss.name for loss in config.losses if loss.needs_rows]
+    if (reads != "clean" or needs_rows) and not can_splice:
+        what = f"reads={reads!r}" if reads != "clean" else f"the loss {needs_rows[0]}"
         raise ValueError(f"{what} needs a causal crosscoder of one model, not one with the wiring {wiring.name}")
-    return config.reads
+    return reads
 
 
 def replaced_sites(crosscoder: Crosscoder, reads: str, *, seed: int, step: int) -> tuple[Site, ...]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import dacite
 
-from replacement.activation import Activation, activation_from_dict
+from replacement.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from replacement.training.config import CrosscoderConfig, DataConfig, TrainingConfig
-from replacement.training.loss_table import loss_from_dict
+from replacement.training.loss_table import LOSSES
 from replacement.training.losses import Loss
+from replacement.training.tables import NUMBER_HOOKS, from_table
+
+_ACTIVATION_KINDS: tuple[type[Activation], ...] = (TopK, BatchTopK, JumpReLU, ReLU)
+ACTIVATIONS: dict[str, type[Activation]] = {kind.name: kind for kind in _ACTIVATION_KINDS}
+"""Every activation function, by name."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,11 +75,7 @@ def run_config(value: Mapping[str, Any]) -> RunConfig:
     Raises:
         ValueError: a key is unknown or missing, or a value has another type or is out of range.
     """
-    hooks: dict[type[Any], Callable[[Any], Any]] = {
-        Activation: activation_from_dict,
-        Loss: loss_from_dict,
-        float: _as_float,
-    }
+    hooks = {Activation: _as_activation, list[Loss]: _as_losses, list[int]: _as_list, **NUMBER_HOOKS}
     try:
         return dacite.from_dict(RunConfig, dict(value), dacite.Config(type_hooks=hooks, strict=True))
     except dacite.UnexpectedDataError as error:
@@ -98,9 +99,22 @@ def setting_names() -> list[str]:
 _SECTIONS: dict[str, Any] = {"data": DataConfig, "crosscoder": CrosscoderConfig, "training": TrainingConfig}
 
 
-def _as_float(value: Any) -> Any:
-    """TOML writes 1 for a float of value 1."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def _as_activation(value: Any) -> Activation:
+    return from_table(value, ACTIVATIONS, what="activation", setting="crosscoder.activation")
+
+
+def _as_losses(value: Any) -> list[Loss]:
+    if not isinstance(value, list):
+        example = '[{ name = "l1", coefficient = 1e-3 }]'
+        raise ValueError(f"training.losses must be a list of tables such as {example}, got {value!r}")
+    return [from_table(entry, LOSSES, what="loss", setting="training.losses") for entry in value]
+
+
+def _as_list(value: Any) -> Any:
+    """Dacite would go through the letters of a text."""
+    if not isinstance(value, list):
+        raise dacite.WrongTypeError(field_type=list[int], value=value)
+    return value
 
 
 def _override(value: dict[str, Any], override: str) -> None:

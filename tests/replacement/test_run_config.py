@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replacement import checkpoint
-from replacement.activation import BatchTopK, JumpReLU, TopK
+from replacement.activation import Activation, BatchTopK, JumpReLU, TopK
 from replacement.cli import main
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens, special_ids
 from replacement.training.config import CrosscoderConfig, DataConfig, TrainingConfig
@@ -25,7 +27,7 @@ from replacement.training.metrics_log import MetricsLog, read_metrics
 from replacement.training.output_kl import OutputKL
 from replacement.training.reads import choose_reads
 from replacement.training.run import run
-from replacement.training.run_config import RunConfig, read_config, run_config, setting_names
+from replacement.training.run_config import ACTIVATIONS, RunConfig, read_config, run_config, setting_names
 from replacement.wiring import Wiring
 
 TEXT = """
@@ -121,11 +123,83 @@ def test_there_are_fewer_than_thirty_settings_and_each_is_explained() -> None:
         (['training.losses=[{name="l1"}]'], "the loss l1 has the parameters ['coefficient'], needs ['coefficient']"),
         (['training.losses=[{name="l1", coefficient=-1.0}]'], "the coefficient of l1 must be 0 or more, got -1.0"),
         (['training.losses=[{name="auxiliary", k=0}]'], "the auxiliary k must be 1 or more, got 0"),
+        (
+            ['training.losses=[{name="l1", coefficient=1}, {name="auxiliary"}, {name="l1", coefficient=2}]'],
+            "losses names l1 2 times: expected each loss at most once",
+        ),
+        (['crosscoder.layers="01"'], 'wrong value type for field "crosscoder.layers" - should be "list"'),
+        (["training.seed=true"], 'wrong value type for field "training.seed" - should be "int"'),
+        (["training.gradient_clip=true"], 'wrong value type for field "training.gradient_clip" - should be "float"'),
     ],
 )
 def test_mistakes_are_named(file: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read_config(file, overrides=overrides)
+
+
+NUMBER_OR_LIST = "a whole number, or a list of whole numbers"
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        ("topk", "crosscoder.activation must be a table such as { name = \"topk\", ... }, got 'topk'"),
+        (
+            {"k": 3},
+            "unknown activation None: expected one of topk, batchtopk, jumprelu, relu as the name in crosscoder.",
+        ),
+        ({"name": ["topk"]}, "unknown activation ['topk']: expected one of"),
+        ({"name": "topk", "n": 8}, "the activation topk has the parameters ['k'], needs ['k']; got ['n']"),
+        ({"name": "topk", "k": "8"}, f"crosscoder.activation.k of topk must be {NUMBER_OR_LIST}, got '8'"),
+        ({"name": "topk", "k": []}, f"crosscoder.activation.k of topk must be {NUMBER_OR_LIST}, got []"),
+        ({"name": "topk", "k": [3, "4"]}, f"crosscoder.activation.k of topk must be {NUMBER_OR_LIST}, got [3, '4']"),
+        ({"name": "topk", "k": True}, f"crosscoder.activation.k of topk must be {NUMBER_OR_LIST}, got True"),
+        ({"name": "batchtopk", "k": [3]}, "crosscoder.activation.k of batchtopk must be a whole number, got [3]"),
+        (
+            {"name": "jumprelu", "bandwidth": "x"},
+            "crosscoder.activation.bandwidth of jumprelu must be a number, got 'x'",
+        ),
+    ],
+)
+def test_mistakes_in_the_activation_are_named(activation: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_config({"training": {"n_tokens": 4096}, "crosscoder": {"activation": activation}})
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ("l1", "training.losses must be a list of tables such as [{ name = \"l1\", coefficient = 1e-3 }], got 'l1'"),
+        ({"name": "l1", "coefficient": 1.0}, "training.losses must be a list of tables such as"),
+        (["l1"], "training.losses must be a table such as { name = \"l1\", ... }, got 'l1'"),
+        ([{"name": "l1", "coefficient": "x"}], "training.losses.coefficient of l1 must be a number, got 'x'"),
+        ([{"name": "l1", "coefficient": True}], "training.losses.coefficient of l1 must be a number, got True"),
+        ([{"name": "auxiliary", "k": 1.5}], "training.losses.k of auxiliary must be a whole number, got 1.5"),
+        (
+            [{"name": "tanh", "coefficient": 1, "d": 2}],
+            "the loss tanh has the parameters ['coefficient', 'c'], needs ['coefficient']; got ['coefficient', 'd']",
+        ),
+        ([{"name": "jacobian", "coefficient": 1, "maps": {}}], "the loss jacobian has the parameters ['coefficient'],"),
+    ],
+)
+def test_mistakes_in_the_losses_are_named(losses: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_config({"training": {"n_tokens": 4096, "losses": losses}})
+
+
+def test_every_activation_and_loss_can_be_written_in_a_file() -> None:
+    """Whole numbers stand for floats of their value, lists for tuples."""
+    own = [kind for kind in Activation.__subclasses__() if kind.__module__ == Activation.__module__]
+    assert {kind.name: kind for kind in own} == ACTIVATIONS
+    config = run_config(
+        {
+            "training": {"n_tokens": 4096, "losses": [{"name": "tanh", "coefficient": 1, "c": 2}]},
+            "crosscoder": {"activation": {"name": "jumprelu", "threshold": 1}},
+        }
+    )
+    assert config.training.losses == [Tanh(1.0, c=2.0)]
+    assert config.crosscoder.activation == JumpReLU(threshold=1.0)
+    assert isinstance(config.crosscoder.activation.threshold, float)
 
 
 def test_files_that_are_no_settings_are_refused(tmp_path: Path) -> None:
@@ -227,7 +301,11 @@ def test_what_is_read_while_training_suits_the_wiring(
     ("training", "message"),
     [
         ({"reads": "subset"}, "reads='subset' needs a causal crosscoder of one model, not one with the wiring acausal"),
-        ({"reads": "clean", "losses": [OutputKL(1.0)]}, "this loss needs a causal crosscoder of one model"),
+        ({"reads": "clean", "losses": [OutputKL(1.0)]}, "the loss output_kl needs a causal crosscoder of one model"),
+        (
+            {"losses": [OutputKL(1.0)]},
+            "the loss output_kl needs a causal crosscoder of one model, not one with the wiring",
+        ),
     ],
 )
 def test_splices_that_are_impossible_are_refused(
@@ -319,6 +397,20 @@ def test_loggers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match="the logger wandb needs a package that is not installed: pip install wandb"):
         MetricsLog(tmp_path, loggers=["wandb"])
+
+
+def test_weights_and_biases_without_a_login_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package's own check where it is installed; nothing is asked of any server before it."""
+    wandb = pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody to ask for a key
+    message = r"Weights & Biases does not start: No API key configured.*WANDB_MODE=offline needs no login"
+    with pytest.raises(ValueError, match=message):
+        MetricsLog(tmp_path, loggers=["wandb"])
+    wandb.teardown()
 
 
 def test_a_half_written_line_is_dropped_on_resume(tmp_path: Path) -> None:
