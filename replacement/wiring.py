@@ -9,6 +9,7 @@ Every published family is a wiring of one `Crosscoder` class:
 | `per_layer` (PLT) | L | MLP input of layer g | MLP output of layer g |
 | `strictly_causal` (CLT) | L | residual stream at layer g | MLP outputs of layers >= g |
 | `weakly_causal` | L | a site at layer g | the same kind of site at layers >= g |
+| `attention` | L | the heads' outputs `attn_z` of layer g | attention outputs of layers >= g |
 | `acausal` | 1 | a site at every layer | the same sites |
 | `model_diffing` | 1 | a site in two models | the same two sites |
 
@@ -25,7 +26,8 @@ from typing import Any, Protocol, runtime_checkable
 from replacement.sites import ModelShape, Site
 
 MLP_READS = ("resid_mid", "resid_pre", "mlp_in")
-_WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal")
+WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention")
+"""Families with one group for every layer of the model."""
 
 
 @runtime_checkable
@@ -123,7 +125,7 @@ class Wiring:
                 raise ValueError(f"this crosscoder has width {width} at {kind}, the model has {shape.width(kind)}")
         sites = (*self.read_sites, *self.write_sites)
         depth = 1 + max(site.layer for site in sites)
-        if depth > shape.n_layers or (self.name in _WHOLE_DEPTH and depth != shape.n_layers):
+        if depth > shape.n_layers or (self.name in WHOLE_DEPTH and depth != shape.n_layers):
             raise ValueError(f"this {self.name} crosscoder spans {depth} layers, the model has {shape.n_layers}")
         if shape.parallel and any(site.kind == "resid_mid" for site in sites):
             raise ValueError("this crosscoder uses resid_mid, which a model with parallel attention does not have")
@@ -198,6 +200,18 @@ class Wiring:
         layers = range(shape.n_layers)
         reads = tuple((Site(layer, site),) for layer in layers)
         return _wire("weakly_causal", shape, reads, tuple(_from_layer(shape, layer, site) for layer in layers))
+
+    @classmethod
+    def attention(cls, model: ModelShape | HasShape) -> Wiring:
+        """An attention crosscoder: group l reads `attn_z` of layer l and writes `attn_out` of layers >= l.
+
+        It is weakly causal: the heads' outputs, concatenated, are what attention writes before the output weights mix
+        them, so that every feature's part of a head can be read from its encoder.
+        """
+        shape = _shape_of(model)
+        layers = range(shape.n_layers)
+        reads = tuple((Site(layer, "attn_z"),) for layer in layers)
+        return _wire("attention", shape, reads, tuple(_from_layer(shape, layer, "attn_out") for layer in layers))
 
     @classmethod
     def acausal(

@@ -53,7 +53,8 @@ def data(example: Any, demo: Models, tmp_path: Path) -> Any:
 
 def test_there_are_recipes_of_every_family() -> None:
     wirings = {read_config(path).crosscoder.wiring for path in RECIPES}
-    assert wirings == {"autoencoder", "transcoder", "per_layer", "strictly_causal", "weakly_causal", "acausal"}
+    families = {"autoencoder", "transcoder", "per_layer", "strictly_causal", "weakly_causal", "acausal", "attention"}
+    assert wirings == families
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

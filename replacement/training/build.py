@@ -15,7 +15,7 @@ from replacement.sites import ModelShape, Site
 from replacement.training.config import CrosscoderConfig, DataConfig
 from replacement.training.token_sources import TokenSource
 from replacement.training.tokens import open_source
-from replacement.wiring import Wiring
+from replacement.wiring import WHOLE_DEPTH, Wiring
 
 MAX_CONTEXT = 512
 """Tokens per row where neither the settings nor the stored rows say otherwise."""
@@ -31,6 +31,11 @@ class Models:
     second: LanguageModel | None = None
 
     @property
+    def all(self) -> tuple[LanguageModel, ...]:
+        """The one or two models, in order."""
+        return (self.first,) if self.second is None else (self.first, self.second)
+
+    @property
     def only(self) -> LanguageModel | None:
         """The model into which a crosscoder can be spliced; None for two."""
         return self.first if self.second is None else None
@@ -38,7 +43,7 @@ class Models:
     @property
     def fingerprint(self) -> str:
         """Digest of the weights of every model."""
-        return "+".join(model.fingerprint for model in (self.first, self.second) if model is not None)
+        return "+".join(model.fingerprint for model in self.all)
 
     def read(self, tokens_RT: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Activations `[R, T, D]` at sites, from one forward pass of each model."""
@@ -146,14 +151,21 @@ def build_wiring(config: CrosscoderConfig, shape: ModelShape) -> Wiring:
         "per_layer": lambda: Wiring.per_layer(shape, read=read),
         "strictly_causal": lambda: Wiring.strictly_causal(shape, read=read),
         "weakly_causal": lambda: Wiring.weakly_causal(shape, site=site),
+        "attention": lambda: _attention(config, shape),
         "acausal": lambda: Wiring.acausal(shape, site=site, layers=layers),
         "model_diffing": lambda: Wiring.model_diffing(shape, layer=_only_layer(config, shape), site=site),
     }
     if config.wiring not in makers:
         raise ValueError(f"unknown wiring {config.wiring!r}: expected one of {', '.join(makers)}")
-    if config.layers is not None and config.wiring in ("per_layer", "strictly_causal", "weakly_causal"):
+    if config.layers is not None and config.wiring in WHOLE_DEPTH:
         raise ValueError(f"the wiring {config.wiring} covers every layer; layers={config.layers} does not apply")
     return makers[config.wiring]()
+
+
+def _attention(config: CrosscoderConfig, shape: ModelShape) -> Wiring:
+    if config.read not in (None, "attn_z"):
+        raise ValueError(f"the wiring attention reads attn_z; read={config.read!r} does not apply")
+    return Wiring.attention(shape)
 
 
 def _only_layer(config: CrosscoderConfig, shape: ModelShape) -> int:

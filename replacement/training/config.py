@@ -43,7 +43,8 @@ class CrosscoderConfig:
     """Which crosscoder is trained."""
 
     wiring: str = "strictly_causal"
-    """Family: `autoencoder`, `transcoder`, `per_layer`, `strictly_causal`, `weakly_causal`, `acausal`, `model_diffing`."""
+    """Family: `autoencoder`, `transcoder`, `per_layer`, `strictly_causal`, `weakly_causal`, `attention`, `acausal`,
+    `model_diffing`."""
     read: str | None = None
     """Site kind that is read (and, for families that read what they write, written); the family's default if None."""
     layers: list[int] | None = None

@@ -25,6 +25,7 @@ FAMILIES = {
     "per_layer": Wiring.per_layer(SHAPE),
     "strictly_causal": Wiring.strictly_causal(SHAPE),
     "weakly_causal": Wiring.weakly_causal(SHAPE),
+    "attention": Wiring.attention(SHAPE),
     "acausal": Wiring.acausal(SHAPE),
     "model_diffing": Wiring.model_diffing(SHAPE, layer=1),
 }

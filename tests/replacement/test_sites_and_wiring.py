@@ -78,6 +78,20 @@ def test_strictly_causal_writes_this_layer_and_all_above(shape: ModelShape) -> N
     assert wiring.writers(Site(1, "mlp_out")) == (0, 1)
 
 
+def test_attention_reads_the_heads_and_writes_this_layer_and_all_above(shape: ModelShape) -> None:
+    wiring = Wiring.attention(shape)
+    assert [str(site) for sites in wiring.reads for site in sites] == ["attn_z.0", "attn_z.1", "attn_z.2"]
+    assert [[str(site) for site in sites] for sites in wiring.writes] == [
+        ["attn_out.0", "attn_out.1", "attn_out.2"],
+        ["attn_out.1", "attn_out.2"],
+        ["attn_out.2"],
+    ]
+    assert (wiring.name, wiring.widths) == ("attention", {"attn_out": 8, "attn_z": 10})
+    assert wiring.is_causal
+    with pytest.raises(ValueError, match="this attention crosscoder spans 3 layers, the model has 4"):
+        wiring.check_fits(ModelShape(4, 8, 2, 5))
+
+
 def test_parallel_models_are_read_before_attention() -> None:
     shape = ModelShape(2, 8, 2, 4, parallel=True)
     assert Wiring.strictly_causal(shape).reads[1] == (Site(1, "resid_pre"),)
