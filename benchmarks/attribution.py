@@ -146,7 +146,7 @@ def measure(name_of_model: str, model: ReplacementModel, tokens: torch.Tensor, *
     localize_seconds = time.perf_counter() - started
     attributor = explicit(model, local)
     rows = attributor.rows
-    expanded = np.flatnonzero(rows.expanded[attributor.first_feature : rows.n_columns])
+    expanded = np.flatnonzero(rows.expanded[attributor.columns.features.start : rows.n_columns])
     chosen = torch.from_numpy(expanded)
     nominal, reduced = floor_flops(local, expanded)
     runs: dict[str, Callable[[], object]] = {

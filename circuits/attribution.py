@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.readers import HeadTargets, Targets, read_depth, read_vectors
+from circuits.residual_transport import ResidualTransport
 from circuits.targets import LogitTarget
-from circuits.transport import Targets, Transport, read_depth, read_vectors
-from replacement import LocalReplacement
+from circuits.transport import Transport
+from replacement import Decomposition, LocalReplacement
 
 FIRST_ROUND = 128
 """Features expanded in the first round; every further round doubles, so early rounds stay selective and late ones
@@ -103,9 +105,9 @@ class Attributor:
     def __init__(self, local: LocalReplacement, logits: Sequence[LogitTarget]) -> None:
         self.local = local
         self.logits = logits
-        self.transport = Transport(local)
-        sources = self.transport.sources
-        self.first_feature, n_columns = sources.feature_column, sources.n_columns
+        self.transport = Transport(local) if local.attention is None else ResidualTransport(local)
+        self.columns = self.transport.sources.columns
+        n_columns = self.columns.n_columns
         self.rows = Attribution(n_columns=n_columns, n_nodes=n_columns + len(logits))
 
     def expand(
@@ -125,12 +127,12 @@ class Attributor:
             progress: called after every round.
         """
         rows = self.rows
-        features = slice(self.first_feature, rows.n_columns)
+        features = self.columns.features
         if self.logits:
             self._expand_logits()
         roots = np.flatnonzero(output[features])
         if len(roots):  # a feature that is a root needs its row whatever the limits
-            self._expand_features(torch.from_numpy(roots))
+            self._expand_features(roots)
         n_expanded, size = len(roots), FIRST_ROUND
         while True:
             held = (rows.influence(output) + output)[features] * ~rows.expanded[features]
@@ -142,7 +144,7 @@ class Attributor:
             if not len(chosen) or not room:
                 rows.stopped_by = "max_nodes" if len(chosen) else "coverage"
                 return rows
-            self._expand_features(torch.from_numpy(np.sort(chosen[:room])))
+            self._expand_features(np.sort(chosen[:room]))
             n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, LARGEST_ROUND)
 
     def _expand_logits(self) -> None:
@@ -159,12 +161,20 @@ class Attributor:
         node_N = self.rows.n_columns + torch.arange(len(self.logits))
         self.rows.add(int(depth_N[0]), node_N, effects_NC, bias_N, value_N)
 
-    def _expand_features(self, chosen_S: Tensor) -> None:
-        """Rows of the chosen active features (numbers into `local.features`, rising)."""
-        features, crosscoder, shape = self.local.features, self.local.crosscoder, self.local.shape
-        chosen_S = chosen_S.to(features.group.device)
+    def _expand_features(self, chosen: np.ndarray) -> None:
+        """Rows of the chosen active features (numbers among those of all parts, rising)."""
+        for number, own in enumerate(self.columns.split(chosen)):
+            if len(own):
+                part = self.local.decompositions[number]
+                own_S = torch.from_numpy(own).to(part.features.group.device)
+                make_rows = self._expand_heads if part.kind == "attn_out" else self._expand_stream
+                make_rows(part, own_S, self.columns.feature_columns[number])
+
+    def _expand_stream(self, part: Decomposition, chosen_S: Tensor, first: int) -> None:
+        """Rows of features that read the residual stream; their columns count from `first`."""
+        features, crosscoder, shape = part.features, part.crosscoder, self.local.shape
         group_S = features.group[chosen_S]
-        bias_S = torch.empty_like(self.local.pre_activation_S[chosen_S])
+        bias_S = torch.empty_like(part.pre_activation_S[chosen_S])
         readers: list[tuple[Tensor, Tensor, int]] = []  # features, their encoder vectors, depth they read at
         for group in torch.unique(group_S).tolist():
             own = torch.nonzero(group_S == group)[:, 0]
@@ -180,12 +190,27 @@ class Attributor:
         targets = Targets(vectors_ND, depth_N, features.row[chosen_S[own_N]])
         effects_NC, constant_N = self.transport.attribute(targets)
         # A feature that reads several sites is several targets; its row is their sum, its depth the deepest.
-        self._add_features(chosen_S, own_N, depth_N, effects_NC, bias_S.index_add(0, own_N, constant_N))
+        bias_S = bias_S.index_add(0, own_N, constant_N)
+        self._add_features(own_N, depth_N, effects_NC, bias_S, part.pre_activation_S[chosen_S], first + chosen_S)
+
+    def _expand_heads(self, part: Decomposition, chosen_S: Tensor, first: int) -> None:
+        """The same for features that read `attn_z` of their layer."""
+        assert isinstance(self.transport, ResidualTransport)
+        features, crosscoder = part.features, part.crosscoder
+        for group in torch.unique(features.group[chosen_S]).tolist():
+            own_S = chosen_S[features.group[chosen_S] == group]
+            index_S = features.index[own_S]
+            (site,) = crosscoder.wiring.reads[group]
+            targets = HeadTargets(site.layer, crosscoder.encoder(group, site)[index_S], features.row[own_S])
+            effects_SC, bias_S = self.transport.attribute_heads(targets)
+            bias_S = bias_S + crosscoder.b_enc[group][index_S]
+            depth = read_depth(site, self.local.shape)
+            self.rows.add(depth, first + own_S, effects_SC, bias_S, part.pre_activation_S[own_S])
 
     def _add_features(
-        self, chosen_S: Tensor, own_N: Tensor, depth_N: Tensor, effects_NC: Tensor, bias_S: Tensor
+        self, own_N: Tensor, depth_N: Tensor, effects_NC: Tensor, bias_S: Tensor, value_S: Tensor, node_S: Tensor
     ) -> None:
-        depth_S = depth_N.new_zeros(len(chosen_S)).scatter_reduce(0, own_N, depth_N, "amax")
+        depth_S = depth_N.new_zeros(len(node_S)).scatter_reduce(0, own_N, depth_N, "amax")
         for depth in torch.unique(depth_S).tolist():
             at_depth = depth_S == depth
             own = torch.nonzero(at_depth)[:, 0]
@@ -194,8 +219,7 @@ class Attributor:
             rows = effects_NC[entries]
             if len(entries) != len(own) or not torch.equal(own_N[entries], own):
                 rows = rows.new_zeros(len(own), rows.shape[1]).index_add(0, place[own_N[entries]], rows)
-            chosen = chosen_S[own]
-            self.rows.add(depth, self.first_feature + chosen, rows, bias_S[own], self.local.pre_activation_S[chosen])
+            self.rows.add(depth, node_S[own], rows, bias_S[own], value_S[own])
 
 
 def _smallest_set(held: np.ndarray, enough: float) -> np.ndarray:

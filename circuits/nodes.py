@@ -4,8 +4,8 @@ Rows are ordered by kind, and inside a kind by
 
     tokens      position
     positions   position                  (learned position embeddings; absent in models without them)
-    errors      (layer, position)
-    features    (layer, position, index)
+    errors      (attention, layer, position)
+    features    (attention, layer, position, index)
     logits      as the targets were named
 
 The table knows nothing of edges, models or token text: a label is whatever text its builder found readable.
@@ -33,6 +33,7 @@ class NodeKind(enum.IntEnum):
 # Column name -> dtype; `label` is the only column that is not an array.
 COLUMNS: dict[str, np.dtype] = {
     "kind": np.dtype(np.int8),
+    "attention": np.dtype(np.bool_),
     "layer": np.dtype(np.int32),
     "position": np.dtype(np.int32),
     "index": np.dtype(np.int64),
@@ -58,6 +59,8 @@ class NodeTable:
 
     kind: np.ndarray
     """int8, a `NodeKind`."""
+    attention: np.ndarray
+    """bool, whether an error or feature is of an attention layer's output and not of an MLP's; False elsewhere."""
     layer: np.ndarray
     """int32. Feature: layer of its group. Error: layer. Token and position: -1. Logit: number of layers."""
     position: np.ndarray
@@ -147,22 +150,23 @@ class NodeTable:
     def ids(self) -> tuple[str, ...]:
         """One unique text id per node, as published graph files write them.
 
-        Feature `{layer}_{index}_{position}`, error `{layer}_-1_{position}`, token `E_{token}_{position}`, position
-        `P_{position}`, logit `{layers + 1}_{token}_{position}`. The first token difference at a position is written
-        as a logit with token -1, the second with -2, and so on.
+        Feature `{layer}_{index}_{position}`, error `{layer}_-1_{position}` (both of attention: with an `A` in front),
+        token `E_{token}_{position}`, position `P_{position}`, logit `{layers + 1}_{token}_{position}`. The first token
+        difference at a position is written as a logit with token -1, the second with -2, and so on.
         """
         names = []
         differences: dict[int, int] = {}
-        columns = (self.kind.tolist(), self.layer.tolist(), self.position.tolist(), self.index.tolist())
-        for kind, layer, position, index in zip(*columns, strict=True):
+        parts = np.where(self.attention, "A", "").tolist()
+        columns = (self.kind.tolist(), parts, self.layer.tolist(), self.position.tolist(), self.index.tolist())
+        for kind, part, layer, position, index in zip(*columns, strict=True):
             if kind == NodeKind.TOKEN:
                 names.append(f"E_{index}_{position}")
             elif kind == NodeKind.POSITION:
                 names.append(f"P_{position}")
             elif kind == NodeKind.ERROR:
-                names.append(f"{layer}_-1_{position}")
+                names.append(f"{part}{layer}_-1_{position}")
             elif kind == NodeKind.FEATURE:
-                names.append(f"{layer}_{index}_{position}")
+                names.append(f"{part}{layer}_{index}_{position}")
             else:
                 if index < 0:
                     index = differences[position] = differences.get(position, 0) - 1
@@ -205,13 +209,19 @@ def _check_kinds(table: NodeTable) -> None:
         raise ValueError(
             f"NodeTable.expanded: expected only features and logits to be expanded, given row {_first(sources)}"
         )
+    misplaced = table.attention & ~table.mask(NodeKind.ERROR, NodeKind.FEATURE)
+    if misplaced.any():
+        raise ValueError(
+            f"NodeTable.attention: expected only errors and features to be of attention, given row {_first(misplaced)}"
+        )
 
 
 def _check_order(table: NodeTable) -> None:
-    """Rows must strictly increase in (kind, layer, position, index); logits only in kind, and no two alike."""
-    keys = np.stack([column.astype(np.int64) for column in (table.kind, table.layer, table.position, table.index)])
+    """Rows must strictly increase in (kind, attention, layer, position, index); logits only in kind, no two alike."""
+    columns = (table.kind, table.attention, table.layer, table.position, table.index)
+    keys = np.stack([column.astype(np.int64) for column in columns])
     # A token's vocabulary id says nothing about order: two tokens at one position are a mistake whatever their ids.
-    keys[3, table.mask(NodeKind.TOKEN, NodeKind.POSITION, NodeKind.ERROR)] = 0
+    keys[4, table.mask(NodeKind.TOKEN, NodeKind.POSITION, NodeKind.ERROR)] = 0
     step = np.diff(keys, axis=1)
     leading = (step != 0).argmax(axis=0)  # first key that changes between neighbours
     change = step[leading, np.arange(step.shape[1])]
@@ -220,8 +230,8 @@ def _check_order(table: NodeTable) -> None:
     if wrong.any():
         row = _first(wrong) + 1
         raise ValueError(
-            "NodeTable: expected unique rows ordered by kind, then position (tokens, positions), (layer, position) "
-            f"(errors) or (layer, position, index) (features), given row {row} after row {row - 1}"
+            "NodeTable: expected unique rows ordered by kind, then position (tokens, positions), (attention, layer, "
+            f"position) (errors) or (attention, layer, position, index) (features), given row {row} after row {row - 1}"
         )
     named = table.mask(NodeKind.LOGIT) & (table.index >= 0)
     if len(np.unique(keys[:, named], axis=1).T) != named.sum():

@@ -2,9 +2,9 @@
 
 T tokens, L layers, D d_model, S active features, C source columns.
 
-Columns follow the node table: tokens, learned positions, errors by (layer, position), features by (layer, position,
-index). Inside `LayerSources` features are grouped by position instead, so that all features of one position that write
-one layer are a contiguous block, already multiplied by their activations.
+Columns are those of `circuits.columns`: features by (layer, position, index). Inside `LayerSources` features are grouped
+by position instead, so that all features of one position that write one layer are a contiguous block, already multiplied
+by their activations.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement import LocalReplacement, Site
+from circuits.columns import Columns
+from replacement import Decomposition, LocalReplacement, Site
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSources:
-    """What the MLP position of one layer writes: per token position one error term and its features."""
+    """What one part (MLP or attention) of one layer writes: per token position one error term and its features."""
 
     vectors_SD: Float[Tensor, "S D"]
     """Error and `activation * W_dec` rows, position after position."""
@@ -31,52 +32,51 @@ class LayerSources:
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
-    """All sources of one prompt.
-
-    Columns: `token_column + t`, `position_column + t` (only with learned positions), `error_column + l T + t`, and
-    `feature_column + i` for the i-th feature of `local.features`.
-    """
+class PartSources:
+    """What the MLPs, or the attention layers, write."""
 
     layers: tuple[LayerSources, ...]
-    n_columns: int
-    error_column: int
-    feature_column: int
     bias_LD: Float[Tensor, "L D"]
-    """Decoder bias that each layer's MLP position writes at every token."""
+    """Decoder bias that each layer writes at every token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All sources of one prompt."""
+
+    columns: Columns
+    mlp: PartSources
+    attention: PartSources | None
+    """None where attention is linear."""
 
     @classmethod
     def of(cls, local: LocalReplacement) -> Sources:
         """Gather the decoder rows of the active features, once per prompt."""
-        T, L = local.n_positions, local.shape.n_layers
-        error_column = T if local.frozen.position_embedding_TD is None else 2 * T
-        feature_column = error_column + L * T
-        crosscoder = local.crosscoder
-        bias_LD = local.errors_LTD.new_zeros(L, local.shape.d_model)
-        for site in crosscoder.wiring.write_sites:
-            bias_LD[site.layer] = crosscoder.decoder_bias(site)
-        return cls(
-            layers=tuple(_layer_sources(local, layer, error_column, feature_column) for layer in range(L)),
-            n_columns=feature_column + len(local.features),
-            error_column=error_column,
-            feature_column=feature_column,
-            bias_LD=bias_LD,
-        )
+        columns = Columns.of(local)
+        parts = [_part_sources(part, columns, number) for number, part in enumerate(local.decompositions)]
+        return cls(columns=columns, mlp=parts[0], attention=parts[1] if len(parts) > 1 else None)
 
 
-def _layer_sources(local: LocalReplacement, layer: int, error_column: int, feature_column: int) -> LayerSources:
-    T, crosscoder, site = local.n_positions, local.crosscoder, Site(layer, "mlp_out")
-    device = local.errors_LTD.device
+def _part_sources(part: Decomposition, columns: Columns, number: int) -> PartSources:
+    first_error, first_feature = columns.error_columns[number], columns.feature_columns[number]
+    bias_LD = part.errors_LTD.new_zeros(part.errors_LTD.shape[0], part.errors_LTD.shape[2])
+    for site in part.crosscoder.wiring.write_sites:
+        bias_LD[site.layer] = part.crosscoder.decoder_bias(site)
+    layers = range(len(part.errors_LTD))
+    return PartSources(tuple(_layer_sources(part, layer, first_error, first_feature) for layer in layers), bias_LD)
+
+
+def _layer_sources(part: Decomposition, layer: int, first_error: int, first_feature: int) -> LayerSources:
+    crosscoder, site, error_TD = part.crosscoder, Site(layer, part.kind), part.errors_LTD[layer]
+    T, device = len(error_TD), error_TD.device
     positions_T = torch.arange(T, device=device)
-    vectors, rows, columns = [local.errors_LTD[layer]], [positions_T], [error_column + layer * T + positions_T]
-    for group in range(crosscoder.n_groups):
-        if site not in crosscoder.wiring.writes[group]:
-            continue
-        active = local.features.of(group)
-        first = int(torch.searchsorted(local.features.group, group))
+    vectors, rows, columns = [error_TD], [positions_T], [first_error + layer * T + positions_T]
+    for group in crosscoder.wiring.writers(site):
+        active = part.features.of(group)
+        first = first_feature + int(torch.searchsorted(part.features.group, group))
         vectors.append(crosscoder.decoder_vectors(group, active.index, site) * active.activation[:, None])
         rows.append(active.row)
-        columns.append(feature_column + first + torch.arange(len(active), device=device))
+        columns.append(first + torch.arange(len(active), device=device))
     row_S = torch.cat(rows)
     order_S = torch.argsort(row_S, stable=True)
     counts = torch.bincount(row_S, minlength=T)

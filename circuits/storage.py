@@ -17,7 +17,8 @@ from circuits.files import write_atomic
 from circuits.nodes import COLUMNS, NodeTable
 
 FORMAT = "crosstrace.circuit"
-SCHEMA = 1
+SCHEMA = 2
+"""2 added the column `attention`; files of schema 1 have no nodes of attention."""
 _EDGE_COLUMNS = ("indptr", "source", "weight")
 
 
@@ -46,7 +47,9 @@ def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             _check_header(path, header)
-            nodes = {name: file.get_tensor(f"nodes.{name}") for name in COLUMNS}
+            names = COLUMNS if header["schema"] != "1" else COLUMNS.keys() - {"attention"}
+            nodes = {name: file.get_tensor(f"nodes.{name}") for name in names}
+            nodes.setdefault("attention", np.zeros(len(nodes["kind"]), dtype=np.bool_))
             edges = Edges(**{name: file.get_tensor(f"edges.{name}") for name in _EDGE_COLUMNS})
         table = NodeTable(**nodes, label=tuple(json.loads(header["labels"])))
         return table, edges, json.loads(header["metadata"])

@@ -17,7 +17,7 @@ from replacement import LanguageModel, LocalReplacement
 
 TOP_PROBABILITY = 0.95
 TOP_LOGITS = 10
-_FEATURE = re.compile(r"feature:(\d+)/(\d+)")
+_FEATURE = re.compile(r"(feature|attention):(\d+)/(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class FeatureTarget:
     layer: int
     index: int
     position: int = -1
+    attention: bool = False
+    """Of the attention crosscoder, not of the MLPs'."""
 
 
 Target = TokenTarget | DifferenceTarget | FeatureTarget
@@ -66,13 +68,16 @@ class LogitTarget:
     label: str
     probability: float
     """Probability of the token; 0 for a difference."""
+    token_ids: tuple[int, int] | None = None
+    """Both tokens of a difference."""
 
 
 def parse_target(text: str) -> Target:
     """Read a target as the command line writes it.
 
     `Austin`, `Austin@5`, `Austin - Houston`, `feature:2/345@7` (layer/index@position; positions count from 0, the
-    beginning-of-sequence token included). A token is taken with its leading space where the vocabulary has it so.
+    beginning-of-sequence token included), `attention:2/345@7` for a feature of the attention crosscoder. A token is taken
+    with its leading space where the vocabulary has it so.
 
     Raises:
         ValueError: empty text.
@@ -83,7 +88,8 @@ def parse_target(text: str) -> Target:
     if not body.strip():
         raise ValueError("a target is empty: expected 'token', 'token - token' or 'feature:layer/index'")
     if match := _FEATURE.fullmatch(body.strip()):
-        return FeatureTarget(int(match.group(1)), int(match.group(2)), position)
+        kind, layer, index = match.groups()
+        return FeatureTarget(int(layer), int(index), position, attention=kind == "attention")
     plus, minus_sign, minus = body.partition(" - ")
     if minus_sign and plus.strip() and minus.strip():
         return DifferenceTarget(plus, minus, position)
@@ -102,20 +108,24 @@ def as_target(target: Target | str | int) -> Target:
 
 
 def active_feature(target: FeatureTarget, local: LocalReplacement) -> int:
-    """Number of a feature target in `local.features`.
+    """Number of a feature target among the active features of all parts.
 
     Raises:
-        ValueError: no such layer or position, or the feature is not active there.
+        ValueError: no such part, layer or position, or the feature is not active there.
     """
     position = check_position(target.position, local.n_positions)
-    wiring, features = local.crosscoder.wiring, local.features
+    if target.attention and local.attention is None:
+        raise ValueError("there are no attention features: load the model with an attention crosscoder")
+    part = local.decompositions[int(target.attention)]
+    wiring, features = part.crosscoder.wiring, part.features
     groups = [g for g in range(wiring.n_groups) if wiring.group_layer(g) == target.layer]
     if not groups:
         raise ValueError(f"the crosscoder has no features in layer {target.layer}")
     found = (features.group == groups[0]) & (features.row == position) & (features.index == target.index)
     if not bool(found.any()):
-        raise ValueError(f"feature {target.layer}/{target.index} is not active at position {position}")
-    return int(torch.nonzero(found)[0, 0])
+        kind = "attention feature" if target.attention else "feature"
+        raise ValueError(f"{kind} {target.layer}/{target.index} is not active at position {position}")
+    return int(torch.nonzero(found)[0, 0]) + (len(local.features) if target.attention else 0)
 
 
 def top_logits(local: LocalReplacement, *, position: int = -1) -> list[TokenTarget]:
@@ -140,6 +150,7 @@ def resolve_logit(target: TokenTarget | DifferenceTarget, local: LocalReplacemen
         direction_D = local.W_U[:, token] - local.W_U.mean(1)
         value, bias = logits_V[token] - logits_V.mean(), local.b_U[token] - local.b_U.mean()
         label, probability = lm.token_strings([token])[0], float(local.probabilities[position, token])
+        pair = None
     else:
         token, minus = _token_id(target.plus, lm), _token_id(target.minus, lm)
         if token == minus:
@@ -147,8 +158,8 @@ def resolve_logit(target: TokenTarget | DifferenceTarget, local: LocalReplacemen
         direction_D = local.W_U[:, token] - local.W_U[:, minus]
         value, bias = logits_V[token] - logits_V[minus], local.b_U[token] - local.b_U[minus]
         label, probability = " − ".join(text.strip() for text in lm.token_strings([token, minus])), 0.0
-        token = -1
-    return LogitTarget(direction_D, float(value), float(bias), position, token, label, probability)
+        token, pair = -1, (token, minus)
+    return LogitTarget(direction_D, float(value), float(bias), position, token, label, probability, pair)
 
 
 def check_position(position: int, n_positions: int) -> int:

@@ -43,12 +43,13 @@ def full_name(nodes: NodeTable, row: int) -> str:
     """The node in words, for tooltips and path descriptions."""
     kind, label = NodeKind(int(nodes.kind[row])), printable(nodes.label[row])
     position, layer, index = int(nodes.position[row]), int(nodes.layer[row]), int(nodes.index[row])
+    part = "attention " if nodes.attention[row] else ""
     if kind is NodeKind.FEATURE:
-        return f"feature {layer}/{index} at {position}" + (f" ({label.strip()})" if label.strip() else "")
+        return f"{part}feature {layer}/{index} at {position}" + (f" ({label.strip()})" if label.strip() else "")
     if kind is NodeKind.POSITION:
         return f"position {position}"
     if kind is NodeKind.ERROR:
-        return f"error of layer {layer} at {position}"
+        return f"{part}error of layer {layer} at {position}"
     if kind is NodeKind.LOGIT:
         chance = f" (p={nodes.probability[row]:.3f})" if nodes.probability[row] > 0 else ""
         return f'output "{label}"{chance}' if label else f"output {index}{chance}"

@@ -6,16 +6,18 @@ N nodes: tokens, learned positions, errors, features, logits, in the order of th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from circuits.attribution import Attribution, Attributor, Progress
+from circuits.columns import source_table
 from circuits.edges import Edges
+from circuits.facts import trace_facts
 from circuits.graph import CircuitGraph
-from circuits.labels import FeatureLabels
+from circuits.labels import node_labels
 from circuits.nodes import NodeKind, NodeTable
 from circuits.targets import (
     FeatureTarget,
@@ -79,12 +81,12 @@ def trace(
         attributor = Attributor(local, logits)
         output = np.zeros(attributor.rows.n_nodes)
         output[attributor.rows.n_columns :] = output_weights(logits) if logits else []
-        output[attributor.first_feature + np.array(roots, dtype=np.int64)] = 1 / max(1, len(roots))
+        output[attributor.columns.features.start + np.array(roots, dtype=np.int64)] = 1 / max(1, len(roots))
         rows = attributor.expand(output, coverage=coverage, max_nodes=max_nodes, progress=progress)
         nodes, edges = _assemble(model, local, logits, rows, output)
     metadata = {
         "prompt": prompt if isinstance(prompt, str) else "".join(lm.token_strings(tokens_T.tolist())),
-        **_facts(model, local, logits, roots, rows),
+        **trace_facts(model, local, logits, roots, rows),
         "coverage": coverage,
         "seconds": time.perf_counter() - started,
     }
@@ -125,7 +127,7 @@ def _assemble(
     output: np.ndarray,
 ) -> tuple[NodeTable, Edges]:
     """The node table and edges: every token, every target, and whatever else causes one of them."""
-    columns = _columns(local, logits, rows)
+    columns = _columns(local, logits)
     blocks = [block for parts in rows.blocks.values() for block in parts]
     source = np.concatenate([block.source for block in blocks])
     target = np.concatenate([np.repeat(block.node, block.counts) for block in blocks])
@@ -134,7 +136,7 @@ def _assemble(
     kept[source] = True
     number = np.cumsum(kept) - 1
     edges = Edges.from_coo(number[target], number[source], weight, n_nodes=int(kept.sum()))
-    label = _labels(model, local, logits, columns, kept)
+    label = node_labels(model, local, logits, columns, kept)
     table = {name: column[kept] for name, column in columns.items()}
     nodes = NodeTable.build(
         **table,
@@ -148,122 +150,18 @@ def _assemble(
     return nodes, edges
 
 
-def _columns(local: LocalReplacement, logits: Sequence[LogitTarget], rows: Attribution) -> dict[str, np.ndarray]:
-    """Kind, layer, position, index, activation and probability of all N nodes."""
-    T, L, features = local.n_positions, local.shape.n_layers, local.features
-    tokens, positions = local.frozen.tokens_T.cpu().numpy(), np.arange(T)
-    layers = np.array([local.crosscoder.wiring.group_layer(g) for g in range(local.crosscoder.n_groups)])
-    parts = [(NodeKind.TOKEN, np.full(T, -1), positions, tokens, np.zeros(T), np.zeros(T))]
-    if local.frozen.position_embedding_TD is not None:
-        parts.append((NodeKind.POSITION, np.full(T, -1), positions, np.full(T, -1), np.zeros(T), np.zeros(T)))
-    zeros = np.zeros(L * T)
-    parts.append((NodeKind.ERROR, np.repeat(np.arange(L), T), np.tile(positions, L), zeros - 1, zeros, zeros))
-    activation = features.activation.float().cpu().numpy()
-    parts.append(
-        (
-            NodeKind.FEATURE,
-            layers[features.group.cpu().numpy()],
-            features.row.cpu().numpy(),
-            features.index.cpu().numpy(),
-            activation,
-            np.zeros(len(features)),
-        )
-    )
-    parts.append(
-        (
-            NodeKind.LOGIT,
-            np.full(len(logits), L),
-            np.array([one.position for one in logits], dtype=np.int64),
-            np.array([one.token_id for one in logits], dtype=np.int64),
-            np.zeros(len(logits)),
-            np.array([one.probability for one in logits]),
-        )
-    )
-    kind = np.concatenate([np.full(len(part[1]), part[0]) for part in parts])
-    assert len(kind) == rows.n_nodes
-    names = ("layer", "position", "index", "activation", "probability")
-    return {"kind": kind} | {name: np.concatenate([part[i + 1] for part in parts]) for i, name in enumerate(names)}
-
-
-def _labels(
-    model: ReplacementModel,
-    local: LocalReplacement,
-    logits: Sequence[LogitTarget],
-    columns: dict[str, np.ndarray],
-    kept: np.ndarray,
-) -> list[str]:
-    """Readable text of every kept node."""
-    lm = model.language_model
-    strings = [text.strip() or repr(text) for text in lm.token_strings(local.frozen.tokens_T.tolist())]
-    label = np.full(len(kept), "", dtype=object)
-    of_kind = {kind: np.flatnonzero(columns["kind"] == kind) for kind in NodeKind}
-    label[of_kind[NodeKind.TOKEN]] = strings
-    label[of_kind[NodeKind.POSITION]] = [f"position {t}" for t in columns["position"][of_kind[NodeKind.POSITION]]]
-    errors = of_kind[NodeKind.ERROR]
-    label[errors] = [f"error in layer {layer}" for layer in columns["layer"][errors]]
-    label[of_kind[NodeKind.LOGIT]] = [one.label.strip() or repr(one.label) for one in logits]
-    names, first = FeatureLabels(model, local), of_kind[NodeKind.LOGIT][0] if len(logits) else len(kept)
-    first -= len(local.features)
-    for group in range(local.crosscoder.n_groups):
-        own = np.flatnonzero(local.features.group.cpu().numpy() == group)
-        own = own[kept[first + own]]
-        if len(own):
-            chosen = torch.from_numpy(own)
-            label[first + own] = names.labels(group, local.features.index[chosen], local.features.row[chosen])
-    return label[kept].tolist()
-
-
-def _facts(
-    model: ReplacementModel,
-    local: LocalReplacement,
-    logits: Sequence[LogitTarget],
-    roots: Sequence[int],
-    rows: Attribution,
-) -> dict[str, object]:
-    """Metadata: the model, the prompt's tokens, the targets, and how the expansion ended."""
-    lm, token_ids = model.language_model, local.frozen.tokens_T.tolist()
-    position = logits[0].position if logits else int(local.features.row[roots[0]])
-    return {
-        "tokens": lm.token_strings(token_ids),
-        "token_ids": token_ids,
-        "model": lm.name,
-        "model_fingerprint": lm.fingerprint,
-        "n_layers": lm.shape.n_layers,
-        "crosscoder": _describe(model),
-        "targets": _target_facts(logits, roots, local),
-        "top_tokens": _top_tokens(local, lm.token_strings, position=position),
-        "active_features": len(local.features),
-        "stopped_by": rows.stopped_by,
-        "unexpanded_share": rows.unexpanded_share,
-        "identity_error": rows.identity_error,
+def _columns(local: LocalReplacement, logits: Sequence[LogitTarget]) -> dict[str, np.ndarray]:
+    """Kind, part, layer, position, index, activation and probability of all N nodes."""
+    sources = source_table(local)
+    n_columns = len(sources["kind"])
+    of_logits = {
+        "kind": np.full(len(logits), int(NodeKind.LOGIT)),
+        "layer": np.full(len(logits), local.shape.n_layers),
+        "position": np.array([one.position for one in logits], dtype=np.int64),
+        "index": np.array([one.token_id for one in logits], dtype=np.int64),
     }
-
-
-def _describe(model: ReplacementModel) -> str:
-    crosscoder = model.crosscoder
-    activation = type(crosscoder.activation).__name__
-    return f"{crosscoder.wiring.name}, {crosscoder.n_groups} x {crosscoder.n_features} features, {activation}"
-
-
-def _target_facts(
-    logits: Sequence[LogitTarget], roots: Sequence[int], local: LocalReplacement
-) -> list[dict[str, object]]:
-    facts: list[dict[str, object]] = [
-        {"token": one.label, "token_id": one.token_id, "position": one.position, "probability": one.probability}
-        for one in logits
-    ]
-    features = local.features
-    for root in roots:
-        layer = local.crosscoder.wiring.group_layer(int(features.group[root]))
-        name = f"feature:{layer}/{int(features.index[root])}"
-        facts.append({"token": name, "position": int(features.row[root]), "probability": 0.0})
-    return facts
-
-
-def _top_tokens(
-    local: LocalReplacement, token_strings: Callable[[Iterable[int]], list[str]], *, position: int
-) -> list[dict[str, object]]:
-    """The model's five most probable next tokens at a position."""
-    top = local.probabilities[position].topk(min(5, local.probabilities.shape[1]))
-    strings = token_strings(top.indices.tolist())
-    return [{"token": text, "probability": p} for text, p in zip(strings, top.values.tolist(), strict=True)]
+    columns = {
+        name: np.concatenate([column, of_logits.get(name, np.zeros(len(logits), column.dtype))])
+        for name, column in sources.items()
+    }
+    return columns | {"probability": np.array([0.0] * n_columns + [one.probability for one in logits])}

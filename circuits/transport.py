@@ -22,11 +22,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from circuits.constant_stream import constant_stream
+from circuits.readers import Targets, read_depth
 from circuits.sources import Sources
-from replacement import LocalReplacement, ModelShape, Site
+from replacement import LocalReplacement, Site
 from replacement.frozen import Scratch
 
 ROWS_PER_CHUNK = 2048
@@ -37,49 +39,13 @@ PADDING = 1.1
 """Carried rows over rows in a causal cone, above which a chunk of a fair size is closed early."""
 
 
-def read_depth(site: Site, shape: ModelShape) -> int:
-    """Depth of the point at which a site reads the residual stream.
-
-    Raises:
-        ValueError: the site is not a linear reading of the residual stream.
-    """
-    if site.kind in ("resid_mid", "mlp_in"):
-        return 2 * site.layer + (not shape.parallel)
-    if site.kind in ("resid_pre", "resid_post"):
-        return 2 * (site.layer + (site.kind == "resid_post"))
-    raise ValueError(f"cannot attribute to features that read {site}: expected a site on the residual stream")
-
-
-def read_vectors(
-    local: LocalReplacement, group: int, site: Site, index_N: Tensor, position_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What features of a group read at one site: vectors `[N, D]` on the residual stream, and constants `[N]`.
-
-    `encoder . x_site = vector . stream + constant`; a site behind a norm is pulled back through it, frozen.
-    """
-    vectors_ND = local.crosscoder.encoder(group, site)[index_N]
-    if site.kind != "mlp_in":
-        return vectors_ND, vectors_ND.new_zeros(len(vectors_ND))
-    norm = local.frozen.norms_mlp[site.layer]
-    return norm.pull_back(vectors_ND, position_N), vectors_ND @ norm.bias_D
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """N vectors, each read at a point and a position."""
-
-    vectors_ND: Float[Tensor, "N D"]
-    depth_N: Int[Tensor, " N"]
-    position_N: Int[Tensor, " N"]
-
-
 class Transport:
     """The frozen linear maps of one prompt, ready to attribute any target to every source below it."""
 
     def __init__(self, local: LocalReplacement) -> None:
         self.local = local
         self.sources = Sources.of(local)
-        self.constants = _constant_stream(local, self.sources.bias_LD)
+        self.constants = constant_stream(local, self.sources)
         self.pushed = None if local.crosscoder.skip else _push_embeddings(local)
         self.scratch = Scratch()
 
@@ -92,7 +58,7 @@ class Transport:
         """
         vectors_ND, depth_N, position_N = targets.vectors_ND, targets.depth_N, targets.position_N
         bias_N = (vectors_ND * self.constants[depth_N, position_N]).sum(-1)
-        effects_NC = vectors_ND.new_empty(len(vectors_ND), self.sources.n_columns)
+        effects_NC = vectors_ND.new_empty(len(vectors_ND), self.sources.columns.n_columns)
         order_N = torch.argsort(position_N, stable=True)
         for chunk in _chunks(position_N[order_N].tolist()):
             chosen = order_N[chunk]
@@ -132,7 +98,7 @@ class _Walk:
         n_targets, D = self.vectors_ND.shape
         self.v_NTD = self.vectors_ND.new_zeros(n_targets, int(self.position_N.max()) + 1, D)
         self.v_NTD[torch.arange(n_targets, device=self.v_NTD.device), self.position_N] = self.vectors_ND
-        self.effects_NC = self.vectors_ND.new_zeros(n_targets, self.transport.sources.n_columns)
+        self.effects_NC = self.vectors_ND.new_zeros(n_targets, self.transport.sources.columns.n_columns)
 
     def down(self) -> Tensor:
         """Walk to the embeddings; return the effects `[N, C]`."""
@@ -173,7 +139,7 @@ class _Walk:
     def _meet_mlp(self, layer: int, reached: int) -> None:
         if not reached:
             return
-        written, effects_NC = self.transport.sources.layers[layer], self.effects_NC[:reached]
+        written, effects_NC = self.transport.sources.mlp.layers[layer], self.effects_NC[:reached]
         for t in range(self.v_NTD.shape[1]):
             rows = slice(written.offsets[t], written.offsets[t + 1])
             effects_NS = self.v_NTD[:reached, t] @ written.vectors_SD[rows].T
@@ -240,31 +206,3 @@ def _push_embeddings(local: LocalReplacement) -> Tensor | None:
         pushed_TSD[torch.arange(T), torch.arange(T)] += source_TD
         parts.append(pushed_TSD)
     return torch.cat(parts, 1).transpose(1, 2).contiguous()
-
-
-def _constant_stream(local: LocalReplacement, bias_LD: Tensor) -> Tensor:
-    """`[2 L + 1, T, D]`: the residual stream at every depth when embeddings, features and errors are all zero."""
-    frozen, shape = local.frozen, local.shape
-    x_TD = torch.zeros_like(frozen.token_embedding_TD)
-    stream = x_TD.new_zeros(2 * shape.n_layers + 1, *x_TD.shape)
-    for layer, attention in enumerate(frozen.attentions):
-        stream[2 * layer] = x_TD
-        x_TD = x_TD + attention.apply(x_TD)
-        stream[2 * layer + 1] = x_TD
-        x_TD = x_TD + bias_LD[layer]
-        if local.crosscoder.skip:
-            x_TD = x_TD + _skip_constant(local, Site(layer, "mlp_out"), stream)
-    stream[-1] = x_TD
-    return stream
-
-
-def _skip_constant(local: LocalReplacement, write: Site, stream: Tensor) -> Tensor:
-    """What the skip matrices write to one site when they read the constant stream, filled up to the sites read."""
-    crosscoder = local.crosscoder
-    total_TD = torch.zeros_like(local.errors_LTD[0])
-    for group in crosscoder.wiring.writers(write):
-        for read in crosscoder.wiring.reads[group]:
-            x_TD = stream[read_depth(read, local.shape)]
-            x_TD = local.frozen.norms_mlp[read.layer].apply(x_TD) if read.kind == "mlp_in" else x_TD
-            total_TD += x_TD @ crosscoder.skip_matrix(group, read, write).T
-    return total_TD

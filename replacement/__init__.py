@@ -13,7 +13,7 @@ from replacement.crosscoder import Crosscoder, CrosscoderOutput
 from replacement.features import Features
 from replacement.interventions import Intervention
 from replacement.language_model import LanguageModel
-from replacement.local import LocalReplacement
+from replacement.local import Decomposition, LocalReplacement
 from replacement.model import ReplacementModel
 from replacement.ready_made import load
 from replacement.sites import ModelShape, Site
@@ -23,6 +23,7 @@ __all__ = [
     "BatchTopK",
     "Crosscoder",
     "CrosscoderOutput",
+    "Decomposition",
     "Features",
     "Intervention",
     "JumpReLU",

@@ -41,7 +41,7 @@ class FrozenPrompt:
     norm_final: FrozenNorm
     """The norm in front of the unembedding."""
     activations: Mapping[Site, Tensor]
-    """Clean activations `[T, D]` at `mlp_out` of every layer and at the sites asked for."""
+    """Clean activations `[T, D]` at `mlp_out` of every layer and at the sites asked for (`attn_z`: heads concatenated)."""
 
 
 def freeze(parts: BridgeParts, tokens_T: Tensor, *, sites: Iterable[Site] = ()) -> FrozenPrompt:
@@ -102,6 +102,8 @@ def _check_exact(frozen: FrozenPrompt, output_TV: Tensor, cache: Mapping[str, Te
         post = pre + written + frozen.activations[Site(layer, "mlp_out")]
         mlp_reads = pre if parts.shape.parallel else pre + written
         pairs.append((f"attention of layer {layer}", attention.apply(pre), written))
+        if (z := frozen.activations.get(Site(layer, "attn_z"))) is not None:
+            pairs.append((f"mixed values of layer {layer}", attention.z(pre), z))
         pairs.append((f"residual sum of layer {layer}", post, cache[f"blocks.{layer}.hook_resid_post"]))
         pairs.append(
             (

@@ -127,12 +127,14 @@ class AttentionWeights:
     def freeze(self, pattern_HTT: Tensor, scale_in_T: Tensor, scale_out_T: Tensor | None) -> FrozenAttention:
         """Fix the pattern `[head, query, key]` and both norm scales for one prompt."""
         rows_T = torch.ones_like(scale_in_T) if scale_out_T is None else 1 / scale_out_T
-        z_THK = pattern_HTT.sum(-1).T[..., None] * self.value_bias_X.view(self.n_heads, -1)
-        constant_TD = z_THK.flatten(1) @ self.W_O_XD + self.output_bias_D
+        z_TX = (pattern_HTT.sum(-1).T[..., None] * self.value_bias_X.view(self.n_heads, -1)).flatten(1)
+        constant_TD = z_TX @ self.W_O_XD + self.output_bias_D
         return FrozenAttention(
             weights=self,
             kernel_HTT=pattern_HTT * rows_T[:, None] / scale_in_T,
             constant_TD=constant_TD * rows_T[:, None] + self.norm_bias_D,
+            scale_out_T=scale_out_T,
+            constant_z_TX=z_TX,
         )
 
 
@@ -145,13 +147,40 @@ class FrozenAttention:
     """Pattern `[head, query, key]`, divided by the key's input scale and the query's output scale."""
     constant_TD: Float[Tensor, "T D"]
     """Output for a zero stream: every bias of the layer."""
+    scale_out_T: Float[Tensor, " T"] | None
+    """Scale of the norm after this layer; None where there is none."""
+    constant_z_TX: Float[Tensor, "T X"]
+    """Mixed value vectors (`attn_z`) for a zero stream."""
 
     def apply(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """The layer's write to the residual stream when it reads `x_TD`."""
-        weights = self.weights
-        values_HTK = (x_TD @ weights.W_V_XD.T).unflatten(1, (weights.n_heads, -1)).transpose(0, 1)
-        z_TX = (self.kernel_HTT @ values_HTK).transpose(0, 1).flatten(1)
-        return z_TX @ weights.W_O_XD + self.constant_TD
+        return self.mix(x_TD) @ self.weights.W_O_XD + self.constant_TD
+
+    def mix(self, x_TD: Float[Tensor, "*N T D"], *, start: int = 0) -> Float[Tensor, "*N T X"]:
+        """What every head writes when the layer reads `x_TD`, before `W_O` and without constants.
+
+        A product with the rows of `W_O` that belong to head h is that head's part of the output. Leading axes are a batch.
+
+        Args:
+            x_TD: streams, zero before `start`, given from there on; they may stop before the prompt does.
+            start: position of the first row.
+        """
+        weights, here = self.weights, slice(start, start + x_TD.shape[-2])
+        values = (x_TD @ weights.W_V_XD.T).unflatten(-1, (weights.n_heads, -1)).transpose(-3, -2)
+        return (self.kernel_HTT[:, here, here] @ values).transpose(-3, -2).flatten(-2)
+
+    def z(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T X"]:
+        """`attn_z`, the heads' mixed value vectors, when the layer reads `x_TD`."""
+        z_TX = self.mix(x_TD)
+        return (z_TX if self.scale_out_T is None else z_TX * self.scale_out_T[:, None]) + self.constant_z_TX
+
+    def pull_back_z(self, w_NX: Float[Tensor, "N X"], position_N: Tensor) -> Float[Tensor, "N T D"]:
+        """Vectors that read `attn_z` at one position each, as vectors on the stream that this layer reads."""
+        if self.scale_out_T is not None:  # attn_z lies before the output norm
+            w_NX = w_NX * self.scale_out_T[position_N][:, None]
+        H, length = self.weights.n_heads, int(position_N.max()) + 1
+        pulled_NHD = torch.einsum("nhk,hkd->nhd", w_NX.unflatten(1, (H, -1)), self.weights.W_V_XD.unflatten(0, (H, -1)))
+        return torch.einsum("hnt,nhd->ntd", self.kernel_HTT[:, position_N, :length], pulled_NHD)
 
     def mix_back(self, v_NTD: Float[Tensor, "N T D"], scratch: Scratch) -> Float[Tensor, "X N T"]:
         """Vectors at this layer's output, pulled back to its value vectors: `[X, N, T]`, positions last.

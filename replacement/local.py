@@ -18,28 +18,76 @@ from replacement.sites import ModelShape, Site
 
 
 @dataclass(frozen=True, slots=True)
+class Decomposition:
+    """The outputs of one kind of part, written as features + decoder bias + skip + error at every layer and position."""
+
+    kind: str
+    """Kind of site that is written: `mlp_out` or `attn_out`."""
+    crosscoder: Crosscoder
+    """Whose features these are."""
+    features: Features
+    """Active features; row = token position."""
+    pre_activation_S: Float[Tensor, " S"]
+    """Pre-activation of every active feature, as the crosscoder computed it."""
+    errors_LTD: Float[Tensor, "L T D"]
+    """Output minus reconstruction; the whole output at a layer the crosscoder does not write."""
+
+    @classmethod
+    def of(cls, kind: str, crosscoder: Crosscoder, frozen: FrozenPrompt) -> Decomposition:
+        """Encode the clean activations and set the error terms that make the sum exact."""
+        output = crosscoder({site: frozen.activations[site] for site in crosscoder.wiring.read_sites})
+        layers = range(len(frozen.attentions))
+        errors = torch.stack([frozen.activations[Site(layer, kind)] for layer in layers])
+        for site, y_TD in output.reconstructions.items():
+            errors[site.layer] -= y_TD
+        pre_S = _pre_activations(crosscoder, output.features, frozen)
+        return cls(kind, crosscoder, output.features, pre_S, errors)
+
+    def outputs(self, frozen: FrozenPrompt, activation_S: Tensor | None = None) -> Tensor:
+        """`[L, T, D]`: features (at the given activations, or their own) + bias + skip on clean inputs + error."""
+        features = self.features if activation_S is None else self.features.replace_activations(activation_S)
+        written = self.crosscoder.decode(features)
+        skipped = self.crosscoder.skip_contribution(frozen.activations)
+        out = self.errors_LTD.clone()
+        for site, y_TD in written.items():
+            out[site.layer] += y_TD + skipped.get(site, 0)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
 class LocalReplacement:
-    """One prompt, with every MLP output written as features + decoder bias + skip + error.
+    """One prompt, with every MLP output (and every attention output, if a crosscoder writes those) decomposed.
 
     Between features it is linear: attention patterns and norm scales are fixed at their values on this prompt.
     """
 
     shape: ModelShape
     """Sizes of the language model."""
-    crosscoder: Crosscoder
-    """Whose features these are."""
     frozen: FrozenPrompt
     """Attention, norms, embeddings and clean activations."""
-    features: Features
-    """Active features; row = token position."""
-    pre_activation_S: Float[Tensor, " S"]
-    """Pre-activation of every active feature, as the crosscoder computed it."""
-    errors_LTD: Float[Tensor, "L T D"]
-    """MLP output minus reconstruction; the whole MLP output at a layer the crosscoder does not write."""
+    mlp: Decomposition
+    """MLP outputs as features and errors."""
+    attention: Decomposition | None
+    """Attention outputs as features and errors; None where attention is linear between its patterns."""
     W_U: Float[Tensor, "D V"]
     """Unembedding `[D, V]`."""
     b_U: Float[Tensor, " V"]
     """Unembedding bias `[V]`."""
+
+    @property
+    def decompositions(self) -> tuple[Decomposition, ...]:
+        """Of the MLPs, then of attention where it has one."""
+        return (self.mlp,) if self.attention is None else (self.mlp, self.attention)
+
+    @property
+    def crosscoder(self) -> Crosscoder:
+        """The crosscoder of the MLPs."""
+        return self.mlp.crosscoder
+
+    @property
+    def features(self) -> Features:
+        """Active features of the MLPs' crosscoder; row = token position."""
+        return self.mlp.features
 
     @property
     def n_positions(self) -> int:
@@ -51,52 +99,51 @@ class LocalReplacement:
         """Next-token probabilities `[T, V]` of the original model, soft-cap included."""
         return self.frozen.probabilities_TV
 
-    def mlp_outputs(self, activation_S: Tensor | None = None) -> Tensor:
-        """MLP outputs `[L, T, D]`: features (at the given activations, or their own) + bias + skip + error."""
-        features = self.features if activation_S is None else self.features.replace_activations(activation_S)
-        written = self.crosscoder.decode(features)
-        skipped = self.crosscoder.skip_contribution(self.frozen.activations)
-        out = self.errors_LTD.clone()
-        for site, y_TD in written.items():
-            out[site.layer] += y_TD + skipped.get(site, 0)
-        return out
-
     def logits(self, activation_S: Tensor | None = None) -> Tensor:
         """Logits `[T, V]` before any soft-cap, through the frozen linear model.
 
         Args:
-            activation_S: activations to hold the features at; their own by default, and then these are the original
-                model's logits up to rounding. Skip terms keep their clean inputs.
+            activation_S: activations to hold the MLPs' features at; their own by default, and then these are the original
+                model's logits up to rounding. Skip terms keep their clean inputs, attention features their activations.
         """
-        frozen, mlp_LTD = self.frozen, self.mlp_outputs(activation_S)
+        frozen = self.frozen
+        x_TD = self.streams(activation_S)[-1]
+        return frozen.norm_final.apply(x_TD) @ self.W_U + self.b_U
+
+    def streams(self, activation_S: Tensor | None = None) -> list[Tensor]:
+        """Residual stream `[T, D]` in front of every layer and behind the last one (L + 1 of them); see `logits`."""
+        frozen = self.frozen
+        mlp_LTD = self.mlp.outputs(frozen, activation_S)
+        attention_LTD = None if self.attention is None else self.attention.outputs(frozen)
         x_TD = frozen.token_embedding_TD
         if frozen.position_embedding_TD is not None:
             x_TD = x_TD + frozen.position_embedding_TD
-        for attention, mlp_TD in zip(frozen.attentions, mlp_LTD, strict=True):
-            x_TD = x_TD + attention.apply(x_TD) + mlp_TD
-        return frozen.norm_final.apply(x_TD) @ self.W_U + self.b_U
+        streams = [x_TD]
+        for layer, attention in enumerate(frozen.attentions):
+            moved_TD = attention.apply(x_TD) if attention_LTD is None else attention_LTD[layer]
+            x_TD = x_TD + moved_TD + mlp_LTD[layer]
+            streams.append(x_TD)
+        return streams
 
 
+@torch.no_grad()
 def localize(
-    *, shape: ModelShape, crosscoder: Crosscoder, frozen: FrozenPrompt, unembedding: tuple[Tensor, Tensor]
+    *,
+    shape: ModelShape,
+    crosscoder: Crosscoder,
+    attention: Crosscoder | None,
+    frozen: FrozenPrompt,
+    unembedding: tuple[Tensor, Tensor],
 ) -> LocalReplacement:
-    """Encode the clean activations of a frozen prompt and set the error terms that make the sum exact."""
-    with torch.no_grad():
-        reads = {site: frozen.activations[site] for site in crosscoder.wiring.read_sites}
-        output = crosscoder(reads)
-        errors = torch.stack([frozen.activations[Site(layer, "mlp_out")] for layer in range(shape.n_layers)])
-        for site, y_TD in output.reconstructions.items():
-            errors[site.layer] -= y_TD
-        return LocalReplacement(
-            shape=shape,
-            crosscoder=crosscoder,
-            frozen=frozen,
-            features=output.features,
-            pre_activation_S=_pre_activations(crosscoder, output.features, frozen),
-            errors_LTD=errors,
-            W_U=unembedding[0],
-            b_U=unembedding[1],
-        )
+    """Decompose the clean activations of a frozen prompt."""
+    return LocalReplacement(
+        shape=shape,
+        frozen=frozen,
+        mlp=Decomposition.of("mlp_out", crosscoder, frozen),
+        attention=None if attention is None else Decomposition.of("attn_out", attention, frozen),
+        W_U=unembedding[0],
+        b_U=unembedding[1],
+    )
 
 
 def _pre_activations(crosscoder: Crosscoder, features: Features, frozen: FrozenPrompt) -> Tensor:

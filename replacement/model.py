@@ -63,6 +63,7 @@ class ReplacementModel:
         self.language_model = language_model
         self.crosscoder = crosscoder.to(dtype=language_model.dtype, device=language_model.device).eval()
         self.crosscoder.requires_grad_(False)
+        self.attention_crosscoder: Crosscoder | None = None
 
     def __call__(
         self,
@@ -108,8 +109,17 @@ class ReplacementModel:
             ValueError: tokens that are empty, too many or unknown.
         """
         lm = self.language_model
-        frozen = lm.freeze(lm.check_tokens(tokens_T), sites=self.crosscoder.wiring.read_sites)
-        return localize(shape=lm.shape, crosscoder=self.crosscoder, frozen=frozen, unembedding=lm.parts.unembedding())
+        attention = self.attention_crosscoder
+        sites = set(self.crosscoder.wiring.read_sites)
+        if attention is not None:
+            sites |= {*attention.wiring.read_sites, *(Site(layer, "attn_out") for layer in range(lm.shape.n_layers))}
+        return localize(
+            shape=lm.shape,
+            crosscoder=self.crosscoder,
+            attention=attention,
+            frozen=lm.freeze(lm.check_tokens(tokens_T), sites=sites),
+            unembedding=lm.parts.unembedding(),
+        )
 
 
 def _sites_of(write_sites: Sequence[Site], layers: Iterable[int] | None) -> tuple[Site, ...]:

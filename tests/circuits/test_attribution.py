@@ -50,9 +50,9 @@ def compare_with_oracle(model: ReplacementModel, tokens: torch.Tensor, *, tolera
     local = model.localize(tokens)
     attributor, rows, logits = expand_all(model, tokens, local)
     oracle = AutogradOracle(model, local, batch_size=8)
-    chosen = torch.from_numpy(np.flatnonzero(rows.expanded[attributor.first_feature : rows.n_columns]))
+    chosen = torch.from_numpy(np.flatnonzero(rows.expanded[attributor.columns.features.start : rows.n_columns]))
     assert len(chosen)
-    nodes = attributor.first_feature + chosen.numpy()
+    nodes = attributor.columns.features.start + chosen.numpy()
     expected, bias = oracle.feature_rows(chosen)
     _assert_close(dense_rows(rows, nodes), expected, tolerance)
     # The oracle's constant is what is left of the value, so it is as exact as the value is.

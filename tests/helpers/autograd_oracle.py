@@ -30,7 +30,7 @@ class AutogradOracle:
     def feature_rows(self, chosen_S: Tensor) -> tuple[Tensor, Tensor]:
         """`A [N, C]` in the columns of `circuits.sources`, and `bias [N]`, for numbers into `local.features`."""
         features, crosscoder = self.local.features, self.local.crosscoder
-        rows_NC = self.local.errors_LTD.new_zeros(len(chosen_S), self._n_columns())
+        rows_NC = self.local.mlp.errors_LTD.new_zeros(len(chosen_S), self._n_columns())
         bias_N = rows_NC.new_zeros(len(chosen_S))
         for group in range(crosscoder.n_groups):
             own = torch.nonzero(features.group[chosen_S] == group)[:, 0]
@@ -141,7 +141,7 @@ class AutogradOracle:
     def _columns(self, by_leaf: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
         local = self.local
         T, crosscoder, features = local.n_positions, local.crosscoder, local.features
-        rows_NC = local.errors_LTD.new_zeros(n, self._n_columns())
+        rows_NC = local.mlp.errors_LTD.new_zeros(n, self._n_columns())
         bias_N = rows_NC.new_zeros(n)
         column = 0
         for name, source_TD in (
@@ -156,7 +156,7 @@ class AutogradOracle:
             grad_NTD = by_leaf.get(f"mlp.{layer}")
             if grad_NTD is None:
                 continue
-            rows_NC[:, column + layer * T : column + (layer + 1) * T] = (grad_NTD * local.errors_LTD[layer]).sum(-1)
+            rows_NC[:, column + layer * T : column + (layer + 1) * T] = (grad_NTD * local.mlp.errors_LTD[layer]).sum(-1)
             site = Site(layer, "mlp_out")
             if site not in crosscoder.wiring.write_sites:
                 continue

@@ -78,11 +78,11 @@ def test_dropped_and_kept_errors_differ_by_the_error_terms(language_model: Any) 
     model = ReplacementModel(lm, tiny.crosscoder_for(lm))
     tokens = tiny.random_tokens()
     local = model.localize(tokens)
-    outputs = local.mlp_outputs()
+    outputs = local.mlp.outputs(local.frozen)
     clean = lm.read(tokens, [Site(layer, "mlp_out") for layer in range(3)])
     for layer in range(3):
         torch.testing.assert_close(outputs[layer], clean[Site(layer, "mlp_out")], rtol=0, atol=1e-12)
-    assert float(local.errors_LTD.abs().max()) > 0.1
+    assert float(local.mlp.errors_LTD.abs().max()) > 0.1
 
 
 def test_intervention_sets_what_it_names(language_model: Any) -> None:
