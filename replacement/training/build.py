@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -17,8 +16,6 @@ from replacement.training.token_sources import TokenSource
 from replacement.training.tokens import open_source
 from replacement.wiring import WHOLE_DEPTH, Wiring
 
-MAX_CONTEXT = 512
-"""Tokens per row where neither the settings nor the stored rows say otherwise."""
 FEATURES_PER_DIMENSION = 16
 """Features per group and dimension of the residual stream where the settings do not say."""
 
@@ -86,12 +83,13 @@ def _load(name: str, device: str) -> LanguageModel:
 
 def open_tokens(config: DataConfig, lm: LanguageModel) -> TokenSource:
     """The source of tokens that the settings name."""
-    source: str | list[str] = config.source
-    context = config.context
-    stored = isinstance(source, str) and Path(source).suffix in (".npy", ".safetensors")
-    if context is None and not stored:
-        context = min(lm.context_length, MAX_CONTEXT)
-    return open_source(source, lm, context=context, n_held_out=config.held_out_rows, text_field=config.text_field)
+    return open_source(
+        config.source,
+        lm,
+        context=config.context,
+        n_held_out=config.held_out_rows,
+        text_field=config.text_field,
+    )
 
 
 def special_ids(lm: LanguageModel) -> frozenset[int]:

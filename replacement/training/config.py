@@ -16,12 +16,12 @@ class DataConfig:
     """Where the tokens come from, and how they become batches."""
 
     source: str | list[str] = "demo"
-    """Text files (path, pattern or list), a Hugging Face dataset (a saved folder, or `hf:NAME` on the hub), token ids in a
-    `.npy` or `.safetensors` file, or `demo`, the corpus of the demo model; see `open_source`."""
+    """Text files (path, pattern or list), a Hugging Face dataset (a saved folder, or `hf:NAME` on the hub), token ids in
+    `.npy` or `.safetensors` files, or `demo`, the corpus of the demo model; see `open_source`."""
     text_field: str = "text"
     """Column of a dataset that holds the text."""
     context: int | None = None
-    """Tokens per row; by default the model's context, at most 512."""
+    """Tokens per row; by default the width of stored rows, and the model's context, at most 512, for text and flat ids."""
     buffer_tokens: int = 131_072
     """Tokens in the shuffle buffer; memory is this times the widths of all sites."""
     shards: int = 8

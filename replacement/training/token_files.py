@@ -36,9 +36,11 @@ def resolve(source: str | Path | Sequence[str | Path]) -> list[Path]:
     if unknown:
         known = ", ".join((*TOKEN_SUFFIXES, *TEXT_SUFFIXES))
         raise ValueError(f"{name}: unknown kind of file {unknown[0]!r}: expected one of {known}")
-    alone = [path for path in paths if path.is_dir() or path.suffix in TOKEN_SUFFIXES]
-    if alone and len(paths) > 1:
-        raise ValueError(f"{name} means {len(paths)} files: {alone[0]} can only be read on its own")
+    folders = [path for path in paths if path.is_dir()]
+    if folders and len(paths) > 1:
+        raise ValueError(f"{name} means {len(paths)} files: {folders[0]} can only be read on its own")
+    if any(suffix in TOKEN_SUFFIXES for suffix in suffixes) and any(suffix in TEXT_SUFFIXES for suffix in suffixes):
+        raise ValueError(f"{name} mixes files of kinds {', '.join(suffixes)}: expected either token ids or text")
     if ".parquet" in suffixes and len(suffixes) > 1:
         raise ValueError(f"{name} mixes files of kinds {', '.join(suffixes)}: expected .parquet files on their own")
     return paths
@@ -65,6 +67,18 @@ def _files(entry: str | Path) -> list[Path]:
         f"{entry} does not exist: expected a file or folder of tokens or text, 'demo', or 'hf:NAME' for a dataset of the "
         "Hugging Face hub"
     )
+
+
+def map_ids(path: Path, name: str | None) -> np.ndarray:
+    """The array of a file of token ids, mapped and not read.
+
+    Arguments:
+        name: tensor in a `.safetensors` file; by default its first of integers.
+
+    Raises:
+        ValueError: the file is damaged or not of its format, or holds no such tensor.
+    """
+    return map_npy(path) if path.suffix == ".npy" else map_safetensors(path, name)
 
 
 def map_npy(path: Path) -> np.ndarray:

@@ -19,6 +19,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from replacement.training.joined_rows import JoinedRows, as_rows
+
 _EPOCH_STREAM = 0  # first word of the random seeds of row orders; the shuffle buffers use another
 
 _ROWS_AT_A_TIME = 1024
@@ -92,14 +94,14 @@ class TokenSource(ABC):
 
 
 class StoredRows(TokenSource):
-    """Rows that can be read in any order: an array in memory, or one mapped from a file.
+    """Rows that can be read in any order: an array in memory, or arrays mapped from files.
 
     Rows are shuffled globally, by a new permutation in every epoch.
     """
 
     def __init__(
         self,
-        ids: np.ndarray | Tensor,
+        ids: np.ndarray | Tensor | JoinedRows,
         *,
         context: int | None = None,
         name: str = "the token rows",
@@ -118,7 +120,7 @@ class StoredRows(TokenSource):
                 held-out ones and one more, or held-out ids outside the vocabulary.
         """
         array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
-        rows = _as_rows(array, context, name)
+        rows = array if isinstance(array, JoinedRows) else as_rows(array, context, name)
         super().__init__(name, context=rows.shape[1], vocabulary_size=vocabulary_size, bos_id=bos_id)
         _check_enough(name, len(rows), n_held_out)
         self._rows, self._n_held_out = rows, n_held_out
@@ -276,25 +278,6 @@ class DemoRows(TokenSource):
     def one_pass(self) -> Iterator[Int[Tensor, "R T"]]:
         """The training rows, without end."""
         return (rows.tokens_RT for rows in self.blocks(_ROWS_AT_A_TIME, seed=0))
-
-
-def _as_rows(array: np.ndarray, context: int | None, name: str) -> np.ndarray:
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name}: expected integer token ids, got {array.dtype}")
-    if array.ndim == 2:
-        if context is not None and array.shape[1] != context:
-            raise ValueError(f"{name} holds rows of {array.shape[1]} tokens, expected {context} (the context)")
-        return array
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected flat ids [N] or rows [R, T], got shape {list(array.shape)}")
-    if context is None:
-        raise ValueError(f"{name} holds flat ids: give the context, the tokens per row")
-    if context < 1:
-        raise ValueError(f"{name}: the context must be 1 token or more, got {context}")
-    if len(array) < context:
-        raise ValueError(f"{name} holds {len(array)} tokens, fewer than one row of {context}")
-    n = len(array) // context
-    return array[: n * context].reshape(n, context)
 
 
 def _check_enough(name: str, n_rows: int, n_held_out: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +18,12 @@ from torch import Tensor
 from replacement.language_model import LanguageModel
 from replacement.training.documents import Piece, pack, pieces_of_files, rows_of, special_id, whole_documents
 from replacement.training.hugging_face_datasets import HUB_PREFIX, hub_column, parquet_column, saved_column
-from replacement.training.token_files import map_npy, map_safetensors, resolve
+from replacement.training.joined_rows import JoinedRows, as_rows
+from replacement.training.token_files import TOKEN_SUFFIXES, map_ids, resolve
 from replacement.training.token_sources import DemoRows, StoredRows, StreamedRows, TokenSource
+
+MAX_CONTEXT = 512
+"""Tokens per row where neither the caller nor the stored rows say otherwise, if the model reads as many."""
 
 
 def open_source(
@@ -39,7 +43,8 @@ def open_source(
 
     Arguments:
         source: one of
-            - a `.npy` file (memory-mapped) or a `.safetensors` file: rows `[R, T]`, or flat ids `[N]` cut into rows;
+            - `.npy` files (memory-mapped) or `.safetensors` files, by path, folder, pattern or list: rows `[R, T]` of one
+              width, or flat ids `[N]`, cut into rows file by file;
             - text files, by path, folder, pattern (`corpus/*.txt`) or list: a `.txt` file is one document, a `.jsonl` or
               `.parquet` file holds one per entry. Documents are laid end to end, joined by the end-of-sequence token,
               and cut into rows that start with the beginning-of-sequence token where the model was trained with one;
@@ -48,7 +53,7 @@ def open_source(
             - an array or tensor like those in files;
             - a function that starts an iteration over texts, or over rows of T token ids, afresh at every call.
         lm: the model whose tokenizer, vocabulary and context the rows must fit.
-        context: tokens per row T; by default the width of stored rows, and the model's context otherwise.
+        context: tokens per row T; by default the width of stored rows, and otherwise the model's context, at most 512.
         n_held_out: the first n rows never appear in training (for the demo, rows of an independent random stream).
         text_field: field of the texts in `.jsonl`, `.parquet` and datasets; a dataset's field of token ids gives rows.
         split: split of a dataset that has several.
@@ -56,12 +61,12 @@ def open_source(
 
     Raises:
         ValueError: names the source, with what was expected and what was found: missing or damaged files, an unknown
-            kind of file, text for a model without a tokenizer, rows longer than the model's context, ids outside its
-            vocabulary, or too few rows.
+            kind of file, text for a model without a tokenizer, rows longer than the model's context or of several
+            lengths, ids outside its vocabulary, or too few rows.
     """
     opener = _Opener(lm, context, n_held_out)
     if isinstance(source, np.ndarray | Tensor):
-        return opener.stored(source, "the token array")
+        return opener.stored({"the token array": source}, "the token array")
     if callable(source):
         return opener.items(source, f"the source {getattr(source, '__name__', type(source).__name__)}")
     if isinstance(source, str) and source == "demo":
@@ -72,13 +77,10 @@ def open_source(
     name = str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))
     if paths[0].is_dir():
         return opener.items(saved_column(paths[0], split=split, column=text_field), name)
-    match paths[0].suffix:
-        case ".npy":
-            return opener.stored(map_npy(paths[0]), name)
-        case ".safetensors":
-            return opener.stored(map_safetensors(paths[0], tensor), name)
-        case ".parquet":
-            return opener.items(parquet_column(paths, column=text_field), name)
+    if paths[0].suffix in TOKEN_SUFFIXES:
+        return opener.stored({str(path): map_ids(path, tensor) for path in paths}, name)
+    if paths[0].suffix == ".parquet":
+        return opener.items(parquet_column(paths, column=text_field), name)
     return opener.packed(lambda: pieces_of_files(paths, text_field=text_field), name)
 
 
@@ -147,14 +149,25 @@ class _Opener:
         if self.n_held_out < 0:
             raise ValueError(f"n_held_out must be 0 or more, got {self.n_held_out}")
 
-    def stored(self, ids: np.ndarray | Tensor, name: str) -> TokenSource:
-        """Token ids that can be read in any order; flat ones are cut to the model's context by default."""
-        context = self.width if ids.ndim == 1 else self.context
-        if ids.ndim == 2 and ids.shape[1] > self.lm.context_length:
-            raise ValueError(
-                f"{name} holds rows of {ids.shape[1]} tokens: {self.lm.name} reads at most {self.lm.context_length}"
-            )
-        return StoredRows(ids, context=context, **self._options(name))
+    def stored(self, arrays: Mapping[str, np.ndarray | Tensor], name: str) -> TokenSource:
+        """Token ids that can be read in any order; rows keep their width, and flat ids are cut to the same.
+
+        Arguments:
+            arrays: one or more, by what errors call them.
+        """
+        ids = {file: x.detach().cpu().numpy() if isinstance(x, Tensor) else x for file, x in arrays.items()}
+        widths = {file: array.shape[1] for file, array in ids.items() if array.ndim == 2}
+        for file, width in widths.items():
+            if width > self.lm.context_length:
+                raise ValueError(
+                    f"{file} holds rows of {width} tokens: {self.lm.name} reads at most {self.lm.context_length}"
+                )
+            first, expected = next(iter(widths.items()))
+            if self.context is None and width != expected:
+                raise ValueError(f"{file} holds rows of {width} tokens, expected {expected} as in {first}")
+        context = next(iter(widths.values()), self.width) if self.context is None else self.context
+        rows = [as_rows(array, context, file) for file, array in ids.items()]
+        return StoredRows(rows[0] if len(rows) == 1 else JoinedRows(rows), **self._options(name))
 
     def demo(self) -> TokenSource:
         """The demo's corpus."""
@@ -194,8 +207,8 @@ class _Opener:
 
     @property
     def width(self) -> int:
-        """Tokens per row, the model's context by default."""
-        return self.lm.context_length if self.context is None else self.context
+        """Tokens per row where the source has none of its own: by default the model's context, at most `MAX_CONTEXT`."""
+        return min(self.lm.context_length, MAX_CONTEXT) if self.context is None else self.context
 
     def _options(self, name: str) -> dict[str, Any]:
         return {

@@ -20,6 +20,8 @@ import replacement
 from replacement import LanguageModel
 from replacement.demo.corpus import held_out_rows, sample_rows
 from replacement.demo.tokenizer import build_tokenizer
+from replacement.training.build import open_tokens
+from replacement.training.config import DataConfig
 from replacement.training.documents import pieces_of_files, special_id
 from replacement.training.token_sources import DemoRows, StoredRows, TokenSource
 from replacement.training.tokens import open_source, store_rows
@@ -80,6 +82,49 @@ def test_stored_tokens_give_their_rows(tmp_path: Path, lm: LanguageModel, write:
 def test_flat_ids_drop_what_fills_no_row_and_take_the_context_of_the_model(tmp_path: Path, lm: LanguageModel) -> None:
     source = open_source(npy(tmp_path, np.arange(70) % 97), lm)
     assert epoch(source).tolist() == [list(range(32)), list(range(32, 64))]
+
+
+def test_the_default_context_is_bounded_alike_for_every_source_without_rows_of_its_own(
+    tmp_path: Path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models read up to hundreds of thousands of tokens; stored rows keep their width."""
+    monkeypatch.setattr("replacement.training.tokens.MAX_CONTEXT", 5)
+    flat = npy(tmp_path, IDS)
+    for source in (flat, str(flat), safetensors(tmp_path, IDS), IDS, written("a.txt", "w3 w4 " * 9)(tmp_path)):
+        assert open_source(source, lm).context == 5
+        assert open_source(source, lm, context=7).context == 7
+        if not isinstance(source, np.ndarray):
+            assert open_tokens(DataConfig(source=str(source), held_out_rows=1), lm).context == 5
+    assert open_source(IDS.reshape(5, 8), lm).context == 8
+
+
+def several(folder: Path, *arrays: Any) -> Path:
+    """A folder of `.npy` files 0.npy, 1.npy, ..., of several integer types."""
+    (folder / "ids").mkdir()
+    for number, ids in enumerate(arrays):
+        np.save(folder / "ids" / f"{number}.npy", np.array(ids, dtype=[np.uint16, np.int64, np.uint64][number % 3]))
+    return folder / "ids"
+
+
+@pytest.mark.parametrize("form", ["folder", "pattern", "list"])
+def test_files_of_token_ids_are_one_source(tmp_path: Path, lm: LanguageModel, form: str) -> None:
+    """Rows keep their width, flat ids are cut to the same file by file; against the one array they make up."""
+    rows = np.random.default_rng(0).integers(3, 97, (23, 4))
+    flat = np.concatenate([rows[10:12].flatten(), [5, 6, 7]])
+    folder = several(tmp_path, rows[:10], flat, rows[12:13], rows[13:])
+    source = {"folder": folder, "pattern": str(folder / "*.npy"), "list": sorted(folder.iterdir())}[form]
+    joined, whole = (open_source(value, lm, n_held_out=11) for value in (source, rows))
+    assert (joined.n_rows, joined.context) == (12, 4)
+    assert torch.equal(joined.held_out(), whole.held_out())
+    assert torch.equal(epoch(joined), epoch(whole))
+    for ours, theirs in zip(islice(joined.blocks(5, seed=1), 4), whole.blocks(5, seed=1), strict=False):
+        assert torch.equal(ours.tokens_RT, theirs.tokens_RT)
+        assert torch.equal(ours.index_R, theirs.index_R)
+
+
+def test_a_folder_of_one_array_keeps_its_width(tmp_path: Path, lm: LanguageModel) -> None:
+    source = open_tokens(DataConfig(source=str(several(tmp_path, IDS.reshape(10, 4))), held_out_rows=2), lm)
+    assert (source.context, source.n_rows) == (4, 8)
 
 
 def test_a_tensor_is_chosen_by_name(tmp_path: Path, lm: LanguageModel) -> None:
@@ -315,7 +360,32 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {},
         "unknown kind of file '.csv': expected one of .npy, .safetensors, .txt",
     ),
-    "several arrays": (mixed("a.npy", "b.npy"), {}, "a.npy can only be read on its own"),
+    "other widths": (
+        lambda folder: several(folder, [[1] * 4], [1] * 9, [[1] * 5]),
+        {"context": None},
+        "2.npy holds rows of 5 tokens, expected 4 as in ",
+    ),
+    "other width of one": (
+        lambda folder: several(folder, [[1] * 4], [[1] * 5]),
+        {},
+        "1.npy holds rows of 5 tokens, expected 4 (the context)",
+    ),
+    "few tokens of one": (
+        lambda folder: several(folder, [1] * 9, [1] * 3),
+        {},
+        "1.npy holds 3 tokens, fewer than one row of 4",
+    ),
+    "floats of one": (
+        lambda folder: [several(folder, [[1] * 4]), npy(folder, np.full((2, 4), 0.5))],
+        {},
+        "tokens.npy: expected integer token ids, got float64",
+    ),
+    "dataset and text": (lambda f: [saved(f), jsonl(f)], {}, "saved can only be read on its own"),
+    "ids and text": (
+        mixed("a.npy", "b.txt"),
+        {},
+        "mixes files of kinds .npy, .txt: expected either token ids or text",
+    ),
     "mixed": (mixed("a.txt", "b.parquet"), {}, "mixes files of kinds .parquet, .txt: expected .parquet"),
     "damaged npy": (written("a.npy", b"\x93NUMPY"), {}, "a.npy is damaged or not a .npy file"),
     "damaged safetensors": (written("a.safetensors", b"no"), {}, "a.safetensors is damaged or not a safetensors file"),
