@@ -27,7 +27,7 @@ from result_rows import append_row
 from torch import Tensor
 from tqdm import tqdm
 
-from replacement import Crosscoder, checkpoint
+from replacement import Crosscoder
 from replacement.fidelity.latent_scaling import (
     MAX_NU_ERROR,
     MAX_NU_RECONSTRUCTION,
@@ -55,39 +55,41 @@ BINS = 10
 
 
 def train(name: str, out: Path, *, n_tokens: int, n_features: int, held_out_rows: int = 128) -> Crosscoder:
-    """Train one crosscoder over the two models on text of both kinds, unless that is done."""
+    """Train one crosscoder over the two models on text of both kinds, unless that is done.
+
+    Raises:
+        ValueError: the folder holds a run of other settings.
+    """
     activation, losses = METHODS[name]
     folder, rows = out / name, out / "rows.npy"
-    if not (folder / "crosscoder").exists():
-        if not rows.exists():
-            lm = load_models("demo").first
-            n_rows = 2 * n_tokens // lm.context_length + held_out_rows
-            ids = rows_of(lm.tokenizer, n_rows=n_rows, context=lm.context_length, seed=1)
-            np.save(rows, ids.numpy())
-        batch_tokens = min(2048, n_tokens // 2)
-        buffer_tokens = min(131_072, 2 * n_tokens)
-        config = run_config(
-            {
-                "model": ["demo", str(out / "fine_tuned")],
-                "data": {"source": str(rows), "buffer_tokens": buffer_tokens, "held_out_rows": held_out_rows},
-                "crosscoder": {
-                    "wiring": "model_diffing",
-                    "layers": [LAYER],
-                    "n_features": n_features,
-                    "activation": activation,
-                    "undecomposed_positions": 0,
-                },
-                "training": {
-                    "n_tokens": n_tokens,
-                    "batch_tokens": batch_tokens,
-                    "losses": losses,
-                    "sparsity_warmup": 0.05,
-                },
-            }
-        )
-        with tqdm(total=config.training.n_steps, desc=name, unit="step", disable=None) as bar:
-            run(config, folder, resume=True, progress=lambda _: bar.update())
-    return checkpoint.load(folder / "crosscoder")
+    if not rows.exists():
+        lm = load_models("demo").first
+        n_rows = 2 * n_tokens // lm.context_length + held_out_rows
+        ids = rows_of(lm.tokenizer, n_rows=n_rows, context=lm.context_length, seed=1)
+        np.save(rows, ids.numpy())
+    batch_tokens = min(2048, n_tokens // 2)
+    buffer_tokens = min(131_072, 2 * n_tokens)
+    config = run_config(
+        {
+            "model": ["demo", str(out / "fine_tuned")],
+            "data": {"source": str(rows), "buffer_tokens": buffer_tokens, "held_out_rows": held_out_rows},
+            "crosscoder": {
+                "wiring": "model_diffing",
+                "layers": [LAYER],
+                "n_features": n_features,
+                "activation": activation,
+                "undecomposed_positions": 0,
+            },
+            "training": {
+                "n_tokens": n_tokens,
+                "batch_tokens": batch_tokens,
+                "losses": losses,
+                "sparsity_warmup": 0.05,
+            },
+        }
+    )
+    with tqdm(total=config.training.n_steps, desc=name, unit="step", disable=None) as bar:
+        return run(config, folder, resume=True, progress=lambda _: bar.update())  # a finished run is only read
 
 
 def read(models: Models, crosscoder: Crosscoder, rows_RT: Tensor) -> Iterator[dict[Site, Tensor]]:

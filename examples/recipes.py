@@ -31,11 +31,14 @@ def recipes() -> list[str]:
 
 
 def train_recipe(name: str, out: Path, *, overrides: Sequence[str] = ()) -> dict[str, float | None]:
-    """Train one recipe, unless that is done, and return its row of the table."""
+    """Train one recipe, unless that is done, and return its row of the table.
+
+    Raises:
+        ValueError: the folder holds a run of other settings.
+    """
     config = read_config(FOLDER / f"{name}.toml", overrides=overrides)
-    if not (out / "crosscoder").exists():
-        with tqdm(total=config.training.n_steps, desc=name, unit="step", disable=None) as bar:
-            run(config, out, resume=True, progress=lambda _: bar.update())
+    with tqdm(total=config.training.n_steps, desc=name, unit="step", disable=None) as bar:
+        run(config, out, resume=True, progress=lambda _: bar.update())  # a finished run is only read
     return table_row(out)
 
 

@@ -65,7 +65,6 @@ def test_recipes_fit_the_demo(path: Path, demo: Models) -> None:
     config = read_config(path)
     crosscoder = build_crosscoder(config.crosscoder, demo, torch.zeros(1, 4, dtype=torch.int64), seed=0)
     crosscoder.wiring.check_fits(demo.first)
-    assert crosscoder.activation == config.crosscoder.activation
     assert crosscoder.undecomposed_positions == 0
 
 
@@ -78,6 +77,8 @@ def test_a_recipe_is_trained_once_and_becomes_a_row(
     settings += ["data.held_out_rows=2", "crosscoder.n_features=24"]
     rows = [recipes.train_recipe("plt", tmp_path / "plt", overrides=settings) for _ in range(2)]
     assert rows[0] == rows[1]
+    with pytest.raises(ValueError, match=r"holds a run with training\.n_tokens=1024, the settings say 1536"):
+        recipes.train_recipe("plt", tmp_path / "plt", overrides=[*settings, "training.n_tokens=1536"])
     assert rows[0]["features"] == 4 * 24
     assert rows[0]["L0"] == pytest.approx(32, abs=1)
     recipes.print_table({"plt": rows[0], "none": {**rows[0], "KL": None}})
@@ -222,6 +223,8 @@ def test_model_diffing(example: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
         rows.append(module.compare(name, crosscoder, models, n_rows=4))
         assert rows[-1]["look exclusive"] >= rows[-1]["truly exclusive"]
         assert len(rows[-1]["norms"]) == rows[-1]["features that fire"] > 0
+        with pytest.raises(ValueError, match=r"holds a run with crosscoder\.n_features=24, the settings say 32"):
+            module.train(name, tmp_path, n_tokens=1024, n_features=32, held_out_rows=2)
     module.print_comparison(rows)
     assert "truly exclusive" in capsys.readouterr().out
     module.draw(rows, tmp_path / "plot")

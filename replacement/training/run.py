@@ -1,6 +1,7 @@
 """A training run in a folder: data, steps, metrics, checkpoints, and going on exactly where it stopped.
 
     OUT/run.json            the settings
+    OUT/inputs.json         fingerprints of the models and the data
     OUT/metrics.jsonl       one line per record (see `metrics_log`)
     OUT/snapshots/          state of the run (see `snapshots`)
     OUT/crosscoder/         the result, once the run is finished
@@ -34,7 +35,7 @@ from replacement.training.metrics_log import MetricsLog
 from replacement.training.parallel import Parallel, connect
 from replacement.training.reads import choose_reads, read_rows, replaced_sites
 from replacement.training.run_config import RunConfig
-from replacement.training.run_folder import open_folder
+from replacement.training.run_folder import RESULT, check_inputs, digest, is_finished, open_folder
 from replacement.training.scaling import Batch, Statistics, measure, sites_of
 from replacement.training.sharding import feature_dim, local_part, whole
 from replacement.training.stopping import StopRequest
@@ -66,19 +67,24 @@ def run(
 
     Arguments:
         out: folder of the run.
-        resume: go on from the newest checkpoint in it, or start where there is none.
+        resume: go on from the newest checkpoint in it, or start where there is none. A finished run is only read: its
+            settings are compared, its models and data are not loaded.
         device: `cpu`, or `cuda`.
         feature_shards: processes that share the features, in a run started by `torchrun`; the others share the rows.
         loggers: copies of the metrics, `tensorboard` or `wandb`.
         progress: called after each step.
 
     Raises:
-        ValueError: settings that do not fit the model or the data, a folder in use, or a checkpoint of other settings.
+        ValueError: settings that do not fit the model or the data, a folder in use, or a checkpoint of other settings,
+            models or data.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
     """
     parallel = connect(feature_shards=feature_shards, device=device)
     out = Path(out)
-    going = _Run(config, out, parallel, device=device, resume=resume)
+    step = open_folder(config, out, parallel, resume=resume)
+    if is_finished(out):
+        return checkpoint.load(out / RESULT, device=device)
+    going = _Run(config, out, parallel, device=device, step=step)
     last_step = going.trainer.steps_done
     log = MetricsLog(out, last_step=last_step, loggers=loggers, config=config.to_dict(), silent=not parallel.is_first)
     with log, StopRequest() as stop:
@@ -89,12 +95,14 @@ def run(
 class _Run:
     """What one run holds while it goes on."""
 
-    def __init__(self, config: RunConfig, out: Path, parallel: Parallel, *, device: str, resume: bool) -> None:
+    def __init__(self, config: RunConfig, out: Path, parallel: Parallel, *, device: str, step: int | None) -> None:
         self.config, self.out, self.parallel = config, out, parallel
-        step = open_folder(config, out, parallel, resume=resume)
         self.models = load_models(config.model, device=device)
         self.source = open_tokens(config.data, self.models.first)
         self.held_out_RT = self.source.held_out()
+        n_rows = -(-SCALE_TOKENS // self.source.context)
+        self.first_rows_RT = next(self.source.blocks(n_rows, seed=config.training.seed)).tokens_RT
+        check_inputs(out, self._inputs(), parallel)
         crosscoder = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
         self.activation = crosscoder.activation
         self.reads = choose_reads(config.training, crosscoder, self.models)
@@ -116,6 +124,13 @@ class _Run:
             state = self.trainer.state_tensors()
             snapshots.load(out / "snapshots", step, self._for_snapshot(state), parallel=parallel)
             self.trainer.restore(state, step)
+
+    def _inputs(self) -> dict[str, str]:
+        """Fingerprints of what the settings name without saying what it holds, by what a message calls it."""
+        names, source = self.config.model, self.config.data.source
+        called = [names] if isinstance(names, str) else names
+        prints = {f"the model {name}": lm.fingerprint for name, lm in zip(called, self.models.all, strict=True)}
+        return {**prints, f"the data {source}": digest(self.held_out_RT, self.first_rows_RT)}
 
     @property
     def _shuffles(self) -> bool:
@@ -154,9 +169,7 @@ class _Run:
 
     def _measure(self, crosscoder: Crosscoder) -> Statistics:
         """Statistics of the first rows of the data, split over the processes like everything else."""
-        n_rows = -(-SCALE_TOKENS // self.source.context)
-        rows_RT = next(self.source.blocks(n_rows, seed=self.config.training.seed)).tokens_RT
-        mine_RT = rows_RT[self.parallel.data_rank :: self.parallel.n_data]
+        mine_RT = self.first_rows_RT[self.parallel.data_rank :: self.parallel.n_data]
 
         def batches() -> Iterator[Batch]:
             for chunk_RT in mine_RT.split(32):
@@ -249,7 +262,7 @@ class _Run:
         """Save the result."""
         crosscoder = whole(self.trainer.finished(), self.activation, self.parallel)
         if self.parallel.is_first:
-            checkpoint.save(crosscoder, self.out / "crosscoder", training=self.config.to_dict())
+            checkpoint.save(crosscoder, self.out / RESULT, training=self.config.to_dict())
         self.parallel.barrier()
         return crosscoder
 

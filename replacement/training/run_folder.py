@@ -1,16 +1,25 @@
-"""The folder of a run: taken by a new run, or recognised by one that goes on."""
+"""The folder of a run: taken by a new run, or recognised by one that goes on. R rows, T tokens per row."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
 
 from replacement.training import snapshots
 from replacement.training.parallel import Parallel, restarted
 from replacement.training.run_config import RunConfig
 
 SETTINGS_FILE = "run.json"
+INPUTS_FILE = "inputs.json"
+RESULT = "crosscoder"
+"""Folder of the result, which appears whole when the run is finished."""
 
 
 def open_folder(config: RunConfig, out: Path, parallel: Parallel, *, resume: bool) -> int | None:
@@ -24,7 +33,7 @@ def open_folder(config: RunConfig, out: Path, parallel: Parallel, *, resume: boo
     resume = resume or restarted()
     path = out / SETTINGS_FILE
     settings = config.to_dict()
-    begun = (out / "snapshots").exists() or (out / "crosscoder").exists()
+    begun = _is_begun(out)
     if path.exists() and begun:
         if not resume:
             raise ValueError(f"{out} already holds a run: choose another folder, or go on with it by --resume")
@@ -34,19 +43,58 @@ def open_folder(config: RunConfig, out: Path, parallel: Parallel, *, resume: boo
     parallel.barrier()  # nobody writes before everybody has looked
     if parallel.is_first and not begun:  # a run that failed before its first checkpoint is begun anew
         out.mkdir(parents=True, exist_ok=True)
-        scratch = out / f".{SETTINGS_FILE}.partial"
-        scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        _write(path, settings)
     facts = snapshots.latest(out / "snapshots") if resume else None
     parallel.barrier()
     return None if facts is None else int(facts["step"])
 
 
+def is_finished(out: Path) -> bool:
+    """Whether the folder holds the result of a run."""
+    return (out / RESULT).exists()
+
+
+def check_inputs(out: Path, inputs: Mapping[str, str], parallel: Parallel) -> None:
+    """Record the fingerprints of a run's models and data when it begins, and compare them when it goes on.
+
+    A run that began before fingerprints were recorded takes those of the process that goes on with it.
+
+    Arguments:
+        inputs: fingerprints by what they belong to, such as `the model demo`.
+
+    Raises:
+        ValueError: a model or the data has changed since the run began; says which.
+    """
+    path = out / INPUTS_FILE
+    is_known = path.exists() and _is_begun(out)
+    parallel.barrier()  # nobody writes before everybody has looked
+    if parallel.is_first and not is_known:
+        _write(path, dict(inputs))
+    parallel.barrier()
+    before = _read(path)
+    for name, fingerprint in inputs.items():
+        if before.get(name) != fingerprint:
+            raise ValueError(
+                f"{name} is not what it was when the run in {out} began (fingerprint {before.get(name)}, now "
+                f"{fingerprint}); a run is resumed with the models and the data it began with"
+            )
+
+
+def digest(*rows: Int[Tensor, "_ T"]) -> str:
+    """Fingerprint of some rows of token ids."""
+    sha256 = hashlib.sha256()
+    for rows_RT in rows:
+        sha256.update(json.dumps(list(rows_RT.shape)).encode())
+        sha256.update(rows_RT.numpy().astype("<i8").tobytes())
+    return sha256.hexdigest()[:16]
+
+
+def _is_begun(out: Path) -> bool:
+    return (out / "snapshots").exists() or is_finished(out)
+
+
 def _check_same(path: Path, settings: dict[str, object]) -> None:
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    before = _read(path)
     given, found = (dict(_flat(value)) for value in (json.loads(json.dumps(settings)), before))
     for name in sorted(given.keys() | found.keys()):
         if given.get(name) != found.get(name):
@@ -60,3 +108,19 @@ def _flat(value: object, prefix: str = "") -> list[tuple[str, object]]:
     if not isinstance(value, dict):
         return [(prefix, value)]
     return [pair for name, inner in value.items() for pair in _flat(inner, f"{prefix}.{name}" if prefix else name)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)

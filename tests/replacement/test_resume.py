@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import training_runs
+from safetensors.torch import load_file, save_file
 
 from replacement.training.metrics_log import read_metrics
 from replacement.training.run import Interrupted, run
@@ -86,12 +91,86 @@ def _has_snapshot(out: Path, step: int) -> bool:
     return any((out / "snapshots" / f"step-{s:08d}").exists() for s in (step, step + 2, step + 4))
 
 
-def test_a_finished_run_is_left_as_it_is(tokens: Path, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    config = run_config(training_runs.settings(model_folder("gpt2"), tokens, n_steps=3))
-    run(config, tmp_path / "run")
-    before = (tmp_path / "run" / WEIGHTS).read_bytes()
-    run(config, tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == before
+def test_a_finished_run_is_only_read(
+    tokens: Path, model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its model or data, and with the settings it was finished with."""
+    value = training_runs.settings(model_folder("gpt2"), tokens, n_steps=3)
+    crosscoder = run(run_config(value), tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+    def load_models(*arguments: object, **options: object) -> None:
+        raise AssertionError("a finished run needs no model")
+
+    monkeypatch.setattr(sys.modules[run.__module__], "load_models", load_models)
+    again = run(run_config(value), tmp_path / "run", resume=True)
+    for name, tensor in crosscoder.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert not again.training
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    other = training_runs.settings(model_folder("gpt2"), tokens, n_steps=3, training={"seed": 7})
+    with pytest.raises(ValueError, match=r"holds a run with training\.seed=0, the settings say 7"):
+        run(run_config(other), tmp_path / "run", resume=True)
+
+
+def change(file: Path, name: str) -> None:
+    """Other weights, or other tokens, in a file of the same name and size."""
+    if name == "data":
+        rows_RT = np.load(file)
+        rows_RT[150, 7] += 1
+        np.save(file, rows_RT)
+    else:
+        tensors = load_file(file)
+        first = min(tensors)
+        save_file({**tensors, first: tensors[first] * 1.5}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_other_inputs_of_the_same_name_are_refused(
+    name: str, tokens: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, data = tmp_path / "model", tmp_path / "tokens.npy"
+    shutil.copytree(model_folder("gpt2"), model)
+    shutil.copy(tokens, data)
+    file = data if name == "data" else model / "model.safetensors"
+    shutil.copy(file, tmp_path / "original")
+    config, out = run_config(training_runs.settings(model, data, n_steps=10)), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(config, out, progress=stop_after(6))
+    change(file, name)
+    called = f"the data {data}" if name == "data" else f"the model {model}"
+    with pytest.raises(ValueError, match=re.escape(f"{called} is not what it was when the run in {out} began")):
+        run(config, out, resume=True)
+    assert not (out / "crosscoder").exists()
+    shutil.copy(tmp_path / "original", file)
+    run(config, out, resume=True)
+    assert (out / "crosscoder").exists()
+
+
+def test_fingerprints_are_those_of_the_run_that_has_begun(
+    tokens: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A run without a checkpoint has not; one from before there were fingerprints goes on."""
+    data, out = tmp_path / "tokens.npy", tmp_path / "run"
+    shutil.copy(tokens, data)
+    config = run_config(training_runs.settings(model_folder("gpt2"), data, n_steps=10))
+
+    def fail(progress: Progress) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(config, out, progress=fail)
+    before = (out / "inputs.json").read_text(encoding="utf-8")
+    change(data, "data")
+    with pytest.raises(Interrupted):
+        run(config, out, progress=stop_after(6))
+    assert (out / "inputs.json").read_text(encoding="utf-8") != before
+    (out / "inputs.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"inputs\.json is damaged: expected a JSON object, got list"):
+        run(config, out, resume=True)
+    (out / "inputs.json").unlink()
+    run(config, out, resume=True)
+    assert (out / "crosscoder").exists()
 
 
 def test_folders_in_use_and_other_settings_are_refused(
