@@ -80,12 +80,13 @@ class JacobianMatching(Loss):
 
 
 def directions(state: StepState, width: int) -> Float[Tensor, "B D"]:
-    """A random unit vector for each row of this process: a function of (seed, step, row) alone."""
+    """A random unit vector for each row of this process: a function of (seed, step, row of the whole batch) alone."""
     device = state.crosscoder.device
     generator = torch.Generator(device).manual_seed(state.seed * 1_000_003 + state.step)
-    n_rows = len(next(iter(state.inputs.values())))
-    shape = (n_rows * (state.parallel.data_rank + 1), width)
-    v_BD = torch.randn(shape, generator=generator, device=device, dtype=state.crosscoder.dtype)[-n_rows:]
+    # Drawn for the whole batch in one go: kernels fill a tensor in an order that depends on its size.
+    shape = (state.n_rows, width)
+    v_ND = torch.randn(shape, generator=generator, device=device, dtype=state.crosscoder.dtype)
+    v_BD = v_ND[state.rows_before :][: len(next(iter(state.inputs.values())))]
     return torch.nn.functional.normalize(v_BD, dim=1)
 
 

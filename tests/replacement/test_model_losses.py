@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -243,6 +244,21 @@ def test_directions_depend_on_seed_and_step_alone(language_model: Any) -> None:
     assert bool((first[0] != first[1]).any())
     for other in ({"step": 4, "seed": 1}, {"step": 3, "seed": 2}):
         assert bool((directions(state_of(lm, crosscoder, **other), 32) != first).any())
+
+
+@pytest.mark.parametrize("counts", [(18,), (10, 8), (1, 4, 0, 13)], ids=str)
+def test_processes_with_different_numbers_of_rows_share_the_directions_of_the_batch(
+    language_model: Any, counts: tuple[int, ...]
+) -> None:
+    lm = language_model("gpt2", torch.float64)
+    whole = state_of(lm, tiny.crosscoder_for(lm), step=3, seed=1)
+    parts, before = [], 0
+    for count in counts:
+        inputs = {site: x_BD[before : before + count] for site, x_BD in whole.inputs.items()}
+        parts.append(directions(replace(whole, inputs=inputs, rows_before=before), 32))
+        before += count
+    assert [len(v_BD) for v_BD in parts] == list(counts)
+    torch.testing.assert_close(torch.cat(parts), directions(whole, 32), rtol=0, atol=0)
 
 
 def test_jacobians_that_are_not_known(language_model: Any) -> None:
