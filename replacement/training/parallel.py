@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ from torch.nn import Parameter
 from replacement.sites import Site
 
 DATA, FEATURES = "data", "features"
+TIMEOUT = timedelta(days=1)
+"""How long a process waits for the others. Torch gives up after minutes, but one process may work alone for hours, on an
+activation cache or an evaluation; a process that dies is noticed by `torchrun`, not by waiting."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class Parallel:
         return least
 
     def sum_partial(self, partial: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
-        """Add up what the features of every process write; the gradient of each share is that of the sum."""
+        """Add up what the features of every process write, in tensors of their own; the gradient of each share is that of
+        the sum."""
         if self.n_feature_shards == 1 or self.mesh is None:
             return dict(partial)
         mesh, sites = self.mesh[FEATURES], list(partial)
@@ -109,7 +114,7 @@ class Parallel:
         joined_BX = torch.cat([partial[site] for site in sites], dim=1)
         whole = DTensor.from_local(joined_BX, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()])
         parts = whole.to_local().split([partial[site].shape[1] for site in sites], dim=1)
-        return dict(zip(sites, parts, strict=True))
+        return {site: part.clone() for site, part in zip(sites, parts, strict=True)}
 
     def largest(self, value_BK: Float[Tensor, "B K"], k: int) -> Bool[Tensor, "B K"]:
         """Which of this process's candidates are among the k largest of each row over all features."""
@@ -127,6 +132,16 @@ class Parallel:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, x.contiguous(), group=group)
         return torch.stack(parts)
+
+    def join_in_first(self, x: Tensor, axis: str, *, dim: int) -> Tensor | None:
+        """The tensors of all processes along an axis of the mesh, joined at a dimension, in the first of them; None in the
+        others. All must have one shape."""
+        assert self.mesh is not None
+        group = self.mesh[axis].get_group()
+        is_first = dist.get_rank(group) == 0
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group) if is_first else 0)]
+        dist.gather(x.contiguous(), parts if is_first else None, group=group, group_dst=0)
+        return torch.cat(parts, dim=dim) if is_first else None
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Add up gradients over processes with other rows, in place."""
@@ -194,9 +209,9 @@ def connect(*, feature_shards: int = 1, device: str = "cpu") -> Parallel:
         return SINGLE
     if not dist.is_initialized():
         # Processes started again must not find the addresses of those before them in a store that outlived them.
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = dist.PrefixStore(f"start {_n_restarts()}", store)
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     shape = (n_processes // feature_shards, feature_shards)
     return Parallel(init_device_mesh(device.split(":")[0], shape, mesh_dim_names=(DATA, FEATURES)))
