@@ -151,8 +151,8 @@ class Crosscoder(CrosscoderWeights):
 
     def decode(self, features: Features) -> dict[Site, Tensor]:
         """Reconstruction `[B, D]` of every written site from the features, with `b_dec` and without skip terms."""
-        sums = self.decode_contribution(features)
-        return {s: sums[s] + bias_D for s, bias_D in zip(self.wiring.write_sites, self.b_dec, strict=True)}
+        sums = self.decode_contribution(features)  # nobody else's: the biases need no second set of outputs
+        return {s: sums[s].add_(bias_D) for s, bias_D in zip(self.wiring.write_sites, self.b_dec, strict=True)}
 
     def decode_contribution(
         self, features: Features, *, groups: Iterable[int] | None = None, sites: Iterable[Site] | None = None

@@ -8,6 +8,7 @@ Sums run in a fixed order, so that repeated runs agree bit for bit.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -111,12 +112,17 @@ class _AddBlocks(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.blocks, ctx.patterns = blocks, patterns
         scales, weights = tensors[: len(patterns)], tensors[len(patterns) :]
-        sums: dict[int, Tensor] = {}
+        sums = _outputs(blocks, patterns, weights)
+        filled: set[int] = set()
         for target, source, weight, place in blocks:
             weight_XD, pattern = _at_place(weights[weight], place, patterns[source])
             y_BD = weighted_rows(weight_XD, pattern.index_S, scales[source], pattern.offsets)
-            sums[target] = sums[target].add_(y_BD) if target in sums else y_BD
-        return tuple(sums[target] for target in range(len(sums)))
+            if target in filled:
+                sums[target].add_(y_BD)
+            else:
+                sums[target].copy_(y_BD)
+                filled.add(target)
+        return tuple(sums)
 
     @staticmethod
     @once_differentiable
@@ -137,6 +143,19 @@ class _AddBlocks(torch.autograd.Function):
                 if (slices := grad_weights[weight]) is not None:
                     slices.add(place, weighted_rows(grad_BD, transposed.index_S, scale_S, transposed.offsets))
         return None, None, *grad_scales, *(slices and slices.finish() for slices in grad_weights)
+
+
+def _outputs(blocks: Sequence[Block], patterns: Sequence[Pattern], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Room for the targets of some blocks, in one piece of memory like that of `_slices`; not views to autograd, so that
+    each may be worked on in place."""
+    if not blocks:
+        return []
+    shapes = {
+        block.target: (len(patterns[block.source].offsets) - 1, weights[block.weight].shape[-1]) for block in blocks
+    }
+    sizes = [math.prod(shapes[target]) for target in range(len(shapes))]
+    parts = weights[0].new_empty(sum(sizes)).split(sizes)
+    return [part.view(shapes[target]).detach() for target, part in enumerate(parts)]
 
 
 def _at_place(weight_FWD: Tensor, place: int, pattern: Pattern) -> tuple[Tensor, Pattern]:

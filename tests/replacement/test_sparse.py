@@ -109,6 +109,34 @@ def test_outputs_without_a_gradient_and_frozen_inputs_are_left_out() -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_outputs_may_be_worked_on_in_place() -> None:
+    """They share one piece of memory, which neither autograd nor the other outputs may notice."""
+    where = [pattern(seed=seed) for seed in (0, 1)]
+    scales = [random(len(p.row_S), seed=3 + i).requires_grad_() for i, p in enumerate(where)]
+    weights = [random(N_FEATURES, 2, WIDTH, seed=5 + i).requires_grad_() for i in range(2)]
+    bias_D = random(WIDTH, seed=9).requires_grad_()
+    found, expected = (
+        function(BLOCKS["own weights"], *order)
+        for function, order in (
+            (add_blocks, (where, scales, weights)),
+            (run_blocks, (scales, weights, where)),
+        )
+    )
+    found[0].add_(bias_D)
+    found[2].mul_(3.0)
+    expected = [expected[0] + bias_D, expected[1], 3 * expected[2]]
+    for y_BD, expected_BD in zip(found, expected, strict=True):
+        torch.testing.assert_close(y_BD, expected_BD, rtol=1e-12, atol=1e-12)
+    inputs = [*scales, *weights, bias_D]
+    totals = [sum((i + 1) * y_BD.square().sum() for i, y_BD in enumerate(outputs)) for outputs in (found, expected)]
+    for actual, wanted in zip(*(torch.autograd.grad(total, inputs) for total in totals), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_no_blocks_have_no_outputs() -> None:
+    assert add_blocks([], [], [], []) == ()
+
+
 def test_a_second_derivative_is_refused() -> None:
     where, scale_S = pattern(), random(len(pattern().row_S)).requires_grad_()
     weight_FWD = random(N_FEATURES, 1, WIDTH).requires_grad_()

@@ -216,6 +216,19 @@ def test_reconstruction_losses_are_fractions_of_variance(random_crosscoder: Any,
     assert [float(loss) for loss in reconstruction_losses(state).values()] == [0, 0]
 
 
+def test_reconstruction_losses_keep_nothing_of_their_own_for_the_backward_pass(
+    random_crosscoder: Any, random_inputs: Any
+) -> None:
+    """Targets and reconstructions are in memory anyway; a difference would come on top, when memory peaks."""
+    crosscoder = random_crosscoder(Wiring.strictly_causal(SHAPE))
+    state = state_of(crosscoder, random_inputs(crosscoder.wiring))
+    known = {x.data_ptr() for x in (*state.targets.values(), *state.reconstructions.values())}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        reconstruction_losses(state)
+    assert {x.data_ptr() for x in kept if x.dim()} == known
+
+
 @pytest.mark.parametrize(
     ("penalty", "formula"),
     [
