@@ -45,18 +45,7 @@ def to_jumprelu(
         threshold_G = _recorded_threshold(crosscoder, target_l0)
     else:
         threshold_G = _quantiles(crosscoder, batches, _targets(crosscoder, target_l0))
-    converted = Crosscoder(
-        crosscoder.wiring,
-        n_features=crosscoder.n_features,
-        activation=JumpReLU(),
-        tied=crosscoder.tied,
-        skip=crosscoder.skip,
-        dtype=crosscoder.dtype,
-        model_name=crosscoder.model_name,
-        model_fingerprint=crosscoder.model_fingerprint,
-        undecomposed_positions=crosscoder.undecomposed_positions,
-        seed=0,
-    ).to(crosscoder.device)
+    converted = Crosscoder.like(crosscoder, activation=JumpReLU())
     tensors = dict(crosscoder.state_dict())
     tensors["threshold"] = threshold_G[:, None].expand(-1, crosscoder.n_features)
     converted.load_state_dict(tensors)

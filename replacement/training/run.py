@@ -37,7 +37,7 @@ from replacement.training.reads import choose_reads, read_rows, replaced_sites
 from replacement.training.run_config import RunConfig
 from replacement.training.run_folder import RESULT, check_inputs, digest, is_finished, open_folder
 from replacement.training.scaling import Batch, Statistics, measure, sites_of
-from replacement.training.sharding import feature_dim, local_part, whole
+from replacement.training.sharding import feature_dim, local_part, plan, whole
 from replacement.training.stopping import StopRequest
 from replacement.training.trainer import Progress, RowsRead, Trainer
 
@@ -61,7 +61,8 @@ def run(
     loggers: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Crosscoder:
-    """Train a crosscoder as the settings say, and save it in `OUT/crosscoder`.
+    """Train a crosscoder as the settings say, save it in `OUT/crosscoder` and return it (processes that share the features,
+    other than the first, return their part of it).
 
     >>> crosscoder = run(read_config("clt.toml"), "runs/clt")   # doctest: +SKIP
 
@@ -103,7 +104,8 @@ class _Run:
         n_rows = -(-SCALE_TOKENS // self.source.context)
         self.first_rows_RT = next(self.source.blocks(n_rows, seed=config.training.seed)).tokens_RT
         check_inputs(out, self._inputs(), parallel)
-        crosscoder = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
+        with plan(parallel):
+            crosscoder = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
         self.activation = crosscoder.activation
         self.reads = choose_reads(config.training, crosscoder, self.models)
         if config.data.cache and not self._shuffles:
@@ -112,7 +114,7 @@ class _Run:
             )
         self.sites = sites_of(crosscoder)
         self.stream = self._open_stream(crosscoder.undecomposed_positions)
-        part = local_part(crosscoder.to(device), parallel)
+        part = local_part(crosscoder, parallel, seed=config.training.seed, device=device)
         self.trainer = Trainer(
             part,
             config.training,
@@ -232,9 +234,12 @@ class _Run:
         }
 
     def _held_out_record(self) -> dict[str, Any]:
-        crosscoder = self.trainer.crosscoder
+        """What the first process measures while the others wait; empty there."""
+        crosscoder: Crosscoder | None = self.trainer.crosscoder
         if self.parallel.n_feature_shards > 1:
-            crosscoder = whole(crosscoder, self.activation, self.parallel)
+            crosscoder = whole(self.trainer.crosscoder, self.activation, self.parallel)
+        if crosscoder is None or not self.parallel.is_first:
+            return {}
         kept_RT = self.stream.kept(self.held_out_RT)
         scales = self.trainer.statistics.scales
         return evaluate(crosscoder, self.models, self.held_out_RT, kept_RT, scales=scales)
@@ -260,11 +265,12 @@ class _Run:
 
     def finish(self) -> Crosscoder:
         """Save the result."""
-        crosscoder = whole(self.trainer.finished(), self.activation, self.parallel)
-        if self.parallel.is_first:
+        part = self.trainer.finished()
+        crosscoder = whole(part, self.activation, self.parallel)
+        if crosscoder is not None and self.parallel.is_first:
             checkpoint.save(crosscoder, self.out / RESULT, training=self.config.to_dict())
         self.parallel.barrier()
-        return crosscoder
+        return part if crosscoder is None else crosscoder
 
 
 class _Clock:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from replacement.activation import Activation, BatchTopK, Selection, TopK
 from replacement.crosscoder import Crosscoder
@@ -31,63 +31,55 @@ def feature_dim(name: str, tensor: Tensor) -> int | None:
     return 1 if kind == "threshold" and tensor.shape[1] > 1 else None
 
 
-def local_part(crosscoder: Crosscoder, parallel: Parallel) -> Crosscoder:
-    """This process's features of a crosscoder, with an activation that chooses over all features.
+def plan(parallel: Parallel) -> AbstractContextManager[object]:
+    """Where a run builds its fresh crosscoder: if features are shared no process has room for it, and it gets no memory."""
+    return torch.device("meta") if parallel.n_feature_shards > 1 else nullcontext()
+
+
+def local_part(crosscoder: Crosscoder, parallel: Parallel, *, seed: int, device: str) -> Crosscoder:
+    """This process's features of a fresh crosscoder, with an activation that chooses over all features.
+
+    The parts of all processes start as the crosscoder of one process would: each draws the whole encoder of a group, one
+    at a time, and keeps its part.
+
+    Arguments:
+        crosscoder: built under `plan`.
+        seed: seed of the initial weights.
 
     Raises:
         ValueError: a number of features that the processes cannot share equally, or fewer per process than are kept.
     """
     choosing = _choosing(crosscoder.activation, parallel)
-    if parallel.n_feature_shards == 1:
-        crosscoder.activation = choosing
-        return crosscoder
     n_parts, n_features = parallel.n_feature_shards, crosscoder.n_features
+    if n_parts == 1:
+        crosscoder.activation = choosing
+        return crosscoder.to(device)
     if n_features % n_parts:
         raise ValueError(f"{n_features} features cannot be shared equally by {n_parts} processes")
-    part = _CrosscoderPart(
-        crosscoder.wiring,
-        n_features=n_features // n_parts,
-        activation=choosing,
-        tied=crosscoder.tied,
-        skip=crosscoder.skip,
-        dtype=crosscoder.dtype,
-        model_name=crosscoder.model_name,
-        model_fingerprint=crosscoder.model_fingerprint,
-        undecomposed_positions=crosscoder.undecomposed_positions,
-        seed=0,
-    ).to(crosscoder.device)
+    part = _CrosscoderPart.like(crosscoder, n_features=n_features // n_parts, activation=choosing, device=device)
     part.parallel = parallel
-    mine = {}
-    for name, value in crosscoder.state_dict().items():
-        dim = feature_dim(name, value)
-        mine[name] = value if dim is None else value.chunk(n_parts, dim=dim)[parallel.feature_rank]
-    part.load_state_dict(mine)
-    return part.train(crosscoder.training)
+    part.initialise(seed, part=parallel.feature_rank, n_parts=n_parts)
+    return part
 
 
-def whole(part: Crosscoder, activation: Activation, parallel: Parallel) -> Crosscoder:
-    """The crosscoder that the parts of all processes make up, equal in every process; called by all of them."""
+def whole(part: Crosscoder, activation: Activation, parallel: Parallel) -> Crosscoder | None:
+    """The crosscoder that the parts of all processes make up; called by all of them.
+
+    Where features are shared the first process alone gets it, and None the others: it takes the memory of all parts.
+    """
     if parallel.n_feature_shards == 1:
-        joined = copy.deepcopy(part)
-        joined.activation = activation
-        return joined
-    joined = Crosscoder(
-        part.wiring,
-        n_features=part.n_features * parallel.n_feature_shards,
-        activation=activation,
-        tied=part.tied,
-        skip=part.skip,
-        dtype=part.dtype,
-        model_name=part.model_name,
-        model_fingerprint=part.model_fingerprint,
-        undecomposed_positions=part.undecomposed_positions,
-        seed=0,
-    ).to(part.device)
-    tensors = {}
+        copied = copy.deepcopy(part)
+        copied.activation = activation
+        return copied
+    if parallel.data_rank:
+        return None
+    n_features = part.n_features * parallel.n_feature_shards
+    joined = Crosscoder.like(part, n_features=n_features, activation=activation) if parallel.is_first else None
     for name, value in part.state_dict().items():
-        tensor = parallel.distributed(value.detach(), feature_dim=feature_dim(name, value))
-        tensors[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    joined.load_state_dict(tensors)
+        dim = feature_dim(name, value)
+        tensor = value if dim is None else parallel.join_in_first(value, FEATURES, dim=dim)
+        if joined is not None:
+            joined.state_dict()[name].copy_(tensor)
     return joined
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from replacement.activation import BatchTopK, JumpReLU, ReLU, TopK
+from replacement.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from replacement.crosscoder import Crosscoder
 from replacement.features import Features
 from replacement.sites import ModelShape, Site
@@ -199,6 +199,40 @@ def test_seed_decides_the_initial_weights(shape: ModelShape) -> None:
     first, same, other = (Crosscoder(wiring, n_features=16, seed=seed).W_enc[0] for seed in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("activation", [TopK(3), BatchTopK(3), JumpReLU(threshold=0.3)], ids=lambda a: a.name)
+def test_parts_begin_as_they_do_in_the_whole(activation: Activation, shape: ModelShape) -> None:
+    wiring = Wiring.acausal(shape)
+    single = Crosscoder(wiring, n_features=24, activation=activation, skip=True, seed=5)
+    parts = [Crosscoder.like(single, n_features=8) for _ in range(3)]
+    for place, part in enumerate(parts):
+        part.initialise(5, part=place, n_parts=3)
+    for name, value in single.state_dict().items():
+        values = [part.state_dict()[name] for part in parts]
+        if values[0].shape == value.shape:
+            assert all(torch.equal(own, value) for own in values), name
+        else:
+            assert torch.equal(torch.cat(values, dim=1 if name == "threshold" else 0), value), name
+    assert bool(single.W_enc[0].any())
+
+
+def test_one_like_another_shares_everything_but_memory(shape: ModelShape) -> None:
+    wiring = Wiring.strictly_causal(shape)
+    options: dict[str, Any] = {"tied": True, "skip": True, "undecomposed_positions": 2, "dtype": torch.float64}
+    first = Crosscoder(wiring, n_features=16, model_name="m", model_fingerprint="f", seed=0, **options).eval()
+    state = torch.get_rng_state()
+    second = Crosscoder.like(first, activation=BatchTopK(2))
+    assert torch.equal(torch.get_rng_state(), state)  # no weights are drawn
+    for name in ("wiring", "n_features", "tied", "skip", "undecomposed_positions", "dtype", "model_name", "training"):
+        assert getattr(second, name) == getattr(first, name), name
+    assert (second.activation, second.model_fingerprint) == (BatchTopK(2), "f")
+    with torch.no_grad():
+        for name, value in second.state_dict().items():
+            value.fill_(7)
+            assert name == "threshold" or not bool((first.state_dict()[name] == 7).any())
+    with pytest.raises(ValueError, match="16"):
+        Crosscoder.like(first, n_features=8)
 
 
 CLT_INPUTS = {Site(layer, "resid_mid"): torch.zeros(2, 8) for layer in range(3)}

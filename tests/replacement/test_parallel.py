@@ -85,6 +85,16 @@ def test_what_two_processes_save_is_one_crosscoder(folder: Path, name: str, mode
         assert float(error) < 0.02, key  # single steps agree to rounding; Adam divides by small numbers
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CROSSCODERS)
+def test_held_out_rows_are_measured_once_on_the_whole_crosscoder(folder: Path, name: str, mode: str) -> None:
+    one, two = (read_metrics(folder / f"{name} {kind}", kind="held_out") for kind in ("single", mode))
+    assert [record["step"] for record in two] == [record["step"] for record in one]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-2)
+        assert ours["l0_total"] == pytest.approx(theirs["l0_total"], rel=1e-2)
+
+
 @pytest.mark.parametrize("name", ["one, then two", "two, then one", "killed"])
 def test_a_run_goes_on_with_other_processes(folder: Path, name: str) -> None:
     assert losses(folder / name) == pytest.approx(losses(folder / "whole"), rel=1e-4)
