@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.readers import HeadTargets, Targets, read_depth, read_vectors
+from circuits.readers import head_reads, logit_reads, stream_reads
 from circuits.residual_transport import ResidualTransport
 from circuits.targets import LogitTarget
 from circuits.transport import Transport
@@ -148,18 +148,14 @@ class Attributor:
             n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, LARGEST_ROUND)
 
     def _expand_logits(self) -> None:
-        norm = self.local.frozen.norm_final
         direction_ND = torch.stack([target.direction_D for target in self.logits])
         position_N = torch.tensor([target.position for target in self.logits], device=direction_ND.device)
-        depth_N = torch.full_like(position_N, 2 * self.local.shape.n_layers)
-        effects_NC, bias_N = self.transport.attribute(
-            Targets(norm.pull_back(direction_ND, position_N), depth_N, position_N)
-        )
-        bias_N = bias_N + direction_ND @ norm.bias_D
-        bias_N = bias_N + direction_ND.new_tensor([target.bias for target in self.logits])
+        targets, constant_N = logit_reads(self.local, direction_ND, position_N)
+        effects_NC, bias_N = self.transport.attribute(targets)
+        bias_N = bias_N + constant_N + direction_ND.new_tensor([target.bias for target in self.logits])
         value_N = direction_ND.new_tensor([target.value for target in self.logits])
         node_N = self.rows.n_columns + torch.arange(len(self.logits))
-        self.rows.add(int(depth_N[0]), node_N, effects_NC, bias_N, value_N)
+        self.rows.add(2 * self.local.shape.n_layers, node_N, effects_NC, bias_N, value_N)
 
     def _expand_features(self, chosen: np.ndarray) -> None:
         """Rows of the chosen active features (numbers among those of all parts, rising)."""
@@ -172,40 +168,23 @@ class Attributor:
 
     def _expand_stream(self, part: Decomposition, chosen_S: Tensor, first: int) -> None:
         """Rows of features that read the residual stream; their columns count from `first`."""
-        features, crosscoder, shape = part.features, part.crosscoder, self.local.shape
-        group_S = features.group[chosen_S]
-        bias_S = torch.empty_like(part.pre_activation_S[chosen_S])
-        readers: list[tuple[Tensor, Tensor, int]] = []  # features, their encoder vectors, depth they read at
-        for group in torch.unique(group_S).tolist():
-            own = torch.nonzero(group_S == group)[:, 0]
-            index, position = features.index[chosen_S[own]], features.row[chosen_S[own]]
-            bias_S[own] = crosscoder.b_enc[group][index]
-            for site in crosscoder.wiring.reads[group]:
-                vectors, constant = read_vectors(self.local, group, site, index, position)
-                bias_S[own] += constant
-                readers.append((own, vectors, read_depth(site, shape)))
-        own_N = torch.cat([own for own, _, _ in readers])
-        depth_N = torch.cat([torch.full_like(own, depth) for own, _, depth in readers])
-        vectors_ND = torch.cat([vectors for _, vectors, _ in readers])
-        targets = Targets(vectors_ND, depth_N, features.row[chosen_S[own_N]])
+        own_N, targets, bias_S = stream_reads(self.local, part, chosen_S)
         effects_NC, constant_N = self.transport.attribute(targets)
         # A feature that reads several sites is several targets; its row is their sum, its depth the deepest.
         bias_S = bias_S.index_add(0, own_N, constant_N)
-        self._add_features(own_N, depth_N, effects_NC, bias_S, part.pre_activation_S[chosen_S], first + chosen_S)
+        self._add_features(
+            own_N, targets.depth_N, effects_NC, bias_S, part.pre_activation_S[chosen_S], first + chosen_S
+        )
 
     def _expand_heads(self, part: Decomposition, chosen_S: Tensor, first: int) -> None:
         """The same for features that read `attn_z` of their layer."""
         assert isinstance(self.transport, ResidualTransport)
-        features, crosscoder = part.features, part.crosscoder
-        for group in torch.unique(features.group[chosen_S]).tolist():
-            own_S = chosen_S[features.group[chosen_S] == group]
-            index_S = features.index[own_S]
-            (site,) = crosscoder.wiring.reads[group]
-            targets = HeadTargets(site.layer, crosscoder.encoder(group, site)[index_S], features.row[own_S])
+        for group in torch.unique(part.features.group[chosen_S]).tolist():
+            own_S = chosen_S[part.features.group[chosen_S] == group]
+            targets = head_reads(part, own_S, group)
             effects_SC, bias_S = self.transport.attribute_heads(targets)
-            bias_S = bias_S + crosscoder.b_enc[group][index_S]
-            depth = read_depth(site, self.local.shape)
-            self.rows.add(depth, first + own_S, effects_SC, bias_S, part.pre_activation_S[own_S])
+            bias_S = bias_S + part.crosscoder.b_enc[group][part.features.index[own_S]]
+            self.rows.add(2 * targets.layer, first + own_S, effects_SC, bias_S, part.pre_activation_S[own_S])
 
     def _add_features(
         self, own_N: Tensor, depth_N: Tensor, effects_NC: Tensor, bias_S: Tensor, value_S: Tensor, node_S: Tensor

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from circuits.edge_heads import EdgeHeads
 from circuits.nodes import NodeTable
 
 
@@ -85,10 +86,13 @@ class Edges:
         """float64[N], sum of `values` (one per edge) over each target's row."""
         return np.bincount(self.target, weights=values, minlength=self.n_nodes)
 
+    def kept(self, nodes: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        """bool[E], the edges kept by `edges` (bool[E]) with both ends kept by `nodes` (bool[N])."""
+        return edges & nodes[self.target] & nodes[self.source]
+
     def select(self, nodes: np.ndarray, edges: np.ndarray) -> Edges:
-        """The edges kept by `edges` (bool[E]) with both ends kept by `nodes` (bool[N]), renumbered to those."""
-        target = self.target
-        kept = edges & nodes[target] & nodes[self.source]
+        """The edges that are `kept`, in order, renumbered to the nodes that are."""
+        target, kept = self.target, self.kept(nodes, edges)
         number = np.cumsum(nodes) - 1
         return Edges.from_coo(
             number[target[kept]], number[self.source[kept]], self.weight[kept], n_nodes=int(np.count_nonzero(nodes))
@@ -107,6 +111,11 @@ class GraphData(Protocol):
     @property
     def edges(self) -> Edges:
         """The edges among those nodes."""
+        ...
+
+    @property
+    def heads(self) -> EdgeHeads | None:
+        """The heads that carry each edge, where they are known."""
         ...
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
+from circuits.edge_heads import EdgeHeads
 from circuits.edges import Edges
 from circuits.export.dot import to_dot
 from circuits.export.formats import export
@@ -35,7 +36,8 @@ class CircuitGraph:
 
     Raises `ValueError` when the parts do not fit together: edges over another number of nodes, output weights that
     do not sum to 1, a node behind the end of the prompt, edges into a node that was not expanded, kept edges that
-    exceed the recorded inflow, or metadata that is incomplete or cannot be written as JSON.
+    exceed the recorded inflow, heads that do not sum to their edge, or metadata that is incomplete or cannot be
+    written as JSON.
     """
 
     nodes: NodeTable
@@ -43,16 +45,21 @@ class CircuitGraph:
     metadata: Mapping[str, Any]
     """JSON facts: `prompt`, `tokens` (text of each), `n_layers` and `identity_error` always; by tracing also
     `token_ids`, `model`, `crosscoder`, `targets`, `coverage`, `stopped_by`, `unexpanded_share`, `seconds`; `pruning`
-    when pruned."""
+    when pruned, `heads` when split by heads."""
+    heads: EdgeHeads | None = None
+    """The heads that carry each edge; see `circuits.with_heads`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metadata", _json_facts(self.metadata))
         _check_fit(self.nodes, self.edges, n_tokens=len(self.metadata["tokens"]))
+        if self.heads is not None:
+            _check_heads(self.heads, self.edges)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CircuitGraph):
             return NotImplemented
-        return self.nodes == other.nodes and self.edges == other.edges and self.metadata == other.metadata
+        same = self.nodes == other.nodes and self.edges == other.edges and self.heads == other.heads
+        return same and self.metadata == other.metadata
 
     def __repr__(self) -> str:
         count = self.counts()
@@ -94,6 +101,7 @@ class CircuitGraph:
             nodes=self.nodes.select(kept.nodes),
             edges=self.edges.select(kept.nodes, kept.edges),
             metadata={**self.metadata, "pruning": {"nodes": float(nodes), "edges": float(edges)}},
+            heads=None if self.heads is None else self.heads.select(self.edges.kept(kept.nodes, kept.edges)),
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -106,9 +114,9 @@ class CircuitGraph:
 
         Raises one `ValueError` naming the file when it is missing, damaged or foreign.
         """
-        nodes, edges, metadata = load(path)
+        nodes, edges, metadata, heads = load(path)
         try:
-            return cls(nodes, edges, metadata)
+            return cls(nodes, edges, metadata, heads)
         except ValueError as error:
             raise ValueError(
                 f"{path}: expected a circuit file, given one that is damaged or foreign ({error})"
@@ -178,4 +186,20 @@ def _check_fit(nodes: NodeTable, edges: Edges, *, n_tokens: int) -> None:
         raise ValueError(
             f"CircuitGraph.nodes: expected an inflow of at least the kept edges' {kept[row]:.6g} in row {row}, "
             f"given {nodes.inflow[row]:.6g}"
+        )
+
+
+def _check_heads(heads: EdgeHeads, edges: Edges) -> None:
+    if len(heads) != len(edges):
+        raise ValueError(f"CircuitGraph.heads: expected heads of {len(edges)} edges, given {len(heads)}")
+    weight, parts = edges.weight.astype(np.float64), np.abs(heads.direct) + np.abs(heads.rest)
+    parts = parts + np.bincount(
+        np.repeat(np.arange(len(edges)), np.diff(heads.indptr)), np.abs(heads.weight), minlength=len(edges)
+    )
+    wrong = np.abs(heads.totals() - weight) > 1e-3 * np.maximum(np.abs(weight), parts)
+    if wrong.any():
+        edge = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"CircuitGraph.heads: expected parts that sum to the edge's {weight[edge]:.6g}, "
+            f"given {heads.totals()[edge]:.6g} for edge {edge}"
         )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement import LocalReplacement, ModelShape, Site
+from replacement import Decomposition, LocalReplacement, ModelShape, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +60,46 @@ def read_vectors(
         return vectors_ND, vectors_ND.new_zeros(len(vectors_ND))
     norm = local.frozen.norms_mlp[site.layer]
     return norm.pull_back(vectors_ND, position_N), vectors_ND @ norm.bias_D
+
+
+def stream_reads(local: LocalReplacement, part: Decomposition, chosen_S: Tensor) -> tuple[Tensor, Targets, Tensor]:
+    """What chosen features of the MLPs' crosscoder read on the residual stream.
+
+    A feature that reads several sites is several targets; its pre-activation is the sum of their readings and a constant.
+
+    Args:
+        chosen_S: numbers into `part.features`.
+
+    Returns:
+        For every target the place of its feature in `chosen_S`, the targets, and the constants `[S]`.
+    """
+    features, crosscoder = part.features, part.crosscoder
+    group_S = features.group[chosen_S]
+    constant_S = torch.empty_like(part.pre_activation_S[chosen_S])
+    readers: list[tuple[Tensor, Tensor, int]] = []  # features, their encoder vectors, depth they read at
+    for group in torch.unique(group_S).tolist():
+        own = torch.nonzero(group_S == group)[:, 0]
+        index, position = features.index[chosen_S[own]], features.row[chosen_S[own]]
+        constant_S[own] = crosscoder.b_enc[group][index]
+        for site in crosscoder.wiring.reads[group]:
+            vectors, constant = read_vectors(local, group, site, index, position)
+            constant_S[own] += constant
+            readers.append((own, vectors, read_depth(site, local.shape)))
+    own_N = torch.cat([own for own, _, _ in readers])
+    depth_N = torch.cat([torch.full_like(own, depth) for own, _, depth in readers])
+    vectors_ND = torch.cat([vectors for _, vectors, _ in readers])
+    return own_N, Targets(vectors_ND, depth_N, features.row[chosen_S[own_N]]), constant_S
+
+
+def head_reads(part: Decomposition, chosen_S: Tensor, group: int) -> HeadTargets:
+    """What chosen features of one group of attention's crosscoder read at `attn_z`."""
+    (site,) = part.crosscoder.wiring.reads[group]
+    vectors_NX = part.crosscoder.encoder(group, site)[part.features.index[chosen_S]]
+    return HeadTargets(site.layer, vectors_NX, part.features.row[chosen_S])
+
+
+def logit_reads(local: LocalReplacement, direction_ND: Tensor, position_N: Tensor) -> tuple[Targets, Tensor]:
+    """Logit directions as targets behind the last layer, and the final norm's constants `[N]`."""
+    norm = local.frozen.norm_final
+    depth_N = torch.full_like(position_N, 2 * local.shape.n_layers)
+    return Targets(norm.pull_back(direction_ND, position_N), depth_N, position_N), direction_ND @ norm.bias_D

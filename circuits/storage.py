@@ -12,13 +12,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
+from circuits.edge_heads import COLUMNS as HEAD_COLUMNS
+from circuits.edge_heads import EdgeHeads
 from circuits.edges import Edges, GraphData
 from circuits.files import write_atomic
 from circuits.nodes import COLUMNS, NodeTable
 
 FORMAT = "crosstrace.circuit"
 SCHEMA = 2
-"""2 added the column `attention`; files of schema 1 have no nodes of attention."""
+"""2 added the column `attention` and heads of edges; files of schema 1 have neither."""
 _EDGE_COLUMNS = ("indptr", "source", "weight")
 
 
@@ -26,6 +28,8 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
     """Write a graph atomically. Raises `ValueError` when the place cannot be written."""
     tensors = {f"nodes.{name}": np.ascontiguousarray(getattr(graph.nodes, name)) for name in COLUMNS}
     tensors |= {f"edges.{name}": np.ascontiguousarray(getattr(graph.edges, name)) for name in _EDGE_COLUMNS}
+    if graph.heads is not None:
+        tensors |= {f"heads.{name}": np.ascontiguousarray(getattr(graph.heads, name)) for name in HEAD_COLUMNS}
     header = {
         "format": FORMAT,
         "schema": str(SCHEMA),
@@ -35,8 +39,8 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
     return write_atomic(path, serialise(tensors, metadata=header))
 
 
-def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]]:
-    """Nodes, edges and metadata of a graph file.
+def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any], EdgeHeads | None]:
+    """Nodes, edges, metadata and (where the file has them) heads of a graph file.
 
     Raises `ValueError` naming the file when it is missing, damaged, not a circuit, or written by a newer version.
     """
@@ -51,8 +55,11 @@ def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]
             nodes = {name: file.get_tensor(f"nodes.{name}") for name in names}
             nodes.setdefault("attention", np.zeros(len(nodes["kind"]), dtype=np.bool_))
             edges = Edges(**{name: file.get_tensor(f"edges.{name}") for name in _EDGE_COLUMNS})
+            heads = None
+            if "heads.weight" in file.keys():  # noqa: SIM118 - not a dictionary
+                heads = EdgeHeads(**{name: file.get_tensor(f"heads.{name}") for name in HEAD_COLUMNS})
         table = NodeTable(**nodes, label=tuple(json.loads(header["labels"])))
-        return table, edges, json.loads(header["metadata"])
+        return table, edges, json.loads(header["metadata"]), heads
     except _ForeignError as error:
         raise ValueError(str(error)) from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -1,0 +1,131 @@
+"""Which heads carry an edge: its weight as the direct stream + the heads listed + the rest. E edges, P (edge, head) pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+COLUMNS: dict[str, np.dtype] = {
+    "direct": np.dtype(np.float32),
+    "rest": np.dtype(np.float32),
+    "indptr": np.dtype(np.int64),
+    "layer": np.dtype(np.int16),
+    "head": np.dtype(np.int16),
+    "weight": np.dtype(np.float32),
+}
+LISTED = 0.99
+"""Share of an edge's summed head magnitudes that the listed heads hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeHeads:
+    """Heads of E edges as compressed rows, the strongest first: `weight = direct + sum of listed heads + rest`.
+
+    A head here is the last one on the way: the one that writes into the target's own position.
+
+    Raises `ValueError` for columns of a wrong dtype or length, or numbers that are not finite.
+    """
+
+    direct: np.ndarray
+    """float32[E], what arrives along the stream of the target's own position, through no head."""
+    rest: np.ndarray
+    """float32[E], sum of the heads that are not listed."""
+    indptr: np.ndarray
+    """int64[E + 1]: the heads of edge e are `indptr[e]:indptr[e + 1]`."""
+    layer: np.ndarray
+    """int16[P], layer of the head."""
+    head: np.ndarray
+    """int16[P], number of the head in its layer."""
+    weight: np.ndarray
+    """float32[P], signed contribution."""
+
+    def __post_init__(self) -> None:
+        n_edges, n_pairs = len(self.direct), len(self.weight)
+        lengths = {"direct": n_edges, "rest": n_edges, "indptr": n_edges + 1}
+        for name, dtype in COLUMNS.items():
+            column, length = getattr(self, name), lengths.get(name, n_pairs)
+            if not isinstance(column, np.ndarray) or column.dtype != dtype or column.shape != (length,):
+                raise ValueError(f"EdgeHeads.{name}: expected {dtype}[{length}], given {_describe(column)}")
+            if dtype.kind == "f" and not np.isfinite(column).all():
+                raise ValueError(f"EdgeHeads.{name}: expected finite numbers, given NaN or infinity")
+        if self.indptr[0] != 0 or self.indptr[-1] != n_pairs or (np.diff(self.indptr) < 0).any():
+            raise ValueError(f"EdgeHeads.indptr: expected to rise from 0 to the {n_pairs} heads")
+
+    @classmethod
+    def from_dense(cls, direct: np.ndarray, heads: np.ndarray, *, listed: float = LISTED) -> EdgeHeads:
+        """From all heads of all edges.
+
+        Args:
+            direct: float[E].
+            heads: float[E, L, H].
+            listed: share of the summed magnitudes that the listed heads must hold.
+        """
+        flat = heads.reshape(len(heads), -1).astype(np.float64)
+        order = np.argsort(-np.abs(flat), axis=1, kind="stable")
+        sorted_ = np.take_along_axis(flat, order, axis=1)
+        before = np.cumsum(np.abs(sorted_), axis=1) - np.abs(sorted_)
+        keep = (before < listed * np.abs(flat).sum(1, keepdims=True)) & (sorted_ != 0)
+        number = order[keep]
+        return cls(
+            direct=direct.astype(np.float32),
+            rest=np.where(keep, 0.0, sorted_).sum(1).astype(np.float32),
+            indptr=np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int64),
+            layer=(number // heads.shape[2]).astype(np.int16),
+            head=(number % heads.shape[2]).astype(np.int16),
+            weight=sorted_[keep].astype(np.float32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.direct)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EdgeHeads):
+            return NotImplemented
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in COLUMNS)
+
+    def of(self, edge: int) -> list[tuple[int, int, float]]:
+        """(layer, head, contribution) of the heads listed for one edge, the strongest first."""
+        row = slice(int(self.indptr[edge]), int(self.indptr[edge + 1]))
+        columns = (self.layer[row].tolist(), self.head[row].tolist(), self.weight[row].tolist())
+        return list(zip(*columns, strict=True))
+
+    def totals(self) -> np.ndarray:
+        """float64[E], direct + heads + rest: the edges' weights."""
+        edge = np.repeat(np.arange(len(self)), np.diff(self.indptr))
+        return self.direct.astype(np.float64) + self.rest + np.bincount(edge, self.weight, minlength=len(self))
+
+    def select(self, edges: np.ndarray) -> EdgeHeads:
+        """The heads of the edges where `edges` (bool[E]) is true."""
+        counts = np.diff(self.indptr)
+        pairs = np.repeat(edges, counts)
+        return EdgeHeads(
+            direct=self.direct[edges],
+            rest=self.rest[edges],
+            indptr=np.concatenate([[0], np.cumsum(counts[edges])]).astype(np.int64),
+            layer=self.layer[pairs],
+            head=self.head[pairs],
+            weight=self.weight[pairs],
+        )
+
+    def text(self, edge: int, *, most: int = 3, least: float = 0.1) -> str:
+        """What carries an edge, in words: `L1H3 62 %, direct 30 %`; parts of its summed magnitudes, strongest first.
+
+        Args:
+            most: names at most.
+            least: smallest part that is named.
+        """
+        parts = [(f"L{layer}H{head}", weight) for layer, head, weight in self.of(edge)]
+        parts.append(("direct", float(self.direct[edge])))
+        total = sum(abs(weight) for _, weight in parts) + abs(float(self.rest[edge]))
+        parts.sort(key=lambda part: -abs(part[1]))
+        named = [
+            (name, abs(weight) / total, weight < 0) for name, weight in parts if total and abs(weight) / total >= least
+        ]
+        return ", ".join(
+            f"{'−' if negative else ''}{name} {100 * share:.0f} %" for name, share, negative in named[:most]
+        )
+
+
+def _describe(column: object) -> str:
+    return f"{column.dtype}{list(column.shape)}" if isinstance(column, np.ndarray) else type(column).__name__
