@@ -5,7 +5,7 @@ Letters: T tokens, D d_model, H heads, K d_head. This is the only file that know
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,19 @@ class BridgeParts:
         named: list[Any] = [*redo, *hooks, *keep]
         logits: Tensor = self.bridge.run_with_hooks(tokens_BT, fwd_hooks=named)
         return logits
+
+    @property
+    def pattern_names(self) -> list[str]:
+        """Hooks at the attention patterns `[B, head, query, key]`, one per layer."""
+        return [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.shape.n_layers)]
+
+    def pattern_hooks(self, patterns: Sequence[Tensor]) -> list[NamedHook]:
+        """Hooks that hold every attention pattern at a given value, whatever the queries and keys."""
+
+        def hold(pattern_BHTT: Tensor) -> Any:
+            return lambda x, hook: pattern_BHTT.to(x)
+
+        return [(name, hold(pattern)) for name, pattern in zip(self.pattern_names, patterns, strict=True)]
 
     def frozen_hook_names(self) -> set[str]:
         """Hooks that a frozen prompt is made of."""

@@ -12,10 +12,17 @@ import torch
 
 from replacement.features import Features
 
+PARTS = ("mlp", "attention")
+"""Parts of a language model that a crosscoder may stand in for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intervention:
-    """Set one feature at one position to an activation; 0 suppresses it, and an inactive feature may be switched on."""
+    """Set one feature at one position to an activation; 0 suppresses it, and an inactive feature may be switched on.
+
+    Raises:
+        ValueError: an unknown part.
+    """
 
     group: int
     """Feature group; in a per-layer or cross-layer crosscoder, the layer the feature reads."""
@@ -25,6 +32,12 @@ class Intervention:
     """Feature index in its group."""
     activation: float
     """The activation it is set to, in the crosscoder's own units."""
+    part: str = "mlp"
+    """Whose feature it is: of the crosscoder for the `mlp`s or of the one for `attention`."""
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise ValueError(f"the part of an intervention must be 'mlp' or 'attention', got {self.part!r}")
 
 
 def check_interventions(

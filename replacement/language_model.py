@@ -1,12 +1,12 @@
 """Thin adapter over TransformerLens's `TransformerBridge`: tokens, logits, activations at sites, and frozen prompts.
 
-Letters: B batch, T tokens, D d_model, V vocabulary.
+Letters: B batch, T tokens, D d_model, H heads, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +173,17 @@ class LanguageModel:
         """Logits `[B, T, V]` of tokens `[B, T]`, or `[T, V]` of tokens `[T]`, as the original model gives them."""
         return self.run(tokens, {})
 
-    def run(self, tokens: Tensor, hooks: Mapping[Site, Hook]) -> Tensor:
+    def run(self, tokens: Tensor, hooks: Mapping[Site, Hook], *, patterns: Sequence[Tensor] | None = None) -> Tensor:
         """Logits with hooks at sites; a hook sees `[B, T, D]` and may return a replacement.
+
+        Args:
+            patterns: attention patterns `[B, H, T, T]` to hold, one per layer, such as `read_patterns` gives; computed from
+                queries and keys, as the model does, if None.
 
         Raises:
             ValueError: a site the model does not have.
         """
-        named: list[NamedHook] = []
+        named: list[NamedHook] = [] if patterns is None else self.parts.pattern_hooks(patterns)
         for site in sorted(hooks):
             if site.kind == "resid_mid":
                 named += self._mid_hooks(site, hooks[site])
@@ -225,6 +229,20 @@ class LanguageModel:
             return hook
 
         self.run_to(tokens, {site: keep(site) for site in wanted})
+        return seen
+
+    @torch.no_grad()
+    def read_patterns(self, tokens_BT: Tensor) -> list[Tensor]:
+        """Attention patterns `[B, H, T, T]` (query, key) of every layer, of one run of the original model."""
+        seen: list[Tensor] = []
+
+        def keep(pattern_BHTT: Tensor, hook: Any) -> None:
+            seen.append(pattern_BHTT)
+            if len(seen) == self.shape.n_layers:
+                raise EnoughSeen
+
+        with contextlib.suppress(EnoughSeen):
+            self.parts.run(tokens_BT, [(name, keep) for name in self.parts.pattern_names])
         return seen
 
     def run_to(self, tokens: Tensor, hooks: Mapping[Site, Hook]) -> None:

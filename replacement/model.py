@@ -1,69 +1,70 @@
-"""The replacement model: a language model whose MLP outputs are overwritten by a crosscoder.
+"""The replacement model: a language model whose MLP outputs (and attention outputs) are overwritten by crosscoders.
 
 Letters: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from replacement.checkpoint import check_fits
 from replacement.crosscoder import Crosscoder
-from replacement.interventions import Intervention
+from replacement.interventions import PARTS, Intervention
 from replacement.language_model import LanguageModel
 from replacement.local import LocalReplacement, localize
 from replacement.sites import Site
-from replacement.splice import Splice
+from replacement.splice import Splice, check_together, read_rows, run_together
+
+_WRITES = {"mlp": "mlp_out", "attention": "attn_out"}
 
 
 class ReplacementModel:
-    """A language model with a crosscoder spliced in.
+    """A language model with a crosscoder spliced in for its MLPs, and a second one for attention where that is given.
 
     >>> model = ReplacementModel(lm, crosscoder)                # doctest: +SKIP
     >>> model(tokens)                                           # every MLP replaced, errors propagate
     >>> model(tokens, errors="keep")                            # equals the original model
     >>> model(tokens, layers=[2], reads="clean")                # one layer, reading the original activations
+    >>> model = ReplacementModel(lm, crosscoder, attention=attention_crosscoder)    # doctest: +SKIP
+    >>> model(tokens, parts=["attention"])                      # attention replaced, MLPs left as they are
+
+    Attributes:
+        crosscoder: writes the MLP outputs.
+        attention_crosscoder: writes the attention outputs; None where attention is left as it is.
     """
 
-    def __init__(self, language_model: LanguageModel, crosscoder: Crosscoder) -> None:
+    def __init__(
+        self, language_model: LanguageModel, crosscoder: Crosscoder, *, attention: Crosscoder | None = None
+    ) -> None:
         """Splice a crosscoder that writes MLP outputs into a language model.
 
-        The crosscoder itself is used, not a copy: it is moved to the model's dtype and device, set to evaluation mode, and
-        its gradients are switched off.
+        The crosscoders themselves are used, not copies: they are moved to the model's dtype and device, set to evaluation
+        mode, and their gradients are switched off.
+
+        Args:
+            attention: a crosscoder that reads `attn_z` and writes attention outputs, such as `Wiring.attention`.
 
         Raises:
-            ValueError: the crosscoder was made for another width, depth or model, is not causal, writes other sites than
-                MLP outputs, or holds NaN; or the architecture cannot be linearised exactly.
+            ValueError: a crosscoder was made for another width, depth or model, is not causal, writes other sites than
+                MLP outputs (attention: reads others than `attn_z`, writes others than attention outputs), or holds NaN;
+                both use one site; or the architecture cannot be linearised exactly.
         """
-        check_fits(
-            crosscoder,
-            language_model.shape,
-            model_name=language_model.name,
-            model_fingerprint=language_model.fingerprint,
-        )
-        for site in crosscoder.wiring.write_sites:
-            if site.kind != "mlp_out" or site.model != 0:
-                raise ValueError(
-                    f"a replacement model needs a crosscoder that writes mlp_out sites, this one writes {site}"
-                )
-        both = set(crosscoder.wiring.read_sites) & set(crosscoder.wiring.write_sites)
-        if both:
-            raise ValueError(
-                f"a replacement model needs a crosscoder that writes other sites than it reads: {min(both)}"
-            )
-        if not crosscoder.wiring.is_causal:
-            raise ValueError(
-                f"a replacement model needs a causal crosscoder: this {crosscoder.wiring.name} one writes "
-                "sites before those it reads"
-            )
-        crosscoder.check_finite()
+        crosscoders = [crosscoder] if attention is None else [crosscoder, attention]
+        for part, each in zip(PARTS, crosscoders, strict=False):
+            _check(each, language_model, part)
+        check_together(crosscoders)
         language_model.check_linearisable()
-        self.language_model = language_model
-        self.crosscoder = crosscoder.to(dtype=language_model.dtype, device=language_model.device).eval()
-        self.crosscoder.requires_grad_(False)
-        self.attention_crosscoder: Crosscoder | None = None
+        for each in crosscoders:
+            each.to(dtype=language_model.dtype, device=language_model.device).eval().requires_grad_(False)
+        self.language_model, self.crosscoder, self.attention_crosscoder = language_model, crosscoder, attention
+
+    @property
+    def crosscoders(self) -> dict[str, Crosscoder]:
+        """The crosscoder of every part that has one: `mlp`, and `attention` where it is replaced too."""
+        attention = {} if self.attention_crosscoder is None else {"attention": self.attention_crosscoder}
+        return {"mlp": self.crosscoder, **attention}
 
     def __call__(
         self,
@@ -71,7 +72,9 @@ class ReplacementModel:
         *,
         errors: str = "drop",
         layers: Iterable[int] | None = None,
+        parts: Iterable[str] | None = None,
         reads: str = "replaced",
+        patterns: str = "live",
         interventions: Iterable[Intervention] = (),
     ) -> Tensor:
         """Logits `[B, T, V]` of tokens `[B, T]`, or `[T, V]` of tokens `[T]`.
@@ -79,28 +82,57 @@ class ReplacementModel:
         Args:
             tokens: token ids.
             errors: `drop` lets reconstruction errors propagate; `keep` adds the error of the clean run back to every
-                replaced MLP output, which gives the original logits when there are no interventions.
-            layers: layers whose MLP is replaced; all that the crosscoder writes by default.
+                replaced output, which gives the original logits when there are no interventions.
+            layers: layers that are replaced, in every part; all that the crosscoders write by default.
+            parts: `mlp`, `attention` or both; all that there are crosscoders for by default.
             reads: `replaced` encodes the stream that the replaced layers produced; `clean` encodes the original one.
+            patterns: `live` lets the attention patterns follow the stream; `frozen` holds them at their values in the
+                original model.
             interventions: features to set, the same in every prompt of the batch.
 
         Raises:
-            ValueError: tokens the model cannot read, an option outside its choices, a layer the crosscoder does not write,
-                an unknown feature.
+            ValueError: tokens the model cannot read, an option outside its choices, a layer the crosscoders do not write,
+                a part without a crosscoder, an unknown feature or one of a part that is not replaced.
         """
+        if patterns not in ("live", "frozen"):
+            raise ValueError(f"patterns must be 'live' or 'frozen', got {patterns!r}")
         lm = self.language_model
         batch_BT = lm.check_batch(tokens) if tokens.ndim == 2 else lm.check_tokens(tokens)[None]
-        splice = Splice(
-            lm,
-            self.crosscoder,
-            batch_BT,
-            sites=_sites_of(self.crosscoder.wiring.write_sites, layers),
-            reads=reads,
-            errors=errors,
-            interventions=interventions,
-        )
-        logits = splice.run()
+        crosscoders = self._chosen(parts)
+        sites = _sites_of(crosscoders, layers)
+        by_part = _by_part(interventions, crosscoders)
+        clean = None
+        if len(crosscoders) > 1 and (errors == "keep" or reads == "clean"):  # one run for both
+            read = {site for each in crosscoders.values() for site in each.wiring.read_sites}
+            clean = read_rows(lm, batch_BT, read.union(*sites.values()))[1]
+        splices = [
+            Splice(
+                lm,
+                each,
+                batch_BT,
+                sites=sites[part],
+                reads=reads,
+                errors=errors,
+                interventions=by_part[part],
+                clean=clean,
+            )
+            for part, each in crosscoders.items()
+        ]
+        logits = run_together(splices, patterns=lm.read_patterns(batch_BT) if patterns == "frozen" else None)
         return logits if tokens.ndim == 2 else logits[0]
+
+    def _chosen(self, parts: Iterable[str] | None) -> dict[str, Crosscoder]:
+        """The crosscoders of the parts named."""
+        own = self.crosscoders
+        names = list(own) if parts is None else [parts] if isinstance(parts, str) else list(parts)
+        for name in names:
+            if name not in PARTS:
+                raise ValueError(f"parts must be 'mlp' or 'attention', got {name!r}")
+            if name not in own:
+                raise ValueError("this replacement model has no attention crosscoder: give one with attention=...")
+        if not names:
+            raise ValueError("parts names nothing to replace: expected 'mlp', 'attention' or both")
+        return {name: own[name] for name in PARTS if name in names}
 
     def localize(self, tokens_T: Tensor) -> LocalReplacement:
         """The local replacement model of one prompt.
@@ -122,11 +154,49 @@ class ReplacementModel:
         )
 
 
-def _sites_of(write_sites: Sequence[Site], layers: Iterable[int] | None) -> tuple[Site, ...]:
+def _check(crosscoder: Crosscoder, language_model: LanguageModel, part: str) -> None:
+    """Check that a crosscoder can stand in for a part of this model."""
+    check_fits(
+        crosscoder,
+        language_model.shape,
+        model_name=language_model.name,
+        model_fingerprint=language_model.fingerprint,
+    )
+    wiring, writes = crosscoder.wiring, _WRITES[part]
+    whose = "a replacement model needs" if part == "mlp" else "attention needs"
+    for site in wiring.write_sites:
+        if site.kind != writes or site.model != 0:
+            raise ValueError(f"{whose} a crosscoder that writes {writes} sites, this one writes {site}")
+    for site in wiring.read_sites if part == "attention" else ():
+        if site.kind != "attn_z" or site.model != 0:
+            raise ValueError(f"{whose} a crosscoder that reads attn_z sites, this one reads {site}")
+    both = set(wiring.read_sites) & set(wiring.write_sites)
+    if both:
+        raise ValueError(f"{whose} a crosscoder that writes other sites than it reads: {min(both)}")
+    if not wiring.is_causal:
+        raise ValueError(f"{whose} a causal crosscoder: this {wiring.name} one writes sites before those it reads")
+    crosscoder.check_finite()
+
+
+def _sites_of(crosscoders: Mapping[str, Crosscoder], layers: Iterable[int] | None) -> dict[str, tuple[Site, ...]]:
+    """Written sites at the layers named, by part."""
+    written = {part: each.wiring.write_sites for part, each in crosscoders.items()}
     if layers is None:
-        return tuple(write_sites)
+        return written
     chosen = set(layers)
-    known = {site.layer for site in write_sites}
+    known = {site.layer for sites in written.values() for site in sites}
     if chosen - known:
         raise ValueError(f"the crosscoder writes layers {sorted(known)}, not layer {min(chosen - known)}")
-    return tuple(site for site in write_sites if site.layer in chosen)
+    return {part: tuple(site for site in sites if site.layer in chosen) for part, sites in written.items()}
+
+
+def _by_part(
+    interventions: Iterable[Intervention], crosscoders: Mapping[str, Crosscoder]
+) -> dict[str, list[Intervention]]:
+    """Interventions on the features of each crosscoder."""
+    by_part: dict[str, list[Intervention]] = {part: [] for part in crosscoders}
+    for one in interventions:
+        if one.part not in by_part:
+            raise ValueError(f"an intervention sets a feature of {one.part}, which is not replaced in this call")
+        by_part[one.part].append(one)
+    return by_part

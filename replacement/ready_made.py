@@ -18,23 +18,33 @@ def load(
     model: str | Path = DEMO,
     *,
     crosscoder: str | Path = DEMO,
+    attention: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> ReplacementModel:
-    """A language model with a crosscoder spliced in.
+    """A language model with a crosscoder spliced in for its MLPs, and one for attention if asked for.
 
     Args:
         model: `demo`, a hub name, or a local folder in Hugging Face layout.
         crosscoder: `demo` or a crosscoder checkpoint folder.
+        attention: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
         dtype: dtype both are loaded in.
         device: device both are put on.
 
     Raises:
         ValueError: one of them is missing, damaged or of another model.
     """
-    folder = ARTIFACTS / "crosscoder" if str(crosscoder) == DEMO else Path(crosscoder)
-    checkpoint.read_config(folder)  # a wrong path should not cost loading the language model
+    folders = [_folder(crosscoder, "crosscoder")]
+    if attention is not None:
+        folders.append(_folder(attention, "attention_crosscoder"))
+    for folder in folders:
+        checkpoint.read_config(folder)  # a wrong path should not cost loading the language model
     is_demo = str(model) == DEMO
     lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
     lm.name = DEMO if is_demo else lm.name
-    return ReplacementModel(lm, checkpoint.load(folder, dtype=dtype, device=device))
+    loaded = [checkpoint.load(folder, dtype=dtype, device=device) for folder in folders]
+    return ReplacementModel(lm, loaded[0], attention=loaded[1] if attention is not None else None)
+
+
+def _folder(given: str | Path, shipped: str) -> Path:
+    return ARTIFACTS / shipped if str(given) == DEMO else Path(given)

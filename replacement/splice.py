@@ -9,7 +9,7 @@ Letters: B batch, T tokens, R = B T rows, D site width, S active features.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class Splice:
 
     def run(self) -> Tensor:
         """Logits `[B, T, V]` of the spliced model; call it once, or any number of times where reads are clean."""
-        return self.language_model.run(self.tokens_BT, self.hooks())
+        return run_together([self])
 
     def read(self) -> dict[Site, Tensor]:
         """What every read site shows with the sites replaced, `[R, D]`; runs no further than the last of them."""
@@ -206,6 +206,31 @@ class Splice:
             inputs = self._scaled(group, clean)
             self._add(sums, group, self._encode(group, inputs), inputs)
         return {site: clean[site].to(sums[site]) - self._finish(site, sums[site]) for site in self.written}
+
+
+def run_together(splices: Sequence[Splice], *, patterns: Sequence[Tensor] | None = None) -> Tensor:
+    """Logits `[B, T, V]` of one pass in which every splice overwrites its sites.
+
+    Args:
+        splices: at least one, of the same tokens and the same model, by crosscoders without a site in common.
+        patterns: attention patterns to hold; see `LanguageModel.run`.
+    """
+    hooks = {site: hook for splice in splices for site, hook in splice.hooks().items()}
+    return splices[0].language_model.run(splices[0].tokens_BT, hooks, patterns=patterns)
+
+
+def check_together(crosscoders: Sequence[Crosscoder]) -> None:
+    """Check that crosscoders can be spliced into one pass.
+
+    Raises:
+        ValueError: two use one site.
+    """
+    seen: set[Site] = set()
+    for crosscoder in crosscoders:
+        own = {*crosscoder.wiring.read_sites, *crosscoder.wiring.write_sites}
+        if own & seen:
+            raise ValueError(f"two crosscoders spliced together must not share a site: both use {min(own & seen)}")
+        seen |= own
 
 
 @torch.no_grad()

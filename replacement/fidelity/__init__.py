@@ -11,6 +11,7 @@ from replacement.fidelity.metrics import (
     next_token_loss,
     top1_agreement,
 )
+from replacement.fidelity.parts import fidelity_by_parts
 from replacement.fidelity.reads import OutputChange, fidelity_by_reads
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Mean",
     "OutputChange",
     "VarianceUnexplained",
+    "fidelity_by_parts",
     "fidelity_by_reads",
     "fraction_of_variance_unexplained",
     "kl_divergence",

@@ -15,15 +15,17 @@ from replacement.splice import replaced_tokens
 
 
 @contextmanager
-def evaluating(crosscoder: Crosscoder) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; the mode it came in afterwards."""
-    was_training = crosscoder.training
-    crosscoder.eval()
+def evaluating(*crosscoders: Crosscoder) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; the mode each came in afterwards."""
+    were_training = [crosscoder.training for crosscoder in crosscoders]
+    for crosscoder in crosscoders:
+        crosscoder.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        crosscoder.train(was_training)
+        for crosscoder, was_training in zip(crosscoders, were_training, strict=True):
+            crosscoder.train(was_training)
 
 
 def passes(

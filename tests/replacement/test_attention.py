@@ -1,4 +1,4 @@
-"""Attention crosscoders: spliced into every architecture they reach the residual stream, and training settings build them."""
+"""Attention crosscoders: spliced into any architecture they reach the residual stream, and training settings build them."""
 
 from __future__ import annotations
 
