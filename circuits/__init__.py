@@ -15,6 +15,9 @@ from circuits.nodes import NodeKind, NodeTable
 from circuits.scores import Scores
 
 if TYPE_CHECKING:
+    from circuits.heads import split_heads, with_heads
+    from circuits.qk import QKAttributor, attribute_score
+    from circuits.qk_attribution import QKAttribution
     from circuits.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.tracing import trace
 
@@ -24,17 +27,27 @@ __all__ = [
     "FeatureTarget",
     "NodeKind",
     "NodeTable",
+    "QKAttribution",
+    "QKAttributor",
     "Scores",
     "TokenTarget",
+    "attribute_score",
+    "split_heads",
     "trace",
+    "with_heads",
 ]
 
 # What needs a model is imported on first use: reading, pruning and drawing a saved graph must not wait for torch.
 _LAZY = {
     "DifferenceTarget": "circuits.targets",
     "FeatureTarget": "circuits.targets",
+    "QKAttribution": "circuits.qk_attribution",
+    "QKAttributor": "circuits.qk",
     "TokenTarget": "circuits.targets",
+    "attribute_score": "circuits.qk",
+    "split_heads": "circuits.heads",
     "trace": "circuits.tracing",
+    "with_heads": "circuits.heads",
 }
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -26,6 +26,9 @@ from circuits.graph import CircuitGraph
 from circuits.pruning import check_threshold
 from circuits.report import show as show_report
 from circuits.report import summary
+
+if TYPE_CHECKING:
+    from replacement import ReplacementModel
 
 app = typer.Typer(
     add_completion=False,
@@ -61,6 +64,13 @@ def trace(
             help="Instead of the top tokens: `Austin`, `Austin@5`, `Austin - Houston`, `feature:2/345@7`; repeatable."
         ),
     ] = None,
+    attention: Annotated[
+        str, typer.Option(help="`linear`: edges run through attention; `features`: attention has features of its own.")
+    ] = "linear",
+    attention_crosscoder: Annotated[
+        str, typer.Option(help="With `--attention features`: `demo` or a checkpoint folder.")
+    ] = "demo",
+    heads: Annotated[bool, typer.Option(help="Say which heads carry each edge of the pruned circuit.")] = True,
     coverage: Annotated[float, typer.Option(help="Share of influence that is followed back, 0 to 1.")] = 0.99,
     max_nodes: Annotated[int | None, typer.Option(help="Most features to expand.", show_default="no limit")] = None,
     node_threshold: NodeThreshold = 0.8,
@@ -76,9 +86,27 @@ def trace(
         raise ValueError(f"coverage: expected a share of influence between 0 and 1, given {coverage}")
     if max_nodes is not None and max_nodes < 1:
         raise ValueError(f"max-nodes: expected at least 1, given {max_nodes}")
+    if attention not in ("linear", "features"):
+        raise ValueError(f"attention: expected linear or features, given {attention!r}")
     folder = check_folder(out if out is not None else Path(f"circuit-{slug(prompt)}"))
-    graph = _trace(prompt, model, crosscoder, targets=target or None, coverage=coverage, max_nodes=max_nodes)
-    circuit = graph.prune(nodes=node_threshold, edges=edge_threshold)
+
+    def work(loaded: ReplacementModel, say: Callable[[str], None]) -> tuple[CircuitGraph, CircuitGraph]:
+        import circuits
+
+        graph = circuits.trace(
+            loaded,
+            prompt,
+            targets=target or None,
+            coverage=coverage,
+            max_nodes=max_nodes,
+            progress=lambda expanded, share: say(f"{expanded} features expanded, {100 * share:.2g} % left"),
+        )
+        circuit = graph.prune(nodes=node_threshold, edges=edge_threshold)
+        return graph, circuits.with_heads(loaded, circuit) if heads else circuit
+
+    graph, circuit = with_model(
+        work, model=model, crosscoder=crosscoder, attention=attention_crosscoder if attention == "features" else None
+    )
     files = _write_all(graph, circuit, folder)
     if as_json:
         typer.echo(json.dumps(summary(graph, circuit, files)))
@@ -164,23 +192,22 @@ def _check_thresholds(node_threshold: float, edge_threshold: float) -> None:
     check_threshold("edge-threshold", edge_threshold)
 
 
-def _trace(
-    prompt: str, model: str, crosscoder: str, *, targets: list[str] | None, coverage: float, max_nodes: int | None
-) -> CircuitGraph:
-    """Load the model and trace, with what libraries print sent to stderr."""
+T = TypeVar("T")
+
+
+def with_model(
+    work: Callable[[ReplacementModel, Callable[[str], None]], T], *, model: str, crosscoder: str, attention: str | None
+) -> T:
+    """Load the model and do some work with it, with what libraries print sent to stderr.
+
+    Arguments:
+        work: called with the model and a function that changes the text of the spinner.
+        attention: checkpoint of an attention crosscoder, `demo`, or None where attention stays linear.
+    """
     with contextlib.redirect_stdout(sys.stderr), _status("loading the model") as say:
         import replacement
-        from circuits.tracing import trace as trace_prompt
 
-        loaded = replacement.load(model, crosscoder=crosscoder)
-        return trace_prompt(
-            loaded,
-            prompt,
-            targets=targets,
-            coverage=coverage,
-            max_nodes=max_nodes,
-            progress=lambda expanded, share: say(f"{expanded} features expanded, {100 * share:.2g} % left"),
-        )
+        return work(replacement.load(model, crosscoder=crosscoder, attention=attention), say)
 
 
 @contextlib.contextmanager

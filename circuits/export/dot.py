@@ -9,12 +9,15 @@ import graphviz
 import numpy as np
 
 from circuits.edges import GraphData
-from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis
+from circuits.export.head_tags import head_tags
+from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis, picture_rows, row_title
 from circuits.influence import edge_influence
 from circuits.nodes import NodeKind
 from circuits.text import full_name, short_name, shorten
 
 _LINE_LENGTH = 18
+_MOST_TAGS = 40
+"""Edges labelled with their strongest heads: the most influential of those that heads carry."""
 
 
 class GraphvizMissingError(ValueError):
@@ -54,19 +57,19 @@ def render(dot: str, picture_format: str) -> bytes:
 def _add_ranks(picture: graphviz.Digraph, graph: GraphData) -> None:
     nodes = graph.nodes
     ids = nodes.ids()
-    # -1 holds tokens and positions; logits come last whatever their layer says.
-    rank = np.where(nodes.kind == NodeKind.LOGIT, np.iinfo(np.int32).max, nodes.layer)
+    outputs = np.iinfo(np.int64).max  # logits come last whatever their layer says
+    rank = np.where(nodes.kind == NodeKind.LOGIT, outputs, picture_rows(nodes))
     names = []
-    for layer in np.unique(rank).tolist():
-        rows = np.flatnonzero(rank == layer)
+    for row in np.unique(rank).tolist():
+        rows = np.flatnonzero(rank == row)
         rows = rows[np.argsort(nodes.position[rows], kind="stable")]
-        title = "input" if layer < 0 else "output" if layer == np.iinfo(np.int32).max else f"layer {layer}"
+        title = "output" if row == outputs else row_title(row)
         names.append(f"rank {title}")
         with picture.subgraph() as line:
             line.attr(rank="same")
             line.node(names[-1], label=title, shape="plaintext", style="", fontcolor="#6b7280")
-            for row in rows.tolist():
-                _add_node(line, graph, row, ids[row])
+            for node in rows.tolist():
+                _add_node(line, graph, node, ids[node])
     for below, above in itertools.pairwise(names):  # keeps layers apart that no edge joins
         picture.edge(below, above, style="invis")
 
@@ -99,17 +102,14 @@ def _label(text: str) -> str:
 
 
 def _add_edges(picture: graphviz.Digraph, graph: GraphData) -> None:
-    ids, edges = graph.nodes.ids(), graph.edges
-    weights = edges.weight.tolist()
-    shares = emphasis(edge_influence(graph)).tolist()
-    for source, target, weight, share in zip(
-        edges.source.tolist(), edges.target.tolist(), weights, shares, strict=True
-    ):
+    ids, edges, influence = graph.nodes.ids(), graph.edges, edge_influence(graph)
+    shares = emphasis(influence).tolist()
+    named = head_tags(graph, influence, most=_MOST_TAGS)
+    columns = (edges.source.tolist(), edges.target.tolist(), edges.weight.tolist(), shares)
+    for edge, (source, target, weight, share) in enumerate(zip(*columns, strict=True)):
         alpha = f"{round(255 * (0.2 + 0.8 * share)):02x}"
-        picture.edge(
-            ids[source],
-            ids[target],
-            color=EDGE_COLOURS[weight > 0] + alpha,
-            penwidth=f"{0.4 + 3.6 * share:.2f}",
-            tooltip=f"{weight:+.4g}",
-        )
+        heads = "" if graph.heads is None else f"; {graph.heads.text(edge)}"
+        look = {"color": EDGE_COLOURS[weight > 0] + alpha, "penwidth": f"{0.4 + 3.6 * share:.2f}"}
+        if edge in named:
+            look |= {"label": named[edge], "fontname": "Helvetica", "fontsize": "9", "fontcolor": "#374151"}
+        picture.edge(ids[source], ids[target], tooltip=f"{weight:+.4g}{heads}", **look)

@@ -16,7 +16,8 @@ def to_networkx(graph: GraphData) -> nx.DiGraph:
     """A directed graph from source to target, keyed by node id, with plain Python attributes.
 
     Nodes carry every column of the table (`kind` as a lower-case word) and `influence`; edges carry `weight` and
-    `influence`; the graph carries the metadata.
+    `influence`, and where heads are known `direct` (the part through no head) and `heads` (the strongest parts in words);
+    the graph carries the metadata.
     """
     result = nx.DiGraph(**graph.metadata)
     ids = graph.nodes.ids()
@@ -28,14 +29,27 @@ def to_networkx(graph: GraphData) -> nx.DiGraph:
         result.add_node(node, **{name: column[row] for name, column in columns.items()})
     edges = graph.edges
     values = (edges.source.tolist(), edges.target.tolist(), edges.weight.tolist(), edge_influence(graph).tolist())
-    for source, target, weight, influence in zip(*values, strict=True):
-        result.add_edge(ids[source], ids[target], weight=weight, influence=influence)
+    for edge, (source, target, weight, influence) in enumerate(zip(*values, strict=True)):
+        facts: dict[str, Any] = {"weight": weight, "influence": influence}
+        if graph.heads is not None:
+            facts |= {"direct": float(graph.heads.direct[edge]), "heads": graph.heads.text(edge)}
+        result.add_edge(ids[source], ids[target], **facts)
     return result
 
 
 def to_node_link(graph: GraphData) -> dict[str, Any]:
-    """The graph as a JSON object; `networkx.node_link_graph(json.load(file))` reads it."""
-    data: dict[str, Any] = nx.node_link_data(to_networkx(graph), edges="edges")
+    """The graph as a JSON object; `networkx.node_link_graph(json.load(file))` reads it.
+
+    Where heads are known, `by_head` of an edge lists its heads as `{layer, head, weight}`, the strongest first.
+    """
+    network = to_networkx(graph)
+    if graph.heads is not None:
+        ids, edges = graph.nodes.ids(), graph.edges
+        for edge, (source, target) in enumerate(zip(edges.source.tolist(), edges.target.tolist(), strict=True)):
+            network.edges[ids[source], ids[target]]["by_head"] = [
+                {"layer": layer, "head": head, "weight": weight} for layer, head, weight in graph.heads.of(edge)
+            ]
+    data: dict[str, Any] = nx.node_link_data(network, edges="edges")
     return data
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from circuits.nodes import NodeKind
+from circuits.nodes import NodeKind, NodeTable
 
 # kind -> (fill, outline, text)
 NODE_COLOURS: dict[NodeKind, tuple[str, str, str]] = {
@@ -23,3 +23,17 @@ def emphasis(influence: np.ndarray) -> np.ndarray:
     """float64[E] in 0..1, strength of drawing: an edge's influence relative to the strongest edge, to the power 0.6."""
     top = influence.max(initial=0.0)
     return (influence / top) ** 0.6 if top > 0 else np.zeros(len(influence))
+
+
+def picture_rows(nodes: NodeTable) -> np.ndarray:
+    """int64[N], row of each node in a picture, upwards: inputs -1, then attention and MLP of each layer in turn.
+
+    Logits have the row after the last layer's.
+    """
+    layer = nodes.layer.astype(np.int64)
+    return np.where(layer < 0, -1, 2 * layer + (~nodes.attention & (nodes.kind != NodeKind.LOGIT)))
+
+
+def row_title(row: int) -> str:
+    """What the row of features is called at its left."""
+    return "input" if row < 0 else f"layer {row // 2}" if row % 2 else f"attention {row // 2}"

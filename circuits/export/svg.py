@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 
 from circuits.edges import Edges, GraphData
+from circuits.export.head_tags import head_tags
 from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis
 from circuits.export.svg_layout import FONT, LINE, Box, Layout, fit, place, text_width
 from circuits.influence import edge_influence, node_influence
@@ -19,6 +22,7 @@ _HEAD, _FOOT = 50.0, 56.0
 _GREY, _INK, _LINE = "#6b7280", "#1f2933", "#e5e8ec"
 _MAX_EDGES = 400
 _FEW_TOKENS = 24
+_MAX_TAGS, _TAG = 24, 9.0
 
 
 def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
@@ -36,6 +40,7 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
     layout = place(nodes, rank)
     edge_mask, crossing = _shown_edges(graph, shown)
     edges = graph.edges.select(shown, edge_mask)
+    heads = _heads(graph, shown, edge_mask)
     width, height = layout.width, layout.height + _HEAD + _FOOT
     caption = _caption(graph, drawn_nodes=len(nodes), drawn_edges=len(edges))
     parts = [
@@ -46,10 +51,11 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
         _title(graph, width),
         f'<g transform="translate(0 {_HEAD:g})">',
         *_bands(layout),
-        *_edges(nodes, edges, crossing, layout),
+        *_edges(nodes, edges, crossing, layout, heads.texts),
         *(_node(nodes, box, influence[shown]) for box in layout.boxes),
+        *_tags(edges, heads.tags, layout),
         "</g>",
-        *_footer(nodes, caption, layout),
+        *_footer(nodes, caption, layout, heads=bool(heads.tags)),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -126,20 +132,18 @@ def _line(x1: float, x2: float, y1: float, y2: float, *, stroke: str, width: flo
     return f'<line {ends} stroke="{stroke}" stroke-width="{width:g}"/>'
 
 
-def _edges(nodes: NodeTable, edges: Edges, influence: np.ndarray, layout: Layout) -> list[str]:
+def _edges(nodes: NodeTable, edges: Edges, influence: np.ndarray, layout: Layout, heads: Sequence[str]) -> list[str]:
     """Curves from the top of a source to the bottom of its target, weakest first."""
-    box = {placed.node: placed for placed in layout.boxes}
     source, target = edges.source.tolist(), edges.target.tolist()
-    start = _ports(source, target, box)
-    end = _ports(target, source, box)
+    ends = _ends(edges, layout)
     strength = emphasis(influence)
     parts = []
     for number in np.argsort(strength, kind="stable").tolist():
-        x1, y1 = start[number], box[source[number]].top
-        x2, y2 = end[number], box[target[number]].bottom
+        x1, y1, x2, y2 = ends[number]
         bend = max(0.5 * (y1 - y2), 14.0)
         weight, share = float(edges.weight[number]), float(strength[number])
         names = f"{full_name(nodes, source[number])} → {full_name(nodes, target[number])}: {weight:+.4g}"
+        names += f" ({heads[number]})" if heads else ""
         curve = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 - bend:.1f} {x2:.1f} {y2 + bend:.1f} {x2:.1f} {y2:.1f}"
         parts.append(
             f'<path d="{curve}" fill="none" stroke="{EDGE_COLOURS[weight > 0]}" '
@@ -147,6 +151,59 @@ def _edges(nodes: NodeTable, edges: Edges, influence: np.ndarray, layout: Layout
             f"<title>{_text(names)}</title></path>"
         )
     return parts
+
+
+def _ends(edges: Edges, layout: Layout) -> list[tuple[float, float, float, float]]:
+    """Where each curve starts, on top of its source, and ends, below its target: x and y of both."""
+    box = {placed.node: placed for placed in layout.boxes}
+    source, target = edges.source.tolist(), edges.target.tolist()
+    starts, stops = _ports(source, target, box), _ports(target, source, box)
+    return [
+        (x1, box[below].top, x2, box[above].bottom)
+        for x1, x2, below, above in zip(starts, stops, source, target, strict=True)
+    ]
+
+
+def _tags(edges: Edges, tags: dict[int, str], layout: Layout) -> list[str]:
+    """Heads named on the curves they carry, where there is room: between rows, away from boxes and other names."""
+    ends, parts = _ends(edges, layout), []
+    taken = [(b.x - b.width / 2, b.top, b.x + b.width / 2, b.bottom) for b in layout.boxes]
+    for edge, tag in tags.items():
+        x1, y1, x2, y2 = ends[edge]
+        half = text_width(tag, _TAG) / 2 + 2
+        for t in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8):
+            # A cubic curve whose control points share their ends' x and meet half-way in y.
+            along, mid = t * t * (3 - 2 * t), (y1 + y2) / 2
+            x = x1 + (x2 - x1) * along
+            y = (1 - t) ** 3 * y1 + 3 * t * (1 - t) * mid + t**3 * y2
+            area = (x - half, y - 6.0, x + half, y + 6.0)
+            if not any(a[0] < area[2] and area[0] < a[2] and a[1] < area[3] and area[1] < a[3] for a in taken):
+                taken.append(area)
+                parts.append(
+                    f'<rect x="{area[0]:.1f}" y="{area[1]:.1f}" width="{2 * half:.1f}" height="12" rx="3" fill="#ffffff" '
+                    f'fill-opacity="0.85"/><text x="{x:.1f}" y="{y + 3:.1f}" font-size="{_TAG:g}" text-anchor="middle" '
+                    f'fill="#374151">{escape(tag)}</text>'
+                )
+                break
+    return parts
+
+
+class _Heads(NamedTuple):
+    """What is written about heads of the drawn edges: tags of some, tooltips of all (none where heads are not known)."""
+
+    tags: dict[int, str]
+    texts: list[str]
+
+
+def _heads(graph: GraphData, shown: np.ndarray, edge_mask: np.ndarray) -> _Heads:
+    if graph.heads is None:
+        return _Heads({}, [])
+    drawn = np.flatnonzero(graph.edges.kept(shown, edge_mask))
+    number = {edge: place_ for place_, edge in enumerate(drawn.tolist())}
+    influence = np.zeros(len(graph.edges))
+    influence[drawn] = edge_influence(graph)[drawn]
+    tags = {number[edge]: tag for edge, tag in head_tags(graph, influence, most=_MAX_TAGS).items()}
+    return _Heads(tags, [graph.heads.text(edge) for edge in drawn.tolist()])
 
 
 def _ports(ends: list[int], others: list[int], box: dict[int, Box]) -> list[float]:
@@ -203,7 +260,7 @@ def _caption(graph: GraphData, *, drawn_nodes: int, drawn_edges: int) -> str:
     return "  ·  ".join(facts)
 
 
-def _footer(nodes: NodeTable, caption: str, layout: Layout) -> list[str]:
+def _footer(nodes: NodeTable, caption: str, layout: Layout, *, heads: bool) -> list[str]:
     """Legend (only of what is drawn), and the caption below it."""
     x, y = 18.0, layout.height + _HEAD + 20
     parts = [_line(1.0, layout.width - 1, y - 19, y - 19, stroke=_LINE)]
@@ -221,5 +278,8 @@ def _footer(nodes: NodeTable, caption: str, layout: Layout) -> list[str]:
         place_ = f'x="{x:.1f}" y="{y - 11:.1f}" width="22" height="14"'
         parts.append(f'<rect {place_} rx="6" fill="{fill}" stroke="{stroke}" stroke-dasharray="4 2.5"/>')
         parts.append(_words(x + 28, y, "causes not traced"))
+        x += 40 + text_width("causes not traced")
+    if heads:
+        parts.append(_words(x, y, "L1H2: carried by head 2 of layer 1"))
     parts.append(_words(18.0, y + 21, caption, colour=_INK))
     return parts

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from circuits.export.style import picture_rows, row_title
 from circuits.nodes import NodeKind, NodeTable
 from circuits.text import short_name
 
@@ -134,19 +135,20 @@ def place(nodes: NodeTable, rank: np.ndarray) -> Layout:
     boxes: list[Box] = []
     rows: list[Band] = []
     y = _place_outputs(outputs, width, boxes, rows)
-    for layer in sorted({layer for layer, _ in cells}, reverse=True):
-        here = {position: rows_ for (at, position), rows_ in cells.items() if at == layer}
-        y = _place_row(nodes, layer, here, column_of, widths, y, boxes, rows)
+    for row in sorted({row for row, _ in cells}, reverse=True):
+        here = {position: rows_ for (at, position), rows_ in cells.items() if at == row}
+        y = _place_row(nodes, row, here, column_of, widths, y, boxes, rows)
     return Layout(tuple(boxes), tuple(rows), tuple(columns), width, y)
 
 
 def _cells(nodes: NodeTable, rank: np.ndarray) -> dict[tuple[int, int], list[int]]:
-    """(layer, position) -> its nodes except logits, by rank; the input row is layer -1."""
+    """(row, position) -> its nodes except logits, by rank; see `style.picture_rows`."""
+    picture_row = picture_rows(nodes)
     cells: dict[tuple[int, int], list[int]] = defaultdict(list)
     order = np.lexsort((-rank, nodes.kind == NodeKind.TOKEN))  # tokens last: they stand on the floor
     for row in order.tolist():
         if nodes.kind[row] != NodeKind.LOGIT:
-            cells[int(nodes.layer[row]), int(nodes.position[row])].append(row)
+            cells[int(picture_row[row]), int(nodes.position[row])].append(row)
     return cells
 
 
@@ -217,7 +219,7 @@ def _place_outputs(outputs: list[tuple[int, str, float]], width: float, boxes: l
 
 def _place_row(
     nodes: NodeTable,
-    layer: int,
+    row: int,
     cells: dict[int, list[int]],
     columns: dict[int, Band],
     widths: dict[int, float],
@@ -225,15 +227,15 @@ def _place_row(
     boxes: list[Box],
     rows: list[Band],
 ) -> float:
-    """Stack the cells of one layer; returns where the next row starts."""
+    """Stack the cells of one row; returns where the next one starts."""
     stacks = {position: _stack(nodes, cell, columns[position], widths[position]) for position, cell in cells.items()}
     tallest = max(height for _, height in stacks.values())
     for stack, height in stacks.values():
         # Inputs stand on the floor of the picture, features hang in the middle of their row.
-        shift = start + _ROW_PAD + (tallest - height) * (1.0 if layer < 0 else 0.5)
+        shift = start + _ROW_PAD + (tallest - height) * (1.0 if row < 0 else 0.5)
         boxes.extend(Box(b.node, b.x, b.y + shift, b.width, b.height, b.lines) for b in stack)
     size = tallest + 2 * _ROW_PAD
-    rows.append(Band("input" if layer < 0 else f"layer {layer}", start, size))
+    rows.append(Band(row_title(row), start, size))
     return start + size
 
 

@@ -53,6 +53,7 @@ def assemble(
 
 _DEFAULTS: dict[str, Any] = {
     "kind": 0,
+    "attention": False,
     "layer": -1,
     "position": 0,
     "index": -1,

@@ -1,15 +1,18 @@
 """The `circuits` command: what it writes, what it prints, and one line for every mistake."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from circuits import CircuitGraph
 from circuits.cli import CIRCUIT_FILES, main
+from circuits.edge_heads import EdgeHeads
 
 
 @pytest.fixture
@@ -17,18 +20,26 @@ def tracer(monkeypatch, small) -> list[dict]:
     """Stands in for the model rooms: records how it was called and traces the small graph, printing on the way."""
     calls: list[dict] = []
     rooms, tracing = types.ModuleType("replacement"), types.ModuleType("circuits.tracing")
+    splitting = types.ModuleType("circuits.heads")
 
-    def load(model: str, *, crosscoder: str) -> str:
+    def load(model: str, *, crosscoder: str, attention: str | None) -> str:
         sys.stdout.write("a library greets\n")
-        return f"{model} with {crosscoder}"
+        return f"{model} with {crosscoder}" + (f" and {attention}" if attention else "")
+
+    def with_heads(model: str, graph: CircuitGraph) -> CircuitGraph:
+        """All of every edge through the head 2 of layer 1."""
+        heads = np.zeros((len(graph.edges), 2, 3))
+        heads[:, 1, 2] = graph.edges.weight
+        return dataclasses.replace(graph, heads=EdgeHeads.from_dense(np.zeros(len(heads)), heads))
 
     def trace(model: str, prompt: str, *, progress, **options: object) -> CircuitGraph:
         progress(3, 0.5)
         calls.append({"model": model, "prompt": prompt, **options})
         return small
 
-    rooms.load, tracing.trace = load, trace
+    rooms.load, tracing.trace, splitting.with_heads = load, trace, with_heads
     monkeypatch.setitem(sys.modules, "replacement", rooms)
+    monkeypatch.setitem(sys.modules, "circuits.heads", splitting)
     monkeypatch.setitem(sys.modules, "circuits.tracing", tracing)
     return calls
 
@@ -53,7 +64,12 @@ def test_trace_writes_every_file(tracer, tmp_path, capsys, small) -> None:
     assert main(["trace", "a b", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"graph.safetensors", *CIRCUIT_FILES.values()}
     assert CircuitGraph.load(out / "graph.safetensors") == small
-    assert CircuitGraph.load(out / "circuit.safetensors") == small.prune()
+    circuit = CircuitGraph.load(out / "circuit.safetensors")
+    assert dataclasses.replace(circuit, heads=None) == small.prune()
+    assert circuit.heads is not None
+    assert circuit.heads.text(0) == "L1H2 100 %"
+    assert "L1H2" in (out / "circuit.svg").read_text()
+    assert "L1H2" in (out / "circuit.dot").read_text()
     assert tracer == [
         {"model": "demo with demo", "prompt": "a b", "targets": None, "coverage": 0.99, "max_nodes": None}
     ]
@@ -68,10 +84,13 @@ def test_trace_passes_options_on(tracer, tmp_path) -> None:
     assert main(["trace", "hi", *options, "--max-nodes", "7", "--out", str(tmp_path)]) == 0
     assert tracer[0]["targets"] == [" x", " y"]
     assert (tracer[0]["model"], tracer[0]["coverage"], tracer[0]["max_nodes"]) == ("gpt2 with here", 0.5, 7)
+    assert main(["trace", "hi", "--attention", "features", "--attention-crosscoder", "z", "--out", str(tmp_path)]) == 0
+    assert tracer[1]["model"] == "demo with demo and z"
 
 
 def test_trace_prunes_by_the_thresholds(tracer, tmp_path, small) -> None:
-    assert main(["trace", "hi", "--node-threshold", "1", "--edge-threshold", "0.7", "--out", str(tmp_path)]) == 0
+    options = ["--node-threshold", "1", "--edge-threshold", "0.7", "--no-heads"]
+    assert main(["trace", "hi", *options, "--out", str(tmp_path)]) == 0
     assert CircuitGraph.load(tmp_path / "circuit.safetensors") == small.prune(nodes=1.0, edges=0.7)
 
 
@@ -118,6 +137,7 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
     [
         (["trace", "  "], "prompt: expected some text, given none"),
         (["trace", "a", "--coverage", "2"], "coverage: expected a share of influence between 0 and 1, given 2.0"),
+        (["trace", "a", "--attention", "none"], "attention: expected linear or features, given 'none'"),
         (["trace", "a", "--max-nodes", "0"], "max-nodes: expected at least 1, given 0"),
         (["trace", "a", "--node-threshold", "-1"], "node-threshold: expected a share of influence between 0 and 1"),
         (["trace", "a", "--edge-threshold", "nan"], "edge-threshold: expected a share of influence between 0 and 1"),

@@ -1,5 +1,6 @@
 """Every format read back by somebody else's reader."""
 
+import dataclasses
 import io
 import json
 import re
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import CircuitGraph, NodeKind
+from circuits.edge_heads import EdgeHeads
 from circuits.export import formats
 from circuits.export.dot import GraphvizMissingError
 
@@ -29,6 +31,48 @@ def nasty(build_graph) -> CircuitGraph:
         {"kind": L, "layer": 1, "index": 3, "label": NASTY, "expanded": True, "output_weight": 1.0},
     ]
     return build_graph(rows, [(1, 0, 1.0), (2, 1, -2.0)])
+
+
+@pytest.fixture
+def with_heads(small) -> CircuitGraph:
+    """The small graph with half of every edge direct, a third through head 1.2 and a sixth through head 0.1."""
+    heads = np.zeros((len(small.edges), 2, 3))
+    heads[:, 1, 2], heads[:, 0, 1] = small.edges.weight / 3, small.edges.weight / 6
+    return dataclasses.replace(small, heads=EdgeHeads.from_dense(small.edges.weight / 2, heads))
+
+
+def test_heads_are_written_on_edges(with_heads, tmp_path) -> None:
+    """Text in GraphML and networkx, all of them in JSON, names in both pictures."""
+    edge = with_heads.to_networkx().edges["0_7_0", "1_3_1"]
+    assert edge["direct"] == pytest.approx(1.0)
+    assert edge["heads"] == "direct 50 %, L1H2 33 %, L0H1 17 %"
+    network = nx.read_graphml(with_heads.export("graphml", tmp_path / "c.graphml"))
+    assert network.edges["0_7_0", "1_3_1"]["heads"] == edge["heads"]
+    links = json.loads(with_heads.export("json", tmp_path / "c.json").read_text())["edges"]
+    link = next(link for link in links if (link["source"], link["target"]) == ("0_7_0", "1_3_1"))
+    assert [(one["layer"], one["head"]) for one in link["by_head"]] == [(1, 2), (0, 1)]
+    assert link["direct"] + sum(one["weight"] for one in link["by_head"]) == pytest.approx(link["weight"])
+    assert "label=L1H2" in with_heads.to_dot()
+    assert ">L1H2</text>" in with_heads.to_svg()
+    assert "direct 50 %" in with_heads.to_svg()
+
+
+def test_attention_features_have_ids_rows_and_names_of_their_own(build_graph) -> None:
+    rows = [
+        {"kind": T, "index": 1, "label": "a"},
+        {"kind": E, "layer": 0},
+        {"kind": E, "layer": 0, "attention": True},
+        {"kind": F, "layer": 0, "index": 2, "expanded": True},
+        {"kind": F, "layer": 0, "index": 2, "attention": True, "expanded": True},
+        {"kind": L, "layer": 1, "index": 3, "label": "b", "expanded": True, "output_weight": 1.0},
+    ]
+    graph = build_graph(rows, [(4, 0, 1.0), (3, 4, 2.0), (5, 3, 1.0), (5, 1, 0.5), (5, 2, 0.5)])
+    assert graph.nodes.ids() == ("E_1_0", "0_-1_0", "A0_-1_0", "0_2_0", "A0_2_0", "2_3_0")
+    assert graph.to_networkx().nodes["A0_2_0"]["attention"] is True
+    for picture in (graph.to_svg(), graph.to_dot()):
+        assert picture.index("attention 0") != picture.index("layer 0")
+    assert "attention feature 0/2 at 0" in graph.to_svg()
+    assert {node["node_id"] for node in graph.to_neuronpedia()["nodes"]} == set(graph.nodes.ids())
 
 
 @given(st.data())
