@@ -1,9 +1,10 @@
 """Attribution by automatic differentiation: an independent implementation that the explicit transport is compared with.
 
 It shares no code with `circuits.transport` or `replacement.frozen`: TransformerLens runs the model itself, hooks fix the
-attention patterns and norm scales, MLP outputs and embeddings become leaves, and rows of A are gradients at the leaves
-times source vectors. Written to be fast as well: the forward pass runs once over B copies of the prompt, targets of one
-layer share backward passes of B targets each, and a backward pass stops at the embeddings and never enters an MLP.
+attention patterns and norm scales, MLP outputs and embeddings become leaves (and attention outputs, where a crosscoder
+writes those too), and rows of A are gradients at the leaves times source vectors. Written to be fast as well: the forward
+pass runs once over B copies of the prompt, targets of one layer share backward passes of B targets each, and a backward
+pass stops at the embeddings and never enters an MLP.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replacement import LocalReplacement, ReplacementModel, Site
+from replacement import Decomposition, LocalReplacement, ReplacementModel, Site
 
 
 class AutogradOracle:
@@ -28,20 +29,31 @@ class AutogradOracle:
         self._forward()
 
     def feature_rows(self, chosen_S: Tensor) -> tuple[Tensor, Tensor]:
-        """`A [N, C]` in the columns of `circuits.sources`, and `bias [N]`, for numbers into `local.features`."""
-        features, crosscoder = self.local.features, self.local.crosscoder
+        """`A [N, C]` in the columns of `circuits.columns`, and `bias [N]`, for numbers among the features of all parts."""
         rows_NC = self.local.mlp.errors_LTD.new_zeros(len(chosen_S), self._n_columns())
+        bias_N = rows_NC.new_zeros(len(chosen_S))
+        first = 0
+        for part in self.local.decompositions:
+            mine = torch.nonzero((chosen_S >= first) & (chosen_S < first + len(part.features)))[:, 0]
+            rows_NC[mine], bias_N[mine] = self._part_rows(part, chosen_S[mine] - first)
+            first += len(part.features)
+        return rows_NC, bias_N
+
+    def _part_rows(self, part: Decomposition, chosen_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of features of one part, for numbers into its features."""
+        features, crosscoder = part.features, part.crosscoder
+        rows_NC = part.errors_LTD.new_zeros(len(chosen_S), self._n_columns())
         bias_N = rows_NC.new_zeros(len(chosen_S))
         for group in range(crosscoder.n_groups):
             own = torch.nonzero(features.group[chosen_S] == group)[:, 0]
-            for part in own.split(self.batch_size):
-                index, position = features.index[chosen_S[part]], features.row[chosen_S[part]]
+            for some in own.split(self.batch_size) if len(own) else ():
+                index, position = features.index[chosen_S[some]], features.row[chosen_S[some]]
                 for site in crosscoder.wiring.reads[group]:
                     name = self.model.language_model.parts.hook_name(site)
                     rows, bias = self._rows(name, crosscoder.encoder(group, site)[index], position)
-                    rows_NC[part] += rows
-                    bias_N[part] += bias
-                bias_N[part] += crosscoder.b_enc[group][index]
+                    rows_NC[some] += rows
+                    bias_N[some] += bias
+                bias_N[some] += crosscoder.b_enc[group][index]
         return rows_NC, bias_N
 
     def logit_rows(self, directions_ND: Tensor, position_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,19 +65,28 @@ class AutogradOracle:
         return torch.cat([rows for rows, _ in parts]), torch.cat([bias for _, bias in parts])
 
     def _forward(self) -> None:
-        lm, crosscoder = self.model.language_model, self.local.crosscoder
+        lm = self.model.language_model
         norms = [f"blocks.{i}.{n}" for i in range(lm.shape.n_layers) for n in lm.parts.norm_names(i)] + ["ln_final"]
+        # Those of queries and keys too: Hugging Face computes them in float32, and the patterns must be those of the run.
+        heads = [f"blocks.{i}.attn.{n}.hook_in" for i in range(lm.shape.n_layers) for n in ("q_norm", "k_norm")]
+        norms += [name.removesuffix(".hook_in") for name in heads if name in self.bridge.hook_dict]
         hooks: list[tuple[str, Any]] = []
         for path in norms:
             hooks += self._frozen_norm(path)
-        for layer in range(lm.shape.n_layers):
-            hooks.append((f"blocks.{layer}.attn.hook_pattern", lambda x, hook: x.detach()))
+        # Norms of queries and keys, which some models compute in float32, are as exact in these as in the local model.
+        names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(lm.shape.n_layers)]
+        _, patterns = lm.parts.capture(self.local.frozen.tokens_T, set(names))
+        for layer, name in enumerate(names):
+            hooks.append((name, lambda x, hook, name=name: patterns[name].expand_as(x)))
             hooks.append((f"blocks.{layer}.hook_mlp_out", self._mlp_leaf(layer)))
+            if self.local.attention is not None:
+                hooks.append((f"blocks.{layer}.hook_attn_out", self._leaf(f"attn_out.{layer}")))
         hooks.append(("hook_embed", self._leaf("token")))
         if self.local.frozen.position_embedding_TD is not None:
             hooks.append(("hook_pos_embed", self._leaf("position")))
-        names = {lm.parts.hook_name(site) for site in crosscoder.wiring.read_sites} | {"ln_final.hook_out"}
-        hooks += [(name, self._keep(name)) for name in names]
+        read_sites = {site for part in self.local.decompositions for site in part.crosscoder.wiring.read_sites}
+        kept = {lm.parts.hook_name(site) for site in read_sites} | {"ln_final.hook_out"}
+        hooks += [(name, self._keep(name)) for name in kept]
         tokens_BT = self.local.frozen.tokens_T.expand(self.batch_size, -1)
         with torch.enable_grad():
             self.bridge.run_with_hooks(tokens_BT, fwd_hooks=hooks)
@@ -82,7 +103,7 @@ class AutogradOracle:
     def _mlp_leaf(self, layer: int) -> Any:
         """The leaf holds features, error and decoder bias; what skip matrices write stays connected to what they read."""
         site, crosscoder = Site(layer, "mlp_out"), self.local.crosscoder
-        make_leaf = self._leaf(f"mlp.{layer}")
+        make_leaf = self._leaf(f"mlp_out.{layer}")
 
         def hook(x: Tensor, hook: Any) -> Tensor:
             skipped = torch.zeros_like(x)
@@ -96,7 +117,7 @@ class AutogradOracle:
 
     def _keep(self, name: str) -> Any:
         def hook(x: Tensor, hook: Any) -> None:
-            self.streams[name] = x
+            self.streams[name] = x.flatten(2)  # the heads of `attn_z` are one axis to an encoder
 
         return hook
 
@@ -140,7 +161,7 @@ class AutogradOracle:
 
     def _columns(self, by_leaf: dict[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
         local = self.local
-        T, crosscoder, features = local.n_positions, local.crosscoder, local.features
+        T, L = local.n_positions, local.shape.n_layers
         rows_NC = local.mlp.errors_LTD.new_zeros(n, self._n_columns())
         bias_N = rows_NC.new_zeros(n)
         column = 0
@@ -151,27 +172,37 @@ class AutogradOracle:
             if source_TD is not None:
                 rows_NC[:, column : column + T] = (by_leaf[name] * source_TD).sum(-1)
                 column += T
-        first = column + local.shape.n_layers * T
-        for layer in range(local.shape.n_layers):
-            grad_NTD = by_leaf.get(f"mlp.{layer}")
-            if grad_NTD is None:
-                continue
-            rows_NC[:, column + layer * T : column + (layer + 1) * T] = (grad_NTD * local.mlp.errors_LTD[layer]).sum(-1)
-            site = Site(layer, "mlp_out")
-            if site not in crosscoder.wiring.write_sites:
-                continue
-            bias_N += grad_NTD.sum(1) @ crosscoder.decoder_bias(site)
-            for group in crosscoder.wiring.writers(site):
-                chosen = features.group == group
-                decoder_SD = crosscoder.decoder_vectors(group, features.index[chosen], site)
-                # Features sit at a position each: one product per position keeps this as cheap as it can be.
-                columns_S = first + torch.nonzero(chosen)[:, 0]
-                for t in range(T):
-                    here = features.row[chosen] == t
-                    effect_NS = grad_NTD[:, t] @ decoder_SD[here].T
-                    rows_NC[:, columns_S[here]] += effect_NS * features.activation[chosen][here]
+        feature = column + len(local.decompositions) * L * T
+        for part in local.decompositions:
+            for layer in range(L):
+                grad_NTD = by_leaf.get(f"{part.kind}.{layer}")
+                if grad_NTD is not None:
+                    error = slice(column + layer * T, column + (layer + 1) * T)
+                    rows_NC[:, error] = (grad_NTD * part.errors_LTD[layer]).sum(-1)
+                    bias_N += self._meet_features(part, layer, grad_NTD, rows_NC[:, feature:])
+            column += L * T
+            feature += len(part.features)
         return rows_NC, bias_N
 
+    def _meet_features(self, part: Decomposition, layer: int, grad_NTD: Tensor, rows_NS: Tensor) -> Tensor:
+        """Add the effects of what a part's features write at one layer; return those of its decoder bias, `[N]`."""
+        crosscoder, features, site = part.crosscoder, part.features, Site(layer, part.kind)
+        if site not in crosscoder.wiring.write_sites:
+            return grad_NTD.new_zeros(len(grad_NTD))
+        for group in crosscoder.wiring.writers(site):
+            chosen = features.group == group
+            decoder_SD = crosscoder.decoder_vectors(group, features.index[chosen], site)
+            # Features sit at a position each: one product per position keeps this as cheap as it can be.
+            number_S = torch.nonzero(chosen)[:, 0]
+            for t in range(grad_NTD.shape[1]):
+                here = features.row[chosen] == t
+                effect_NS = grad_NTD[:, t] @ decoder_SD[here].T
+                rows_NS[:, number_S[here]] += effect_NS * features.activation[chosen][here]
+        return grad_NTD.sum(1) @ crosscoder.decoder_bias(site)
+
     def _n_columns(self) -> int:
-        T, learned = self.local.n_positions, self.local.frozen.position_embedding_TD is not None
-        return (2 if learned else 1) * T + self.local.shape.n_layers * T + len(self.local.features)
+        local = self.local
+        embeddings = 1 if local.frozen.position_embedding_TD is None else 2
+        parts = len(local.decompositions)
+        per_position = embeddings + parts * local.shape.n_layers
+        return per_position * local.n_positions + sum(len(part.features) for part in local.decompositions)
