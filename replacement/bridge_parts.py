@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from replacement.frozen import AttentionWeights, NormWeights
+from replacement.frozen_queries import QueryKeyWeights
 from replacement.sites import ModelShape, Site
 
 HOOKS = {
@@ -116,7 +117,8 @@ class BridgeParts:
         original = norm.original_component
         weight = getattr(original, "weight", None)
         bias = getattr(original, "bias", None)
-        zeros_D = torch.zeros(self.shape.d_model, dtype=self.dtype, device=self.device)
+        width = self.shape.d_model if weight is None else len(weight)  # norms of queries and keys are over d_head
+        zeros_D = torch.zeros(width, dtype=self.dtype, device=self.device)
         weight_D = zeros_D + 1 if weight is None else weight.detach() + (1 if norm.uses_weight_offset else 0)
         return NormWeights(weight_D, zeros_D if bias is None else bias.detach(), centred=not norm.uses_rms_norm)
 
@@ -126,6 +128,43 @@ class BridgeParts:
         if self._attention_weights is None:
             self._attention_weights = tuple(self._fold_attention(layer) for layer in range(self.shape.n_layers))
         return self._attention_weights
+
+    def query_key_weights(self, layer: int) -> QueryKeyWeights:
+        """Query and key weights of one layer with the input norm folded in."""
+        attention = self.bridge.blocks[layer].attn
+        original = attention.original_component
+        b_Q, b_K = attention.b_Q, attention.b_K
+        native_scale = getattr(original, "scale", None)  # TransformerLens's own modules divide by it
+        scale = (
+            1 / float(native_scale) if native_scale else float(getattr(original, "scaling", self.shape.d_head**-0.5))
+        )
+        soft_cap = getattr(original, "attn_logit_softcapping", None) or getattr(original, "attn_scores_soft_cap", None)
+        norms = {path.rpartition(".")[2]: self.norm_weights(path) for path in self._head_norms(layer)}
+        return QueryKeyWeights.fold(
+            W_Q=attention.W_Q.detach(),
+            W_K=attention.W_K.detach(),
+            b_Q=None if b_Q is None else b_Q.detach(),
+            b_K=None if b_K is None else b_K.detach(),
+            norm_in=self.norm_weights(f"blocks.{layer}.ln1"),
+            query_norm=norms.get("q_norm"),
+            key_norm=norms.get("k_norm"),
+            scale=scale,
+            soft_cap=float(soft_cap) if soft_cap and float(soft_cap) > 0 else None,
+        )
+
+    def query_key_hook_names(self, layer: int) -> set[str]:
+        """Hooks that frozen queries and keys are made of and checked against, as far as this model has them."""
+        hooks = ["hook_attn_scores", "hook_pattern", "hook_cos", "hook_sin", "hook_rot_q", "hook_rot_k"]
+        hooks += ["q.hook_out", "k.hook_out", "q_norm.hook_scale", "k_norm.hook_scale"]
+        names = {f"blocks.{layer}.{hook}" for hook in ("hook_resid_pre", "ln1.hook_scale")}
+        return (names | {f"blocks.{layer}.attn.{hook}" for hook in hooks}) & set(self.bridge.hook_dict)
+
+    def _head_norms(self, layer: int) -> list[str]:
+        """Norms over `d_head` of queries and keys (Gemma 3, Qwen 3); one over all heads at once is another thing."""
+        modules = self.bridge.blocks[layer].attn._modules
+        weights = {name: getattr(modules.get(name), "weight", None) for name in ("q_norm", "k_norm")}
+        ours = [name for name, weight in weights.items() if weight is not None and weight.shape == (self.shape.d_head,)]
+        return [f"blocks.{layer}.attn.{name}" for name in ours]
 
     def unembedding(self) -> tuple[Tensor, Tensor]:
         """`W_U [D, V]` and `b_U [V]` (zeros where the model has none)."""
@@ -176,6 +215,7 @@ class BridgeParts:
         if self.dtype != torch.float64 or not self.bridge.ln_final.uses_rms_norm:
             return [], []
         paths = [f"blocks.{layer}.{name}" for layer in range(self.shape.n_layers) for name in self.norm_names(layer)]
+        paths += [path for layer in range(self.shape.n_layers) for path in self._head_norms(layer)]
         pairs = [self._float64_norm(path) for path in [*paths, "ln_final"]]
         return [keep for keep, _ in pairs], [redo for _, redo in pairs]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from replacement.bridge_parts import BridgeParts
 from replacement.frozen import FrozenAttention, FrozenNorm
+from replacement.frozen_queries import FrozenQueryKey, QueryKeyWeights
 from replacement.sites import Site
 
 # Rounding of the rebuilt activations, relative to their largest entry; anything above is a different computation.
@@ -55,8 +56,7 @@ def freeze(parts: BridgeParts, tokens_T: Tensor, *, sites: Iterable[Site] = ()) 
     Raises:
         ValueError: the frozen parts do not give the model's own activations back (the architecture is named).
     """
-    if parts.dtype not in _EXACT:
-        raise ValueError(f"exact attribution needs float32 or float64 weights, the model is loaded in {parts.dtype}")
+    _require_exact_dtype(parts)
     layers = range(parts.shape.n_layers)
     names = {parts.hook_name(site): site for site in {*sites, *(Site(layer, "mlp_out") for layer in layers)}}
     output_TV, cache = parts.capture(tokens_T, set(names) | parts.frozen_hook_names())
@@ -74,6 +74,66 @@ def freeze(parts: BridgeParts, tokens_T: Tensor, *, sites: Iterable[Site] = ()) 
     )
     _check_exact(frozen, output_TV, cache, parts)
     return frozen
+
+
+@torch.no_grad()
+def freeze_query_key(parts: BridgeParts, tokens_T: Tensor, *, layer: int) -> FrozenQueryKey:
+    """Run one prompt and fix what makes one layer's attention scores: norm scales (of the stream, and of queries and keys
+    where the model has such norms) and the rotation of every position.
+
+    Raises:
+        ValueError: no such layer, or the frozen parts do not give the model's own scores back (the architecture is named):
+            scores that something besides queries and keys adds to (ALiBi), or a rotation of another kind.
+    """
+    _require_exact_dtype(parts)
+    if not 0 <= layer < parts.shape.n_layers:
+        raise ValueError(f"the language model has no layer {layer}: it has {parts.shape.n_layers} layers")
+    weights, block = parts.query_key_weights(layer), f"blocks.{layer}"
+    _, cache = parts.capture(tokens_T, parts.query_key_hook_names(layer))
+    attention = {name.removeprefix(f"{block}.attn."): x for name, x in cache.items()}
+    shown_HTT, pattern_HTT = attention["hook_attn_scores"], attention["hook_pattern"]
+    # Where the wrapped module computes attention itself, TransformerLens has only the pattern to show at the scores' hook.
+    shows_pattern = torch.equal(shown_HTT, pattern_HTT)
+    visible_TT = torch.ones_like(pattern_HTT[0], dtype=torch.bool).tril()
+    if not shows_pattern:
+        visible_TT &= shown_HTT[0] > torch.finfo(shown_HTT.dtype).min / 2
+    own_HTT = _own_scores(weights, attention) if shows_pattern or weights.soft_cap is not None else shown_HTT
+    frozen = FrozenQueryKey(
+        weights=weights,
+        scale_in_T=cache[f"{block}.ln1.hook_scale"][:, 0],
+        query_gain_HTK=weights.query_gain(attention.get("q_norm.hook_scale"), len(tokens_T)),
+        key_gain_GTK=weights.key_gain(attention.get("k_norm.hook_scale"), len(tokens_T)),
+        cos_TR=attention.get("hook_cos"),
+        sin_TR=attention.get("hook_sin"),
+        scores_HTT=own_HTT.masked_fill(~visible_TT, -torch.inf),
+        pattern_HTT=pattern_HTT,
+        visible_TT=visible_TT,
+    )
+    rebuilt_HTT = frozen.scores(cache[f"{block}.hook_resid_pre"])
+    capped_HTT = weights.cap(rebuilt_HTT)
+    if shows_pattern:
+        capped_HTT = capped_HTT.masked_fill(~visible_TT, -torch.inf).softmax(-1)
+    for rebuilt, actual in ((rebuilt_HTT, own_HTT), (capped_HTT, shown_HTT)):
+        rebuilt, actual = rebuilt[:, visible_TT], actual[:, visible_TT]
+        gap = float((rebuilt - actual).abs().max() / actual.abs().max().clamp(min=1e-12))
+        if not gap <= _EXACT[parts.dtype]:
+            raise ValueError(
+                f"attention scores of {parts.architecture} cannot be attributed exactly: those of layer {layer}, rebuilt "
+                f"from frozen queries and keys, are off by {gap:.1e} relative"
+            )
+    return frozen
+
+
+def _own_scores(weights: QueryKeyWeights, attention: Mapping[str, Tensor]) -> Tensor:
+    """The model's own scores before any soft-cap, from its own queries and keys (rotated ones where it has those)."""
+    q_THK, k_TGK = (attention.get(f"hook_rot_{name}", attention[f"{name}.hook_out"]) for name in "qk")
+    k_THK = k_TGK.repeat_interleave(q_THK.shape[1] // k_TGK.shape[1], 1)
+    return torch.einsum("thk,shk->hts", q_THK, k_THK) * weights.scale
+
+
+def _require_exact_dtype(parts: BridgeParts) -> None:
+    if parts.dtype not in _EXACT:
+        raise ValueError(f"exact attribution needs float32 or float64 weights, the model is loaded in {parts.dtype}")
 
 
 def _freeze_attention(parts: BridgeParts, layer: int, cache: Mapping[str, Tensor]) -> FrozenAttention:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from replacement.bridge_parts import BridgeParts, NamedHook
-from replacement.freezing import FrozenPrompt, freeze
+from replacement.freezing import FrozenPrompt, freeze, freeze_query_key
+from replacement.frozen_queries import FrozenQueryKey
 from replacement.loading import boot, check_finite, fingerprint
 from replacement.sites import ModelShape, Site
 
@@ -257,6 +258,10 @@ class LanguageModel:
     def freeze(self, tokens_T: Tensor, *, sites: Iterable[Site] = ()) -> FrozenPrompt:
         """Run one prompt and fix its attention patterns and norm scales; see `replacement.freezing.freeze`."""
         return freeze(self.parts, tokens_T, sites=sites)
+
+    def freeze_query_key(self, tokens_T: Tensor, *, layer: int) -> FrozenQueryKey:
+        """Run one prompt and fix what makes one layer's attention scores; see `replacement.freezing.freeze_query_key`."""
+        return freeze_query_key(self.parts, tokens_T, layer=layer)
 
     def check_linearisable(self) -> None:
         """Refuse the architecture by name unless a short prompt is rebuilt exactly from its frozen parts.

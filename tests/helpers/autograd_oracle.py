@@ -67,9 +67,6 @@ class AutogradOracle:
     def _forward(self) -> None:
         lm = self.model.language_model
         norms = [f"blocks.{i}.{n}" for i in range(lm.shape.n_layers) for n in lm.parts.norm_names(i)] + ["ln_final"]
-        # Those of queries and keys too: Hugging Face computes them in float32, and the patterns must be those of the run.
-        heads = [f"blocks.{i}.attn.{n}.hook_in" for i in range(lm.shape.n_layers) for n in ("q_norm", "k_norm")]
-        norms += [name.removesuffix(".hook_in") for name in heads if name in self.bridge.hook_dict]
         hooks: list[tuple[str, Any]] = []
         for path in norms:
             hooks += self._frozen_norm(path)

@@ -1,0 +1,230 @@
+"""Why a head attends: the score of one key at one query as an exact sum over pairs of nodes.
+
+N query nodes, M key nodes, K d_head, C source columns, D d_model, T tokens.
+
+With norm scales frozen, query and key are linear in the nodes below their layer, so the score is bilinear:
+
+    score(q, k) = scale (R_q query(x_q)) . (R_k key(x_k)) = sum_{n, m} Q_n . K_m
+
+`Q_n` is what node n puts into the scaled and rotated query, `K_m` what node m puts into the rotated key, along all paths
+through lower attention layers whose patterns are frozen. Nodes are tokens, learned positions, errors and features; each
+side has one more entry, last, for all constants. The K channels of a query are K targets of the same transport that
+attributes features.
+
+Frozen are the scales of all norms, also of those of queries and keys (Gemma 3, Qwen 3). The score is the one before a
+soft-cap (Gemma 2). Softmax only sees differences between keys: a contrast subtracts the score at another key, or the mean
+over the other visible keys, and what all keys share cancels.
+
+Source: Kamath, Ameisen et al. 2025, Tracing Attention Computation Through Feature Interactions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.attribution import CANCELLATION
+from circuits.columns import source_table
+from circuits.labels import node_labels
+from circuits.nodes import NodeKind
+from circuits.qk_attribution import QKAttribution, SourceNode, summed_magnitudes
+from circuits.readers import Targets
+from circuits.residual_transport import ResidualTransport
+from circuits.transport import Transport
+from replacement import ReplacementModel
+from replacement.frozen_queries import FrozenQueryKey
+
+NUMBERS_AT_ONCE = 2**24
+"""Effects held at once: channels x positions x sources (128 MiB in float64)."""
+
+
+class QKAttributor:
+    """Attributes attention scores of one prompt; what they share is made once."""
+
+    def __init__(self, model: ReplacementModel, prompt: str | Tensor) -> None:
+        """Freeze the prompt.
+
+        Raises:
+            ValueError: a prompt the model cannot read.
+        """
+        if not isinstance(prompt, str | Tensor):
+            raise ValueError(f"the prompt must be text or a 1-D tensor of token ids, got {type(prompt).__name__}")
+        lm = model.language_model
+        self.model = model
+        self.tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
+        with torch.no_grad():
+            self.local = model.localize(self.tokens_T)
+            self.transport = Transport(self.local) if self.local.attention is None else ResidualTransport(self.local)
+        self._table = source_table(self.local)
+        self._frozen: dict[int, FrozenQueryKey] = {}
+
+    def frozen(self, layer: int) -> FrozenQueryKey:
+        """Queries and keys of one layer; its `pattern_HTT` says which heads attend where.
+
+        Raises:
+            ValueError: no such layer, or an architecture whose scores are not a product of queries and keys alone.
+        """
+        if layer not in self._frozen:
+            self._frozen[layer] = self.model.language_model.freeze_query_key(self.tokens_T, layer=layer)
+        return self._frozen[layer]
+
+    @torch.no_grad()
+    def score(
+        self,
+        *,
+        layer: int,
+        head: int,
+        query: int = -1,
+        key: int | None = None,
+        contrast: int | str | None = None,
+    ) -> QKAttribution:
+        """Attribute one score; see `attribute_score`."""
+        frozen = self.frozen(layer)
+        if not 0 <= head < len(frozen.pattern_HTT):
+            raise ValueError(f"layer {layer} has no head {head}: it has {len(frozen.pattern_HTT)} heads")
+        query = self._position("query", query)
+        pattern_T = frozen.pattern_HTT[head, query]
+        key = int(pattern_T.argmax()) if key is None else self._visible("key", key, frozen, query)
+        others = self._others(contrast, frozen, query, key)
+        weights = {key: 1.0} | {other: -1 / len(others) for other in others}
+        queries_CK = self._vectors(frozen.query, layer, head, {query: 1.0})
+        keys_CK = self._vectors(frozen.key, layer, head, weights)
+        scores_T = frozen.scores_HTT[head, query].double()
+        value = sum(weight * float(scores_T[position]) for position, weight in weights.items())
+        (query_nodes, queries_NK), (key_nodes, keys_MK) = self._nodes(queries_CK), self._nodes(keys_CK)
+        return QKAttribution(
+            layer=layer,
+            head=head,
+            query=query,
+            key=key,
+            contrast=contrast if contrast is None or isinstance(contrast, str) else others[0],
+            score=float(scores_T[key]),
+            pattern=float(pattern_T[key]),
+            value=value,
+            query_nodes=query_nodes,
+            key_nodes=key_nodes,
+            query_vectors_NK=queries_NK,
+            key_vectors_MK=keys_MK,
+            identity_error=_identity_error(queries_NK, keys_MK, value),
+            _labels=self._label,
+        )
+
+    def _vectors(
+        self,
+        read: Callable[[int, int], tuple[Tensor, Tensor]],
+        layer: int,
+        head: int,
+        weights: dict[int, float],
+    ) -> np.ndarray:
+        """float64[C + 1, K]: what every source, and last the constants, put into queries or keys at weighted positions."""
+        total_CK: Tensor | None = None
+        positions = list(weights)
+        step = max(1, NUMBERS_AT_ONCE // (self.local.shape.d_head * self.transport.sources.columns.n_columns))
+        for start in range(0, len(positions), step):
+            chosen = positions[start : start + step]
+            both_PKC = self._read_at(read, layer, head, chosen)
+            weight_P = torch.tensor([weights[position] for position in chosen], dtype=torch.float64)
+            part_CK = torch.einsum("p,pkc->ck", weight_P.to(both_PKC.device), both_PKC)
+            total_CK = part_CK if total_CK is None else total_CK + part_CK
+        assert total_CK is not None
+        return total_CK.cpu().numpy()
+
+    def _read_at(
+        self, read: Callable[[int, int], tuple[Tensor, Tensor]], layer: int, head: int, positions: Sequence[int]
+    ) -> Float[Tensor, "P K C"]:
+        """The same, position by position, in float64."""
+        reads = [read(head, position) for position in positions]
+        vectors_ND = torch.cat([vectors_KD for vectors_KD, _ in reads])
+        constant_PK = torch.stack([constant_K for _, constant_K in reads])
+        position_N = torch.tensor(positions, device=vectors_ND.device).repeat_interleave(constant_PK.shape[1])
+        depth_N = torch.full_like(position_N, 2 * layer)
+        effects_NC, bias_N = self.transport.attribute(Targets(vectors_ND.contiguous(), depth_N, position_N))
+        bias_PK = bias_N.view_as(constant_PK) + constant_PK
+        return torch.cat([effects_NC.unflatten(0, constant_PK.shape), bias_PK[..., None]], -1).double()
+
+    def _nodes(self, vectors_CK: np.ndarray) -> tuple[tuple[SourceNode, ...], np.ndarray]:
+        """Nodes with an effect, then the constants, and their rows."""
+        kept = np.flatnonzero(vectors_CK[:-1].any(1))
+        columns = [self._table[name][kept].tolist() for name in ("kind", "attention", "layer", "position", "index")]
+        nodes = [
+            SourceNode(NodeKind(kind), bool(attention), layer, position, index, column=int(column))
+            for kind, attention, layer, position, index, column in zip(*columns, kept, strict=True)
+        ]
+        return (*nodes, SourceNode(None)), vectors_CK[[*kept, -1]]
+
+    def _label(self, columns: Sequence[int]) -> list[str]:
+        kept = np.zeros(len(self._table["kind"]), dtype=bool)
+        kept[list(columns)] = True
+        return node_labels(self.model, self.local, [], self._table, kept)
+
+    def _others(self, contrast: int | str | None, frozen: FrozenQueryKey, query: int, key: int) -> list[int]:
+        """Key positions whose mean score is subtracted."""
+        if contrast is None:
+            return []
+        if contrast == "mean":
+            others = [other for other in torch.nonzero(frozen.visible_TT[query])[:, 0].tolist() if other != key]
+            if not others:
+                raise ValueError(f"no contrast: position {key} is the only key that position {query} sees")
+            return others
+        if isinstance(contrast, str):
+            raise ValueError(f"contrast must be a key position, 'mean' or None, got {contrast!r}")
+        other = self._visible("contrast", contrast, frozen, query)
+        if other == key:
+            raise ValueError(f"contrast needs another key than position {key}")
+        return [other]
+
+    def _visible(self, name: str, position: int, frozen: FrozenQueryKey, query: int) -> int:
+        position = self._position(name, position)
+        if position > query:
+            raise ValueError(f"{name} position {position} lies after query position {query}, which cannot attend to it")
+        if not frozen.visible_TT[query, position]:
+            raise ValueError(f"{name} position {position} lies outside the attention window of query position {query}")
+        return position
+
+    def _position(self, name: str, position: int) -> int:
+        n_positions = len(self.tokens_T)
+        if not -n_positions <= position < n_positions:
+            raise ValueError(f"{name} position {position} lies outside the prompt of {n_positions} tokens")
+        return position % n_positions
+
+
+def attribute_score(
+    model: ReplacementModel,
+    prompt: str | Tensor,
+    *,
+    layer: int,
+    head: int,
+    query: int = -1,
+    key: int | None = None,
+    contrast: int | str | None = None,
+) -> QKAttribution:
+    """Divide a head's attention score among pairs of a query node and a key node; for several scores, `QKAttributor`.
+
+    Args:
+        model: language model with a crosscoder spliced in.
+        prompt: text, or a 1-D tensor of token ids.
+        layer: layer of the head.
+        head: query head; it shares its key head with others where the model has fewer of those.
+        query: position that attends; negative counts from the end.
+        key: position attended to, at most `query`; by default the one with the largest attention probability.
+        contrast: subtract the score at this key position, or with `mean` the mean over the other visible keys. It costs
+            K targets per key position.
+
+    Raises:
+        ValueError: a prompt the model cannot read, a layer, head or position it does not have, a key the query does not
+            see, or an architecture whose scores are not a product of queries and keys alone (ALiBi).
+
+    >>> found = attribute_score(model, prompt, layer=2, head=3, contrast="mean")        # doctest: +SKIP
+    >>> found.top(3)                                                                   # doctest: +SKIP
+    """
+    attributor = QKAttributor(model, prompt)
+    return attributor.score(layer=layer, head=head, query=query, key=key, contrast=contrast)
+
+
+def _identity_error(queries_NK: np.ndarray, keys_MK: np.ndarray, value: float) -> float:
+    total = float(queries_NK.sum(0) @ keys_MK.sum(0))
+    return abs(total - value) / max(abs(value), CANCELLATION * summed_magnitudes(queries_NK, keys_MK), 1e-30)
