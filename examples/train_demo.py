@@ -2,9 +2,9 @@
 
     python examples/train_demo.py --out replacement/demo/artifacts
 
-Two stages read and write folders under `--out`: the language model here, then its crosscoder
+Two stages read and write folders under `--out`: the language model here, then its crosscoders
 (`examples/train_demo_crosscoder.py`). Everything is seeded; weights are rounded to bf16 before they are measured and saved,
-so the numbers in `accuracy.json` and `fidelity.json` are those of the shipped files.
+so the numbers in `accuracy.json`, `fidelity.json` and `attention_fidelity.json` are those of the shipped files.
 """
 
 import argparse
@@ -225,6 +225,7 @@ def main() -> None:
         language_model_stage(run, arguments.out, arguments.checkpoints, arguments.every)
     if arguments.stage in ("crosscoder", "all"):
         crosscoder_stage(arguments.out)
+        crosscoder_stage(arguments.out, recipe="attention")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Train the demo's cross-layer transcoder on the demo language model, and measure what ships.
+"""Train the demo's crosscoders on the demo language model, and measure what ships.
 
     replacement train examples/recipes/demo.toml --out runs/demo
     python examples/train_demo_crosscoder.py --run runs/demo --out replacement/demo/artifacts
+    replacement train examples/recipes/attention.toml --out runs/attention
+    python examples/train_demo_crosscoder.py --run runs/attention --out replacement/demo/artifacts
 
 The second command rounds the result of a run to bf16, writes it to `OUT/crosscoder`, measures the rounded weights on rows of
-the corpus that no training drew, and writes `OUT/fidelity.json`. `examples/train_demo.py` does both, on the language model
-it has just made.
+the corpus that no training drew, and writes `OUT/fidelity.json`. The fourth does the same for the attention crosscoder, in
+`OUT/attention_crosscoder` and `OUT/attention_fidelity.json`, which says under `both` what replacing the MLPs as well costs.
+`examples/train_demo.py` does all of it, on the language model it has just made.
 """
 
 from __future__ import annotations
@@ -26,14 +29,14 @@ from replacement.fidelity import Fidelity, measure_fidelity
 from replacement.training.run import run
 from replacement.training.run_config import read_config
 
-RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
+RECIPES = Path(__file__).parent / "recipes"
 HELD_OUT_ROWS = 1024
 
 
-def train_crosscoder(language_model: Path, folder: Path, overrides: Sequence[str] = ()) -> None:
-    """One run of the recipe on a language model."""
-    config = read_config(RECIPE, overrides=[f'model="{language_model}"', *overrides])
-    with tqdm(total=config.training.n_steps, desc="crosscoder", unit="step") as bar:
+def train_crosscoder(language_model: Path, folder: Path, overrides: Sequence[str] = (), recipe: str = "demo") -> None:
+    """One run of a recipe on a language model."""
+    config = read_config(RECIPES / f"{recipe}.toml", overrides=[f'model="{language_model}"', *overrides])
+    with tqdm(total=config.training.n_steps, desc=f"crosscoder ({recipe})", unit="step") as bar:
         run(config, folder, resume=True, progress=lambda _: bar.update())
 
 
@@ -45,31 +48,32 @@ def ship(folder: Path, out: Path) -> Fidelity:
     lm.name = crosscoder.model_name = "demo"
     # A run on other weights is not shipped.
     checkpoint.check_fits(crosscoder, lm.shape, model_name=lm.name, model_fingerprint=lm.fingerprint)
-    checkpoint.save(crosscoder, out / "crosscoder", dtype=torch.bfloat16, training=settings)
+    prefix = "attention_" if crosscoder.wiring.name == "attention" else ""
+    target = out / f"{prefix}crosscoder"
+    checkpoint.save(crosscoder, target, dtype=torch.bfloat16, training=settings)
     rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=HELD_OUT_ROWS, context=lm.context_length, seed=0))
-    fidelity = measure_fidelity(lm, checkpoint.load(out / "crosscoder"), rows)
-    report = {
-        "total_l0": fidelity.total_l0,
-        "mean_unexplained": fidelity.mean_unexplained,
-        "cross_entropy_recovered": fidelity.cross_entropy_recovered,
-        **fidelity._asdict(),
-    }
-    write_json(out / "fidelity.json", {"run": settings, **report})
+    shipped = checkpoint.load(target)
+    fidelity = measure_fidelity(lm, shipped, rows)
+    report = {"run": settings, **fidelity.to_dict()}
+    if prefix:
+        mlps = checkpoint.load(out / "crosscoder")
+        report["both"] = measure_fidelity(lm, [mlps, shipped], rows).to_dict()
+    write_json(out / f"{prefix}fidelity.json", report)
     return fidelity
 
 
-def crosscoder_stage(out: Path, overrides: Sequence[str] = ()) -> None:
-    """Train, ship, and print the table."""
+def crosscoder_stage(out: Path, overrides: Sequence[str] = (), recipe: str = "demo") -> None:
+    """Train, ship, and print the table; the attention crosscoder comes after that of the MLPs."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        train_crosscoder(out / "language_model", Path(scratch) / "run", overrides)
+        train_crosscoder(out / "language_model", Path(scratch) / "run", overrides, recipe)
         fidelity = ship(Path(scratch) / "run", out)
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
     print_table(fidelity)
 
 
 def print_table(fidelity: Fidelity) -> None:
-    """What `fidelity.json` says, to read."""
+    """What a file of fidelities says, to read."""
     print(f"measured on {fidelity.n_tokens:,} held-out tokens")
     print(f"active features per token    {fidelity.total_l0:.1f} ({', '.join(f'{x:.1f}' for x in fidelity.l0)})")
     per_layer = ", ".join(f"{x:.4f}" for x in fidelity.unexplained)
@@ -81,12 +85,13 @@ def print_table(fidelity: Fidelity) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Train the demo's crosscoder, or ship a finished run of it.")
+    parser = argparse.ArgumentParser(description="Train a crosscoder of the demo, or ship a finished run of it.")
     parser.add_argument("--out", type=Path, required=True, help="folder that holds language_model/")
     parser.add_argument("--run", type=Path, help="a finished run of `replacement train`; trained anew if not given")
+    parser.add_argument("--recipe", choices=("demo", "attention"), default="demo", help="what is trained without --run")
     options = parser.parse_args()
     if options.run is None:
-        crosscoder_stage(options.out)
+        crosscoder_stage(options.out, recipe=options.recipe)
     else:
         print_table(ship(options.run, options.out))
 

@@ -1,15 +1,19 @@
-"""The scripts that made the demo run, and the same settings give the same weights twice."""
+"""The scripts that made the demo run, the same settings give the same weights twice; and other examples on few rows."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import replacement
 from replacement import LanguageModel, checkpoint
+from replacement.ready_made import ARTIFACTS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -43,3 +47,41 @@ def test_the_demo_is_rebuilt_the_same_twice(scripts: tuple[Any, Any], tmp_path: 
     assert {path.name for path in (tmp_path / "first").iterdir()} == {
         "accuracy.json", "fidelity.json", "language_model", "crosscoder",
     }  # fmt: skip
+
+
+def test_an_attention_crosscoder_is_trained_and_shipped_beside_the_other(
+    scripts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, train_crosscoder = scripts
+    monkeypatch.setattr(train_crosscoder, "HELD_OUT_ROWS", 4)
+    for name in ("language_model", "crosscoder"):
+        shutil.copytree(ARTIFACTS / name, tmp_path / name)
+    small = ["crosscoder.n_features=32", "training.n_tokens=2048", "training.batch_tokens=512"]
+    train_crosscoder.crosscoder_stage(tmp_path, [*small, "data.buffer_tokens=1024"], recipe="attention")
+    assert "variance unexplained" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "language_model", "crosscoder", "attention_crosscoder", "attention_fidelity.json",
+    }  # fmt: skip
+    shipped = checkpoint.load(tmp_path / "attention_crosscoder")
+    assert shipped.wiring == replacement.Wiring.attention(LanguageModel.from_pretrained(tmp_path / "language_model"))
+    report = json.loads((tmp_path / "attention_fidelity.json").read_text(encoding="utf-8"))
+    assert len(report["unexplained"]) == 4
+    assert report["both"]["unexplained"][4:] == report["unexplained"]
+    assert report["both"]["n_tokens"] == report["n_tokens"] == 4 * 64
+
+
+def test_the_complete_replacement_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr("sys.argv", ["complete_replacement.py", "--rows", "16"])
+    example = importlib.import_module("complete_replacement")
+    example.main()
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in lines} == {len(header)}
+    assert [line.split()[0] for line in lines] == ["MLPs", "attention", "both"]
+    columns = list(zip(*(line.split()[1:] for line in lines), strict=True))
+    unexplained, active, divergence = (list(map(float, column)) for column in columns[:3])
+    assert unexplained[2] == pytest.approx((unexplained[0] + unexplained[1]) / 2, abs=2e-4)  # as many sites of each
+    assert active[2] == pytest.approx(active[0] + active[1], abs=0.2)
+    assert 0 < max(divergence[:2]) < divergence[2] < 0.05

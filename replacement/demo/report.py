@@ -33,10 +33,5 @@ def measure_demo(*, n_rows: int = 512, model: ReplacementModel | None = None) ->
     fidelity = measure_fidelity(lm, model.crosscoder, rows)
     return {
         "behaviours": [row._asdict() for row in accuracy],
-        "fidelity": {
-            **fidelity._asdict(),
-            "total_l0": fidelity.total_l0,
-            "mean_unexplained": fidelity.mean_unexplained,
-            "cross_entropy_recovered": fidelity.cross_entropy_recovered,
-        },
+        "fidelity": fidelity.to_dict(),
     }

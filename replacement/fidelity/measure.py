@@ -6,7 +6,7 @@ R rows, T tokens per row, B rows of one pass, K measured tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,15 @@ class Fidelity(NamedTuple):
             return None
         gap = self.cross_entropy_zero - self.cross_entropy_original
         return (self.cross_entropy_zero - self.cross_entropy) / gap if gap else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON value, with what follows from the measurements."""
+        return {
+            "total_l0": self.total_l0,
+            "mean_unexplained": self.mean_unexplained,
+            "cross_entropy_recovered": self.cross_entropy_recovered,
+            **self._asdict(),
+        }
 
 
 @torch.no_grad()

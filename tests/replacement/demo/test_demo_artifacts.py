@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import replacement
+from replacement.demo.corpus import held_out_rows
 from replacement.demo.report import measure_demo
+from replacement.fidelity import fidelity_by_parts
 from replacement.ready_made import ARTIFACTS
 
 TARGET = 0.98
@@ -60,6 +62,42 @@ def test_fidelity_is_that_of_the_shipped_table(measured: dict[str, Any]) -> None
     assert now["agreement"] >= 0.99
     assert now["mean_unexplained"] == pytest.approx(table["mean_unexplained"], rel=0.2)
     assert now["kl"] == pytest.approx(table["kl"], rel=0.5)
+
+
+@pytest.fixture(scope="module")
+def complete() -> replacement.ReplacementModel:
+    """The shipped replacement model with attention replaced too."""
+    return replacement.load("demo", attention="demo")
+
+
+def test_everything_replaced_with_errors_kept_gives_the_original_logits(complete: replacement.ReplacementModel) -> None:
+    tokens = complete.language_model.tokenize("the capital of the state containing Dallas is")
+    for patterns in ("live", "frozen"):
+        kept = complete(tokens, errors="keep", patterns=patterns)
+        torch.testing.assert_close(kept, complete.language_model(tokens), rtol=0, atol=1e-5)
+    assert complete.language_model.token_strings([int(complete(tokens)[-1].argmax())]) == ["Austin"]
+
+
+def test_attention_is_as_faithful_as_its_shipped_table(complete: replacement.ReplacementModel) -> None:
+    lm = complete.language_model
+    rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=48, context=lm.context_length, seed=0))
+    now, table = fidelity_by_parts(complete, rows), shipped("attention_fidelity.json")
+    for measured, written in ((now["attention"], table), (now["both"], table["both"])):
+        assert measured.total_l0 == pytest.approx(written["total_l0"], rel=0.05)
+        assert measured.mean_unexplained == pytest.approx(written["mean_unexplained"], rel=0.2)
+        assert measured.kl == pytest.approx(written["kl"], rel=0.5)
+        assert measured.kl is not None
+        assert measured.kl <= 0.03
+
+
+def test_a_wrong_attention_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="missing is not a folder: expected a crosscoder checkpoint"):
+        replacement.load("demo", attention=tmp_path / "missing")
+    mlps = ARTIFACTS / "crosscoder"
+    with pytest.raises(
+        ValueError, match=r"attention needs a crosscoder that writes attn_out sites, this one writes mlp"
+    ):
+        replacement.load("demo", attention=mlps)
 
 
 def test_unknown_words_are_named(model: replacement.ReplacementModel) -> None:
