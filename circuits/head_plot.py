@@ -1,0 +1,91 @@
+"""A head view as a picture: heads x source positions, coloured by what each brings to the feature's pre-activation."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from circuits.files import write_atomic
+from circuits.text import shorten, token_text
+
+if TYPE_CHECKING:
+    from circuits.head_view import HeadView
+
+FORMATS = (".svg", ".png")
+DPI = 100
+LEAST_ROW = 0.01
+"""Heads with less of the summed magnitudes are not drawn."""
+MOST_ROWS = 32
+MOST_COLUMNS = 64
+"""Longer prompts show the positions that bring most."""
+_CELL = (0.36, 0.27)  # inches
+
+
+def plot_heads(view: HeadView, path: str | os.PathLike[str]) -> Path:
+    """Draw a head view; the title says what share of the heads' summed magnitudes is not shown.
+
+    Args:
+        path: `.svg` or `.png` file; missing folders are made.
+
+    Raises:
+        ValueError: another kind of file, or one that cannot be written.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    check_picture(path)
+    heads, positions = _shown(view)
+    cells_RC = view.heads_LHT[tuple(zip(*heads, strict=True))][:, positions] if heads else np.zeros((0, 0))
+    size = float(np.abs(view.heads_LHT).sum())
+    hidden = 1 - float(np.abs(cells_RC).sum()) / size if size else 0.0
+    with mpl.rc_context({"svg.hashsalt": "circuits", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(2.6 + _CELL[0] * max(8, len(positions)), 1.9 + _CELL[1] * max(2, len(heads))), dpi=DPI)
+        axes = figure.add_subplot()
+        limit = max(float(np.abs(cells_RC).max(initial=0.0)), 1e-12)
+        image = axes.imshow(
+            cells_RC if heads else np.zeros((1, 1)), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto"
+        )
+        figure.colorbar(image, ax=axes, label="to the pre-activation", pad=0.02)
+        rows = [f"L{layer}H{head}  {view.heads_LH[layer, head]:+.3g}" for layer, head in heads]
+        axes.set_yticks(range(len(rows)), rows)
+        columns = [f"{shorten(token_text(view.tokens[t]), 14)} {t}" for t in positions]
+        for label in axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor"):
+            label.label1.set_parse_math(False)  # a token may hold dollar signs
+        axes.set_title(_title(view, hidden), loc="left", fontsize=9, parse_math=False)
+        if positions and int(positions[-1]) == view.feature.position:
+            axes.get_xticklabels()[-1].set_fontweight("bold")
+        content = io.BytesIO()
+        kind = Path(path).suffix.lower().lstrip(".")
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(content, format=kind, bbox_inches="tight", dpi=DPI, metadata=metadata)
+    return write_atomic(path, content.getvalue())
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` for a file that `plot_heads` does not write."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: expected a file that ends in {' or '.join(FORMATS)}")
+
+
+def _shown(view: HeadView) -> tuple[list[tuple[int, int]], list[int]]:
+    """Heads with a visible share, in order of layers, and positions, in order of the prompt."""
+    size_LH = np.abs(view.heads_LHT).sum(-1)
+    strongest = sorted(view.players, key=lambda head: -size_LH[head])[:MOST_ROWS]
+    heads = sorted(head for head in strongest if size_LH[head] > 0 and size_LH[head] >= LEAST_ROW * size_LH.sum())
+    size_T = np.abs(view.heads_LHT).sum((0, 1))[: view.feature.position + 1]
+    return heads, np.sort(np.argsort(-size_T, kind="stable")[:MOST_COLUMNS]).tolist() if heads else []
+
+
+def _title(view: HeadView, hidden: float) -> str:
+    one = view.feature
+    name = f"{'attention ' if one.attention else ''}feature {one.layer}/{one.index} at {one.position}"
+    token = shorten(token_text(view.tokens[one.position]), 20)
+    parts = f"heads {view.heads_LH.sum():+.3g}, direct {view.direct:+.3g}, bias {view.bias:+.3g}"
+    left_out = f"; {100 * hidden:.1g} % of the heads not drawn" if hidden > 1e-6 else ""
+    return (
+        f'{name} "{token}": pre-activation {view.pre_activation:.3g}, threshold {view.threshold:.3g}\n{parts}{left_out}'
+    )
