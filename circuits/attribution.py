@@ -129,10 +129,10 @@ class Attributor:
         rows = self.rows
         features = self.columns.features
         if self.logits:
-            self._expand_logits()
+            self.expand_logits()
         roots = np.flatnonzero(output[features])
         if len(roots):  # a feature that is a root needs its row whatever the limits
-            self._expand_features(roots)
+            self.expand_features(roots)
         n_expanded, size = len(roots), FIRST_ROUND
         while True:
             held = (rows.influence(output) + output)[features] * ~rows.expanded[features]
@@ -144,10 +144,11 @@ class Attributor:
             if not len(chosen) or not room:
                 rows.stopped_by = "max_nodes" if len(chosen) else "coverage"
                 return rows
-            self._expand_features(np.sort(chosen[:room]))
+            self.expand_features(np.sort(chosen[:room]))
             n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, LARGEST_ROUND)
 
-    def _expand_logits(self) -> None:
+    def expand_logits(self) -> None:
+        """Rows of the logit targets."""
         direction_ND = torch.stack([target.direction_D for target in self.logits])
         position_N = torch.tensor([target.position for target in self.logits], device=direction_ND.device)
         targets, constant_N = logit_reads(self.local, direction_ND, position_N)
@@ -157,7 +158,7 @@ class Attributor:
         node_N = self.rows.n_columns + torch.arange(len(self.logits))
         self.rows.add(2 * self.local.shape.n_layers, node_N, effects_NC, bias_N, value_N)
 
-    def _expand_features(self, chosen: np.ndarray) -> None:
+    def expand_features(self, chosen: np.ndarray) -> None:
         """Rows of the chosen active features (numbers among those of all parts, rising)."""
         for number, own in enumerate(self.columns.split(chosen)):
             if len(own):

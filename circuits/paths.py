@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from circuits.edges import GraphData
-from circuits.influence import row_shares, sweep_levels
+from circuits.influence import edge_influence, row_shares, sweep_levels
 from circuits.nodes import NodeKind
 from circuits.text import full_name
 
@@ -41,6 +41,14 @@ def strongest_path(graph: GraphData) -> tuple[int, ...]:
     while towards[path[-1]] >= 0:
         path.append(int(towards[path[-1]]))
     return tuple(path)
+
+
+def average_path_length(graph: GraphData) -> float:
+    """Mean number of edges on the paths from the output back to where they end, weighted with their influence.
+
+    Paths end at inputs, errors, features that were not expanded, and removed edges. It is the sum of all edge influences.
+    """
+    return float(edge_influence(graph).sum())
 
 
 def describe_path(graph: GraphData, path: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from circuits.graph import CircuitGraph
-from circuits.paths import describe_path, strongest_path
+from circuits.paths import average_path_length, describe_path, strongest_path
 from circuits.text import printable
 
 
@@ -35,6 +35,7 @@ def summary(graph: CircuitGraph, circuit: CircuitGraph, files: Mapping[str, Path
         "scores": asdict(graph.scores()),
         "pruned_scores": asdict(circuit.scores()),
         "identity_error": graph.identity_error,
+        "average_path_length": average_path_length(graph),
         "stopped_by": facts.get("stopped_by"),
         "seconds": facts.get("seconds"),
         "files": {name: str(path) for name, path in files.items()},
@@ -95,6 +96,7 @@ def _comparison(graphs: Mapping[str, CircuitGraph]) -> Table:
     scores = [graph.scores() for graph in graphs.values()]
     table.add_row("replacement", *(f"{score.replacement:.3f}" for score in scores))
     table.add_row("completeness", *(f"{score.completeness:.3f}" for score in scores))
+    table.add_row("path length", *(f"{average_path_length(graph):.2f}" for graph in graphs.values()))
     return table
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import NodeKind
-from circuits.paths import describe_path, strongest_path
+from circuits.paths import average_path_length, describe_path, strongest_path
 
 
 def strongest_by_dijkstra(graph, shares) -> float:
@@ -39,6 +39,17 @@ def test_equals_dijkstra_on_logarithms(draw_circuit, to_shares, data) -> None:
     assert product == pytest.approx(best, rel=1e-9)
     assert graph.nodes.kind[path[0]] == NodeKind.TOKEN
     assert path[-1] == int(np.argmax(graph.nodes.output_weight))
+
+
+@given(st.data())
+def test_average_path_length_is_the_expected_number_of_steps(draw_circuit, to_shares, data) -> None:
+    """A walk from the output that follows the shares: the mass still walking, summed over its steps."""
+    graph = draw_circuit(data)
+    shares, walking, steps = to_shares(graph), graph.nodes.output_weight, 0.0
+    for _ in range(len(graph.nodes)):
+        walking = walking @ shares
+        steps += walking.sum()
+    assert average_path_length(graph) == pytest.approx(steps, rel=1e-6, abs=1e-12)
 
 
 def test_small_graph_in_words(small) -> None:
