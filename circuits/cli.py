@@ -23,6 +23,7 @@ from circuits.export.formats import export as write_format
 from circuits.export.neuronpedia import slug
 from circuits.files import check_folder
 from circuits.graph import CircuitGraph
+from circuits.heads_command import heads as heads_command
 from circuits.pruning import check_threshold
 from circuits.report import show as show_report
 from circuits.report import summary
@@ -147,6 +148,9 @@ def show(file: GraphFile) -> None:
     """Describe a saved graph: scores, counts, and the strongest path."""
     graph = CircuitGraph.load(file)
     show_report(Console(), {"pruned" if "pruning" in graph.metadata else "full": graph}, {})
+
+
+app.command("heads")(heads_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,169 @@
+"""What the `heads` command says, as plain JSON values: about a graph, an edge, a feature, and a check of credit rules."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from circuits.edge_heads import EdgeHeads
+from circuits.graph import CircuitGraph
+from circuits.influence import edge_influence
+from circuits.text import full_name
+
+if TYPE_CHECKING:
+    from circuits.head_check import HeadCheck
+    from circuits.head_view import HeadView
+
+LEAST = 0.01
+"""Heads of an edge are named from this part of its summed magnitudes on."""
+
+Facts = dict[str, Any]
+
+
+def graph_facts(graph: CircuitGraph, *, top: int) -> Facts:
+    """How much influence each head carries, and the strongest edges with their heads.
+
+    An edge's influence is divided among the direct stream, its heads and the rest in proportion to their magnitudes, and
+    summed over edges: `sum_e influence_e |c_{e,h}| / sum_j |c_{e,j}|`.
+
+    Args:
+        graph: one whose heads are known.
+        top: edges named, the most influential ones.
+    """
+    assert graph.heads is not None
+    heads, influence_E = graph.heads, edge_influence(graph)
+    edge_P = np.repeat(np.arange(len(heads)), np.diff(heads.indptr))
+    size_E = np.bincount(edge_P, np.abs(heads.weight), minlength=len(heads))
+    size_E = size_E + np.abs(heads.direct) + np.abs(heads.rest)
+    per_unit_E = np.divide(influence_E, size_E, out=np.zeros_like(influence_E), where=size_E > 0)
+    carried_P = per_unit_E[edge_P] * np.abs(heads.weight)
+    total = float(influence_E[size_E > 0].sum())
+    found, number_P = np.unique(np.stack([heads.layer, heads.head]), axis=1, return_inverse=True)
+    carried_N = np.bincount(number_P, carried_P, minlength=found.shape[1])
+    n_edges_N = np.bincount(number_P, minlength=found.shape[1])
+    rows = [
+        {
+            "layer": int(found[0, n]),
+            "head": int(found[1, n]),
+            "influence": float(carried_N[n]),
+            "share": _share(carried_N[n], total),
+            "edges": int(n_edges_N[n]),
+        }
+        for n in np.argsort(-carried_N, kind="stable")
+    ]
+    apart = {"direct": float(per_unit_E @ np.abs(heads.direct)), "rest": float(per_unit_E @ np.abs(heads.rest))}
+    strongest = np.argsort(-influence_E, kind="stable")[:top]
+    return {
+        "prompt": graph.metadata["prompt"],
+        "hop": "last",
+        "influence": total,
+        "heads": rows,
+        **{name: {"influence": value, "share": _share(value, total)} for name, value in apart.items()},
+        "edges": [
+            {**_ends(graph, edge), "influence": float(influence_E[edge]), "parts": edge_parts(heads, edge)}
+            for edge in strongest.tolist()
+        ],
+    }
+
+
+def edge_facts(graph: CircuitGraph, edge: int, *, last: Facts, first: Facts) -> Facts:
+    """One edge by last and by first hop (`edge_parts` of each)."""
+    return {**_ends(graph, edge), "last": last, "first": first}
+
+
+def edge_parts(heads: EdgeHeads, edge: int) -> Facts:
+    """The direct part of an edge, its heads from `LEAST` of the summed magnitudes on, and the rest."""
+    listed, direct = heads.of(edge), float(heads.direct[edge])
+    total = sum(abs(weight) for *_, weight in listed) + abs(direct) + abs(float(heads.rest[edge]))
+    named = [
+        {"layer": layer, "head": head, "weight": weight, "share": _share(abs(weight), total)}
+        for layer, head, weight in listed
+        if total and abs(weight) >= LEAST * total
+    ]
+    rest = float(heads.rest[edge]) + sum(weight for *_, weight in listed[len(named) :])
+    return {"direct": direct, "direct_share": _share(abs(direct), total), "heads": named, "rest": rest}
+
+
+def feature_facts(view: HeadView, rule: str, *, top: int) -> Facts:
+    """The players of one feature with the credit a rule gives them, strongest first; and what is left.
+
+    Args:
+        top: heads named; all others are summed.
+    """
+    given, one = view.credit(rule), view.feature
+    players = [
+        {
+            "layer": layer,
+            "head": head,
+            "contribution": float(view.heads_LH[layer, head]),
+            "credit": float(given.credit_J[n]),
+            "standard_error": float(given.standard_error_J[n]),
+            "encoder_share": float(view.encoder_share_LH[layer, head]),
+        }
+        for n, (layer, head) in enumerate(view.players)
+    ]
+    players.sort(key=lambda player: -abs(player["contribution"]))
+    others = players[top:]
+    return {
+        "feature": f"{one.layer}/{one.index}@{one.position}",
+        "attention": one.attention,
+        "token": view.tokens[one.position],
+        "pre_activation": view.pre_activation,
+        "activation": view.activation,
+        "threshold": view.threshold,
+        "bias": view.bias,
+        "identity_error": view.identity_error,
+        "rule": rule,
+        "heads": players[:top],
+        "other_heads": {
+            "number": len(others),
+            **{name: math.fsum(player[name] for player in others) for name in ("contribution", "credit")},
+        },
+        "direct": {
+            "contribution": view.direct,
+            "credit": float(given.credit_J[-1]),
+            "standard_error": float(given.standard_error_J[-1]),
+        },
+        "residual": given.residual,
+    }
+
+
+def check_facts(check: HeadCheck) -> Facts:
+    """Correlation and relative error of every rule on every rung; null where they are not defined."""
+    return {
+        "prompts": check.n_prompts,
+        "features": check.n_features,
+        "pairs": check.n_pairs,
+        "rungs": {
+            rung: {
+                rule: {
+                    "correlation": _number(check.correlation(rule, rung)),
+                    "relative_error": _number(check.relative_error(rule, rung)),
+                }
+                for rule in check.predicted
+            }
+            for rung in check.measured
+        },
+    }
+
+
+def _ends(graph: CircuitGraph, edge: int) -> Facts:
+    source, target = int(graph.edges.source[edge]), int(graph.edges.target[edge])
+    ids = graph.nodes.ids()
+    return {
+        "source": ids[source],
+        "source_name": full_name(graph.nodes, source),
+        "target": ids[target],
+        "target_name": full_name(graph.nodes, target),
+        "weight": float(graph.edges.weight[edge]),
+    }
+
+
+def _share(part: float, total: float) -> float:
+    return float(part / total) if total else 0.0
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

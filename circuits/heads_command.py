@@ -1,0 +1,236 @@
+"""`circuits heads`: which attention heads carry a graph, an edge or a feature, and how well credit rules predict removals.
+
+Without a choice the heads of a saved graph; `--edge`, `--feature` or `--check` choose another question. A model is loaded
+only where the file does not hold the answer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from rich.console import Console, RenderableType
+
+from circuits.credit import RULES
+from circuits.edge_heads import EdgeHeads
+from circuits.graph import CircuitGraph
+from circuits.head_facts import Facts, check_facts, edge_facts, edge_parts, feature_facts, graph_facts
+from circuits.head_report import check_page, edge_page, feature_page, graph_page
+from circuits.nodes import NodeKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from circuits.targets import FeatureTarget
+    from replacement import ReplacementModel
+
+CHECK_PROMPTS, CHECK_TOKENS, CHECK_FEATURES = 20, 32, 4
+_FEATURE = re.compile(r"(?:(feature|attention):)?(\d+)/(\d+)(?:@(-?\d+))?")
+_SIMILAR = 4
+
+WithModel = Callable[[Callable[["ReplacementModel"], Facts]], Facts]
+"""Loads the model that the options name and gives it to a function."""
+
+
+def heads(
+    file: Annotated[
+        Path | None, typer.Argument(help="A graph saved as .safetensors; may be left out with --check.")
+    ] = None,
+    *,
+    edge: Annotated[str | None, typer.Option(help="One edge, `SOURCE->TARGET`, by node ids.")] = None,
+    feature: Annotated[
+        str | None, typer.Option(help="One active feature of the graph's prompt: `2/345@7`, `attention:2/345@7`.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Remove heads in the model and compare with what every rule predicts.")
+    ] = False,
+    rule: Annotated[str, typer.Option(help=f"Credit with --feature: one of {', '.join(RULES)}.")] = "path",
+    top: Annotated[int, typer.Option(help="Edges or heads named.")] = 10,
+    plot: Annotated[Path | None, typer.Option(help="With --feature: draw heads x tokens, .svg or .png.")] = None,
+    model: Annotated[str, typer.Option(help="`demo`, a hub name or a Hugging Face folder.")] = "demo",
+    crosscoder: Annotated[str, typer.Option(help="`demo` or a crosscoder checkpoint folder.")] = "demo",
+    attention: Annotated[str, typer.Option(help="`linear` or `features`, as the graph was traced.")] = "linear",
+    attention_crosscoder: Annotated[
+        str, typer.Option(help="With `--attention features`: `demo` or a checkpoint folder.")
+    ] = "demo",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
+) -> None:
+    """Say which attention heads carry a graph, an edge or a feature."""
+    _check_options(file, edge=edge, feature=feature, check=check, rule=rule, top=top, plot=plot, attention=attention)
+
+    def with_model(work: Callable[[ReplacementModel], Facts]) -> Facts:
+        from circuits.cli import with_model as load_and_work
+
+        chosen = attention_crosscoder if attention == "features" else None
+        return load_and_work(lambda loaded, _: work(loaded), model=model, crosscoder=crosscoder, attention=chosen)
+
+    page: Callable[[Facts], RenderableType]
+    graph = None if file is None else CircuitGraph.load(file)
+    if graph is not None:
+        _check_attention(graph, attention)
+    if check or graph is None:
+        if graph is None and model != "demo":
+            raise ValueError(
+                f"--check draws prompts of the demo's corpus: give a graph of {model}, whose prompt is used"
+            )
+        facts, page = with_model(lambda loaded: _check(loaded, graph)), check_page
+    elif edge is not None:
+        number = find_edge(graph, edge)
+        facts, page = with_model(lambda loaded: _edge(loaded, graph, number)), edge_page
+    elif feature is not None:
+        facts = with_model(lambda loaded: _feature(loaded, graph, feature, rule=rule, top=top, plot=plot))
+        page = feature_page
+    else:
+        split = graph if graph.heads is not None else None
+        facts = graph_facts(split, top=top) if split else with_model(lambda loaded: _graph(loaded, graph, top))
+        page = graph_page
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        Console().print(page(facts), highlight=False, markup=False, soft_wrap=False)
+
+
+def find_edge(graph: CircuitGraph, text: str) -> int:
+    """Number of the edge written `SOURCE->TARGET`.
+
+    Raises:
+        ValueError: another form, an id that is not in the graph (similar ones are named), or no such edge (the target's
+            strongest sources are named).
+    """
+    source_id, arrow, target_id = (part.strip() for part in text.partition("->"))
+    if not (arrow and source_id and target_id):
+        raise ValueError(f"edge: expected two node ids as SOURCE->TARGET, given {text!r}")
+    ids = graph.nodes.ids()
+    for one in (source_id, target_id):
+        if one not in ids:
+            similar = difflib.get_close_matches(one, ids, n=_SIMILAR, cutoff=0.5)
+            hint = f"; similar ones: {', '.join(similar)}" if similar else ""
+            raise ValueError(f"edge: the graph has no node {one}{hint}")
+    source, target = ids.index(source_id), ids.index(target_id)
+    into = graph.edges.into(np.array([target]))
+    found = into[graph.edges.source[into] == source]
+    if not len(found):
+        strongest = into[np.argsort(-np.abs(graph.edges.weight[into]), kind="stable")][:_SIMILAR]
+        names = ", ".join(ids[graph.edges.source[one]] for one in strongest)
+        known = f"{target_id} is reached from {names or 'no node'}"
+        raise ValueError(f"edge: the graph has no edge {source_id}->{target_id}; {known}")
+    return int(found[0])
+
+
+def _check_options(
+    file: Path | None,
+    *,
+    edge: str | None,
+    feature: str | None,
+    check: bool,
+    rule: str,
+    top: int,
+    plot: Path | None,
+    attention: str,
+) -> None:
+    """Raise `ValueError` for options that do not fit together, before anything is read."""
+    if (edge is not None) + (feature is not None) + check > 1:
+        raise ValueError("expected one of --edge, --feature and --check, given several")
+    if file is None and not check:
+        raise ValueError("expected a graph, given none: it may be left out with --check only")
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, given {rule!r}")
+    if top < 1:
+        raise ValueError(f"top: expected at least 1, given {top}")
+    if attention not in ("linear", "features"):
+        raise ValueError(f"attention: expected linear or features, given {attention!r}")
+    if feature is not None and _FEATURE.fullmatch(feature.strip()) is None:
+        raise ValueError(f"feature: expected layer/index@position such as 2/345@7, given {feature!r}")
+    if plot is not None:
+        if feature is None:
+            raise ValueError("plot: expected together with --feature")
+        from circuits.head_plot import check_picture
+
+        check_picture(plot)
+
+
+def _check_attention(graph: CircuitGraph, attention: str) -> None:
+    traced = "linear" if graph.metadata.get("attention", "linear") == "linear" else "features"
+    if traced != attention:
+        raise ValueError(f"attention: the graph was traced with --attention {traced}, given {attention}")
+
+
+def _graph(model: ReplacementModel, graph: CircuitGraph, top: int) -> Facts:
+    from circuits.heads import with_heads
+
+    return graph_facts(with_heads(model, graph), top=top)
+
+
+def _edge(model: ReplacementModel, graph: CircuitGraph, number: int) -> Facts:
+    """Both hops of one edge, split in a graph of that edge alone."""
+    from circuits.heads import split_heads
+
+    chosen_E = np.zeros(len(graph.edges), dtype=bool)
+    chosen_E[number] = True
+    kept_N = graph.nodes.mask(NodeKind.LOGIT) | graph.nodes.is_target
+    kept_N[[graph.edges.source[number], graph.edges.target[number]]] = True
+    alone = CircuitGraph(graph.nodes.select(kept_N), graph.edges.select(kept_N, chosen_E), graph.metadata)
+
+    def parts(hop: str) -> Facts:
+        split = split_heads(model, alone, hop=hop)
+        return edge_parts(EdgeHeads.from_dense(split.direct_E, split.heads_ELH), 0)
+
+    last = parts("last") if graph.heads is None else edge_parts(graph.heads, number)
+    return edge_facts(graph, number, last=last, first=parts("first"))
+
+
+def _feature(
+    model: ReplacementModel, graph: CircuitGraph, text: str, *, rule: str, top: int, plot: Path | None
+) -> Facts:
+    from circuits.head_view import head_view
+
+    view = head_view(model, _tokens(model, graph), _target(text))
+    files = {} if plot is None else {"plot": str(view.plot(plot))}
+    return {**feature_facts(view, rule, top=top), "files": files}
+
+
+def _check(model: ReplacementModel, graph: CircuitGraph | None) -> Facts:
+    """Of the graph's own prompt, or of rows of the demo's corpus that it was not trained on."""
+    import torch
+
+    from circuits.head_check import check_heads
+
+    if graph is not None:
+        prompts = [_tokens(model, graph)]
+        return check_facts(check_heads(model, prompts, n_features=CHECK_FEATURES * CHECK_PROMPTS))
+    from replacement.demo.corpus.mixture import held_out_rows
+
+    tokenizer = model.language_model.tokenizer
+    rows = held_out_rows(tokenizer, n_rows=CHECK_PROMPTS, context=CHECK_TOKENS, seed=0)
+    return check_facts(check_heads(model, [torch.from_numpy(row) for row in rows], n_features=CHECK_FEATURES))
+
+
+def _target(text: str) -> FeatureTarget:
+    from circuits.targets import FeatureTarget
+
+    match = _FEATURE.fullmatch(text.strip())
+    assert match is not None  # checked with the options
+    kind, layer, index, position = match.groups()
+    return FeatureTarget(int(layer), int(index), int(position or -1), attention=kind == "attention")
+
+
+def _tokens(model: ReplacementModel, graph: CircuitGraph) -> Tensor:
+    """The graph's prompt.
+
+    Raises:
+        ValueError: it was traced in another model, or does not say which tokens it explains.
+    """
+    import torch
+
+    facts, lm = graph.metadata, model.language_model
+    if "token_ids" not in facts or "model_fingerprint" not in facts:
+        raise ValueError("the graph does not name its model and tokens: expected one made by circuits.trace")
+    if facts["model_fingerprint"] != lm.fingerprint:
+        raise ValueError(f"the graph was traced in {facts['model']}, whose weights are not those of {lm.name}")
+    return torch.tensor(facts["token_ids"], device=lm.device)
