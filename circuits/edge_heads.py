@@ -61,7 +61,7 @@ class EdgeHeads:
             heads: float[E, L, H].
             listed: share of the summed magnitudes that the listed heads must hold.
         """
-        flat = heads.reshape(len(heads), -1).astype(np.float64)
+        flat = heads.reshape(len(heads), heads.shape[1] * heads.shape[2]).astype(np.float64)
         order = np.argsort(-np.abs(flat), axis=1, kind="stable")
         sorted_ = np.take_along_axis(flat, order, axis=1)
         before = np.cumsum(np.abs(sorted_), axis=1) - np.abs(sorted_)

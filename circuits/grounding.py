@@ -39,15 +39,18 @@ class Grounding:
         """Run the graph's prompt again and find every node in it.
 
         Raises:
-            ValueError: the graph was traced with another model or crosscoder, or does not say which tokens it explains.
+            ValueError: the graph was traced with another model or crosscoder, with or without one of attention unlike this
+                model, or does not say which tokens it explains.
         """
         facts, lm = graph.metadata, model.language_model
         if "token_ids" not in facts or "model_fingerprint" not in facts:
             raise ValueError("the graph does not name its model and tokens: expected one made by circuits.trace")
         if facts["model_fingerprint"] != lm.fingerprint:
             raise ValueError(f"the graph was traced in {facts['model']}, whose weights are not those of {lm.name}")
-        if bool(graph.nodes.attention.any()) and model.attention_crosscoder is None:
-            raise ValueError("the graph has attention features: load the model with its attention crosscoder")
+        linear = facts.get("attention", "linear") == "linear"
+        if linear != (model.attention_crosscoder is None):
+            has, load = ("no ", "without") if linear else ("", "with")
+            raise ValueError(f"the graph has {has}attention features: load the model {load} its attention crosscoder")
         with torch.no_grad():
             local = model.localize(torch.tensor(facts["token_ids"], device=lm.device))
         return cls(graph, local, Columns.of(local), _find_columns(graph, local), _logits(graph, local, model))

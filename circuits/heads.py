@@ -189,6 +189,8 @@ class _Split:
 
     def _source_chunks(self) -> Iterator[tuple[Tensor, int, int]]:
         """Sources of similar position (rising numbers), and the first and last position they are pushed to."""
+        if not len(self.edges):
+            return
         stop = int(self.position_M.max()) + 1
         order_S = torch.argsort(self.position_S, stable=True)
         begin = 0
