@@ -65,6 +65,13 @@ def test_listed_heads_are_the_fewest_that_hold_the_share(seed: int, listed: floa
         assert heads.rest[edge] == pytest.approx(left, abs=1e-6 * total + 1e-12)
 
 
+@pytest.mark.parametrize(("listed", "count"), [(0.0, 0), (0.5, 1), (0.75, 1), (0.76, 2), (1.0, 2)])
+def test_a_share_that_is_met_needs_no_further_head(listed: float, count: int) -> None:
+    heads = EdgeHeads.from_dense(np.zeros(1), np.array([[[1.0, -3.0, 0.0]]]), listed=listed)
+    assert heads.of(0) == [(0, 1, -3.0), (0, 0, 1.0)][:count]
+    assert heads.rest.tolist() == [[-2.0], [1.0], [0.0]][count]
+
+
 def test_no_edges() -> None:
     heads = EdgeHeads.from_dense(np.zeros(0), np.zeros((0, 2, 3)))
     assert len(heads) == 0
