@@ -97,16 +97,20 @@ def print_sweep(title: str, entry: str, found: dict[Run, dict[str, Any]], sweeps
     for run in sweeps[SAES]:
         print(f"{SAES:12}{run[1]:10d}{run[2]:8d}{found[run]['unexplained']:13.4f}")
     factors = []
+    largest, least = max(size for size, _ in points), min(loss for _, loss in points)
     for run in sweeps[CROSSCODER]:
         loss = found[run]["unexplained"]
         number = needed(points, loss)
-        text = (
-            "not between their points" if number is None else f"{number:.0f}: {number / run[place]:.2f} times as many"
-        )
+        text = "not between their points"
+        if number is not None:
+            text = f"{number:.0f}: {number / run[place]:.2f} times as many"
+            factors.append(number / run[place])
+        elif loss < least:
+            text = f"above {largest:.0f}: more than {largest / run[place]:.1f} times as many"
         print(f"{CROSSCODER:12}{run[1]:10d}{run[2]:8d}{loss:13.4f}   {text}")
-        factors += [] if number is None else [number / run[place]]
-    mean = math.exp(sum(map(math.log, factors)) / len(factors)) if factors else float("nan")
-    print(f"{entry}: the autoencoders need {mean:.2f} times as many, geometric mean over {len(factors)} losses")
+    if factors:
+        mean = math.exp(sum(map(math.log, factors)) / len(factors))
+        print(f"{entry}: the autoencoders need {mean:.2f} times as many, geometric mean over {len(factors)} losses")
     return factors
 
 

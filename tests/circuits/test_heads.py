@@ -75,6 +75,7 @@ def test_every_edge_is_the_sum_of_its_parts(
         assert split.sum_error == pytest.approx(relative.max())
         assert split.sum_error <= (FLOAT32 if dtype == torch.float32 else FLOAT64)
         assert np.quantile(relative, 0.999) <= 1e-4
+        assert split_heads(model, graph.prune(), hop=hop).sum_error <= 1e-4, "every kept edge"
         assert (gap <= 1e-6 * graph.nodes.inflow[graph.edges.target]).all()
         moved = graph.nodes.position[graph.edges.source] != graph.nodes.position[graph.edges.target]
         assert not split.direct_E[moved].any(), "nothing moves between positions but through heads"
