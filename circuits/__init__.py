@@ -15,9 +15,11 @@ from circuits.nodes import NodeKind, NodeTable
 from circuits.scores import Scores
 
 if TYPE_CHECKING:
+    from circuits.head_view import HeadView, head_view
     from circuits.heads import split_heads, with_heads
     from circuits.qk import QKAttributor, attribute_score
     from circuits.qk_attribution import QKAttribution
+    from circuits.source_credit import source_credit
     from circuits.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.tracing import trace
 
@@ -25,6 +27,7 @@ __all__ = [
     "CircuitGraph",
     "DifferenceTarget",
     "FeatureTarget",
+    "HeadView",
     "NodeKind",
     "NodeTable",
     "QKAttribution",
@@ -32,6 +35,8 @@ __all__ = [
     "Scores",
     "TokenTarget",
     "attribute_score",
+    "head_view",
+    "source_credit",
     "split_heads",
     "trace",
     "with_heads",
@@ -41,10 +46,13 @@ __all__ = [
 _LAZY = {
     "DifferenceTarget": "circuits.targets",
     "FeatureTarget": "circuits.targets",
+    "HeadView": "circuits.head_view",
     "QKAttribution": "circuits.qk_attribution",
     "QKAttributor": "circuits.qk",
     "TokenTarget": "circuits.targets",
     "attribute_score": "circuits.qk",
+    "head_view": "circuits.head_view",
+    "source_credit": "circuits.source_credit",
     "split_heads": "circuits.heads",
     "trace": "circuits.tracing",
     "with_heads": "circuits.heads",
