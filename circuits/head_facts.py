@@ -1,8 +1,9 @@
-"""What the `heads` command says, as plain JSON values: about a graph, an edge, a feature, and a check of credit rules."""
+"""What the `heads` command says, as plain JSON values: about a graph, an edge, a feature, a score and a check of rules."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from circuits.text import full_name
 if TYPE_CHECKING:
     from circuits.head_check import HeadCheck
     from circuits.head_view import HeadView
+    from circuits.qk_attribution import QKAttribution
 
 LEAST = 0.01
 """Heads of an edge are named from this part of its summed magnitudes on."""
@@ -127,6 +129,23 @@ def feature_facts(view: HeadView, rule: str, *, top: int) -> Facts:
             "standard_error": float(given.standard_error_J[-1]),
         },
         "residual": given.residual,
+    }
+
+
+def attends_facts(score: QKAttribution, tokens: Sequence[str], *, top: int) -> Facts:
+    """Why a head attends to a key: pairs of nodes, and the sums of each node's pairs, largest magnitude first.
+
+    Args:
+        tokens: the prompt, token by token.
+        top: pairs and nodes of each side that are named.
+    """
+    facts = score.to_json(top)
+    return {
+        **{name: facts.pop(name) for name in ("layer", "head", "query")},
+        "query_token": tokens[score.query],
+        "key": facts.pop("key"),
+        "key_token": tokens[score.key],
+        **facts,
     }
 
 

@@ -18,6 +18,8 @@ _RUNGS = {
     "live": "removed from the residual stream; everything reacts",
 }
 _BAR = 20
+_MOST_OF_SIDE = 5
+"""Nodes of each side of a score that are shown; JSON holds more."""
 
 
 def graph_page(facts: Facts) -> Group:
@@ -77,6 +79,31 @@ def feature_page(facts: Facts) -> Group:
     return Group(Text(title, style="bold"), Text(), _section("Players", table), Text(identity))
 
 
+def attends_page(facts: Facts) -> Group:
+    """One score: its pairs, and the nodes of each side."""
+    query, key = (f'"{printable(facts[f"{side}_token"]).strip()}" at {facts[side]}' for side in ("query", "key"))
+    numbers = (
+        f"pattern {facts['pattern']:.4f}, score {facts['score']:+.4f}, "
+        f"above the mean of the other visible keys by {facts['value']:+.4f}"
+    )
+    pairs = _table("query node", "key node", "contribution")
+    for pair in facts["pairs"]:
+        pairs.add_row(Text(_node(pair["query"])), Text(_node(pair["key"])), f"{pair['contribution']:+.4f}")
+    parts: list[RenderableType] = [
+        Text(f"{_name(facts)}: {query} attends to {key}", style="bold"),
+        Text(numbers),
+        Text(),
+        _section("Largest pairs", pairs),
+    ]
+    for side in ("query", "key"):
+        table = _table(f"{side} node", "contribution")
+        for node in facts[f"by_{side}"][:_MOST_OF_SIDE]:
+            table.add_row(Text(_node(node)), f"{node['contribution']:+.4f}")
+        parts.append(_section(f"By {side} node, all its pairs", table))
+    identity = f"sum of all pairs = the model's own difference up to {facts['identity_error']:.1e} (relative)"
+    return Group(*parts, Text(identity))
+
+
 def check_page(facts: Facts) -> Group:
     """Rules against measured removals, rung by rung."""
     counts = f"{facts['pairs']:,} (feature, head) pairs, {facts['features']} features, {facts['prompts']} prompts"
@@ -97,12 +124,23 @@ def _table(first: str, *others: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(first, min_width=8)
     for name in others:
-        table.add_column(name, justify="left" if name in ("", "carried by") else "right")
+        table.add_column(name, justify="left" if name in ("", "carried by", "key node") else "right")
     return table
 
 
 def _name(head: Facts) -> str:
     return f"L{head['layer']}H{head['head']}"
+
+
+def _node(node: Facts) -> str:
+    """A source node in words; feature ids as elsewhere, so that they can be looked up."""
+    label = printable(node["label"]).strip()
+    if node["kind"] == "feature":
+        part = "attention " if node["attention"] else ""
+        return f"{part}feature {node['layer']}/{node['index']} at {node['position']}" + (f" ({label})" if label else "")
+    if node["kind"] == "token":
+        return f'token "{label}" at {node["position"]}'
+    return f"{label} at {node['position']}" if node["kind"] == "error" else label
 
 
 def _player(name: str, player: dict[str, Any]) -> tuple[str, str, str, str]:

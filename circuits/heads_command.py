@@ -1,7 +1,7 @@
-"""`circuits heads`: which attention heads carry a graph, an edge or a feature, and how well credit rules predict removals.
+"""`circuits heads`: which attention heads carry a graph, an edge or a feature, why a head attends, and a check of credit rules.
 
-Without a choice the heads of a saved graph; `--edge`, `--feature` or `--check` choose another question. A model is loaded
-only where the file does not hold the answer.
+Without a choice the heads of a saved graph; `--edge`, `--feature`, `--attends` or `--check` choose another question. A
+model is loaded only where the file does not hold the answer.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rich.console import Console, RenderableType
 from circuits.credit import RULES
 from circuits.edge_heads import EdgeHeads
 from circuits.graph import CircuitGraph
-from circuits.head_facts import Facts, check_facts, edge_facts, edge_parts, feature_facts, graph_facts
-from circuits.head_report import check_page, edge_page, feature_page, graph_page
+from circuits.head_facts import Facts, attends_facts, check_facts, edge_facts, edge_parts, feature_facts, graph_facts
+from circuits.head_report import attends_page, check_page, edge_page, feature_page, graph_page
 from circuits.nodes import NodeKind
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 CHECK_PROMPTS, CHECK_TOKENS, CHECK_FEATURES = 20, 32, 4
 _FEATURE = re.compile(r"(?:(feature|attention):)?(\d+)/(\d+)(?:@(-?\d+))?")
+_ATTENDS = re.compile(r"(\d+)\.(\d+)(?:@(-?\d+))?(?:<(-?\d+))?")
 _SIMILAR = 4
 
 WithModel = Callable[[Callable[["ReplacementModel"], Facts]], Facts]
@@ -47,11 +48,18 @@ def heads(
     feature: Annotated[
         str | None, typer.Option(help="One active feature of the graph's prompt: `2/345@7`, `attention:2/345@7`.")
     ] = None,
+    attends: Annotated[
+        str | None,
+        typer.Option(
+            help="Why a head, `layer.head`, attends: `2.0`; from position 9, `2.0@9`; to position 5, `'2.0@9<5'` "
+            "(quoted). Negative positions count from the end; left out, the last one, and the key attended to most."
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Remove heads in the model and compare with what every rule predicts.")
     ] = False,
     rule: Annotated[str, typer.Option(help=f"Credit with --feature: one of {', '.join(RULES)}.")] = "path",
-    top: Annotated[int, typer.Option(help="Edges or heads named.")] = 10,
+    top: Annotated[int, typer.Option(help="Edges, heads or pairs named.")] = 10,
     plot: Annotated[Path | None, typer.Option(help="With --feature: draw heads x tokens, .svg or .png.")] = None,
     model: Annotated[str, typer.Option(help="`demo`, a hub name or a Hugging Face folder.")] = "demo",
     crosscoder: Annotated[str, typer.Option(help="`demo` or a crosscoder checkpoint folder.")] = "demo",
@@ -61,8 +69,9 @@ def heads(
     ] = "demo",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
 ) -> None:
-    """Say which attention heads carry a graph, an edge or a feature."""
-    _check_options(file, edge=edge, feature=feature, check=check, rule=rule, top=top, plot=plot, attention=attention)
+    """Say which attention heads carry a graph, an edge or a feature, and why a head attends where it does."""
+    _check_question(file, edge=edge, feature=feature, attends=attends, check=check)
+    _check_options(feature=feature, rule=rule, top=top, plot=plot, attention=attention)
 
     def with_model(work: Callable[[ReplacementModel], Facts]) -> Facts:
         from circuits.cli import with_model as load_and_work
@@ -86,6 +95,8 @@ def heads(
     elif feature is not None:
         facts = with_model(lambda loaded: _feature(loaded, graph, feature, rule=rule, top=top, plot=plot))
         page = feature_page
+    elif attends is not None:
+        facts, page = with_model(lambda loaded: _attends(loaded, graph, attends, top)), attends_page
     else:
         split = graph if graph.heads is not None else None
         facts = graph_facts(split, top=top) if split else with_model(lambda loaded: _graph(loaded, graph, top))
@@ -123,30 +134,28 @@ def find_edge(graph: CircuitGraph, text: str) -> int:
     return int(found[0])
 
 
-def _check_options(
-    file: Path | None,
-    *,
-    edge: str | None,
-    feature: str | None,
-    check: bool,
-    rule: str,
-    top: int,
-    plot: Path | None,
-    attention: str,
+def _check_question(
+    file: Path | None, *, edge: str | None, feature: str | None, attends: str | None, check: bool
 ) -> None:
-    """Raise `ValueError` for options that do not fit together, before anything is read."""
-    if (edge is not None) + (feature is not None) + check > 1:
-        raise ValueError("expected one of --edge, --feature and --check, given several")
+    """Raise `ValueError` for questions that do not fit together or are not well formed, before anything is read."""
+    if sum(one is not None for one in (edge, feature, attends)) + check > 1:
+        raise ValueError("expected one of --edge, --feature, --attends and --check, given several")
     if file is None and not check:
         raise ValueError("expected a graph, given none: it may be left out with --check only")
+    if feature is not None and _FEATURE.fullmatch(feature.strip()) is None:
+        raise ValueError(f"feature: expected layer/index@position such as 2/345@7, given {feature!r}")
+    if attends is not None and _ATTENDS.fullmatch(attends.strip()) is None:
+        raise ValueError(f"attends: expected layer.head, layer.head@query or layer.head@query<key, given {attends!r}")
+
+
+def _check_options(*, feature: str | None, rule: str, top: int, plot: Path | None, attention: str) -> None:
+    """Raise `ValueError` for other options that are wrong, before anything is read."""
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, given {rule!r}")
     if top < 1:
         raise ValueError(f"top: expected at least 1, given {top}")
     if attention not in ("linear", "features"):
         raise ValueError(f"attention: expected linear or features, given {attention!r}")
-    if feature is not None and _FEATURE.fullmatch(feature.strip()) is None:
-        raise ValueError(f"feature: expected layer/index@position such as 2/345@7, given {feature!r}")
     if plot is not None:
         if feature is None:
             raise ValueError("plot: expected together with --feature")
@@ -193,6 +202,25 @@ def _feature(
     view = head_view(model, _tokens(model, graph), _target(text))
     files = {} if plot is None else {"plot": str(view.plot(plot))}
     return {**feature_facts(view, rule, top=top), "files": files}
+
+
+def _attends(model: ReplacementModel, graph: CircuitGraph, text: str, top: int) -> Facts:
+    """Against the mean of the other keys, because softmax sees differences only."""
+    from circuits.qk import attribute_score
+
+    match = _ATTENDS.fullmatch(text.strip())
+    assert match is not None  # checked with the options
+    layer, head, query, key = match.groups()
+    found = attribute_score(
+        model,
+        _tokens(model, graph),
+        layer=int(layer),
+        head=int(head),
+        query=int(query or -1),
+        key=None if key is None else int(key),
+        contrast="mean",
+    )
+    return attends_facts(found, tuple(model.language_model.token_strings(graph.metadata["token_ids"])), top=top)
 
 
 def _check(model: ReplacementModel, graph: CircuitGraph | None) -> Facts:

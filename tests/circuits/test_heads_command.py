@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import circuits
 import replacement
@@ -21,6 +22,8 @@ from circuits.head_view import head_view
 from circuits.heads import split_heads
 from circuits.influence import edge_influence
 
+SEVERAL = "expected one of --edge, --feature, --attends and --check, given several"
+ATTENDS = "attends: expected layer.head, layer.head@query or layer.head@query<key"
 PROMPT = "the capital of the state containing Dallas is"
 
 
@@ -164,6 +167,56 @@ def test_a_feature_with_credit_and_picture(
         assert text in page
 
 
+def tokens_of(model: Any, graph: CircuitGraph) -> Any:
+    return torch.tensor(graph.metadata["token_ids"], device=model.language_model.device)
+
+
+@pytest.mark.parametrize(
+    ("where", "place"),
+    [
+        ("2.0", {"layer": 2, "head": 0}),
+        ("1.3@-2", {"layer": 1, "head": 3, "query": -2}),
+        (" 3.1@7<5 ", {"layer": 3, "head": 1, "query": 7, "key": 5}),
+        ("2.2<0", {"layer": 2, "head": 2, "key": 0}),
+        ("2.2@-1<-3", {"layer": 2, "head": 2, "key": 6}),
+    ],
+)
+def test_why_a_head_attends(
+    model: Any, graph: CircuitGraph, saved: Path, capsys: Any, where: str, place: dict[str, int]
+) -> None:
+    facts = facts_of(capsys, saved, "--attends", where, "--top", 7)
+    found = circuits.attribute_score(model, tokens_of(model, graph), contrast="mean", **place)
+    for name in ("layer", "head", "query", "key", "contrast"):
+        assert facts[name] == getattr(found, name)
+    for name in ("score", "pattern", "value"):
+        assert facts[name] == pytest.approx(getattr(found, name), rel=1e-5)
+    assert facts["identity_error"] <= 1e-3
+    tokens = model.language_model.token_strings(graph.metadata["token_ids"])
+    assert (facts["query_token"], facts["key_token"]) == (tokens[found.query], tokens[found.key])
+    for shown, (query, key, contribution) in zip(facts["pairs"], found.top(7), strict=True):
+        assert shown["contribution"] == pytest.approx(contribution, rel=1e-3)
+        assert (shown["query"], shown["key"]) == (query.to_json(), key.to_json())
+    for name in ("by_query", "by_key"):
+        for shown, (node, contribution) in zip(facts[name], getattr(found, name)(7), strict=True):
+            assert shown == {**node.to_json(), "contribution": pytest.approx(contribution, rel=1e-3)}
+
+
+def test_why_a_head_attends_as_a_page(saved: Path, capsys: Any) -> None:
+    facts = facts_of(capsys, saved, "--attends", "2.0@8<7")
+    page = says(capsys, saved, "--attends", "2.0@8<7")
+    words = " ".join(page.split())
+    title = f'L2H0: "{facts["query_token"].strip()}" at 8 attends to "{facts["key_token"].strip()}" at 7'
+    numbers = (
+        f"pattern {facts['pattern']:.4f}, score {facts['score']:+.4f}, above the mean of the other visible keys by"
+    )
+    for text in (title, numbers, "Largest pairs", "By query node", "By key node", "sum of all pairs", "feature "):
+        assert text in words
+    assert len(facts["pairs"]) == len(facts["by_key"]) == 10
+    shown = page[page.index("By key node") :]
+    assert [f"{node['contribution']:+.4f}" in shown for node in facts["by_key"][:5]] == [True] * 5
+    assert f"{facts['by_key'][5]['contribution']:+.4f}" not in shown
+
+
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Records what is checked, instead of doing it."""
@@ -199,8 +252,15 @@ def test_check_of_a_graphs_prompt(checked: list[dict[str, Any]], graph: CircuitG
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--edge", "a->b", "--check"], "expected one of --edge, --feature and --check, given several"),
-        (["--edge", "a->b", "--feature", "1/2@3"], "expected one of --edge, --feature and --check, given several"),
+        (["--edge", "a->b", "--check"], SEVERAL),
+        (["--edge", "a->b", "--feature", "1/2@3"], SEVERAL),
+        (["--attends", "2.0", "--edge", "a->b"], SEVERAL),
+        (["--attends", "2.0", "--feature", "1/2@3"], SEVERAL),
+        (["--attends", "2.0", "--check"], SEVERAL),
+        (["--attends", "2/0"], f"{ATTENDS}, given '2/0'"),
+        (["--attends", "2.0@"], f"{ATTENDS}, given '2.0@'"),
+        (["--attends", "2.0<4@8"], f"{ATTENDS}, given '2.0<4@8'"),
+        (["--attends", "-1.0"], f"{ATTENDS}, given '-1.0'"),
         (["--rule", "lime"], "rule: expected one of gate, path, shapley, ablation, given 'lime'"),
         (["--top", "0"], "top: expected at least 1, given 0"),
         (["--top", "many"], "Invalid value for '--top'"),
@@ -251,9 +311,25 @@ def test_mistakes_that_need_the_model(graph: CircuitGraph, saved: Path, tmp_path
     assert "feature 3/99999 is not active at position 8" in fails(capsys, saved, "--feature", "3/99999@8")
     assert "there are no attention features" in fails(capsys, saved, "--feature", "attention:3/1@8")
     assert "lies outside the prompt of 9 tokens" in fails(capsys, saved, "--feature", "3/1@9")
+    for where, message in (
+        ("4.0", "the language model has no layer 4: it has 4 layers"),
+        ("1.4", "layer 1 has no head 4: it has 4 heads"),
+        ("1.0@9", "query position 9 lies outside the prompt of 9 tokens"),
+        ("1.0@-10", "query position -10 lies outside the prompt of 9 tokens"),
+        ("1.0<9", "key position 9 lies outside the prompt of 9 tokens"),
+        ("1.0@4<5", "key position 5 lies after query position 4, which cannot attend to it"),
+        ("1.0@0", "no contrast: position 0 is the only key that position 0 sees"),
+    ):
+        assert message in fails(capsys, saved, "--attends", where)
     other = dataclasses.replace(graph, metadata={**graph.metadata, "model_fingerprint": "other", "model": "that one"})
     path = other.save(tmp_path / "other.safetensors")
-    for options in ([], ["--feature", "3/1@8"], ["--check"], ["--edge", strongest_edge(graph)[1]]):
+    for options in (
+        [],
+        ["--feature", "3/1@8"],
+        ["--attends", "1.0"],
+        ["--check"],
+        ["--edge", strongest_edge(graph)[1]],
+    ):
         assert "the graph was traced in that one, whose weights are not those of demo" in fails(capsys, path, *options)
 
 
@@ -267,5 +343,6 @@ def test_features_need_a_graph_of_attention_features(graph: CircuitGraph, tmp_pa
 def test_help_loads_no_model_code() -> None:
     script = "import sys; from circuits.cli import main; main(['heads', '--help']); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert "SOURCE->TARGET" in ran.stdout
+    for text in ("SOURCE->TARGET", "2.0@9<5"):
+        assert text in ran.stdout
     assert ran.stdout.strip().endswith("False")
