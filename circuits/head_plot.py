@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import unicodedata
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,8 @@ LEAST_ROW = 0.01
 MOST_ROWS = 32
 MOST_COLUMNS = 64
 """Longer prompts show the positions that bring most."""
+_PLACEHOLDER = "□"
+"""Stands in a .png for a character that no font of matplotlib's has; an .svg keeps the character for the viewer's fonts."""
 _CELL = (0.36, 0.27)  # inches
 
 
@@ -52,17 +56,33 @@ def plot_heads(view: HeadView, path: str | os.PathLike[str]) -> Path:
         figure.colorbar(image, ax=axes, label="to the pre-activation", pad=0.02)
         rows = [f"L{layer}H{head}  {view.heads_LH[layer, head]:+.3g}" for layer, head in heads]
         axes.set_yticks(range(len(rows)), rows)
-        columns = [f"{shorten(token_text(view.tokens[t]), 14)} {t}" for t in positions]
+        kind = Path(path).suffix.lower().lstrip(".")
+        drawn = drawable if kind == "png" else str
+        columns = [f"{shorten(drawn(token_text(view.tokens[t])), 14)} {t}" for t in positions]
         for label in axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor"):
             label.label1.set_parse_math(False)  # a token may hold dollar signs
-        axes.set_title(_title(view, hidden), loc="left", fontsize=9, parse_math=False)
+        axes.set_title(drawn(_title(view, hidden)), loc="left", fontsize=9, parse_math=False)
         if positions and int(positions[-1]) == view.feature.position:
             axes.get_xticklabels()[-1].set_fontweight("bold")
         content = io.BytesIO()
-        kind = Path(path).suffix.lower().lstrip(".")
         metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(content, format=kind, bbox_inches="tight", dpi=DPI, metadata=metadata)
+        with warnings.catch_warnings():  # matplotlib measures the text of an .svg, too, with fonts of its own
+            warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)
+            figure.savefig(content, format=kind, bbox_inches="tight", dpi=DPI, metadata=metadata)
     return write_atomic(path, content.getvalue())
+
+
+def drawable(text: str) -> str:
+    """Text that matplotlib's fonts can draw: format characters they lack are left out, others become a placeholder."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    held: set[int] = {ord("\n")}
+    for family in FontProperties().get_family():
+        fonts = [findfont(FontProperties(family=family, weight=weight)) for weight in ("normal", "bold")]
+        held |= set.intersection(*(set(get_font(font).get_charmap()) for font in fonts))
+    stand_in = _PLACEHOLDER if ord(_PLACEHOLDER) in held else "?"
+    shown = (one for one in text if ord(one) in held or unicodedata.category(one) != "Cf")
+    return "".join(one if ord(one) in held else stand_in for one in shown)
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:

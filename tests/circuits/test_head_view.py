@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from circuits import FeatureTarget
+from circuits.head_plot import drawable
 from circuits.head_view import HeadView, HeadViews, head_view
 from circuits.thresholds import feature_threshold
 from replacement import BatchTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
@@ -210,6 +211,20 @@ def test_pictures(view: HeadView, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"view\.gif: expected a file that ends in \.svg or \.png"):
         view.plot(tmp_path / "view.gif")
     assert {path.name for path in tmp_path.iterdir()} == {"new", "again.svg", "view.PNG"}
+
+
+def test_characters_that_fonts_lack(language_model: Any, tmp_path: Path) -> None:
+    """Without a warning: an .svg keeps them for the viewer's fonts, a .png shows a placeholder."""
+    local = model_of(language_model("gpt2", torch.float64)).localize(tiny.random_tokens(6))
+    number = int(torch.nonzero((local.features.group == 2) & (local.features.row == 5))[0, 0])
+    tokens = ("こ", "a\u0000b", "\ud800", "\U0001f9ff", "e\u200d", "漢")
+    view = HeadViews(local, tokens).of(local.mlp, number)
+    svg = view.plot(tmp_path / "view.svg").read_text(encoding="utf-8")
+    ElementTree.fromstring(svg)
+    for text in (">こ 0<", ">ab 1<", ">␣ 2<", ">漢 5<"):
+        assert text in svg
+    assert view.plot(tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
+    assert drawable("aこ\nß␣ 漢\U000e0001↵…") == "a□\nß␣ □↵…"
 
 
 def test_picture_of_a_feature_below_all_heads(language_model: Any, tmp_path: Path) -> None:
