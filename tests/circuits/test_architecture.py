@@ -10,6 +10,7 @@ import networkx as nx
 ROOT = Path(__file__).parent.parent.parent
 PURE = [
     *(f"circuits.{name}" for name in ("nodes", "edges", "graph", "influence", "pruning", "scores", "paths", "storage")),
+    *(f"circuits.{name}" for name in ("credit", "edge_heads", "qk_attribution")),
     *(f"circuits.export.{path.stem}" for path in (ROOT / "circuits" / "export").glob("[!_]*.py")),
 ]
 
