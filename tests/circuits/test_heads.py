@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,6 @@ from path_oracle import PathOracle
 
 import circuits.heads
 from circuits import CircuitGraph, DifferenceTarget, NodeKind, TokenTarget, trace
-from circuits.grounding import Grounding
 from circuits.heads import HeadSplit, chain_weights, split_heads, with_heads
 from replacement import JumpReLU, LanguageModel, ReplacementModel, Site, Wiring
 
@@ -62,10 +63,11 @@ def assert_same_split(found: HeadSplit, expected: HeadSplit, *, tolerance: float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_every_edge_is_the_sum_of_its_parts(
-    language_model: Any, architecture: str, dtype: torch.dtype, skip: bool
+    language_model: Any, monkeypatch: pytest.MonkeyPatch, architecture: str, dtype: torch.dtype, skip: bool
 ) -> None:
     model = model_of(language_model(architecture, dtype), skip=skip)
     graph = traced(model, n_tokens=6)
+    run_once(monkeypatch, model, graph)
     for hop in ("last", "first"):
         split = split_heads(model, graph, hop=hop)
         assert split.heads_ELH.shape == (len(graph.edges), model.language_model.shape.n_layers, 4)
@@ -92,34 +94,44 @@ RAW = {
 }
 
 
-def raw_case(language_model: Any, case: str) -> tuple[ReplacementModel, CircuitGraph]:
-    """A small float64 model and a whole graph of a short prompt."""
-    architecture, options = RAW[case]
-    lm = language_model(architecture, torch.float64)
-    read = options.get("read")
-    wiring = two_reads(lm) if read == "two" else Wiring.strictly_causal(lm, read=read)
-    model = model_of(lm, wiring=wiring, n_features=24, skip=options.get("skip", False))
-    return model, traced(model, n_tokens=4)
+RawCase = Callable[[str], tuple[ReplacementModel, CircuitGraph]]
+
+
+@pytest.fixture(scope="module")
+def raw_case(language_model: Any) -> RawCase:
+    """`raw_case(name)`: a small float64 model and a whole graph of a short prompt, made once."""
+
+    @functools.cache
+    def make(case: str) -> tuple[ReplacementModel, CircuitGraph]:
+        architecture, options = RAW[case]
+        lm = language_model(architecture, torch.float64)
+        read = options.get("read")
+        wiring = two_reads(lm) if read == "two" else Wiring.strictly_causal(lm, read=read)
+        model = model_of(lm, wiring=wiring, n_features=24, skip=options.get("skip", False))
+        return model, traced(model, n_tokens=4)
+
+    return make
 
 
 def run_once(monkeypatch: pytest.MonkeyPatch, model: ReplacementModel, graph: CircuitGraph) -> None:
-    """Let the splits of one graph share one run of its prompt: a test of all chains would run it a hundred times."""
-    grounding = Grounding.of(model, graph)
-    monkeypatch.setattr(circuits.heads.Grounding, "of", lambda *_: grounding)
+    """Let the splits of a graph share one run of its prompt: a test of all chains would run it a hundred times."""
+    with torch.no_grad():
+        local = model.localize(torch.tensor(graph.metadata["token_ids"]))
+    monkeypatch.setattr(model, "localize", lambda _: local)
 
 
 @pytest.mark.parametrize("case", RAW)
-def test_dense_matrices_of_raw_weights_agree(language_model: Any, case: str) -> None:
+def test_dense_matrices_of_raw_weights_agree(raw_case: RawCase, case: str) -> None:
     """Both hops, from all chains of heads: 25 of them in two layers, 125 in three."""
-    model, graph = raw_case(language_model, case)
+    model, graph = raw_case(case)
     oracle = PathOracle(model, graph)
     for hop in ("last", "first"):
         assert_split(split_heads(model, graph, hop=hop), *oracle.split(hop))
 
 
 @pytest.mark.parametrize("case", RAW)
-def test_chains_agree_with_raw_weights(language_model: Any, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    model, graph = raw_case(language_model, case)
+def test_chains_agree_with_raw_weights(raw_case: RawCase, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    model, graph = raw_case(case)
     oracle = PathOracle(model, graph)
     run_once(monkeypatch, model, graph)
     chains = [chain for chain in oracle.chains() if chain]
@@ -130,9 +142,9 @@ def test_chains_agree_with_raw_weights(language_model: Any, monkeypatch: pytest.
 
 @pytest.mark.parametrize("case", ["native-skip", "gemma2"])
 def test_all_chains_sum_to_the_edge_and_to_each_hop(
-    language_model: Any, monkeypatch: pytest.MonkeyPatch, case: str
+    raw_case: RawCase, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    model, graph = raw_case(language_model, case)
+    model, graph = raw_case(case)
     graph = graph.prune()
     run_once(monkeypatch, model, graph)
     last, first = (split_heads(model, graph, hop=hop) for hop in ("last", "first"))
@@ -404,9 +416,9 @@ def test_targets_must_be_named(language_model: Any) -> None:
         split_heads(model, changed(graph, targets=[without]))
 
 
-def test_the_oracle_knows_every_chain(language_model: Any) -> None:
+def test_the_oracle_knows_every_chain(raw_case: RawCase) -> None:
     """Its chains are all sets of heads with at most one of each layer."""
-    model, graph = raw_case(language_model, "native")
+    model, graph = raw_case("native")
     heads = [(layer, head) for layer in range(2) for head in range(4)]
     pairs = [(below, above) for below, above in itertools.product(heads, heads) if below[0] < above[0]]
     assert sorted(PathOracle(model, graph).chains()) == sorted([(), *((one,) for one in heads), *pairs])
