@@ -174,7 +174,7 @@ def stream_without(local: LocalReplacement, node: Any, layer: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", [0, 1, -1])
+@pytest.mark.parametrize("layer", [0, -1])
 @EVERYWHERE
 def test_a_dense_formula_agrees_pair_by_pair(attributor_of: Any, architecture: str, layer: int) -> None:
     """Silencing a node in the frozen model changes query and key by exactly the vectors that make its pairs."""
