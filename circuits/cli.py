@@ -6,14 +6,13 @@ imported by the one verb that needs them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,6 +23,7 @@ from circuits.export.neuronpedia import slug
 from circuits.files import check_folder
 from circuits.graph import CircuitGraph
 from circuits.heads_command import heads as heads_command
+from circuits.loading import with_model
 from circuits.pruning import check_threshold
 from circuits.report import show as show_report
 from circuits.report import summary
@@ -194,32 +194,3 @@ def _fail(message: str) -> int:
 def _check_thresholds(node_threshold: float, edge_threshold: float) -> None:
     check_threshold("node-threshold", node_threshold)
     check_threshold("edge-threshold", edge_threshold)
-
-
-T = TypeVar("T")
-
-
-def with_model(
-    work: Callable[[ReplacementModel, Callable[[str], None]], T], *, model: str, crosscoder: str, attention: str | None
-) -> T:
-    """Load the model and do some work with it, with what libraries print sent to stderr.
-
-    Arguments:
-        work: called with the model and a function that changes the text of the spinner.
-        attention: checkpoint of an attention crosscoder, `demo`, or None where attention stays linear.
-    """
-    with contextlib.redirect_stdout(sys.stderr), _status("loading the model") as say:
-        import replacement
-
-        return work(replacement.load(model, crosscoder=crosscoder, attention=attention), say)
-
-
-@contextlib.contextmanager
-def _status(text: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr when that is a terminal; gives a function that changes its text."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    with console.status(text) as status:
-        yield status.update

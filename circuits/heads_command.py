@@ -22,6 +22,7 @@ from circuits.edge_heads import EdgeHeads
 from circuits.graph import CircuitGraph
 from circuits.head_facts import Facts, attends_facts, check_facts, edge_facts, edge_parts, feature_facts, graph_facts
 from circuits.head_report import attends_page, check_page, edge_page, feature_page, graph_page
+from circuits.loading import with_model as with_loaded
 from circuits.nodes import NodeKind
 
 if TYPE_CHECKING:
@@ -74,10 +75,8 @@ def heads(
     _check_options(feature=feature, rule=rule, top=top, plot=plot, attention=attention)
 
     def with_model(work: Callable[[ReplacementModel], Facts]) -> Facts:
-        from circuits.cli import with_model as load_and_work
-
         chosen = attention_crosscoder if attention == "features" else None
-        return load_and_work(lambda loaded, _: work(loaded), model=model, crosscoder=crosscoder, attention=chosen)
+        return with_loaded(lambda loaded, _: work(loaded), model=model, crosscoder=crosscoder, attention=chosen)
 
     page: Callable[[Facts], RenderableType]
     graph = None if file is None else CircuitGraph.load(file)
