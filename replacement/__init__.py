@@ -11,7 +11,7 @@ from replacement import checkpoint
 from replacement.activation import BatchTopK, JumpReLU, ReLU, TopK
 from replacement.crosscoder import Crosscoder, CrosscoderOutput
 from replacement.features import Features
-from replacement.interventions import Intervention
+from replacement.interventions import Intervened, Intervention, UnknownFeatureError, swap
 from replacement.language_model import LanguageModel
 from replacement.local import Decomposition, LocalReplacement
 from replacement.model import ReplacementModel
@@ -25,6 +25,7 @@ __all__ = [
     "CrosscoderOutput",
     "Decomposition",
     "Features",
+    "Intervened",
     "Intervention",
     "JumpReLU",
     "LanguageModel",
@@ -34,7 +35,9 @@ __all__ = [
     "ReplacementModel",
     "Site",
     "TopK",
+    "UnknownFeatureError",
     "Wiring",
     "checkpoint",
     "load",
+    "swap",
 ]

@@ -5,7 +5,7 @@ Letters: T tokens, D d_model, H heads, K d_head. This is the only file that know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,9 +92,25 @@ class BridgeParts:
         """Hooks that hold every attention pattern at a given value, whatever the queries and keys."""
 
         def hold(pattern_BHTT: Tensor) -> Any:
-            return lambda x, hook: pattern_BHTT.to(x)
+            return lambda x, hook: pattern_BHTT.to(x).expand_as(x)
 
         return [(name, hold(pattern)) for name, pattern in zip(self.pattern_names, patterns, strict=True)]
+
+    @property
+    def norm_paths(self) -> list[str]:
+        """Every norm that reads the residual stream or what a branch writes to it; not those of queries and keys."""
+        layers = range(self.shape.n_layers)
+        return [f"blocks.{layer}.{name}" for layer in layers for name in self.norm_names(layer)] + ["ln_final"]
+
+    def norm_scale_hooks(self, scales: Mapping[str, Tensor]) -> tuple[list[NamedHook], list[NamedHook]]:
+        """Hooks that hold the scale `[..., T, 1]` of each norm named by its path, whatever it reads.
+
+        Returns:
+            Hooks to run behind all others, which keep each norm's input, and hooks to run in front of them, which compute its
+            output: what others make of an output stays.
+        """
+        pairs = [self._held_norm(path, scale_T1) for path, scale_T1 in scales.items()]
+        return [keep for keep, _ in pairs], [redo for _, redo in pairs]
 
     def frozen_hook_names(self) -> set[str]:
         """Hooks that a frozen prompt is made of."""
@@ -214,9 +230,8 @@ class BridgeParts:
         """
         if self.dtype != torch.float64 or not self.bridge.ln_final.uses_rms_norm:
             return [], []
-        paths = [f"blocks.{layer}.{name}" for layer in range(self.shape.n_layers) for name in self.norm_names(layer)]
-        paths += [path for layer in range(self.shape.n_layers) for path in self._head_norms(layer)]
-        pairs = [self._float64_norm(path) for path in [*paths, "ln_final"]]
+        head_norms = [path for layer in range(self.shape.n_layers) for path in self._head_norms(layer)]
+        pairs = [self._float64_norm(path) for path in [*head_norms, *self.norm_paths]]
         return [keep for keep, _ in pairs], [redo for _, redo in pairs]
 
     def norm_map(self, path: str) -> Callable[[Tensor], Tensor]:
@@ -253,6 +268,20 @@ class BridgeParts:
             return after(y_BD) if after else y_BD
 
         return apply
+
+    def _held_norm(self, path: str, scale_T1: Tensor) -> tuple[NamedHook, NamedHook]:
+        weights = self.norm_weights(path)
+        seen: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: Any) -> None:
+            seen["x"] = x
+
+        def redo(y: Tensor, hook: Any) -> Tensor:
+            x = seen.pop("x")
+            x = x - x.mean(-1, keepdim=True) if weights.centred else x
+            return x / scale_T1 * weights.weight_D + weights.bias_D
+
+        return (f"{path}.hook_in", keep), (f"{path}.hook_out", redo)
 
     def _float64_norm(self, path: str) -> tuple[NamedHook, NamedHook]:
         norm = self.norm_map(path)

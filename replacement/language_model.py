@@ -174,12 +174,20 @@ class LanguageModel:
         """Logits `[B, T, V]` of tokens `[B, T]`, or `[T, V]` of tokens `[T]`, as the original model gives them."""
         return self.run(tokens, {})
 
-    def run(self, tokens: Tensor, hooks: Mapping[Site, Hook], *, patterns: Sequence[Tensor] | None = None) -> Tensor:
+    def run(
+        self,
+        tokens: Tensor,
+        hooks: Mapping[Site, Hook],
+        *,
+        patterns: Sequence[Tensor] | None = None,
+        norm_scales: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Logits with hooks at sites; a hook sees `[B, T, D]` and may return a replacement.
 
         Args:
             patterns: attention patterns `[B, H, T, T]` to hold, one per layer, such as `read_patterns` gives; computed from
                 queries and keys, as the model does, if None.
+            norm_scales: scales of the stream's norms to hold, such as `read_norm_scales` gives; computed if None.
 
         Raises:
             ValueError: a site the model does not have.
@@ -190,7 +198,8 @@ class LanguageModel:
                 named += self._mid_hooks(site, hooks[site])
             else:
                 named.append((self.parts.hook_name(site), _as_bridge_hook(hooks[site])))
-        logits = self.parts.run(tokens if tokens.ndim == 2 else tokens[None], named)
+        keep, redo = self.parts.norm_scale_hooks(norm_scales or {})
+        logits = self.parts.run(tokens if tokens.ndim == 2 else tokens[None], [*redo, *named, *keep])
         return logits if tokens.ndim == 2 else logits[0]
 
     def _mid_hooks(self, site: Site, hook: Hook) -> list[NamedHook]:
@@ -245,6 +254,11 @@ class LanguageModel:
         with contextlib.suppress(EnoughSeen):
             self.parts.run(tokens_BT, [(name, keep) for name in self.parts.pattern_names])
         return seen
+
+    def read_norm_scales(self, tokens_T: Tensor) -> dict[str, Tensor]:
+        """Scale `[T, 1]` of every norm of the residual stream, of one run of the original model; for `run`."""
+        names = {f"{path}.hook_scale": path for path in self.parts.norm_paths}
+        return {names[name]: scale_T1 for name, scale_T1 in self.parts.capture(tokens_T, set(names))[1].items()}
 
     def run_to(self, tokens: Tensor, hooks: Mapping[Site, Hook]) -> None:
         """Run with hooks until one of them raises `EnoughSeen`, or to the end; saves the later layers and the unembedding.

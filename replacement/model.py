@@ -5,19 +5,19 @@ Letters: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from replacement.checkpoint import check_fits
 from replacement.crosscoder import Crosscoder
-from replacement.interventions import PARTS, Intervention
+from replacement.interventions import PARTS, Intervened, Intervention, check_interventions
 from replacement.language_model import LanguageModel
 from replacement.local import LocalReplacement, localize
+from replacement.patching import WRITES, Conditions, Patcher, changes_of
 from replacement.sites import Site
 from replacement.splice import Splice, check_together, read_rows, run_together
-
-_WRITES = {"mlp": "mlp_out", "attention": "attn_out"}
 
 
 class ReplacementModel:
@@ -88,7 +88,7 @@ class ReplacementModel:
             reads: `replaced` encodes the stream that the replaced layers produced; `clean` encodes the original one.
             patterns: `live` lets the attention patterns follow the stream; `frozen` holds them at their values in the
                 original model.
-            interventions: features to set, the same in every prompt of the batch.
+            interventions: features to change, the same in every prompt of the batch.
 
         Raises:
             ValueError: tokens the model cannot read, an option outside its choices, a layer the crosscoders do not write,
@@ -134,6 +134,69 @@ class ReplacementModel:
             raise ValueError("parts names nothing to replace: expected 'mlp', 'attention' or both")
         return {name: own[name] for name in PARTS if name in names}
 
+    @torch.no_grad()
+    def intervene(
+        self,
+        prompt: str | Tensor,
+        interventions: Iterable[Intervention],
+        *,
+        errors: str = "keep",
+        patterns: str = "live",
+        norms: str = "live",
+        mlps: str = "replaced",
+        layers: Collection[int] | None = None,
+        generate: int = 0,
+    ) -> Intervened:
+        """Run a prompt with features changed.
+
+        With errors kept, norms and patterns frozen and all layers held, logits change exactly as `LocalReplacement.logits`
+        says.
+
+        Args:
+            prompt: text, or a 1-D tensor of token ids.
+            interventions: features to set, scale or add to.
+            errors: `keep` adds the clean run's reconstruction errors back, `drop` lets them propagate.
+            patterns: attention patterns `live`, or `frozen` at their values in the original model.
+            norms: scales of the residual stream's norms, `live` or `frozen`.
+            mlps: outputs outside `layers` come from the crosscoder (`replaced`), whose features react, or are the model's
+                `own`, to which the change of the intervened features is added (only inside `layers` where those are given).
+            layers: constrained patching (Ameisen et al. 2025): inside this range every replaced output is held at its clean
+                value plus what the change of the intervened features writes there; behind it the model runs on. Features
+                of these layers have their clean activation as the current one. None for no layer.
+            generate: tokens to generate greedily, each with the interventions; the errors, patterns and scales kept are
+                those of the original model on the tokens so far.
+
+        Raises:
+            UnknownFeatureError: a group, position or index that does not exist.
+            ValueError: a prompt the model cannot read, an option outside its choices, or more tokens than the context.
+        """
+        lm = self.language_model
+        tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
+        if not 0 <= generate <= lm.context_length - len(tokens_T):
+            room = lm.context_length - len(tokens_T)
+            raise ValueError(f"generate must be 0 to {room} after {len(tokens_T)} tokens, got {generate}")
+        conditions = Conditions(errors=errors, patterns=patterns, norms=norms, mlps=mlps, layers=layers)
+        by_part = _by_part(interventions, self.crosscoders)
+        for part, each in self.crosscoders.items():
+            by_part[part] = _checked(by_part[part], each, len(tokens_T))
+        copies = {part: [own] for part, own in by_part.items()}
+        for step in range(generate + 1):
+            patcher = Patcher(lm, self.crosscoders, tokens_T, conditions)
+            patched = patcher.run(changes_of(copies, patcher))
+            if step < generate:
+                tokens_T = torch.cat([tokens_T, patched.logits_BTV[0, -1:].argmax(-1)])
+        reference = None if errors == "keep" or mlps == "own" else patcher.run({})
+        clean = patcher.clean_features if reference is None else reference.features
+        return Intervened(
+            tokens=tokens_T,
+            logits=patched.logits_BTV[0],
+            clean_logits=patcher.original_logits_TV if reference is None else reference.logits_BTV[0],
+            features=patched.features["mlp"],
+            clean_features=clean["mlp"],
+            attention_features=patched.features.get("attention"),
+            clean_attention_features=clean.get("attention"),
+        )
+
     def localize(self, tokens_T: Tensor) -> LocalReplacement:
         """The local replacement model of one prompt.
 
@@ -162,7 +225,7 @@ def _check(crosscoder: Crosscoder, language_model: LanguageModel, part: str) -> 
         model_name=language_model.name,
         model_fingerprint=language_model.fingerprint,
     )
-    wiring, writes = crosscoder.wiring, _WRITES[part]
+    wiring, writes = crosscoder.wiring, WRITES[part]
     whose = "a replacement model needs" if part == "mlp" else "attention needs"
     for site in wiring.write_sites:
         if site.kind != writes or site.model != 0:
@@ -200,3 +263,14 @@ def _by_part(
             raise ValueError(f"an intervention sets a feature of {one.part}, which is not replaced in this call")
         by_part[one.part].append(one)
     return by_part
+
+
+def _checked(interventions: Sequence[Intervention], crosscoder: Crosscoder, n_positions: int) -> list[Intervention]:
+    checked = check_interventions(
+        interventions,
+        n_groups=crosscoder.n_groups,
+        n_positions=n_positions,
+        n_features=crosscoder.n_features,
+        first_position=crosscoder.undecomposed_positions,
+    )
+    return list(checked)

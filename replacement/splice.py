@@ -59,7 +59,7 @@ class Splice:
             reads: `replaced` encodes the stream that the replaced sites produced; `clean` encodes the original one.
             errors: `drop` lets reconstruction errors propagate; `keep` adds the error of the clean run back to every
                 replaced site, which gives the original logits when there are no interventions.
-            interventions: features to set, the same in every prompt of the batch.
+            interventions: features to change, the same in every prompt of the batch.
             scales: for a crosscoder that lives in scaled activations, as while training: it reads `scale * x`, and what
                 it writes is divided by the site's scale. 1 where absent.
             keep_BT: bool mask of the tokens to replace; the others keep their own output, as do positions before
@@ -81,6 +81,7 @@ class Splice:
             n_groups=crosscoder.n_groups,
             n_positions=tokens_BT.shape[1],
             n_features=crosscoder.n_features,
+            first_position=crosscoder.undecomposed_positions,
         )
         self.inputs: dict[Site, Tensor] = {}
         self.features: dict[int, Features] = {}
@@ -159,10 +160,18 @@ class Splice:
                 continue  # nothing of this group is asked for
             if site in group_reads and all(read in self.inputs for read in group_reads):
                 inputs = self._scaled(group, self.inputs)
-                features = self._encode(group, inputs)
-                features = intervene(features, self.interventions, group=group, n_positions=self.tokens_BT.shape[1])
-                self.features[group] = features
-                self._add(self._sums, group, features, inputs)
+                self._respond(group, self._encode(group, inputs), inputs)
+
+    def _respond(self, group: int, read: Features, inputs: Mapping[Site, Tensor]) -> None:
+        """Apply the interventions to the features that one group read, and add up what they write."""
+        self.features[group] = intervene(
+            read,
+            [self.interventions] * len(self.tokens_BT),
+            group=group,
+            n_positions=self.tokens_BT.shape[1],
+            first_position=self.crosscoder.undecomposed_positions,
+        )
+        self._add(self._sums, group, self.features[group], inputs)
 
     def _scaled(self, group: int, inputs: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """What the crosscoder reads for one group: scaled, in its own dtype."""
@@ -208,15 +217,22 @@ class Splice:
         return {site: clean[site].to(sums[site]) - self._finish(site, sums[site]) for site in self.written}
 
 
-def run_together(splices: Sequence[Splice], *, patterns: Sequence[Tensor] | None = None) -> Tensor:
+def run_together(
+    splices: Sequence[Splice],
+    *,
+    patterns: Sequence[Tensor] | None = None,
+    norm_scales: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Logits `[B, T, V]` of one pass in which every splice overwrites its sites.
 
     Args:
         splices: at least one, of the same tokens and the same model, by crosscoders without a site in common.
         patterns: attention patterns to hold; see `LanguageModel.run`.
+        norm_scales: scales of norms to hold; see `LanguageModel.run`.
     """
     hooks = {site: hook for splice in splices for site, hook in splice.hooks().items()}
-    return splices[0].language_model.run(splices[0].tokens_BT, hooks, patterns=patterns)
+    lm = splices[0].language_model
+    return lm.run(splices[0].tokens_BT, hooks, patterns=patterns, norm_scales=norm_scales)
 
 
 def check_together(crosscoders: Sequence[Crosscoder]) -> None:

@@ -1,0 +1,227 @@
+"""Interventions: exact in the frozen linear model, by hand where the last layer is changed, and while generating."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from replacement import Intervention, LocalReplacement, ReplacementModel, Site, UnknownFeatureError, Wiring, swap
+
+FROZEN = {"patterns": "frozen", "norms": "frozen"}
+
+
+def model_of(lm: Any, **options: Any) -> ReplacementModel:
+    """A replacement model with a random crosscoder."""
+    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options))
+
+
+def three_changes(local: LocalReplacement, wiring: Any) -> tuple[list[Intervention], Tensor]:
+    """One feature set, one scaled, one added to, in different layers; and all activations after that."""
+    activation_S = local.features.activation.clone()
+    interventions = []
+    groups = range(wiring.n_groups)
+    for how, group in zip(
+        ({"activation": 0.7}, {"scale": -1.5}, {"add": 0.4}), [*groups, *groups, *groups], strict=False
+    ):
+        number = int(torch.nonzero(local.features.group == group)[4 + 3 * len(interventions), 0])
+        place = {
+            "group": group,
+            "position": int(local.features.row[number]),
+            "index": int(local.features.index[number]),
+        }
+        interventions.append(Intervention(**place, **how))
+        multiple, constant = interventions[-1].terms
+        activation_S[number] = multiple * activation_S[number] + constant
+    return interventions, activation_S
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_logits_change_as_the_local_linear_model_says(language_model: Any, architecture: str, skip: bool) -> None:
+    lm = language_model(architecture, torch.float64)
+    model = model_of(lm, skip=skip)
+    local = model.localize(tiny.random_tokens())
+    interventions, activation_S = three_changes(local, model.crosscoder.wiring)
+    layers = range(lm.shape.n_layers)
+    for mlps in ("replaced", "own"):  # all are held: nobody computes them
+        found = model.intervene(tiny.random_tokens(), interventions, layers=layers, mlps=mlps, **FROZEN)
+        expected = lm.parts.soft_cap(local.logits(activation_S))
+        torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found.clean_logits, lm(tiny.random_tokens()), rtol=0, atol=1e-9)
+    assert float((found.logits - found.clean_logits).abs().max()) > 1e-2
+    live = model.intervene(tiny.random_tokens(), interventions, layers=layers)
+    assert float((live.logits - found.logits).abs().max()) > 1e-6  # norms and patterns do react
+
+
+def test_the_same_where_attention_has_features_too(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm))
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm), attention=attention)
+    local = model.localize(tiny.random_tokens())
+    interventions, activation_S = three_changes(local, model.crosscoder.wiring)
+    found = model.intervene(tiny.random_tokens(), interventions, layers=range(3), **FROZEN)
+    torch.testing.assert_close(found.logits, local.logits(activation_S), rtol=0, atol=1e-9)
+    assert found.attention_features is not None
+    assert local.attention is not None
+    head = local.attention.features
+    off = [
+        Intervention(group=2, position=int(row), index=int(index), scale=0.0, part="attention")
+        for group, row, index in zip(head.group, head.row, head.index, strict=True)
+        if group == 2
+    ]
+    vectors = {site: attention.decode_contribution(head.of(2), groups=[2])[site] for site in [Site(2, "attn_out")]}
+    expected = lm.run(tiny.random_tokens(), {site: lambda x, y=y: x - y for site, y in vectors.items()})
+    held = model.intervene(tiny.random_tokens(), off, layers=[0, 1], mlps="own")
+    torch.testing.assert_close(held.logits, lm(tiny.random_tokens()), rtol=0, atol=1e-9)  # writes behind the range only
+    found = model.intervene(tiny.random_tokens(), off, mlps="own")
+    torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-9)
+    assert found.attention_features is not None
+    assert not len(found.attention_features.of(2))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "neox"])
+def test_own_mlps_are_steered(language_model: Any, architecture: str) -> None:
+    """Hand-written: the decoder vectors times the change are added to the outputs, and everything reacts."""
+    lm = language_model(architecture, torch.float64)
+    model, tokens = model_of(lm), tiny.random_tokens()
+    first = model.localize(tokens).features.of(1).select(slice(12, 13))
+    position, index = int(first.row), int(first.index)
+    vectors = {
+        site: model.crosscoder.decoder(1, site)[index] * first.activation for site in model.crosscoder.wiring.writes[1]
+    }
+
+    def steer(layers: tuple[int, ...]) -> Tensor:
+        clean = lm.read(tokens, [Site(layer, "mlp_out") for layer in range(3)])
+
+        def hook(x: Tensor, site: Site) -> Tensor:
+            x = clean[site][None].clone() if site.layer in (held or ()) else x.clone()
+            if site in vectors and site.layer in layers:
+                x[0, position] += vectors[site]
+            return x
+
+        return lm.run(tokens, {site: (lambda x, site=site: hook(x, site)) for site in clean})
+
+    double = Intervention(group=1, position=position, index=index, scale=2.0)
+    for held, layers in ((None, (1, 2)), ([0, 1], (1,))):
+        found = model.intervene(tokens, [double], mlps="own", layers=held)
+        torch.testing.assert_close(found.logits, steer(layers), rtol=0, atol=1e-9)
+
+
+def test_propagated_with_errors_equals_the_replacement_model(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model, tokens = model_of(lm, undecomposed_positions=1), tiny.random_tokens()
+    on = [Intervention(group=0, position=4, index=3, activation=2.0)]
+    for errors in ("keep", "drop"):
+        for patterns in ("live", "frozen"):
+            found = model.intervene(tokens, on, errors=errors, patterns=patterns)
+            expected = model(tokens, interventions=on, errors=errors, patterns=patterns)
+            torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-11)
+            clean = model(tokens, errors=errors, patterns=patterns)
+            torch.testing.assert_close(found.clean_logits, clean, rtol=0, atol=1e-11)
+    at = (found.features.group == 0) & (found.features.row == 4) & (found.features.index == 3)
+    assert found.features.activation[at].tolist() == [2.0]
+
+
+def test_a_feature_can_be_changed_everywhere_also_while_generating(language_model: Any) -> None:
+    lm = language_model("llama", torch.float64)
+    model, tokens = model_of(lm, undecomposed_positions=1), tiny.random_tokens(6)
+    steer = [Intervention(group=1, position=None, index=7, add=3.0)]
+    found = model.intervene(tokens, steer, generate=3)
+    assert found.tokens.shape == (9,)
+    assert torch.equal(found.tokens[:6], tokens)
+    assert found.logits.shape == found.clean_logits.shape == (9, 97)
+    for length in range(6, 9):  # every new token is the best one of a single pass over those before
+        every = [Intervention(group=1, position=p, index=7, add=3.0) for p in range(1, length)]
+        single = model.intervene(found.tokens[:length], every)
+        assert int(single.logits[-1].argmax()) == int(found.tokens[length])
+        torch.testing.assert_close(found.logits[:length], single.logits, rtol=0, atol=1e-9)
+    changed = found.features.select((found.features.group == 1) & (found.features.index == 7))
+    assert changed.row.tolist() == list(range(1, 9))
+    plain = lm(tokens)
+    assert int(model.intervene(tokens, [], generate=1).tokens[-1]) == int(plain[-1].argmax())
+
+
+def test_swap_exchanges_activations(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model, tokens = model_of(lm), tiny.random_tokens()
+    features = model.localize(tokens).features
+    own = features.of(0)
+    first = (0, int(own.row[3]), int(own.index[3]))
+    second = (
+        2,
+        5,
+        next(i for i in range(48) if not ((features.group == 2) & (features.row == 5) & (features.index == i)).any()),
+    )
+    found = model.intervene(tokens, swap(features, first, second)).features
+    at_first = (found.group == 0) & (found.row == first[1]) & (found.index == first[2])
+    at_second = (found.group == 2) & (found.row == 5) & (found.index == second[2])
+    assert not at_first.any()
+    assert found.activation[at_second].tolist() == [float(own.activation[3])]
+
+
+def test_text_prompts_and_layers_without_a_crosscoder(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model = model_of(lm, wiring=Wiring.transcoder(lm, layer=1))
+    found = model.intervene("w5 w6 w7", [], layers=range(3), **FROZEN)
+    torch.testing.assert_close(found.logits, lm(lm.tokenize("w5 w6 w7")), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"group": 3}, "group 3: expected 0 to 2"),
+        ({"position": 10}, "position 10: expected 1 to 9"),
+        ({"position": 0}, "position 0: expected 1 to 9"),
+        ({"index": 48}, "index 48: expected 0 to 47"),
+    ],
+)
+def test_features_that_do_not_exist(language_model: Any, place: dict[str, int], message: str) -> None:
+    model = model_of(language_model("gpt2"), undecomposed_positions=1)
+    one = Intervention(**{"group": 0, "position": 2, "index": 1, **place}, activation=1.0)
+    for run in (model.intervene, lambda tokens, given: model(tokens, interventions=given)):
+        with pytest.raises(UnknownFeatureError, match=message):
+            run(tiny.random_tokens(), [one])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"errors": "add"}, "errors must be 'keep' or 'drop', got 'add'"),
+        ({"patterns": "held"}, "patterns must be 'live' or 'frozen', got 'held'"),
+        ({"norms": "held"}, "norms must be 'live' or 'frozen', got 'held'"),
+        ({"mlps": "none"}, "mlps must be 'replaced' or 'own', got 'none'"),
+        ({"layers": [1, 3]}, "layers holds 3: the model has layers 0 to 2"),
+        ({"generate": 23}, "generate must be 0 to 22 after 10 tokens, got 23"),
+        ({"interventions": [Intervention(group=0, position=1, index=1, scale=float("inf"))]}, "scales .* by inf"),
+        (
+            {
+                "interventions": [
+                    Intervention(group=0, position=1, index=1, scale=0.0),
+                    Intervention(group=0, position=None, index=1, add=1.0),
+                ]
+            },
+            "set the same feature",
+        ),
+        (
+            {"interventions": [Intervention(group=0, position=1, index=1, scale=0.0, part="attention")]},
+            "a feature of attention, which is not replaced",
+        ),
+    ],
+)
+def test_bad_options(language_model: Any, options: dict[str, Any], message: str) -> None:
+    model = model_of(language_model("gpt2"))
+    with pytest.raises(ValueError, match=message):
+        model.intervene(tiny.random_tokens(), options.pop("interventions", []), **options)
+
+
+def test_an_intervention_changes_a_feature_in_exactly_one_way() -> None:
+    with pytest.raises(ValueError, match="exactly one of activation, scale and add, got none"):
+        Intervention(group=0, position=0, index=0)
+    with pytest.raises(ValueError, match="exactly one of activation, scale and add, got activation, scale"):
+        Intervention(group=0, position=0, index=0, activation=1.0, scale=2.0)
+    with pytest.raises(ValueError, match="part of an intervention must be 'mlp' or 'attention', got 'heads'"):
+        Intervention(group=0, position=0, index=0, add=1.0, part="heads")
