@@ -1,4 +1,4 @@
-"""The `replacement` command: train a crosscoder, describe a checkpoint, measure the demo that ships with the project.
+"""The `replacement` command: train, describe and validate crosscoders, measure the demo.
 
 Every mistake of the user is one line `error: ...` on stderr and exit code 2. Models are imported by the verb that needs
 them.
@@ -90,6 +90,67 @@ def train(
     for name, value in _training_summary(facts).items():
         table.add_row(name, value)
     Console().print(table)
+
+
+@app.command()
+def validate(
+    *,
+    model: Annotated[str, typer.Option(help="`demo`, a hub name or a Hugging Face folder.")] = "demo",
+    crosscoder: Annotated[
+        str | None, typer.Option(help="`demo` or a checkpoint folder; the demo's for the demo.", show_default=False)
+    ] = None,
+    attention_crosscoder: Annotated[
+        str | None, typer.Option(help="A second one that replaces attention: `demo` or a checkpoint folder.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text files, a dataset, token ids or `demo`, not used in training.", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the data that are measured.")] = 32_768,
+    slices: Annotated[
+        list[str] | None,
+        typer.Option("--slice", metavar="NAME=DATA", help="More data, measured beside the whole; may be repeated."),
+    ] = None,
+    training_curve: Annotated[
+        Path | None, typer.Option(help="JSON of [compute, loss] pairs of the original's training.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per row; the data's own by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    controls: Annotated[bool, typer.Option(help="Measure what the crosscoder has to beat.")] = True,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a page, plots, tables and facts.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far a replacement model can be trusted: reconstruction, protocols, slices, controls."""
+    from replacement.validation.command import Request, validate_with_bar
+    from replacement.validation.command import show as show_tables
+    from replacement.validation.report import check_folder, write_report
+
+    if report is not None:
+        check_folder(report)
+    facts = validate_with_bar(
+        Request(
+            model=model,
+            crosscoder=crosscoder,
+            attention_crosscoder=attention_crosscoder,
+            data=data,
+            n_tokens=tokens,
+            slices=slices or [],
+            training_curve=training_curve,
+            context=context,
+            dtype=dtype,
+            device=device,
+            controls=controls,
+        )
+    )
+    if report is not None:
+        write_report(facts, report)
+    if as_json:
+        typer.echo(json.dumps(facts, allow_nan=False))
+    else:
+        show_tables(facts, Console())
 
 
 @app.command()

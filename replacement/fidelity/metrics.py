@@ -127,6 +127,18 @@ class VarianceUnexplained:
         self._error += float((target_BD - reconstruction_BD).square().sum())
         return self
 
+    @property
+    def error(self) -> float:
+        """`sum_b ||y - y_hat||^2` so far."""
+        return self._error
+
+    @property
+    def variance(self) -> float:
+        """`sum_b ||y - mean_b y||^2` so far; 0 before the first row."""
+        if self._shift_D is None:
+            return 0.0
+        return max(0.0, self._squares - float(self._sum_D.square().sum()) / self._n_rows)
+
     def value(self) -> float:
         """The fraction over everything seen.
 
@@ -135,10 +147,9 @@ class VarianceUnexplained:
         """
         if self._shift_D is None:
             raise ValueError("the fraction of variance unexplained needs at least one row, got none")
-        variance = self._squares - float(self._sum_D.square().sum()) / self._n_rows
-        if not variance > 0:
+        if not self.variance > 0:
             raise ValueError("the target does not vary over the rows: its unexplained variance is not defined")
-        return self._error / variance
+        return self._error / self.variance
 
 
 class Mean:

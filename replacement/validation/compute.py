@@ -1,0 +1,66 @@
+"""Compute-equivalent: how much of the original's training compute a model as good as the replacement would have taken.
+
+The loss of a replacement says little by itself. A training curve of the original, or smaller models of one family, turn it
+into compute: the smallest amount whose loss is no larger than the original's final loss plus the replacement's increase
+(Gao et al. 2024, "Scaling and evaluating sparse autoencoders", and Templeton et al. report it so). Between two points the
+loss is taken to be linear in the logarithm of compute.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def read_curve(path: str | Path) -> list[tuple[float, float]]:
+    """(compute, loss) pairs of a JSON file, by rising compute; any unit of compute, as long as it is one.
+
+    The file holds a list of pairs, or an object with such a list under `curve`.
+
+    Raises:
+        ValueError: names the file: missing, not JSON, fewer than two points, or one that is not two finite numbers with
+            compute above 0.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: expected a JSON file of [compute, loss] pairs")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    points = value.get("curve") if isinstance(value, dict) else value
+    if not isinstance(points, list) or len(points) < 2:
+        raise ValueError(
+            f"{path}: expected a list of at least two [compute, loss] pairs, or an object with one as 'curve'"
+        )
+    for number, point in enumerate(points):
+        numbers = isinstance(point, list) and len(point) == 2 and all(type(x) in (int, float) for x in point)
+        if not numbers or not all(map(math.isfinite, point)) or point[0] <= 0:
+            raise ValueError(f"{path}, point {number}: expected [compute above 0, loss], got {json.dumps(point)}")
+    return sorted((float(compute), float(loss)) for compute, loss in points)
+
+
+def compute_equivalent(curve: list[tuple[float, float]], increase: float) -> dict[str, Any]:
+    """The fraction of the curve's compute at which its loss first is within `increase` of its last.
+
+    Arguments:
+        curve: (compute, loss) pairs by rising compute, at least two; its last loss stands for the original's, so that a
+            curve measured on other held-out text is as good.
+        increase: of the replacement's cross-entropy over the original's, nats; below 0 counts as 0.
+
+    Returns:
+        `fraction`; None where even the first point is better than the replacement (`below_curve` is true then).
+    """
+    final_compute, final_loss = curve[-1]
+    target = final_loss + max(0.0, increase)
+    facts = {"target_loss": target, "final_loss": final_loss, "final_compute": final_compute, "below_curve": False}
+    for (compute, loss), (next_compute, next_loss) in zip([(0.0, math.inf), *curve], curve, strict=False):
+        if next_loss <= target:
+            if compute == 0:
+                return facts | {"fraction": None, "compute": None, "below_curve": True}
+            share = (loss - target) / (loss - next_loss)
+            reached = compute * (next_compute / compute) ** share
+            return facts | {"fraction": reached / final_compute, "compute": reached}
+    raise AssertionError("the last point has the target loss or less")

@@ -1,0 +1,47 @@
+"""How numbers of a report are written, in the terminal and on the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MISSING = "–"
+
+
+def nats(value: float | None) -> str:
+    """KL and losses: four decimals, or two digits where that would say 0."""
+    if value is None:
+        return MISSING
+    return f"{value:.4f}" if abs(value) >= 5e-5 or value == 0 else f"{value:.1e}"
+
+
+def signed(value: float | None) -> str:
+    """A difference, in nats."""
+    return MISSING if value is None else f"{value:+.4f}"
+
+
+def share(value: float | None) -> str:
+    """A fraction, four decimals."""
+    return MISSING if value is None else f"{value:.4f}"
+
+
+def count(value: float | None) -> str:
+    """A number of things."""
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def one_decimal(value: float | None) -> str:
+    """A mean number of things."""
+    return MISSING if value is None else f"{value:,.1f}"
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage."""
+    return MISSING if value is None else f"{100 * value:.1f} %"
+
+
+def visible(text: Any) -> str:
+    """A token as it can be shown: white space and control characters made visible, nothing else changed."""
+    if text is None:
+        return MISSING
+    shown = str(text).replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in shown)

@@ -1,0 +1,177 @@
+"""The plots of a validation, light and plain; each is a function of the facts that returns a figure, or None without data."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from replacement.validation.numbers import nats, percent
+from replacement.validation.protocols import CLEAN, PROPAGATED
+
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "figure.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "validation",
+}
+BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#9aa5b1"
+_LOWEST_KL = 1e-8
+_DPI = 170
+
+Facts = dict[str, Any]
+
+
+def plots(facts: Facts) -> dict[str, Figure]:
+    """Every plot that has data, by name."""
+    made: dict[str, Callable[[Facts], Figure | None]] = {
+        "layers": _layers,
+        "protocols": _protocols,
+        "slices": _slices,
+        "controls": _controls,
+        "compute": _compute,
+    }
+    with matplotlib.rc_context(STYLE):
+        figures = {name: make(facts) for name, make in made.items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def as_svg(figure: Figure) -> bytes:
+    """An SVG file, the same for the same figure."""
+    with matplotlib.rc_context(STYLE):
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def as_png(figure: Figure) -> bytes:
+    """A PNG file."""
+    with matplotlib.rc_context(STYLE):
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=_DPI)
+    return file.getvalue()
+
+
+def as_data_uri(svg: bytes) -> str:
+    """An address that holds the picture itself."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+
+
+def _layers(facts: Facts) -> Figure:
+    """Unexplained variance of every site; KL of each layer alone and of the first k together."""
+    figure = Figure(figsize=(8.6, 3.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sites = facts["reconstruction"]["sites"]
+    left.bar([row["site"] for row in sites], [row["unexplained"] or 0 for row in sites], color=BLUE, width=0.6)
+    left.set_title("variance unexplained", loc="left", fontsize=9.5)
+    left.tick_params(axis="x", rotation=30 if len(sites) > 4 else 0)
+    left.grid(axis="x", visible=False)
+    reached = facts["summary"]["first_layers"]
+    right.plot([row["layers"] for row in reached], [row["kl"] for row in reached], "-o", color=BLUE, ms=4)
+    alone = [(site["layer"] + 1, facts["protocols"][f"single {site['site']}"]["kl"]["mean"]) for site in sites]
+    right.plot(*zip(*alone, strict=True), "s", color=ORANGE, ms=4)
+    last, single = reached[-1], max(alone)
+    _label(right, last["layers"], last["kl"], "first layers together", BLUE, above=True)
+    _label(right, *single, "each layer alone", ORANGE, above=False)
+    right.set_title("KL, nats", loc="left", fontsize=9.5)
+    right.set_xlabel("layers replaced, or number of the layer")
+    right.set_xticks(sorted({row["layers"] for row in reached}))
+    right.set_ylim(bottom=0)
+    right.margins(x=0.06, y=0.25)
+    return figure
+
+
+def _label(axes: Axes, x: float, y: float, text: str, colour: str, *, above: bool) -> None:
+    offset, anchor = ((0, 7), "bottom") if above else ((0, -7), "top")
+    axes.annotate(text, (x, y), offset, textcoords="offset points", color=colour, ha="right", va=anchor, fontsize=8.5)
+
+
+def _protocols(facts: Facts) -> Figure:
+    """Median to 99th percentile and maximum of KL, for every way of replacing that is not an ablation."""
+    rows = [
+        (name, own["kl"]) for name, own in facts["protocols"].items() if name not in ("zero", "mean", "errors kept")
+    ]
+    figure = Figure(figsize=(8.6, 0.8 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, kl) in enumerate(reversed(rows)):
+        low, p95, p99, top = (max(kl[key] or 0, _LOWEST_KL) for key in ("median", "p95", "p99", "max"))
+        colour = BLUE if name in (CLEAN, PROPAGATED) else GREY
+        axes.plot([low, p99], [place, place], color=colour, lw=2)
+        axes.plot([low, p95, p99], [place] * 3, "|", color=colour, ms=9, mew=2)
+        axes.plot(max(kl["mean"] or 0, _LOWEST_KL), place, "o", color=colour, ms=5)
+        axes.plot(top, place, "x", color=colour, ms=5)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    axes.set_xlabel("KL per token, nats:  | median, p95, p99   ● mean   × maximum")
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _slices(facts: Facts) -> Figure | None:
+    rows = [(row["name"], row["kl"]["mean"]) for row in facts["slices"]]
+    figure = _bars(rows, "mean KL, nats, errors propagating")
+    if figure is not None:
+        figure.axes[0].axvline(max(rows[0][1] or 0, _LOWEST_KL), color="#555555", lw=0.8, ls=":")
+    return figure
+
+
+def _controls(facts: Facts) -> Figure | None:
+    return _bars([(row["name"], row["kl"]) for row in facts["controls"]], "mean KL, nats, as many active features")
+
+
+def _bars(rows: list[tuple[str, float | None]], title: str) -> Figure | None:
+    """Horizontal bars on a logarithmic axis, the first of them in colour."""
+    if not rows:
+        return None
+    figure = Figure(figsize=(8.6, 0.75 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    values = [max(value or 0, _LOWEST_KL) for _, value in rows]
+    colours = [BLUE] + [GREY] * (len(rows) - 1)
+    bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
+    axes.bar_label(bars, [nats(value) for _, value in rows], padding=4, fontsize=8.5)
+    axes.set_yticks(range(len(rows)), [_plain(name) for name, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / 2, max(values) * 3)
+    axes.set_title(title, loc="left", fontsize=9.5)
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _compute(facts: Facts) -> Figure | None:
+    found = facts["compute_equivalent"]
+    if found is None:
+        return None
+    figure = Figure(figsize=(8.6, 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*found["curve"], strict=True), "-o", color=GREY, ms=3)
+    axes.axhline(found["target_loss"], color=BLUE, lw=1.2)
+    if found["compute"] is not None:
+        axes.plot(found["compute"], found["target_loss"], "o", color=BLUE, ms=6)
+        text = f"replacement: {percent(found['fraction'])} of the compute"
+        _label(axes, found["compute"], found["target_loss"], text, BLUE, above=True)
+    axes.set_xscale("log")
+    axes.set_xlabel("training compute of the original")
+    axes.set_title("cross-entropy, nats", loc="left", fontsize=9.5)
+    return figure
+
+
+def _plain(text: str) -> str:
+    """A name as it stands: no dollar sign starts a formula."""
+    return text.replace("$", r"\$")

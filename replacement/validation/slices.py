@@ -1,0 +1,144 @@
+"""The token rows a replacement is measured on: a stream, the demo's behaviours, one template, shuffled words.
+
+B rows of one pass, T tokens per row. A slice yields its batches afresh at every iteration and never holds more than a few.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from replacement.language_model import LanguageModel
+from replacement.training.build import special_ids
+from replacement.training.token_sources import DEMO_HELD_OUT_SEED, DemoRows, TokenSource
+
+DEMO_ROWS_PER_SEED = 512
+LOGITS_PER_PASS = 2**23
+"""Logits of one pass, 64 MiB in float64; a few such tensors exist at a time."""
+MAX_ROWS_PER_PASS = 64
+_SHUFFLE_SEED = 0
+
+
+class Batch(NamedTuple):
+    """Rows of one length."""
+
+    tokens_BT: Int[Tensor, "B T"]
+    keep_BT: Bool[Tensor, "B T"] | None
+    """Tokens that may be replaced; None for all."""
+    asked_BT: Bool[Tensor, "B T"] | None
+    """Tokens that are measured, of those replaced; None for all."""
+    answers: Sequence[Sequence[int]] | None = None
+    """For every row, the token ids that are right after its one measured token; None where only the next token is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A named part of what a model may be asked."""
+
+    name: str
+    about: str
+    """One line: what the rows are and which of their tokens count."""
+    batches: Callable[[], Iterable[Batch]]
+    """Starts the batches afresh."""
+    n_tokens: int
+    """About how many tokens an iteration runs, for a progress bar."""
+
+
+def rows_per_pass(lm: LanguageModel, context: int) -> int:
+    """Rows of one pass, few enough for their logits to stay small."""
+    return max(1, min(MAX_ROWS_PER_PASS, LOGITS_PER_PASS // (context * lm.vocabulary_size)))
+
+
+def stream(name: str, about: str, source: TokenSource, lm: LanguageModel, *, n_tokens: int) -> Slice:
+    """The first tokens of a source, every one measured; rows of the demo are drawn from its held-out stream.
+
+    Special tokens after a row's first keep their own output and are not measured, as in training: they separate documents.
+    """
+    size, special = rows_per_pass(lm, source.context), torch.tensor(sorted(special_ids(lm)))
+    n_rows = max(1, n_tokens // source.context)
+
+    def batches() -> Iterator[Batch]:
+        left = n_rows
+        for rows_RT in _held_out_rows(source, lm):
+            for tokens_BT in rows_RT[:left].split(size):
+                keep_BT = ~torch.isin(tokens_BT, special)
+                keep_BT[:, 0] = True
+                yield Batch(tokens_BT, None if bool(keep_BT.all()) else keep_BT, None)
+            left -= len(rows_RT)
+            if left <= 0:
+                return
+
+    rows = n_rows if source.n_rows is None else min(n_rows, source.n_rows)
+    return Slice(name=name, about=about, batches=batches, n_tokens=rows * source.context)
+
+
+def shuffled(whole: Slice) -> Slice:
+    """The same tokens in random order within each row, the first left in place: text without grammar or facts."""
+
+    def batches() -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(_SHUFFLE_SEED)
+        for batch in whole.batches():
+            order_BT = torch.rand(batch.tokens_BT.shape, generator=generator)
+            order_BT[:, 0] = -1
+            order_BT = order_BT.argsort(dim=1)
+            keep_BT = None if batch.keep_BT is None else batch.keep_BT.gather(1, order_BT)
+            yield Batch(batch.tokens_BT.gather(1, order_BT), keep_BT, None)
+
+    about = "tokens of the whole in random order within each row"
+    return Slice(name="shuffled words", about=about, batches=batches, n_tokens=whole.n_tokens)
+
+
+def demo_slices(lm: LanguageModel, *, n_probes: int) -> list[Slice]:
+    """The demo's behaviours, each on at most `n_probes` held-out probes, and one template with every city in it."""
+    from replacement.demo.corpus import behaviours, cities_of, states, two_hop_probe
+
+    slices = []
+    for behaviour in behaviours():
+        asked = [(probe.prompt, probe.answers) for probe in behaviour.probes[:n_probes]]
+        slices.append(
+            _prompts(behaviour.name, f"held-out probes, at the answer: {behaviour.description}", asked, lm, answer=True)
+        )
+    probes = [two_hop_probe(city) for state in states() for city in cities_of(state)]
+    asked = [(probe.prompt, probe.answers) for probe in probes]
+    narrow = "every token of one template: " + probes[0].prompt.replace(cities_of(states()[0])[0], "...")
+    slices.append(_prompts("one template", narrow, asked, lm, answer=False))
+    return slices
+
+
+def _prompts(
+    name: str, about: str, asked: Sequence[tuple[str, tuple[str, ...]]], lm: LanguageModel, *, answer: bool
+) -> Slice:
+    """Prompts followed by their first answer, in batches of one length; measured at the answer, or everywhere before it."""
+    by_length: dict[int, list[tuple[list[int], list[int]]]] = {}
+    for prompt, answers in asked:
+        ids = lm.tokenize(prompt).tolist()
+        right = [int(lm.tokenizer.convert_tokens_to_ids(one)) for one in answers]
+        by_length.setdefault(len(ids), []).append((ids, right))
+    parts: list[Batch] = []
+    for length, rows in sorted(by_length.items()):
+        size = rows_per_pass(lm, length + 1)
+        for some in (rows[first : first + size] for first in range(0, len(rows), size)):
+            tokens_BT = torch.tensor([[*ids, right[0]] for ids, right in some])
+            asked_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+            asked_BT[:, length - 1 if answer else 0 : length] = True
+            parts.append(Batch(tokens_BT, None, asked_BT, [right for _, right in some] if answer else None))
+    n_tokens = sum(part.tokens_BT.numel() for part in parts)
+    return Slice(name=name, about=about, batches=lambda: parts, n_tokens=n_tokens)
+
+
+def _held_out_rows(source: TokenSource, lm: LanguageModel) -> Iterator[Tensor]:
+    """Rows of a source, some at a time: its first ones, or for the demo's corpus rows that no training drew."""
+    if isinstance(source, DemoRows):
+        from replacement.demo.corpus import held_out_rows
+
+        for seed in itertools.count(DEMO_HELD_OUT_SEED):
+            rows = held_out_rows(lm.tokenizer, n_rows=DEMO_ROWS_PER_SEED, context=source.context, seed=seed)
+            yield torch.from_numpy(rows)
+    else:
+        yield from source.one_pass()
