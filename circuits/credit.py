@@ -53,8 +53,8 @@ class Credit:
     """The rule that was used, one of `RULES`."""
 
 
-def activation(h: np.ndarray | float, threshold: float) -> np.ndarray:
-    """f(h) = h where h > threshold, else 0, in float64 (ReLU: threshold 0)."""
+def activation(h: np.ndarray | float, threshold: np.ndarray | float) -> np.ndarray:
+    """f(h) = h where h > threshold, else 0, in float64 (ReLU: threshold 0); arrays go element by element."""
     h = np.asarray(h, dtype=np.float64)
     return np.where(h > threshold, h, 0.0)
 

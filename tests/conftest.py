@@ -12,6 +12,8 @@ import torch
 
 jaxtyping.install_import_hook(["replacement", "circuits"], "beartype.beartype")
 
+torch.set_num_threads(1)  # the suite runs in several processes; more threads than cores are slower than one
+
 ModelFactory = Callable[..., "object"]
 
 

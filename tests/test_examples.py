@@ -74,10 +74,11 @@ def test_the_complete_replacement_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr("sys.argv", ["complete_replacement.py", "--rows", "16"])
+    monkeypatch.setattr("sys.argv", ["complete_replacement.py", "--rows", "16", "--prompts", "1"])
     example = importlib.import_module("complete_replacement")
     example.main()
-    header, *lines = capsys.readouterr().out.splitlines()
+    fidelity, graphs = capsys.readouterr().out.split("\n\n")
+    header, *lines = fidelity.splitlines()
     assert {len(line) for line in lines} == {len(header)}
     assert [line.split()[0] for line in lines] == ["MLPs", "attention", "both"]
     columns = list(zip(*(line.split()[1:] for line in lines), strict=True))
@@ -85,3 +86,63 @@ def test_the_complete_replacement_is_measured(
     assert unexplained[2] == pytest.approx((unexplained[0] + unexplained[1]) / 2, abs=2e-4)  # as many sites of each
     assert active[2] == pytest.approx(active[0] + active[1], abs=0.2)
     assert 0 < max(divergence[:2]) < divergence[2] < 0.05
+    facts = {
+        line[:26].strip(): [float(cell.replace(",", "")) for cell in line[26:].split()]
+        for line in graphs.splitlines()[1:]
+    }
+    assert all(0.5 < value < 1 for value in facts["replacement"] + facts["completeness"])
+    assert facts["average path length"][0] < facts["average path length"][1], "a move between positions is a node"
+    assert max(facts["identity error, largest"]) < 1e-4
+
+
+def test_the_induction_head_is_named_and_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a few held-out prompts: circuits name the head that the behaviour dies without."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("induction_heads")
+    model, probes = replacement.load("demo"), example.induction_probes(40)
+    with torch.no_grad():
+        shares = example.carrying_heads(model, probes[:4])
+        (first, second, *others) = shares
+        assert shares[first] > 2 * shares[second]
+        lm, means = model.language_model, example.mean_outputs(model.language_model, probes)
+        answers = {
+            head: example._right(example.without_heads(lm, [head], means), lm, probes) for head in (first, others[-1])
+        }
+        example.print_pairs(model, probes[0], first, n=3)
+    assert answers[first] < 0.1
+    assert answers[others[-1]] > 0.9
+    shown = capsys.readouterr().out
+    assert probes[0].answers[0] in shown
+    assert shown.count(" x ") == 4
+
+
+def test_heads_that_move_the_state(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Taking away what the named heads bring makes the state's features fall about as predicted, and the answer go."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example, two_hop = importlib.import_module("two_hop_heads"), importlib.import_module("two_hop")
+    monkeypatch.setattr(two_hop, "states", lambda: ("Texas", "Ohio", "Nevada", "Oregon", "Georgia"))
+    model = replacement.load("demo")
+    with torch.no_grad():
+        questions = example.read_questions(model, ["Dallas"])
+        ranking = list(example.ranked_heads(questions))
+        found = example.drop(model, questions[0], ranking[:4])
+        nothing = example.drop(model, questions[0], [])
+    assert not found.right
+    assert nothing.right
+    assert abs(nothing.features[:, 1:]).max() < 1e-3
+    assert found.features[:, 1].sum() == pytest.approx(found.features[:, 2].sum(), rel=0.5)
+
+
+def test_credit_rules_keep_the_order_of_heads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr("sys.argv", ["head_credit.py", "--prompts", "1", "--features", "1"])
+    with torch.no_grad():
+        importlib.import_module("head_credit").main()
+    table = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in table[2:6]}
+    assert all(rows[rule][3] == "0" for rule in ("gate", "path", "shapley"))
+    assert float(rows["path"][2]) == float(rows["shapley"][2]) == 0
