@@ -62,7 +62,7 @@ def measure_hops(truth: GroundTruth, variables: Variables, trained: Trained, *, 
     identified = {least: identify(trained, variables, least=least) for least in (STRICT, LOOSE)}
     layer_of, _ = gate_edges(truth.program)
     scores, hops, any_of_layer = EdgeScores(truth), {least: [] for least in identified}, []
-    for number in range(n_prompts):
+    for number in range(min(n_prompts, len(truth.prompts))):
         graph = trace(model, torch.tensor(truth.prompts[number]), targets=truth.logit_targets(number), coverage=1.0)
         targets = [next(iter(truth.program.outputs[plus])) for plus, _ in truth.targets[number]]
         any_of_layer.append(hop(graph, graph.nodes.mask(NodeKind.FEATURE) & (graph.nodes.layer == MIDDLE_LAYER)))

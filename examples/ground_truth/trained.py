@@ -31,13 +31,12 @@ class Activations:
 
     @classmethod
     def of(cls, truth: GroundTruth, wiring: Wiring) -> Activations:
-        """One forward pass over the whole vocabulary."""
-        lm = truth.language_model
-        assert truth.token_probability_V is not None, "sequences have no table of activations"
+        """One forward pass over the whole vocabulary; see `token_probability`."""
+        lm, probability_V = truth.language_model, token_probability(truth)
         sites = {*wiring.read_sites, *wiring.write_sites}
         with torch.no_grad():
             read = lm.read(torch.arange(lm.vocabulary_size)[:, None], sites)
-        return cls({site: x[:, 0] for site, x in read.items()}, truth.token_probability_V)
+        return cls({site: x[:, 0] for site, x in read.items()}, probability_V)
 
     def batches(self, seed: int) -> Iterator[dict[Site, Tensor]]:
         """Tokens drawn by their probabilities, without end."""
@@ -57,6 +56,17 @@ class Trained:
     unexplained: float
     """Fraction of the MLP outputs' variance that is not explained, mean over layers."""
     activations_GVF: Tensor
+
+
+def token_probability(truth: GroundTruth) -> Tensor:
+    """How often each token occurs.
+
+    Raises:
+        ValueError: the model reads sequences, whose tokens do not stand alone.
+    """
+    if truth.token_probability_V is None:
+        raise ValueError(f"expected a network whose tokens stand alone (two-hop, and-or), got {truth.name}")
+    return truth.token_probability_V
 
 
 def train_dictionary(
@@ -118,8 +128,8 @@ class Variables:
 
     @classmethod
     def of(cls, truth: GroundTruth) -> Variables:
-        """Run the true program on every token."""
-        assert truth.token_probability_V is not None, "sequences have no table of variables"
+        """Run the true program on every token; see `token_probability`."""
+        probability_V = token_probability(truth)
         names: list[str] = []
         layers: list[int] = []
         columns: list[list[float]] = []
@@ -135,7 +145,7 @@ class Variables:
                     node = Node(NodeKind.FEATURE, number, 0, index)
                     columns.append([one.activations.get(node, 0.0) for one in runs])
             layers += [number] * (len(names) - len(layers))
-        return cls(names, layers, torch.tensor(columns).T, truth.token_probability_V)
+        return cls(names, layers, torch.tensor(columns).T, probability_V)
 
 
 def identify(trained: Trained, variables: Variables, *, least: float) -> list[list[str]]:

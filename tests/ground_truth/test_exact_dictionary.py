@@ -174,3 +174,12 @@ def test_candidates_hold_every_pair_in_causal_order() -> None:
     at_0, at_1 = (2) + (2 + 2), (4) + (4 + 4)
     assert len(candidate_edges(true, (word, other), 2)) == at_0 + at_1 + (4 + 4 + 4)
     assert len(true.edges) == 2 + 2 + 1
+
+
+def test_edges_that_cannot_exist_are_refused() -> None:
+    """A graph of another prompt has nodes that this prompt does not."""
+    truth, model = built("token-copy", None)
+    _, graphs = traced(truth, model, 0)
+    true = run(truth.program, truth.prompts[1], truth.targets[1])
+    with pytest.raises(ValueError, match="edges among the candidates only"):
+        compare(graphs, true, truth.prompts[1], 2)

@@ -11,7 +11,7 @@ import torch
 from compiled import exact_crosscoder, random_rotation
 from hop_fidelity import measure_hops
 from hops import EdgeScores, Hop, gate_edges, hop, node_variables
-from models import GroundTruth, and_or, two_hop
+from models import GroundTruth, and_or, token_copy, two_hop
 from program import run
 from recovery import auroc
 from trained import Activations, Variables, correlations, identify, measure, train_dictionary
@@ -68,7 +68,7 @@ def test_the_exact_dictionary_takes_every_hop(build: Callable[[], GroundTruth]) 
     truth = build()
     exact = measure(truth.crosscoder, Activations.of(truth, truth.crosscoder.wiring))
     assert exact.unexplained < 1e-10
-    row = measure_hops(truth, Variables.of(truth), exact, n_prompts=min(15, len(truth.prompts)))
+    row = measure_hops(truth, Variables.of(truth), exact, n_prompts=15)
     assert row.found == 1.0
     assert row.auroc == 1.0
     for one in (row.strict, row.loose):
@@ -174,3 +174,11 @@ def test_training_is_repeatable_and_learns(wiring: str) -> None:
     assert first.l0 > 0
     assert first.crosscoder.wiring == getattr(Wiring, wiring)(truth.language_model)
     assert {len(group) for group in identify(first, Variables.of(truth), least=0.8)} == {16}
+
+
+def test_sequences_have_no_table_of_tokens() -> None:
+    truth = token_copy(n_words=10, context=8)
+    with pytest.raises(ValueError, match=r"stand alone \(two-hop, and-or\), got token-copy"):
+        Activations.of(truth, truth.crosscoder.wiring)
+    with pytest.raises(ValueError, match="got token-copy"):
+        Variables.of(truth)
