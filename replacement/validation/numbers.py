@@ -7,34 +7,34 @@ from typing import Any
 MISSING = "–"
 
 
-def nats(value: float | None) -> str:
+def nats(value: int | float | None) -> str:
     """KL and losses: four decimals, or two digits where that would say 0."""
     if value is None:
         return MISSING
     return f"{value:.4f}" if abs(value) >= 5e-5 or value == 0 else f"{value:.1e}"
 
 
-def signed(value: float | None) -> str:
+def signed(value: int | float | None) -> str:
     """A difference, in nats."""
     return MISSING if value is None else f"{value:+.4f}"
 
 
-def share(value: float | None) -> str:
+def share(value: int | float | None) -> str:
     """A fraction, four decimals."""
     return MISSING if value is None else f"{value:.4f}"
 
 
-def count(value: float | None) -> str:
+def count(value: int | float | None) -> str:
     """A number of things."""
     return MISSING if value is None else f"{value:,.0f}"
 
 
-def one_decimal(value: float | None) -> str:
+def one_decimal(value: int | float | None) -> str:
     """A mean number of things."""
     return MISSING if value is None else f"{value:,.1f}"
 
 
-def percent(value: float | None) -> str:
+def percent(value: int | float | None) -> str:
     """A fraction as a percentage."""
     return MISSING if value is None else f"{100 * value:.1f} %"
 

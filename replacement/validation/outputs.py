@@ -22,6 +22,9 @@ QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 UNSURE_BELOW = 0.8
 """Agreement is also counted where the original is right with less probability than this: its easy tokens say little."""
 
+_IMPOSSIBLE = 1e300
+"""A larger KL comes from a token that was ruled out, with the lowest number in place of its logit."""
+
 
 class Original(NamedTuple):
     """The original model's output at the measured tokens of one pass."""
@@ -78,6 +81,7 @@ def compare(original: Original, logits_BTV: Tensor) -> Compared:
     z_KV = logits_BTV[original.asked_BT].double().clamp(min=torch.finfo(torch.float64).min)
     log_sum_K = z_KV.logsumexp(dim=-1)
     kl_K = original.negative_entropy_K - torch.einsum("kv,kv->k", original.p_KV, z_KV) + log_sum_K
+    kl_K = kl_K.masked_fill(kl_K > _IMPOSSIBLE, torch.inf)
     loss_K = log_sum_K - z_KV.gather(1, original.next_K.clamp(min=0)[:, None])[:, 0]
     return Compared(kl_K, loss_K.where(original.next_K >= 0, torch.nan), z_KV.argmax(dim=-1))
 

@@ -97,7 +97,7 @@ def _layers(facts: Facts) -> Figure:
     return figure
 
 
-def _label(axes: Axes, x: float, y: float, text: str, colour: str, *, above: bool) -> None:
+def _label(axes: Axes, x: int | float, y: int | float, text: str, colour: str, *, above: bool) -> None:
     offset, anchor = ((0, 7), "bottom") if above else ((0, -7), "top")
     axes.annotate(text, (x, y), offset, textcoords="offset points", color=colour, ha="right", va=anchor, fontsize=8.5)
 
@@ -135,7 +135,7 @@ def _controls(facts: Facts) -> Figure | None:
     return _bars([(row["name"], row["kl"]) for row in facts["controls"]], "mean KL, nats, as many active features")
 
 
-def _bars(rows: list[tuple[str, float | None]], title: str) -> Figure | None:
+def _bars(rows: list[tuple[str, int | float | None]], title: str) -> Figure | None:
     """Horizontal bars on a logarithmic axis, the first of them in colour."""
     if not rows:
         return None

@@ -23,6 +23,7 @@ LOGITS_PER_PASS = 2**23
 """Logits of one pass, 64 MiB in float64; a few such tensors exist at a time."""
 MAX_ROWS_PER_PASS = 64
 _SHUFFLE_SEED = 0
+_PROMPTS_PER_PROBE = 5
 
 
 class Batch(NamedTuple):
@@ -95,7 +96,7 @@ def shuffled(whole: Slice) -> Slice:
 
 
 def demo_slices(lm: LanguageModel, *, n_probes: int) -> list[Slice]:
-    """The demo's behaviours, each on at most `n_probes` held-out probes, and one template with every city in it."""
+    """The demo's behaviours, each on at most `n_probes` held-out probes, and one template with more cities in it."""
     from replacement.demo.corpus import behaviours, cities_of, states, two_hop_probe
 
     slices = []
@@ -105,7 +106,7 @@ def demo_slices(lm: LanguageModel, *, n_probes: int) -> list[Slice]:
             _prompts(behaviour.name, f"held-out probes, at the answer: {behaviour.description}", asked, lm, answer=True)
         )
     probes = [two_hop_probe(city) for state in states() for city in cities_of(state)]
-    asked = [(probe.prompt, probe.answers) for probe in probes]
+    asked = [(probe.prompt, probe.answers) for probe in probes[:: -(-len(probes) // (_PROMPTS_PER_PROBE * n_probes))]]
     narrow = "every token of one template: " + probes[0].prompt.replace(cities_of(states()[0])[0], "...")
     slices.append(_prompts("one template", narrow, asked, lm, answer=False))
     return slices

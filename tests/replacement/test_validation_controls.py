@@ -1,0 +1,168 @@
+"""Controls and compute-equivalent: greedy codes by hand, models of random weights, curves with known answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from replacement import ReplacementModel, Site, TopK, Wiring
+from replacement.validation import compute_equivalent, read_curve
+from replacement.validation.controls import (
+    Neurons,
+    RandomDictionary,
+    ThresholdedNeurons,
+    matched,
+    matching_pursuit,
+    measure_controls,
+    random_weights,
+)
+from replacement.validation.measure import site_means
+from replacement.validation.protocols import Run
+from replacement.validation.slices import Batch, Slice
+
+
+def tokens() -> torch.Tensor:
+    """Random prompts."""
+    return torch.stack([tiny.random_tokens(length=8, seed=seed) for seed in range(4)])
+
+
+def part() -> Slice:
+    """The prompts as a slice."""
+    return Slice(name="rows", about="", batches=lambda: [Batch(tokens(), None, None)], n_tokens=32)
+
+
+def test_matching_pursuit_takes_the_largest_products_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y_ND = torch.randn(200, 6, generator=generator)
+    w_FD = torch.nn.functional.normalize(torch.randn(40, 6, generator=generator), dim=1)
+    for y_D, code_D in zip(y_ND, matching_pursuit(y_ND, w_FD, 3), strict=True):
+        left_D = y_D.clone()
+        for _ in range(3):
+            product_F = w_FD @ left_D
+            left_D -= product_F.max().clamp(min=0) * w_FD[product_F.argmax()]
+        torch.testing.assert_close(code_D, y_D - left_D, atol=1e-5, rtol=1e-4)
+
+
+def test_an_orthonormal_dictionary_is_exact_where_coefficients_are_positive() -> None:
+    y_ND = torch.rand(9, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(matching_pursuit(y_ND, torch.eye(5), 5), y_ND)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "native"])
+def test_all_neurons_are_the_model_and_none_but_one_is_not(language_model: Any, architecture: str) -> None:
+    lm = language_model(architecture, torch.float64)
+    crosscoder = tiny.crosscoder_for(lm, wiring=Wiring.per_layer(lm, read="mlp_in"))
+    run = Run(lm, [crosscoder], Batch(tokens(), None, None))
+    sites = crosscoder.wiring.write_sites
+    width = len(Neurons(lm, [0]).norms[0])
+    everything = ThresholdedNeurons(lm, dict.fromkeys(sites, width))
+    torch.testing.assert_close(everything.logits(run), run.logits_BTV)
+    for site, (target, output) in everything.reconstructions(run).items():
+        torch.testing.assert_close(target, run.clean[site])
+        torch.testing.assert_close(output, target)
+    one = ThresholdedNeurons(lm, dict.fromkeys(sites, 1))
+    target, output = one.reconstructions(run)[sites[0]]
+    neurons = Neurons(lm, [0])
+    rank_one = [output[i] - (neurons.biases[0] if neurons.biases[0] is not None else 0) for i in range(len(output))]
+    directions = torch.nn.functional.normalize(neurons.weights[0], dim=1)
+    for y_D in rank_one:
+        assert float((directions @ y_D).abs().max()) == pytest.approx(float(y_D.norm()), rel=1e-6)
+    assert not torch.allclose(one.logits(run), run.logits_BTV)
+
+
+def test_random_dictionary_replaces_only_what_it_may(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    crosscoder = tiny.crosscoder_for(lm, undecomposed_positions=8)
+    means = {site: torch.zeros(32, dtype=torch.float64) for site in crosscoder.wiring.write_sites}
+    control = RandomDictionary(dict.fromkeys(means, 2), means, 16)
+    crosscoder.undecomposed_positions = 7
+    run = Run(lm, [crosscoder], Batch(tokens(), None, None))
+    logits = control.logits(run)
+    torch.testing.assert_close(logits[:, :7], run.logits_BTV[:, :7])
+    assert not torch.allclose(logits[:, 7], run.logits_BTV[:, 7])
+
+
+def test_random_weights_keep_shape_and_scale_and_leave_the_original(language_model: Any) -> None:
+    lm = language_model("llama", torch.float32)
+    before = {name: value.clone() for name, value in lm.parts.bridge.named_parameters()}
+    other = random_weights(lm)
+    assert other.shape == lm.shape
+    assert other.fingerprint != lm.fingerprint
+    after = dict(other.parts.bridge.named_parameters())
+    for name, value in lm.parts.bridge.named_parameters():
+        assert torch.equal(value, before[name])
+        if value.ndim > 1:
+            assert not torch.allclose(after[name], value)
+            assert float(after[name].std()) == pytest.approx(float(value.std()), rel=0.1)
+        else:
+            assert torch.equal(after[name], value)
+
+
+def test_controls_are_matched_and_measured_on_the_same_tokens(language_model: Any) -> None:
+    lm = language_model("llama", torch.float64)
+    crosscoder = tiny.crosscoder_for(lm, wiring=Wiring.strictly_causal(lm, read="mlp_in"), activation=TopK((7, 2, 4)))
+    model = ReplacementModel(lm, crosscoder)
+    means = site_means(lm, [crosscoder], part())
+    rows = {row["name"]: row for row in measure_controls(lm, model.crosscoder, part(), means)}
+    assert list(rows) == ["this crosscoder", "thresholded neurons", "random dictionary", "random weights"]
+    assert all(row["n_tokens"] == 32 for row in rows.values())
+    assert rows["random dictionary"]["l0"] == rows["thresholded neurons"]["l0"] == 13
+    assert rows["this crosscoder"]["l0"] == pytest.approx(13, abs=1)
+    assert rows["random weights"]["cross_entropy_increase"] is None
+    assert rows["random dictionary"]["unexplained"] < 1
+
+
+def test_matched_counts_go_to_the_layer_of_the_group(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    clt = tiny.crosscoder_for(lm)
+    assert matched(clt, [3.4, 0.2, 1.6]) == {Site(0, "mlp_out"): 3, Site(1, "mlp_out"): 1, Site(2, "mlp_out"): 2}
+
+
+def test_compute_is_interpolated_in_its_logarithm() -> None:
+    curve = [(10.0, 4.0), (100.0, 3.0), (1000.0, 1.0)]
+    half = compute_equivalent(curve, 1.0)
+    assert half["fraction"] == pytest.approx(1000**0.5 * 10 / 1000)
+    assert half["target_loss"] == 2.0
+    assert compute_equivalent(curve, 0.0)["fraction"] == pytest.approx(1)
+    assert compute_equivalent(curve, -0.5)["fraction"] == pytest.approx(1)
+    assert compute_equivalent(curve, 2.0)["compute"] == pytest.approx(100)
+    below = compute_equivalent(curve, 5.0)
+    assert below["below_curve"]
+    assert below["fraction"] is None
+
+
+def test_a_noisy_curve_counts_where_it_first_is_as_good() -> None:
+    curve = [(1.0, 5.0), (10.0, 1.5), (100.0, 2.0), (1000.0, 1.0)]
+    assert compute_equivalent(curve, 0.5)["compute"] == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[[1, 2]", "is not JSON"),
+        ("[[1, 2]]", "at least two"),
+        ('{"points": []}', "at least two"),
+        ("[[1, 2], [3]]", "point 1: expected"),
+        ("[[1, 2], [0, 3]]", "point 1: expected"),
+        ('[[1, "2"], [1, 3]]', "point 0: expected"),
+        ("[[1, NaN], [1, 3]]", "point 0: expected"),
+    ],
+)
+def test_bad_curves_are_named(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "curve.json"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_curve(file)
+
+
+def test_curves_are_read_in_order(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        read_curve(tmp_path / "none.json")
+    file = tmp_path / "curve.json"
+    file.write_text(json.dumps({"curve": [[4, 1.0], [2, 3]], "unit": "tokens"}), encoding="utf-8")
+    assert read_curve(file) == [(2.0, 3.0), (4.0, 1.0)]
