@@ -135,16 +135,26 @@ def held_out_loss(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, co
     return loss
 
 
+def curve_steps(n_steps: int) -> set[int]:
+    """Steps after which the training curve has a point: six per doubling, and the last."""
+    return {round(2 ** (place / 6)) for place in range(6 * n_steps.bit_length())} & set(range(n_steps)) | {n_steps}
+
+
 def train_language_model(
     run: LanguageModelRun, tokenizer: PreTrainedTokenizerFast, checkpoints: Path | None, every: int
-) -> GPT2LMHeadModel:
-    """Train, and every `every` steps report the accuracies and leave a checkpoint (in a scratch folder, if given)."""
+) -> tuple[GPT2LMHeadModel, list[tuple[int, float]]]:
+    """Train, and every `every` steps report the accuracies and leave a checkpoint (in a scratch folder, if given).
+
+    Returns:
+        The model, and its training curve: (tokens, loss on held-out rows).
+    """
     torch.set_num_threads(run.threads)
     model = build_model(run, tokenizer)
     model.train()
     optimizer = build_optimizer(run, model)
     batches = training_batches(run, tokenizer)
     loss_of = torch.compile(next_token_loss) if run.compile else next_token_loss
+    curve, measured = [], curve_steps(run.steps)
     progress = tqdm(range(run.steps), desc="language model", unit="step")
     for step in progress:
         for group in optimizer.param_groups:
@@ -156,12 +166,15 @@ def train_language_model(
         optimizer.zero_grad()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{float(loss.detach()):.3f}")
+        if step + 1 in measured:
+            n_tokens = (step + 1) * run.batch_rows * run.context
+            curve.append((n_tokens, held_out_loss(model, tokenizer, run.context)))
         if (step + 1) % every == 0:
             summary = "  ".join(f"{row.name} {row.top1:.3f}" for row in evaluate(model, tokenizer))
             progress.write(f"step {step + 1}  loss {held_out_loss(model, tokenizer, run.context):.4f}  {summary}")
             if checkpoints is not None:
                 save_language_model(model, tokenizer, checkpoints)
-    return model
+    return model, curve
 
 
 def round_to_bfloat16(model: GPT2LMHeadModel) -> None:
@@ -192,7 +205,7 @@ def language_model_stage(run: LanguageModelRun, out: Path, checkpoints: Path | N
     """Train the language model, measure it after rounding, and save it under `out`."""
     started = time.monotonic()
     tokenizer = build_tokenizer(run.context)
-    model = train_language_model(run, tokenizer, checkpoints, every)
+    model, curve = train_language_model(run, tokenizer, checkpoints, every)
     round_to_bfloat16(model)
     rows = evaluate(model, tokenizer)
     minutes = (time.monotonic() - started) / 60
@@ -206,6 +219,8 @@ def language_model_stage(run: LanguageModelRun, out: Path, checkpoints: Path | N
         "behaviours": [row._asdict() for row in rows],
     }
     write_json(out / "accuracy.json", report)
+    # Read by `replacement validate`: the loss of a replacement as a share of this compute.
+    write_json(out / "training_curve.json", {"unit": "tokens", "curve": curve})
     print(f"{len(tokenizer)} tokens, {minutes:.1f} minutes, held-out loss {report['held_out_loss']:.4f}")
     for row in rows:
         print(f"{row.name:28} {row.n_probes:4d} probes  top-1 {row.top1:.3f}  probability {row.probability:.3f}")

@@ -14,6 +14,7 @@ import torch
 import replacement
 from replacement import LanguageModel, checkpoint
 from replacement.ready_made import ARTIFACTS
+from replacement.validation import read_curve
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -45,8 +46,12 @@ def test_the_demo_is_rebuilt_the_same_twice(scripts: tuple[Any, Any], tmp_path: 
     first, second = (checkpoint.load(tmp_path / name / "crosscoder").state_dict() for name in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {path.name for path in (tmp_path / "first").iterdir()} == {
-        "accuracy.json", "fidelity.json", "language_model", "crosscoder",
+        "accuracy.json", "training_curve.json", "fidelity.json", "language_model", "crosscoder",
     }  # fmt: skip
+    curve = read_curve(tmp_path / "first" / "training_curve.json")
+    report = json.loads((tmp_path / "first" / "accuracy.json").read_text(encoding="utf-8"))
+    assert curve[-1][0] == report["training_tokens"]
+    assert abs(curve[-1][1] - report["held_out_loss"]) < 0.05  # the shipped weights are rounded
 
 
 def test_an_attention_crosscoder_is_trained_and_shipped_beside_the_other(
