@@ -27,6 +27,7 @@ from circuits.loading import with_model
 from circuits.pruning import check_threshold
 from circuits.report import show as show_report
 from circuits.report import summary
+from circuits.validate_command import validate as validate_command
 
 if TYPE_CHECKING:
     from replacement import ReplacementModel
@@ -151,6 +152,7 @@ def show(file: GraphFile) -> None:
 
 
 app.command("heads")(heads_command)
+app.command("validate")(validate_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -227,7 +227,7 @@ def _change(own: Sequence[Sequence[Intervention]], *, n_positions: int, first_po
 
 
 def copies_of(features: Features, n_copies: int) -> Features:
-    """The features of one prompt, repeated for every copy of it."""
+    """The features of one group and one prompt, repeated for every copy of the prompt."""
     starts = torch.arange(n_copies, device=features.row.device)[:, None] * features.n_rows
     return Features(
         features.group.repeat(n_copies),

@@ -1,0 +1,63 @@
+"""How well predicted numbers agree with measured ones. P pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Predicted against measured; NaN where one side does not vary (correlations) or is all zero (the others)."""
+
+    pairs: int
+    """P."""
+    spearman: float
+    """Correlation of the ranks; equal numbers share their mean rank."""
+    pearson: float
+    cosine: float
+    nmse: float
+    """`sum (predicted - measured)^2 / sum measured^2`."""
+
+    @classmethod
+    def of(cls, predicted: np.ndarray, measured: np.ndarray) -> Agreement:
+        """All figures of P pairs."""
+        power = float((measured**2).sum())
+        return cls(
+            pairs=len(predicted),
+            spearman=pearson(ranks(predicted), ranks(measured)),
+            pearson=pearson(predicted, measured),
+            cosine=cosine(predicted, measured),
+            nmse=float(((predicted - measured) ** 2).sum()) / power if power else float("nan"),
+        )
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation; NaN for fewer than two pairs, or where one side does not vary."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation of the ranks."""
+    return pearson(ranks(x), ranks(y))
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    """Cosine of two vectors; NaN where one is zero."""
+    size = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / size if size else float("nan")
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """float64[P], place in rising order; equal numbers share the mean of theirs."""
+    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]
+
+
+def area(x: np.ndarray, y: np.ndarray) -> float:
+    """Area under a curve through points, by trapezoids."""
+    return float(np.trapezoid(y, x))

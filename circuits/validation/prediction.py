@@ -1,0 +1,78 @@
+"""What a graph predicts when one of its features is scaled: direct effects, and total ones through all paths.
+
+N nodes, B changes (one scaled feature each), E edges.
+
+With `r[s]` the relative change of a source's activation, the frozen linear model changes a target's pre-activation (or
+logit) by
+
+    dh[t] = sum_s A[t, s] r[s]
+
+The total effect follows the change through features, sources first: `r[s] = da[s] / a[s]`. Thresholds are not applied:
+an active feature's activation is taken to change by as much as its pre-activation, however far down; features that were not
+active stay so, as they are not in the graph. `clipped` stops an activation at zero, which is all of its threshold that a graph
+knows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from circuits.edges import GraphData
+from circuits.influence import sweep_levels
+from circuits.nodes import NodeKind
+
+EDGES_AT_ONCE = 1 << 22
+"""Entries of the largest intermediate array: bounds memory."""
+
+
+def predicted_changes(
+    graph: GraphData, changed: np.ndarray, relative: float, *, total: bool = True, clipped: bool = False
+) -> np.ndarray:
+    """float64[B, N], predicted change of every node's activation (features) or value (logits).
+
+    Args:
+        changed: int[B], the feature scaled in each case.
+        relative: relative change of its activation; -1 suppresses it, 1 doubles it.
+        total: through all paths; only through the edges out of the feature otherwise.
+        clipped: let no activation fall below zero.
+
+    Raises:
+        ValueError: a node that is no feature.
+    """
+    nodes, edges = graph.nodes, graph.edges
+    if not nodes.mask(NodeKind.FEATURE)[changed].all():
+        raise ValueError("expected features to change, given a node of another kind")
+    levels = [batch[edges.indptr[batch + 1] > edges.indptr[batch]] for batch in reversed(sweep_levels(edges))]
+    found = np.zeros((len(changed), len(nodes)))
+    size = max(1, EDGES_AT_ONCE // max(1, len(edges)))
+    for begin in range(0, len(changed), size):
+        part = slice(begin, begin + size)
+        found[part] = _changes(graph, levels, changed[part], relative, total=total, clipped=clipped)
+    return found
+
+
+def _changes(
+    graph: GraphData, levels: list[np.ndarray], changed: np.ndarray, relative: float, *, total: bool, clipped: bool
+) -> np.ndarray:
+    nodes, edges = graph.nodes, graph.edges
+    activation = nodes.activation.astype(np.float64)
+    is_feature, copies = nodes.mask(NodeKind.FEATURE), np.arange(len(changed))
+    relative_BN = np.zeros((len(changed), len(nodes)))
+    relative_BN[copies, changed] = relative
+    change_BN = np.zeros_like(relative_BN)
+    for batch in levels:
+        if not len(batch):
+            continue
+        numbers = edges.into(batch)
+        lengths = edges.indptr[batch + 1] - edges.indptr[batch]
+        flow_BE = relative_BN[:, edges.source[numbers]] * edges.weight[numbers]
+        change = np.add.reduceat(flow_BE, np.cumsum(lengths) - lengths, axis=1)
+        if clipped:
+            change = np.where(is_feature[batch], np.maximum(change, -activation[batch]), change)
+        change_BN[:, batch] = change
+        if total:
+            inside = is_feature[batch] & (activation[batch] != 0)
+            relative_BN[:, batch[inside]] = change[:, inside] / activation[batch[inside]]
+            relative_BN[copies, changed] = relative  # held where it was put
+    change_BN[copies, changed] = relative * activation[changed]
+    return change_BN

@@ -1,0 +1,245 @@
+"""Is a circuit enough, and is it needed? Features outside it (or inside it) give way to those of other prompts.
+
+    faithfulness(C)  = (m(C) - m(none)) / (m(all) - m(none))            1: the circuit alone does what the model does
+    completeness(C)  = 1 - (m(all but C) - m(none)) / (m(all) - m(none))  1: without it nothing is left
+
+`m` is the output the graph explains: its logits above the mean logit (or differences), weighted with their output weights,
+averaged over runs of the prompt with features of one other prompt each. In `m(C)` the features of C follow the stream, and no
+others do; in the place of those left out come features of the other prompt, of the same layer and position with the
+activations they have there, the largest first and the same share of them: all of them where everything is left out (then
+what features write is what they write in the other prompt), none where nothing is. Other activations than zero must stand
+there, or the model would be asked about streams it never sees. Attention and norms are live, embeddings are the prompt's own,
+as tokens belong to every circuit.
+
+A circuit of share k holds that share of the prompt's active features, the most influential in the graph first. Over shares
+(Mueller et al. 2025, "MIB: A Mechanistic Interpretability Benchmark", whose circuits are of edges; these are of features):
+
+    CPR = area under faithfulness(k)           CMD = area under |1 - faithfulness(k)|        0.001 <= k <= 1
+
+S active features of all parts, K shares, B other prompts, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.grounding import Grounding
+from circuits.influence import node_influence
+from circuits.nodes import NodeKind
+from circuits.validation.agreement import area
+from replacement import Features, ReplacementModel, Site
+from replacement.patching import Change, Conditions, Patcher
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sufficiency:
+    """Faithfulness and completeness by circuit size."""
+
+    features: np.ndarray
+    """int[K], features in the circuit of each share of `SHARES`."""
+    faithfulness: np.ndarray
+    """float64[K]."""
+    completeness: np.ndarray
+    """float64[K]."""
+    pruned: tuple[int, float, float]
+    """Features, faithfulness and completeness of the pruned graph."""
+    clean: float
+    """m(all)."""
+    resampled: float
+    """m(none)."""
+
+    @property
+    def cpr(self) -> float:
+        """Circuit performance ratio; larger is better, 0.999 if the circuit is enough at every size."""
+        return area(np.array(SHARES), self.faithfulness)
+
+    @property
+    def cmd(self) -> float:
+        """Circuit-model distance; smaller is better."""
+        return area(np.array(SHARES), np.abs(1 - self.faithfulness))
+
+
+class Resampler:
+    """Runs of one graph's prompt with features of other prompts put in."""
+
+    def __init__(
+        self, model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], *, errors: str = "keep"
+    ) -> None:
+        """Run the prompt and all others.
+
+        Args:
+            others: token ids of other prompts, each as long as the graph's.
+            errors: `keep` the prompt's own error terms in every run, or `resample` those too, as part of no circuit.
+
+        Raises:
+            ValueError: no other prompts, one of another length, or another choice for errors.
+        """
+        if errors not in ("keep", "resample"):
+            raise ValueError(f"errors must be 'keep' or 'resample', got {errors!r}")
+        tokens_T = grounding.local.frozen.tokens_T
+        if not others or any(len(other) != len(tokens_T) for other in others):
+            lengths = sorted({len(other) for other in others})
+            raise ValueError(f"expected other prompts of {len(tokens_T)} tokens, given {lengths or 'none'}")
+        self.model, self.grounding, self.n_others = model, grounding, len(others)
+        lm, conditions = model.language_model, Conditions()
+        self.patcher = Patcher(lm, model.crosscoders, tokens_T, conditions)
+        runs = [Patcher(lm, model.crosscoders, lm.check_tokens(other), conditions) for other in others]
+        self.other_features = {part: _stack([run.clean_features[part] for run in runs]) for part in model.crosscoders}
+        self.errors: dict[Site, Tensor] | None = None
+        if errors == "resample":
+            self.errors = {site: torch.cat([run.errors[site] for run in runs]) for site in runs[0].errors}
+
+    def logits(self, kept_S: np.ndarray, *, keep_errors: bool = False) -> Tensor:
+        """`[B, T, V]`, one run per other prompt in which only some features follow the stream.
+
+        Args:
+            kept_S: mask over the active features of all parts.
+            keep_errors: keep the prompt's own error terms, whatever `errors` said.
+        """
+        starts = self.grounding.columns.split(np.flatnonzero(kept_S))
+        changes = {
+            part: self._change(part, self.grounding.local.decompositions[number].features, torch.from_numpy(own))
+            for number, (part, own) in enumerate(zip(self.model.crosscoders, starts, strict=True))
+        }
+        errors = None if keep_errors else self.errors
+        return self.patcher.run(changes, n_copies=self.n_others, errors=errors).logits_BTV
+
+    def output(self, logits_BTV: Tensor) -> float:
+        """m, averaged over the runs."""
+        total, nodes = 0.0, self.grounding.graph.nodes
+        weights = nodes.output_weight[nodes.mask(NodeKind.LOGIT)]
+        for weight, target in zip(weights.tolist(), self.grounding.logits, strict=True):
+            at_BV = logits_BTV[:, target.position].double()
+            plus, minus = target.token_ids or (target.token_id, None)
+            base_B = at_BV.mean(-1) if minus is None else at_BV[:, minus]
+            total += weight * float((at_BV[:, plus] - base_B).mean())
+        return total
+
+    def _change(self, part: str, active: Features, kept: Tensor) -> Change:
+        T, F = len(self.patcher.tokens_T), active.n_features
+        inside = torch.zeros(len(active), dtype=torch.bool, device=active.row.device)
+        inside[kept.to(inside.device)] = True
+        removed = 1 - float(inside.double().mean()) if len(active) else 1.0
+
+        def change(group: int, features: Features, current: Features) -> Features:
+            own = active.group == group
+            known = (active.row * F + active.index)[own & inside]
+            here = features.row % T * F + features.index
+            n_active, n_kept = (torch.bincount(active.row[mask], minlength=T) for mask in (own, own & inside))
+            # Where the prompt has no feature to leave out, as much of the other prompt comes in as elsewhere.
+            share_T = torch.where(n_active > 0, 1 - n_kept / n_active.clamp(min=1), removed)
+            other = self.other_features[part].of(group)
+            new = _largest(other, share_T) & ~torch.isin(other.row % T * F + other.index, known)
+            return _join(features.select(torch.isin(here, known)), other.select(new))
+
+        return change
+
+
+def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], *, errors: str) -> Sufficiency:
+    """Faithfulness and completeness of circuits of every size, and of the pruned graph; see `Resampler`.
+
+    Raises:
+        ValueError: the graph explains no logits, or see `Resampler`.
+    """
+    if not grounding.logits:
+        raise ValueError("the graph explains features, not logits: there is no output to be faithful to")
+    resampler = Resampler(model, grounding, others, errors=errors)
+    influence_S = _feature_influence(grounding)
+    ranked = np.argsort(-influence_S, kind="stable")
+    nothing = np.zeros(len(ranked), dtype=bool)
+    none = resampler.output(resampler.logits(nothing))
+    clean = resampler.output(resampler.patcher.original_logits_TV[None])
+    scale = clean - none
+
+    def both(kept_S: np.ndarray) -> tuple[float, float]:
+        alone = resampler.output(resampler.logits(kept_S))
+        without = resampler.output(
+            resampler.logits(~kept_S, keep_errors=True)
+        )  # no circuit holds errors: they are left
+        if not scale:
+            return float("nan"), float("nan")
+        return (alone - none) / scale, 1 - (without - none) / scale
+
+    counts = np.array([int(np.ceil(share * len(ranked))) for share in SHARES])
+    by_count = {}
+    for count in np.unique(counts).tolist():
+        kept_S = nothing.copy()
+        kept_S[ranked[:count]] = True
+        by_count[count] = both(kept_S)
+    curve = [by_count[count] for count in counts.tolist()]
+    pruned_S = _pruned_features(grounding)
+    return Sufficiency(
+        features=counts,
+        faithfulness=np.array([alone for alone, _ in curve]),
+        completeness=np.array([needed for _, needed in curve]),
+        pruned=(int(pruned_S.sum()), *both(pruned_S)),
+        clean=clean,
+        resampled=none,
+    )
+
+
+def _feature_influence(grounding: Grounding) -> np.ndarray:
+    """float64[S], influence of every active feature; 0 for those that are not in the graph."""
+    return _over_features(grounding, node_influence(grounding.graph))
+
+
+def _pruned_features(grounding: Grounding) -> np.ndarray:
+    """bool[S], features that pruning keeps."""
+    graph = grounding.graph
+    kept = set(graph.prune().nodes.ids())
+    return _over_features(grounding, np.array([one in kept for one in graph.nodes.ids()], dtype=np.float64)) > 0
+
+
+def _over_features(grounding: Grounding, value_N: np.ndarray) -> np.ndarray:
+    columns, column_N = grounding.columns, grounding.column_N
+    value_C = np.zeros(columns.n_columns)
+    value_C[column_N[column_N >= 0]] = value_N[column_N >= 0]
+    return value_C[columns.features]
+
+
+def _largest(features: Features, share_T: Tensor) -> Tensor:
+    """Mask of the features of one group that are among their row's largest, up to a share of them given by position."""
+    by_size = features.activation.argsort(descending=True, stable=True)
+    order = by_size[features.row[by_size].argsort(stable=True)]
+    row = features.row[order]
+    counts = torch.bincount(row, minlength=features.n_rows)
+    rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    wanted = (share_T[row % len(share_T)] * counts[row]).round()
+    mask = torch.zeros(len(row), dtype=torch.bool, device=row.device)
+    mask[order] = rank < wanted
+    return mask
+
+
+def _stack(parts: Sequence[Features]) -> Features:
+    """Features of several prompts as those of one batch."""
+    first = parts[0]
+    rows = [part.row + number * first.n_rows for number, part in enumerate(parts)]
+    return Features.from_unsorted(
+        torch.cat([part.group for part in parts]),
+        torch.cat(rows),
+        torch.cat([part.index for part in parts]),
+        torch.cat([part.activation for part in parts]),
+        n_rows=first.n_rows * len(parts),
+        n_groups=first.n_groups,
+        n_features=first.n_features,
+    )
+
+
+def _join(one: Features, other: Features) -> Features:
+    """Two tables without a common entry."""
+    return Features.from_unsorted(
+        torch.cat([one.group, other.group]),
+        torch.cat([one.row, other.row]),
+        torch.cat([one.index, other.index]),
+        torch.cat([one.activation, other.activation]),
+        n_rows=one.n_rows,
+        n_groups=one.n_groups,
+        n_features=one.n_features,
+    )

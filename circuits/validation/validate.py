@@ -1,0 +1,199 @@
+"""Validate a graph: does it predict interventions, and is its circuit enough and needed? The conductor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from circuits.graph import CircuitGraph
+from circuits.grounding import Grounding
+from circuits.influence import node_influence
+from circuits.nodes import NodeKind
+from circuits.paths import average_path_length
+from circuits.validation.agreement import Agreement, cosine, spearman
+from circuits.validation.effects import ATTENTION, PATCHING, Effects, Measured, sample_features
+from circuits.validation.hops import hop_fidelity
+from circuits.validation.prediction import predicted_changes
+from circuits.validation.sufficiency import SHARES, sufficiency
+from replacement import ReplacementModel
+
+SCALES = {"ablated": 0.0, "doubled": 2.0}
+"""What a feature's activation is multiplied with."""
+
+Facts = dict[str, Any]
+
+
+def validate(
+    model: ReplacementModel,
+    graph: CircuitGraph,
+    *,
+    others: Sequence[Tensor] = (),
+    n_features: int = 64,
+    seed: int = 0,
+) -> Facts:
+    """Everything that `circuits validate` says about a graph, as one JSON object; figures that do not exist are None.
+
+    Features are drawn uniformly among the graph's. Predictions are path sums through the graph's signed edges, with no
+    threshold applied (`circuits.validation.prediction`); measurements are described in `circuits.validation.effects`.
+
+    Args:
+        model: the model the graph was traced in.
+        graph: a graph; a pruned one predicts less, as what was removed counts as no effect.
+        others: token ids of other prompts of the same length, for resampled ablation; without them it is left out.
+        n_features: features drawn.
+        seed: of the draw.
+
+    Returns:
+        `features`, `seed`, `sampling`; `self_check`; `effects`, one row per patching, attention, change and layer distance (or
+        `logits`); `one_layer_cosine`; `influence_against_ablation`; `circuit` by treatment of error terms;
+        `average_path_length`, `hop_fidelity`.
+
+    Raises:
+        ValueError: a graph of another model, without features, or other prompts of another length.
+    """
+    grounding = Grounding.of(model, graph)
+    changed = sample_features(grounding, n_features, seed=seed)
+    effects = Effects(model, grounding)
+    rows, one_layer, ablation = _compare(effects, changed)
+    circuit = None
+    if others and grounding.logits:
+        circuit = {errors: _circuit_facts(model, grounding, others, errors) for errors in ("keep", "resample")}
+    facts: Facts = {
+        "prompt": graph.metadata["prompt"],
+        "features": len(changed),
+        "seed": seed,
+        "sampling": "uniform over the features of the graph",
+        "prediction": "path sums through signed edges, thresholds not applied",
+        "self_check": _self_check(effects, changed),
+        "influence_against_ablation": ablation,
+        "one_layer_cosine": one_layer,
+        "effects": rows,
+        "circuit": circuit,
+        "average_path_length": average_path_length(graph),
+        "hop_fidelity": hop_fidelity(graph),
+    }
+    return _without_nan(facts)
+
+
+def _self_check(effects: Effects, changed: np.ndarray) -> Facts:
+    predicted, measured = effects.self_check(changed)
+    gap, size = float(np.linalg.norm(predicted - measured)), float(np.linalg.norm(measured))
+    return {"edges": len(predicted), "relative_error": gap / size if size else 0.0}
+
+
+def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[Facts], list[Facts]]:
+    """Predicted against measured, in every setting."""
+    graph = effects.grounding.graph
+    influence_B = node_influence(graph)[changed]
+    rows, one_layer, ablation = [], [], []
+    for change, scale in SCALES.items():
+        predictions = {total: predicted_changes(graph, changed, scale - 1, total=total) for total in (False, True)}
+        for patching in PATCHING:
+            predicted_BN = predictions[patching != "constrained"]
+            for attention in ATTENTION:
+                measured = effects.measure(changed, scale, patching, attention)
+                setting = {"patching": patching, "attention": attention, "change": change}
+                for distance, (predicted, found) in pairs_by_distance(graph, changed, predicted_BN, measured).items():
+                    agreement = dataclasses.asdict(Agreement.of(predicted, found))
+                    rows.append({**setting, "distance": distance, **agreement})
+                if patching == "constrained":
+                    one_layer += _one_layer(effects, changed, predicted_BN, setting, measured)
+                if change == "ablated" and effects.grounding.logits:
+                    rho = spearman(influence_B, measured.kl_B)
+                    ablation.append({"patching": patching, "attention": attention, "spearman": rho})
+    return rows, one_layer, ablation
+
+
+def _one_layer(
+    effects: Effects, changed: np.ndarray, predicted_BN: np.ndarray, setting: dict[str, str], live: Measured
+) -> list[Facts]:
+    """Constrained patching: one layer downstream nothing else has reacted yet, whatever the patching."""
+    attention, change = setting["attention"], setting["change"]
+    frozen = effects.measure(changed, SCALES[change], "constrained", attention, norms="frozen")
+    return [
+        {
+            **{"attention": attention, "norms": norms, "change": change},
+            **one_layer_cosine(effects.grounding.graph, changed, predicted_BN, measured),
+        }
+        for norms, measured in (("live", live), ("frozen", frozen))
+    ]
+
+
+def pairs_by_distance(
+    graph: CircuitGraph, changed: np.ndarray, predicted_BN: np.ndarray, measured: Measured
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Predicted and measured changes of all (changed feature, target) pairs, by layers between them; `logits` last.
+
+    Targets are the expanded features of the graph in later layers, at the changed feature's position or later.
+    """
+    nodes = graph.nodes
+    logits = nodes.mask(NodeKind.LOGIT)
+    target = nodes.mask(NodeKind.FEATURE) & nodes.expanded
+    distance_BN = nodes.layer[None, :] - nodes.layer[changed][:, None]
+    after_BN = nodes.position[None, :] >= nodes.position[changed][:, None]
+    found = {}
+    for distance in range(1, int(distance_BN[:, target].max(initial=0)) + 1):
+        chosen = target & (distance_BN == distance) & after_BN
+        if chosen.any():
+            found[str(distance)] = predicted_BN[chosen], measured.change_BN[chosen]
+    if logits.any():
+        chosen = logits & after_BN
+        found["logits"] = predicted_BN[chosen], measured.change_BN[chosen]
+    return found
+
+
+def one_layer_cosine(graph: CircuitGraph, changed: np.ndarray, predicted_BN: np.ndarray, measured: Measured) -> Facts:
+    """Mean, over changed features, of the cosine of predicted and measured changes of activations one layer downstream.
+
+    `cosine` is over the graph's expanded features of that layer. `all_features` measures over every feature of the layer: what
+    others do, those that were not active before among them, is predicted to be nothing.
+    """
+    nodes, inside, everything = graph.nodes, [], []
+    for number, node in enumerate(changed.tolist()):
+        layer = int(nodes.layer[node]) + 1
+        own = nodes.mask(NodeKind.FEATURE) & nodes.expanded & (nodes.layer == layer)
+        predicted, found = predicted_BN[number, own], measured.change_BN[number, own]
+        if not predicted.any():
+            continue  # nothing of that layer is said to depend on it
+        size = float(np.linalg.norm(predicted)) * measured.size_BL[number, layer]
+        inside.append(cosine(predicted, found))
+        everything.append(float(predicted @ found) / size if size else float("nan"))
+    known = np.isfinite(inside)
+    return {
+        "features": len(inside),
+        "cosine": float(np.mean(np.array(inside)[known])) if known.any() else float("nan"),
+        "median": float(np.median(np.array(inside)[known])) if known.any() else float("nan"),
+        "all_features": float(np.nanmean(everything)) if np.isfinite(everything).any() else float("nan"),
+    }
+
+
+def _circuit_facts(model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], errors: str) -> Facts:
+    found = sufficiency(model, grounding, others, errors=errors)
+    curve = zip(SHARES, found.features.tolist(), found.faithfulness.tolist(), found.completeness.tolist(), strict=True)
+    features, faithful, complete = found.pruned
+    return {
+        "other_prompts": len(others),
+        "cpr": found.cpr,
+        "cmd": found.cmd,
+        "clean": found.clean,
+        "resampled": found.resampled,
+        "pruned": {"features": features, "faithfulness": faithful, "completeness": complete},
+        "sizes": [
+            {"share": share, "features": count, "faithfulness": alone, "completeness": needed}
+            for share, count, alone, needed in curve
+        ],
+    }
+
+
+def _without_nan(facts: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(facts, dict):
+        return {name: _without_nan(value) for name, value in facts.items()}
+    if isinstance(facts, list):
+        return [_without_nan(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
