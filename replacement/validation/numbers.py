@@ -16,7 +16,7 @@ def nats(value: int | float | None) -> str:
 
 def signed(value: int | float | None) -> str:
     """A difference, in nats."""
-    return MISSING if value is None else f"{value:+.4f}"
+    return MISSING if value is None else f"{round(value, 4) + 0.0:+.4f}"  # + 0.0: no negative zero
 
 
 def share(value: int | float | None) -> str:
