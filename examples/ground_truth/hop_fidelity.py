@@ -34,7 +34,7 @@ from circuits import NodeKind, trace
 from replacement import ReplacementModel
 
 NETWORKS = {"two-hop": two_hop, "and-or": and_or}
-PENALTIES = {"two-hop": (0.1, 0.5, 2.0, 3.0), "and-or": (0.03, 0.1, 0.3, 1.0)}
+PENALTIES = {"two-hop": (0.1, 0.25, 0.5, 1.0), "and-or": (0.03, 0.1, 0.3, 1.0)}
 WIRINGS = {"CLT": "strictly_causal", "PLT": "per_layer"}
 MIDDLE_LAYER = 1
 STRICT, LOOSE = 0.8, 0.6
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--penalties", type=float, nargs="+", help="strengths of the penalty instead of the usual four")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800, help="training steps of 256 tokens")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of 256 tokens")
     parser.add_argument("--prompts", type=int, default=60, help="prompts traced per dictionary")
     options = parser.parse_args()
     headings = ("L0", "FVU", "B found", "hop fidelity", "(loose)", "(any)", "errors", "edge AUROC")
