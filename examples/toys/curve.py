@@ -1,0 +1,179 @@
+"""A curve in the plane and an MLP that only rotates it: what do features say about a linear map?
+
+    python examples/toys/curve.py --out runs/toys
+
+The inputs lie on a circle arc, and the model's MLP multiplies them by a rotation matrix: two numbers in, two numbers out, no
+nonlinearity, and no knowledge that the data lie on a curve. A transcoder of the MLP and a crosscoder over the stream before
+and after it still cut the arc into many features, each for one stretch of it: sparsity describes the data. A skip connection
+(Paulo et al. 2025, "Transcoders beat sparse autoencoders for interpretability") holds the rotation, and the features are left
+with nothing to do. The objection was raised in the discussion of Chughtai and Bushnaq 2025, "Activation space interpretability
+may be doomed". The control is an MLP that doubles the angle instead, which no matrix can do: there features remain.
+
+Two limits. The features fall silent only where a penalty makes them costly: TopK has no reason to stop using them. And the
+crosscoder's skip maps each site it reads to each it writes, the identity included, so it leaves features nothing to do even
+where the MLP doubles the angle: it explains by copying.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from toy import Activations, fit, shape  # first: it finds plot_style
+
+# isort: split
+from matplotlib import pyplot
+from plot_style import STYLE, save
+
+from replacement import Crosscoder
+from replacement.activation import Activation, ReLU, TopK
+from replacement.sites import Site
+from replacement.training.losses import Auxiliary, L1OfNorms, Loss
+from replacement.wiring import Wiring
+
+N_FEATURES = 32
+TURN = math.pi / 3
+"""Angle of the rotation, in radians."""
+PENALTIES: dict[str, tuple[Activation, list[Loss]]] = {
+    "TopK 2": (TopK(2), [Auxiliary()]),
+    "L1 0.03": (ReLU(), [L1OfNorms(0.03), Auxiliary()]),
+    "L1 0.1": (ReLU(), [L1OfNorms(0.1), Auxiliary()]),
+}
+MAPS = ("rotation", "doubled angle")
+KINDS = ("transcoder", "crosscoder")
+
+
+class Use(NamedTuple):
+    """Reconstruction, and what the features have to do with it."""
+
+    unexplained: float
+    """Fraction of variance unexplained."""
+    unexplained_by_skip: float
+    """The same with the features' part replaced by its mean: 1 if there is no skip."""
+    l0: float
+    """Features per row whose part of the output is longer than 1 % of the output's mean norm."""
+    used: int
+    """Features with such a part on at least one row in a thousand."""
+
+
+def make(kind: str, what: str, *, n_rows: int = 4096) -> tuple[Wiring, Activations]:
+    """Points at equal distances on three quarters of the unit circle, and what the MLP makes of them."""
+    angle_N = torch.linspace(0, 1.5 * math.pi, n_rows)
+    later_N = angle_N + TURN if what == "rotation" else 2 * angle_N
+    x_N2, y_N2 = (torch.stack([a_N.cos(), a_N.sin()], dim=1) for a_N in (angle_N, later_N))
+    if kind == "transcoder":
+        wiring = Wiring.transcoder(shape(2), layer=0)
+        return wiring, {wiring.read_sites[0]: x_N2, wiring.write_sites[0]: y_N2}
+    wiring = Wiring.acausal(shape(2, n_layers=2))
+    return wiring, {Site(0, "resid_post"): x_N2, Site(1, "resid_post"): y_N2}
+
+
+def train_one(kind: str, what: str, penalty: str, *, skip: bool, seed: int, n_steps: int = 800) -> Crosscoder:
+    """One transcoder or crosscoder."""
+    wiring, data = make(kind, what)
+    activation, losses = PENALTIES[penalty]
+    return fit(
+        wiring,
+        data,
+        n_features=N_FEATURES,
+        activation=activation,
+        losses=losses,
+        skip=skip,
+        n_steps=n_steps,
+        batch_rows=128,
+        seed=seed,
+    )
+
+
+@torch.no_grad()
+def parts(crosscoder: Crosscoder, data: Activations) -> Tensor:
+    """Length of every feature's part of the output over that of the mean output, `[N, F]`; the largest over sites."""
+    acts_NF = crosscoder.encode(data).dense(0)
+    shares = [
+        acts_NF * crosscoder.decoder(0, site).norm(dim=1) / data[site].norm(dim=1).mean()
+        for site in crosscoder.wiring.write_sites
+    ]
+    return torch.stack(shares).amax(dim=0)
+
+
+@torch.no_grad()
+def measure_use(crosscoder: Crosscoder, data: Activations) -> Use:
+    """What is reconstructed with and without features, and how many of them matter."""
+    outputs, features = crosscoder(data)
+    written = crosscoder.decode_contribution(features)
+    both, alone = [], []
+    for site, y_ND in outputs.items():
+        total = (data[site] - data[site].mean(dim=0)).square().sum()
+        both.append(float((data[site] - y_ND).square().sum() / total))
+        skipped_ND = y_ND - written[site] + written[site].mean(dim=0)
+        alone.append(float((data[site] - skipped_ND).square().sum() / total))
+    matters_NF = parts(crosscoder, data) > 0.01
+    rates_F = matters_NF.float().mean(dim=0)
+    return Use(sum(both) / len(both), sum(alone) / len(alone), float(rates_F.sum()), int((rates_F >= 1e-3).sum()))
+
+
+def print_table(seeds: Sequence[int], *, n_steps: int = 800) -> dict[tuple[str, str, str, bool], list[Use]]:
+    """Every map, kind and penalty, without and with skip."""
+    found: dict[tuple[str, str, str, bool], list[Use]] = {}
+    print(f"means over {len(seeds)} seeds, {N_FEATURES} features; used: part of the output above 1 %")
+    print(f"{'the MLP':15}{'':12}{'penalty':9}{'skip':6}{'unexplained':>12}{'skip alone':>12}{'L0':>7}{'used':>7}")
+    for what in MAPS:
+        for kind in KINDS:
+            for penalty in PENALTIES:
+                for skip in (False, True):
+                    _, data = make(kind, what)
+                    uses = [
+                        measure_use(train_one(kind, what, penalty, skip=skip, seed=seed, n_steps=n_steps), data)
+                        for seed in seeds
+                    ]
+                    found[what, kind, penalty, skip] = uses
+                    unexplained, alone, l0, used = (sum(values) / len(uses) for values in zip(*uses, strict=True))
+                    print(
+                        f"{what:15}{kind:12}{penalty:9}{'yes' if skip else 'no':6}"
+                        f"{unexplained:12.5f}{alone:12.5f}{l0:7.2f}{used:7.1f}"
+                    )
+    return found
+
+
+def draw(target: Path, *, penalty: str = "TopK 2", seed: int = 0, n_steps: int = 800) -> None:
+    """How strongly each feature of a transcoder fires along the arc, as TARGET.svg and .png."""
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(2, 2, figsize=(9, 4.6), sharex=True, sharey=True)
+        for row, what in zip(axes, MAPS, strict=True):
+            for ax, skip in zip(row, (False, True), strict=True):
+                crosscoder = train_one("transcoder", what, penalty, skip=skip, seed=seed, n_steps=n_steps)
+                data = make("transcoder", what)[1]
+                parts_NF, use = parts(crosscoder, data), measure_use(crosscoder, data)
+                degrees_N = torch.linspace(0, 270, len(parts_NF))
+                for place, part_N in enumerate(parts_NF.T):
+                    ax.plot(degrees_N, part_N, linewidth=1.2, color=pyplot.get_cmap("tab20")(place % 20))
+                ax.set_title(
+                    f"{what}, {'with' if skip else 'no'} skip: {use.used} features, FVU {use.unexplained:.4f}",
+                    loc="left",
+                    fontsize=10,
+                )
+            row[0].set_ylabel("part of the output")
+        for ax in axes[1]:
+            ax.set_xlabel("place on the arc, degrees")
+        figure.tight_layout()
+        save(figure, target)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the plot")
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print_table(range(arguments.seeds))
+    draw(arguments.out / "curve")
+
+
+if __name__ == "__main__":
+    main()
