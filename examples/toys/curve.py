@@ -140,7 +140,7 @@ def print_table(seeds: Sequence[int], *, n_steps: int = 800) -> dict[tuple[str, 
     return found
 
 
-def draw(target: Path, *, penalty: str = "TopK 2", seed: int = 0, n_steps: int = 800) -> None:
+def draw(target: Path, *, penalty: str = "L1 0.1", seed: int = 0, n_steps: int = 800) -> None:
     """How strongly each feature of a transcoder fires along the arc, as TARGET.svg and .png."""
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(2, 2, figsize=(9, 4.6), sharex=True, sharey=True)
