@@ -150,7 +150,8 @@ def validate(
     if as_json:
         typer.echo(json.dumps(facts, allow_nan=False))
     else:
-        show_tables(facts, Console())
+        # A pipe has no width of its own, and the tables are wide.
+        show_tables(facts, Console() if sys.stdout.isatty() else Console(width=120))
 
 
 @app.command()
