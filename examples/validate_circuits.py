@@ -66,9 +66,14 @@ def print_report(found: Sequence[Facts]) -> None:
         found,
         lambda facts: keyed(facts["influence_against_ablation"], ("patching", "attention"), "spearman"),
     )
-    for value in ("cosine", "all_features"):
+    titles = {
+        "cosine": "One layer downstream, cosine: mean of features",
+        "median": "One layer downstream, cosine: median feature",
+        "all_features": "One layer downstream, with all of its features",
+    }
+    for value, title in titles.items():
         print_rows(
-            f"One layer downstream, {value}: attention, norms",
+            title,
             found,
             lambda facts, value=value: keyed(facts["one_layer_cosine"], ("change", "attention", "norms"), value),  # type: ignore[misc]
         )
