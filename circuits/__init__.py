@@ -15,11 +15,11 @@ from circuits.nodes import NodeKind, NodeTable
 from circuits.scores import Scores
 
 if TYPE_CHECKING:
-    from circuits.head_view import HeadView, head_view
+    from circuits.feature_heads import HeadView, head_view
     from circuits.heads import split_heads, with_heads
+    from circuits.node_credit import source_credit
     from circuits.qk import QKAttributor, attribute_score
     from circuits.qk_attribution import QKAttribution
-    from circuits.source_credit import source_credit
     from circuits.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.tracing import trace
 
@@ -46,13 +46,13 @@ __all__ = [
 _LAZY = {
     "DifferenceTarget": "circuits.targets",
     "FeatureTarget": "circuits.targets",
-    "HeadView": "circuits.head_view",
+    "HeadView": "circuits.feature_heads",
     "QKAttribution": "circuits.qk_attribution",
     "QKAttributor": "circuits.qk",
     "TokenTarget": "circuits.targets",
     "attribute_score": "circuits.qk",
-    "head_view": "circuits.head_view",
-    "source_credit": "circuits.source_credit",
+    "head_view": "circuits.feature_heads",
+    "source_credit": "circuits.node_credit",
     "split_heads": "circuits.heads",
     "trace": "circuits.tracing",
     "with_heads": "circuits.heads",

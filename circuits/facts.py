@@ -8,6 +8,7 @@ from circuits.attribution import Attribution
 from circuits.columns import source_table
 from circuits.targets import LogitTarget
 from replacement import Crosscoder, LocalReplacement, ReplacementModel
+from replacement.loading import fingerprint
 
 
 def trace_facts(
@@ -31,6 +32,7 @@ def trace_facts(
         "model_fingerprint": lm.fingerprint,
         "n_layers": lm.shape.n_layers,
         "crosscoder": _describe(model.crosscoder),
+        "crosscoder_fingerprint": crosscoder_fingerprint(model),
         "attention": "linear" if model.attention_crosscoder is None else _describe(model.attention_crosscoder),
         "targets": targets,
         "top_tokens": _top_tokens(local, lm.token_strings, position=int(str(targets[0]["position"]))),
@@ -39,6 +41,11 @@ def trace_facts(
         "unexpanded_share": rows.unexpanded_share,
         "identity_error": rows.identity_error,
     }
+
+
+def crosscoder_fingerprint(model: ReplacementModel) -> str:
+    """Digest of the weights of every crosscoder of a model."""
+    return "+".join(fingerprint(crosscoder) for crosscoder in model.crosscoders.values())
 
 
 def _describe(crosscoder: Crosscoder) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from circuits.columns import Columns, source_table
+from circuits.facts import crosscoder_fingerprint
 from circuits.graph import CircuitGraph
 from circuits.nodes import NodeKind
 from circuits.sources import Sources
@@ -51,6 +52,11 @@ class Grounding:
         if linear != (model.attention_crosscoder is None):
             has, load = ("no ", "without") if linear else ("", "with")
             raise ValueError(f"the graph has {has}attention features: load the model {load} its attention crosscoder")
+        traced = facts.get("crosscoder_fingerprint")  # graphs of earlier versions have none
+        if traced not in (None, crosscoder_fingerprint(model)):
+            raise ValueError(
+                "the graph was traced with another crosscoder: its weights are not those of the model given"
+            )
         with torch.no_grad():
             local = model.localize(torch.tensor(facts["token_ids"], device=lm.device))
         return cls(graph, local, Columns.of(local), _find_columns(graph, local), _logits(graph, local, model))

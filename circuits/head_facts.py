@@ -14,8 +14,8 @@ from circuits.influence import edge_influence
 from circuits.text import full_name
 
 if TYPE_CHECKING:
+    from circuits.feature_heads import HeadView
     from circuits.head_check import HeadCheck
-    from circuits.head_view import HeadView
     from circuits.qk_attribution import QKAttribution
 
 LEAST = 0.01

@@ -196,7 +196,7 @@ def _edge(model: ReplacementModel, graph: CircuitGraph, number: int) -> Facts:
 def _feature(
     model: ReplacementModel, graph: CircuitGraph, text: str, *, rule: str, top: int, plot: Path | None
 ) -> Facts:
-    from circuits.head_view import head_view
+    from circuits.feature_heads import head_view
 
     view = head_view(model, _tokens(model, graph), _target(text))
     files = {} if plot is None else {"plot": str(view.plot(plot))}

@@ -22,7 +22,7 @@ def feature_threshold(local: LocalReplacement, part: Decomposition, number: int)
         number: number into `part.features`.
 
     Raises:
-        ValueError: an activation function of another kind.
+        ValueError: an activation function of another kind, or a threshold below 0.
     """
     crosscoder, features = part.crosscoder, part.features
     group, row, index = (int(column[number]) for column in (features.group, features.row, features.index))
@@ -32,7 +32,10 @@ def feature_threshold(local: LocalReplacement, part: Decomposition, number: int)
     if isinstance(activation, JumpReLU | BatchTopK):
         assert crosscoder.threshold is not None
         theta = float(crosscoder.threshold[group].expand(crosscoder.n_features)[index])
-        return max(theta, 0.0) if isinstance(activation, BatchTopK) else theta
+        if theta < 0 and isinstance(activation, JumpReLU):
+            layer = crosscoder.wiring.group_layer(group)
+            raise ValueError(f"feature {layer}/{index} has the threshold {theta:g}: expected 0 or more")
+        return max(theta, 0.0)
     if isinstance(activation, TopK):
         inputs = {site: local.frozen.activations[site][row : row + 1] for site in crosscoder.wiring.reads[group]}
         pre_F = crosscoder.pre_activations(inputs, group)[0]

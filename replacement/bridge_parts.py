@@ -192,6 +192,13 @@ class BridgeParts:
         cap = float(getattr(self.bridge.cfg, "output_logits_soft_cap", -1.0) or -1.0)
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
+    def before_soft_cap(self, logits: Tensor) -> Tensor:
+        """The inverse of `soft_cap`: logits as the unembedding gives them."""
+        cap = float(getattr(self.bridge.cfg, "output_logits_soft_cap", -1.0) or -1.0)
+        # In float64, where only a logit at the very cap is rounded to it.
+        limit = 1 - torch.finfo(torch.float64).eps
+        return (cap * torch.atanh((logits.double() / cap).clamp(-limit, limit))).to(logits) if cap > 0 else logits
+
     def _fold_attention(self, layer: int) -> AttentionWeights:
         attention = self.bridge.blocks[layer].attn
         b_V, b_O = attention.b_V, attention.b_O

@@ -150,7 +150,7 @@ class ReplacementModel:
         """Run a prompt with features changed.
 
         With errors kept, norms and patterns frozen and all layers held, logits change exactly as `LocalReplacement.logits`
-        says.
+        says (in front of a soft-cap, where the model has one).
 
         Args:
             prompt: text, or a 1-D tensor of token ids.

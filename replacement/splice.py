@@ -83,6 +83,7 @@ class Splice:
             n_features=crosscoder.n_features,
             first_position=crosscoder.undecomposed_positions,
         )
+        self._check_reached()
         self.inputs: dict[Site, Tensor] = {}
         self.features: dict[int, Features] = {}
         self._scales = dict(scales or {})
@@ -95,6 +96,13 @@ class Splice:
             self._errors = self._clean_errors(known) if errors == "keep" else {}
             for site in crosscoder.wiring.read_sites if self._reads_clean else ():
                 self._take(site, known[site])
+
+    def _check_reached(self) -> None:
+        """An intervention on features that write none of the replaced sites would do nothing."""
+        for one in self.interventions:
+            if not set(self.crosscoder.wiring.writes[one.group]) & set(self.written):
+                replaced = ", ".join(map(str, self.written)) or "no site"
+                raise ValueError(f"intervention on group {one.group} would do nothing: only {replaced} is replaced")
 
     def run(self) -> Tensor:
         """Logits `[B, T, V]` of the spliced model; call it once, or any number of times where reads are clean."""

@@ -160,7 +160,8 @@ class Effects:
         targets = self.grounding.logits
         if not targets:
             return np.zeros(len(change_BN))
-        change_BTV = (logits_BTV - clean_TV).double()
+        before = self.model.language_model.parts.before_soft_cap  # graphs explain logits in front of a soft-cap
+        change_BTV = (before(logits_BTV) - before(clean_TV)).double()
         for node, target in zip(np.flatnonzero(self.nodes.mask(NodeKind.LOGIT)), targets, strict=True):
             at_BV = change_BTV[:, target.position]
             plus, minus = target.token_ids or (target.token_id, None)

@@ -114,6 +114,7 @@ class Resampler:
     def output(self, logits_BTV: Tensor) -> float:
         """m, averaged over the runs."""
         total, nodes = 0.0, self.grounding.graph.nodes
+        logits_BTV = self.model.language_model.parts.before_soft_cap(logits_BTV)  # as the graph explains them
         weights = nodes.output_weight[nodes.mask(NodeKind.LOGIT)]
         for weight, target in zip(weights.tolist(), self.grounding.logits, strict=True):
             at_BV = logits_BTV[:, target.position].double()

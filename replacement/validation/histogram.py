@@ -32,6 +32,8 @@ class LogHistogram:
         values_N = values_N.detach().double().flatten().cpu()
         if not len(values_N):
             return
+        if bool(values_N.isnan().any()):
+            raise ValueError("met NaN: the model or its replacement gives logits that are not finite on this data")
         self.count += len(values_N)
         self._sum += float(values_N.sum())
         self.maximum = max(self.maximum, float(values_N.max()))

@@ -387,8 +387,25 @@ def test_a_graph_of_another_model_is_refused(language_model: Any) -> None:
 def test_a_graph_of_another_crosscoder_is_refused(language_model: Any) -> None:
     lm = language_model("native")
     graph = traced(model_of(lm, n_features=64))
-    with pytest.raises(ValueError, match=r"traced with another crosscoder: node \d_\d+_\d is not active here"):
+    with pytest.raises(
+        ValueError, match="traced with another crosscoder: its weights are not those of the model given"
+    ):
         split_heads(model_of(lm), graph)
+    facts = {name: value for name, value in graph.metadata.items() if name != "crosscoder_fingerprint"}
+    old = dataclasses.replace(graph, metadata=facts)  # of a version that did not write the fingerprint
+    with pytest.raises(ValueError, match=r"traced with another crosscoder: node \d_\d+_\d is not active here"):
+        split_heads(model_of(lm), old)
+
+
+def test_a_crosscoder_with_the_same_features_and_other_decoders_is_refused(language_model: Any) -> None:
+    lm = language_model("native")
+    graph = traced(model_of(lm))
+    other = model_of(lm)
+    with torch.no_grad():
+        for weights in other.crosscoder.W_dec:
+            weights.mul_(-1.5)
+    with pytest.raises(ValueError, match="traced with another crosscoder: its weights"):
+        split_heads(other, graph)
 
 
 @pytest.mark.parametrize("attention", [True, False])

@@ -17,8 +17,8 @@ import circuits
 import replacement
 from circuits import CircuitGraph, FeatureTarget, NodeKind
 from circuits.cli import main
+from circuits.feature_heads import head_view
 from circuits.head_check import HeadCheck
-from circuits.head_view import head_view
 from circuits.heads import split_heads
 from circuits.influence import edge_influence
 

@@ -210,3 +210,11 @@ def test_localize_refuses_what_the_model_cannot_read(language_model: Any) -> Non
     model = ReplacementModel(lm, tiny.crosscoder_for(lm))
     with pytest.raises(ValueError, match="the prompt has 33 tokens"):
         model.localize(torch.ones(33, dtype=torch.int64))
+
+
+def test_an_intervention_that_nothing_would_feel_is_a_mistake(language_model: Any) -> None:
+    lm = language_model("llama", torch.float32)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    late = Intervention(group=2, position=3, index=1, activation=1.0)
+    with pytest.raises(ValueError, match=r"intervention on group 2 would do nothing: only mlp_out\.0 is replaced"):
+        model(tiny.random_tokens(6), layers=[0], interventions=[late])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import tiny
 import torch
 
 from circuits import NodeKind, trace
-from circuits.source_credit import source_credit
+from circuits.node_credit import source_credit
 from replacement import JumpReLU, ReLU, ReplacementModel, TopK
 
 ACTIVATIONS = {"relu": ReLU(), "jumprelu": JumpReLU(threshold=0.2), "topk": TopK(5)}
@@ -51,6 +53,17 @@ def test_removed_edges_are_one_more_player(traced: tuple[ReplacementModel, Any])
     assert len(found.contributions) == len(found.sources) + 1
     assert abs(found.contributions[-1]) > 0
     assert found.contributions.sum() + nodes.bias[chosen[0]] == pytest.approx(nodes.value[chosen[0]], rel=1e-9)
+
+
+def test_a_lazy_name_is_the_function_however_often_it_is_used() -> None:
+    """A submodule of the same name would take its place in the package once it is imported."""
+    import circuits
+
+    for name in circuits.__all__:
+        first = getattr(circuits, name)
+        assert getattr(circuits, name) is first
+        assert not isinstance(first, types.ModuleType)
+        assert not (Path(circuits.__file__).parent / f"{name}.py").exists(), "the module would hide the name"
 
 
 def test_mistakes(traced: tuple[ReplacementModel, Any]) -> None:
