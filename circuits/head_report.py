@@ -36,7 +36,7 @@ def graph_page(facts: Facts) -> Group:
     return Group(
         Text(printable(facts["prompt"]), style="bold"),
         Text(),
-        _section("Influence carried by each head (the last one on the way)", heads),
+        _section("Influence carried by each head, the last one on the way (sums to the average path length)", heads),
         _section("Strongest edges", edges_table),
     )
 

@@ -45,6 +45,8 @@ def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]
     Raises `ValueError` naming the file when it is missing, damaged, not a circuit, or written by a newer version.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a circuit file, given a folder; a traced one holds circuit.safetensors")
     if not path.is_file():
         raise ValueError(f"{path}: expected a circuit file, but there is no such file")
     try:

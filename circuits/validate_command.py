@@ -43,6 +43,8 @@ def validate(
     """Measure how far a graph predicts interventions, and whether its circuit is enough and needed."""
     if features < 1:
         raise ValueError(f"features: expected at least 1, given {features}")
+    if resample is not None and not resample.is_file():
+        raise ValueError(f"{resample}: expected a text file with one prompt per line, but there is no such file")
     lines = None if resample is None else resample.read_text(encoding="utf-8").splitlines()
     graph = CircuitGraph.load(file)
     linear = graph.metadata.get("attention", "linear") == "linear"

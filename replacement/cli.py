@@ -112,7 +112,7 @@ def validate(
         typer.Option("--slice", metavar="NAME=DATA", help="More data, measured beside the whole; may be repeated."),
     ] = None,
     training_curve: Annotated[
-        Path | None, typer.Option(help="JSON of [compute, loss] pairs of the original's training.")
+        Path | None, typer.Option(help="JSON list of (compute, loss) pairs of the original's training.")
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens per row; the data's own by default.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",

@@ -71,6 +71,7 @@ def validate(
         circuit = {errors: _circuit_facts(model, grounding, others, errors) for errors in ("keep", "resample")}
     facts: Facts = {
         "prompt": graph.metadata["prompt"],
+        "is_pruned": "pruning" in graph.metadata,
         "features": len(changed),
         "seed": seed,
         "sampling": "uniform over the features of the graph",

@@ -92,7 +92,7 @@ def _protocols(facts: Facts) -> Table:
         key="protocols",
         title="Every way of replacing layers",
         note=f"{count(original['n_tokens'])} tokens; the original's cross-entropy is {nats(original['cross_entropy'])} nats. "
-        f"'Unsure' counts the {count(original['right_but_unsure'])} tokens the original gets right with p < 0.8."
+        f"It gets {count(original['right_but_unsure'])} of them right with p < 0.8: agreement there is in the page and in JSON."
         + check,
         heads=(
             "replaced",
@@ -274,7 +274,7 @@ def _worst(facts: Facts) -> Table:
     ]
     return Table(
         key="worst_tokens",
-        title=f"The {len(rows)} worst tokens",
+        title="The worst tokens",
         note="Largest KL with errors propagating, with the text before; what comes next, and what both models expect.",
         heads=("before", "token", "next", "original says", "replacement says", "p of original", "KL, nats"),
         rows=rows,
