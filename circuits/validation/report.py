@@ -25,7 +25,9 @@ def page(facts: dict[str, Any]) -> Group:
     sampled = f"{facts['features']} features, {facts['sampling']}, seed {facts['seed']}; {facts['prediction']}"
     parts: list[RenderableType] = [Text(printable(facts["prompt"]), style="bold"), Text(sampled), Text()]
     if facts["is_pruned"]:
-        removed = "This graph is pruned: what was removed is predicted to do nothing. Validate the full graph for its predictions."
+        removed = (
+            "This graph is pruned, and what was removed is predicted to do nothing: the full graph predicts better."
+        )
         parts += [Text(removed, style="bold red"), Text()]
     parts += [
         _section("Self-check, true by construction", Text(exact)),

@@ -207,7 +207,7 @@ def test_other_prompts(language_model: Any) -> None:
     [
         (["--features", "0"], "features: expected at least 1, given 0"),
         (["--resample", "SHORT"], "resample: expected a prompt of at least 9 tokens, the graph's number; given none"),
-        (["--resample", "/nowhere"], "No such file"),
+        (["--resample", "/nowhere"], "expected a text file with one prompt per line, but there is no such file"),
         (["--model", "/nowhere"], "no language model folder at /nowhere"),
     ],
 )
@@ -220,3 +220,11 @@ def test_mistakes_on_the_command_line(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_skip_connections_are_refused(language_model: Any) -> None:
+    lm = language_model("llama", torch.float32)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm, skip=True))
+    graph = circuits.trace(model, tiny.random_tokens(6))
+    with pytest.raises(ValueError, match="a crosscoder with a skip connection cannot be validated"):
+        validate(model, graph, n_features=2)

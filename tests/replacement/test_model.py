@@ -218,3 +218,13 @@ def test_an_intervention_that_nothing_would_feel_is_a_mistake(language_model: An
     late = Intervention(group=2, position=3, index=1, activation=1.0)
     with pytest.raises(ValueError, match=r"intervention on group 2 would do nothing: only mlp_out\.0 is replaced"):
         model(tiny.random_tokens(6), layers=[0], interventions=[late])
+
+
+def test_before_soft_cap_undoes_it(language_model: Any) -> None:
+    parts = language_model("gemma2", torch.float64).parts
+    logits = torch.linspace(-8, 8, 33, dtype=torch.float64)
+    capped = parts.soft_cap(logits)
+    assert float((capped - logits).abs().max()) > 1, "the tiny Gemma 2 has a soft-cap"
+    torch.testing.assert_close(parts.before_soft_cap(capped), logits, rtol=1e-6, atol=1e-6)
+    plain = language_model("llama", torch.float64).parts
+    assert torch.equal(plain.before_soft_cap(logits), logits)
