@@ -4,8 +4,8 @@ N tokens, M neurons, F dictionary vectors, D width, R = B T rows of activations.
 
 - thresholded neurons: the MLPs' own neurons, all but the k largest contributions set to 0 (Ameisen et al. 2025, "Circuit
   Tracing", compare the same way);
-- random dictionary: k of as many random unit vectors as the crosscoder has features, never trained. Its codes are found by
-  matching pursuit on the very output that is replaced, which the crosscoder never sees;
+- random dictionary: k of as many random unit vectors as the crosscoder has features (4,096 at most), never trained. Its codes
+  are found by matching pursuit on the very output that is replaced, which the crosscoder never sees;
 - random weights: the same crosscoder in a model whose matrices are drawn anew with the mean and spread they had (Heap et al.
   2025, "Sparse autoencoders can interpret randomly initialized transformers"). If it were as good there, it would have learnt
   the data and not the model.
