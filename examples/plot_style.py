@@ -8,25 +8,13 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from replacement.validation import plots
+
 matplotlib.use("Agg")
 
-STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.labelcolor": "#222222",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
+STYLE = plots.STYLE | {
     "grid.linewidth": 0.8,
-    "figure.facecolor": "white",
     "axes.facecolor": "white",
-    "svg.fonttype": "path",
     "svg.hashsalt": "frontier",
 }
 """Settings for `pyplot.rc_context`."""
