@@ -234,3 +234,14 @@ def test_picture_of_a_feature_below_all_heads(language_model: Any, tmp_path: Pat
     assert view.layers == view.players == ()
     assert not view.encoder_share_LH.any()
     assert "heads +0" in view.plot(tmp_path / "none.svg").read_text()
+
+
+def test_a_threshold_below_zero_is_refused_by_name(language_model: Any) -> None:
+    lm = language_model("llama", torch.float32)
+    model = model_of(lm, activation=JumpReLU(threshold=0.1))
+    with torch.no_grad():
+        model.crosscoder.threshold[1] = -0.5
+    local = model.localize(tiny.random_tokens(6))
+    number = int(torch.nonzero(local.features.group == 1)[0])
+    with pytest.raises(ValueError, match=rf"feature 1/{int(local.features.index[number])} has the threshold -0.5"):
+        feature_threshold(local, local.mlp, number)

@@ -291,3 +291,8 @@ def test_summary_is_made_of_the_protocols(language_model: Any, tmp_path: Any) ->
     assert sum(done) > 9 * T * len(protocols)
     equivalent = facts["compute_equivalent"]
     assert equivalent["target_loss"] == pytest.approx(1 + max(0, whole["cross_entropy_increase"]))
+
+
+def test_a_divergence_that_is_no_number_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="logits that are not finite on this data"):
+        LogHistogram().update(torch.tensor([0.1, float("nan")]))
