@@ -158,8 +158,7 @@ class TopK(Activation):
     """Features kept per row: in every group, or one number for each group."""
 
     def __post_init__(self) -> None:
-        for k in self.k if isinstance(self.k, tuple) else (self.k,):
-            _check_k(k)
+        _check_k(self.k)
 
     def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
         """None.
@@ -167,16 +166,14 @@ class TopK(Activation):
         Raises:
             ValueError: one k per group is given, but not for as many groups.
         """
-        if isinstance(self.k, tuple) and len(self.k) != n_groups:
-            raise ValueError(f"topk has k for {len(self.k)} groups, the wiring has {n_groups}")
+        _check_one_k_per_group(self, n_groups)
         return None
 
     def select(
         self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
         """The k largest of each row, without those that are not positive."""
-        k = self.k[group] if isinstance(self.k, tuple) else self.k
-        value_BK, index_BK = _largest(pre_BF, k)
+        value_BK, index_BK = _largest(pre_BF, k_of(self, group))
         index_BK, order_BK = index_BK.sort(dim=1)
         row_S, column_S = torch.nonzero(value_BK.gather(1, order_BK) > 0, as_tuple=True)
         return Selection(row_S, index_BK[row_S, column_S])
@@ -199,8 +196,8 @@ class BatchTopK(Activation):
 
     name: ClassVar[str] = "batchtopk"
 
-    k: int
-    """Features kept per group and row, on average over the batch."""
+    k: int | tuple[int, ...]
+    """Features kept per row, on average over the batch: in every group, or one number for each group."""
     momentum: float = 0.01
     """Weight of the newest batch in the running threshold."""
 
@@ -210,7 +207,12 @@ class BatchTopK(Activation):
             raise ValueError(f"the batchtopk momentum must be above 0 and at most 1, got {self.momentum}")
 
     def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
-        """`[G, 1]`, zero: before training every positive feature is active, as in a ReLU."""
+        """`[G, 1]`, zero: before training every positive feature is active, as in a ReLU.
+
+        Raises:
+            ValueError: one k per group is given, but not for as many groups.
+        """
+        _check_one_k_per_group(self, n_groups)
         return torch.zeros(n_groups, 1)
 
     def select(
@@ -221,7 +223,7 @@ class BatchTopK(Activation):
         if not training:
             return Selection(*torch.nonzero(pre_BF > threshold_F.clamp(min=0), as_tuple=True))
         # Equal values (of equal rows, say) are kept or left together, however the batch is split.
-        return Selection(*_largest_of_all(pre_BF, self.k * len(pre_BF)))
+        return Selection(*_largest_of_all(pre_BF, k_of(self, group) * len(pre_BF)))
 
     def values(self, pre_S: Float[Tensor, " S"], threshold_S: Tensor | None) -> Float[Tensor, " S"]:
         """`max(h, 0)`."""
@@ -236,6 +238,11 @@ class BatchTopK(Activation):
             return threshold_1
         smallest_1 = acts_S.min().to(threshold_1.dtype).expand_as(threshold_1)
         return torch.where(threshold_1 > 0, threshold_1.lerp(smallest_1, self.momentum), smallest_1)
+
+
+def k_of(activation: TopK | BatchTopK, group: int) -> int:
+    """Features that an activation function keeps per row in one group."""
+    return activation.k[group] if isinstance(activation.k, tuple) else activation.k
 
 
 def activation_from_dict(value: Mapping[str, Any]) -> Activation:
@@ -316,6 +323,12 @@ def _nth_largest(x: Tensor, n: int) -> Tensor:
     return x.kthvalue(len(x) - n + 1).values
 
 
-def _check_k(k: int) -> None:
-    if not (isinstance(k, int) and k >= 1):
-        raise ValueError(f"k must be a whole number of at least 1, got {k}")
+def _check_k(given: int | tuple[int, ...]) -> None:
+    for k in given if isinstance(given, tuple) else (given,):
+        if not (isinstance(k, int) and k >= 1):
+            raise ValueError(f"k must be a whole number of at least 1, got {k}")
+
+
+def _check_one_k_per_group(activation: TopK | BatchTopK, n_groups: int) -> None:
+    if isinstance(activation.k, tuple) and len(activation.k) != n_groups:
+        raise ValueError(f"{activation.name} has k for {len(activation.k)} groups, the wiring has {n_groups}")
