@@ -66,6 +66,17 @@ def print_report(found: Sequence[Facts]) -> None:
         found,
         lambda facts: keyed(facts["influence_against_ablation"], ("patching", "attention"), "spearman"),
     )
+    print_rows(
+        "Influence among features, Spearman",
+        found,
+        lambda facts: keyed(facts["influence_among_features"], ("attention",), "spearman"),
+    )
+    for value in ("cosine", "nmse", "cosine_added"):
+        print_rows(
+            f"Perturbed streams, {value}",
+            found,
+            lambda facts, value=value: keyed(facts["perturbations"], ("kind", "attention", "distance"), value),  # type: ignore[misc]
+        )
     titles = {
         "cosine": "One layer downstream, cosine: mean of features",
         "median": "One layer downstream, cosine: median feature",

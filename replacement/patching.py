@@ -106,19 +106,25 @@ class Patcher:
 
     @torch.no_grad()
     def run(
-        self, changes: Mapping[str, Change], *, n_copies: int = 1, errors: Mapping[Site, Tensor] | None = None
+        self,
+        changes: Mapping[str, Change],
+        *,
+        n_copies: int = 1,
+        errors: Mapping[Site, Tensor] | None = None,
+        hooks: Mapping[Site, Hook] | None = None,
     ) -> Patched:
         """One pass over copies of the prompt.
 
         Args:
             changes: by part, what is changed.
             errors: error terms `[R, D]` of written sites, instead of the prompt's own.
+            hooks: see `[B, T, D]` at their sites and may change it, before features are read there.
         """
         tokens_BT = self.tokens_T.expand(n_copies, -1)
         clean = {site: x_TD.repeat(n_copies, 1) for site, x_TD in self.clean.items()}
         kept = errors or {site: x_TD.repeat(n_copies, 1) for site, x_TD in self.errors.items()}
         splices = [_PatchedSplice(self, part, tokens_BT, clean, changes.get(part), kept) for part in self.crosscoders]
-        logits_BTV = run_together(splices, patterns=self._patterns, norm_scales=self._scales)
+        logits_BTV = run_together(splices, hooks=hooks, patterns=self._patterns, norm_scales=self._scales)
         return Patched(
             logits_BTV,
             {

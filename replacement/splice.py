@@ -228,6 +228,7 @@ class Splice:
 def run_together(
     splices: Sequence[Splice],
     *,
+    hooks: Mapping[Site, Hook] | None = None,
     patterns: Sequence[Tensor] | None = None,
     norm_scales: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
@@ -235,12 +236,27 @@ def run_together(
 
     Args:
         splices: at least one, of the same tokens and the same model, by crosscoders without a site in common.
+        hooks: further hooks; at a site that a splice uses too, the splice sees what they return.
         patterns: attention patterns to hold; see `LanguageModel.run`.
         norm_scales: scales of norms to hold; see `LanguageModel.run`.
     """
-    hooks = {site: hook for splice in splices for site, hook in splice.hooks().items()}
+    every = dict(hooks or {})
+    for splice in splices:
+        for site, hook in splice.hooks().items():
+            every[site] = in_turn(every[site], hook) if site in every else hook
     lm = splices[0].language_model
-    return lm.run(splices[0].tokens_BT, hooks, patterns=patterns, norm_scales=norm_scales)
+    return lm.run(splices[0].tokens_BT, every, patterns=patterns, norm_scales=norm_scales)
+
+
+def in_turn(first: Hook, second: Hook) -> Hook:
+    """One hook of two: the second sees what the first returns."""
+
+    def hook(x_BTD: Tensor) -> Tensor | None:
+        changed_BTD = first(x_BTD)
+        returned_BTD = second(x_BTD if changed_BTD is None else changed_BTD)
+        return changed_BTD if returned_BTD is None else returned_BTD
+
+    return hook
 
 
 def check_together(crosscoders: Sequence[Crosscoder]) -> None:

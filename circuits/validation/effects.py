@@ -5,6 +5,7 @@
 | `constrained` | nothing writes but the changed feature; attention moves what it wrote, norms rescale | direct effects |
 | `propagated`  | every feature of the replacement model, errors kept; attention; norms                | total effects  |
 | `original`    | behind the feature's layer the original model's own MLPs; up to it as `constrained`  | total effects  |
+| `window`      | as `original`, but held from the feature's layer to two layers on                     | influence      |
 
 Each with attention patterns frozen or live. B changes, T tokens, N nodes.
 """
@@ -25,6 +26,11 @@ from replacement.interventions import difference
 from replacement.patching import Conditions, Patched, Patcher, changes_of, copies_of
 
 PATCHING = ("constrained", "propagated", "original")
+"""How the real tests patch; `window` is for influence among features alone."""
+WINDOW = 3
+"""Layers that `window` holds: the feature's and the next two, as published (Ameisen et al. 2025)."""
+OWN_MLPS = ("original", "window")
+"""The original model's MLPs run wherever outputs are not held."""
 ATTENTION = ("live", "frozen")
 TOKENS_AT_ONCE = 4096
 """Tokens of all copies of a prompt that run together: bounds memory."""
@@ -60,7 +66,7 @@ class Effects:
         Args:
             changed: int[B], feature nodes.
             scale: multiple of the activation they are held at; 0 suppresses, 2 doubles them.
-            patching: one of `PATCHING`.
+            patching: one of `PATCHING`, or `window`.
             attention: `live` or `frozen` patterns.
             norms: `live` or `frozen` scales.
         """
@@ -68,7 +74,7 @@ class Effects:
             np.zeros((len(changed), len(self.nodes))), np.zeros(len(changed)), np.zeros((len(changed), self.n_layers))
         )
         layers = self.nodes.layer[changed]
-        for layer in np.unique(layers).tolist() if patching == "original" else [None]:
+        for layer in np.unique(layers).tolist() if patching in OWN_MLPS else [None]:
             own = np.arange(len(changed)) if layer is None else np.flatnonzero(layers == layer)
             patcher = self.patcher(patching, attention, layer, norms=norms)
             for some, patched in self._passes(patcher, changed, own, scale):
@@ -80,11 +86,15 @@ class Effects:
         return found
 
     def patcher(self, patching: str, attention: str, layer: int | None = None, *, norms: str = "live") -> Patcher:
-        """The prompt under the conditions of one row of the table; `original` holds the layers up to the one given."""
-        held = {"constrained": range(self.n_layers), "propagated": None, "original": range(int(layer or 0) + 1)}[
-            patching
-        ]
-        mlps = "own" if patching == "original" else "replaced"
+        """The prompt under the conditions of one row of the table; `original` and `window` depend on the feature's layer."""
+        own, n = int(layer or 0), self.n_layers
+        held = {
+            "constrained": range(n),
+            "propagated": None,
+            "original": range(own + 1),
+            "window": range(own, min(own + WINDOW, n)),
+        }[patching]
+        mlps = "own" if patching in OWN_MLPS else "replaced"
         conditions = Conditions(patterns=attention, norms=norms, mlps=mlps, layers=held)
         if conditions not in self._patchers:
             lm = self.model.language_model

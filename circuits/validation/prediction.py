@@ -1,4 +1,4 @@
-"""What a graph predicts when one of its features is scaled: direct effects, and total ones through all paths.
+"""What a graph predicts when one of its features is scaled: direct effects, total ones through all paths, and influence.
 
 N nodes, B changes (one scaled feature each), E edges.
 
@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from circuits.edges import GraphData
-from circuits.influence import sweep_levels
+from circuits.edges import Edges, GraphData
+from circuits.influence import row_shares, sweep_levels
 from circuits.nodes import NodeKind
 
 EDGES_AT_ONCE = 1 << 22
@@ -42,7 +42,7 @@ def predicted_changes(
     nodes, edges = graph.nodes, graph.edges
     if not nodes.mask(NodeKind.FEATURE)[changed].all():
         raise ValueError("expected features to change, given a node of another kind")
-    levels = [batch[edges.indptr[batch + 1] > edges.indptr[batch]] for batch in reversed(sweep_levels(edges))]
+    levels = _forward(edges)
     found = np.zeros((len(changed), len(nodes)))
     size = max(1, EDGES_AT_ONCE // max(1, len(edges)))
     for begin in range(0, len(changed), size):
@@ -61,12 +61,9 @@ def _changes(
     relative_BN[copies, changed] = relative
     change_BN = np.zeros_like(relative_BN)
     for batch in levels:
-        if not len(batch):
-            continue
         numbers = edges.into(batch)
-        lengths = edges.indptr[batch + 1] - edges.indptr[batch]
         flow_BE = relative_BN[:, edges.source[numbers]] * edges.weight[numbers]
-        change = np.add.reduceat(flow_BE, np.cumsum(lengths) - lengths, axis=1)
+        change = np.add.reduceat(flow_BE, _starts(edges, batch), axis=1)
         if clipped:
             change = np.where(is_feature[batch], np.maximum(change, -activation[batch]), change)
         change_BN[:, batch] = change
@@ -76,3 +73,32 @@ def _changes(
             relative_BN[copies, changed] = relative  # held where it was put
     change_BN[copies, changed] = relative * activation[changed]
     return change_BN
+
+
+def influence_among(graph: GraphData, sources: np.ndarray) -> np.ndarray:
+    """float64[B, N], influence of each of B nodes on every node: summed strength of all paths from one to the other.
+
+    `B = M + M^2 + ...` of Ameisen et al. 2025 for M as in `circuits.influence`; unsigned, and 0 on the node itself.
+    """
+    edges, shares, copies = graph.edges, row_shares(graph), np.arange(len(sources))
+    found_BN = np.zeros((len(sources), len(graph.nodes)))
+    found_BN[copies, sources] = 1.0
+    for batch in _forward(edges):
+        numbers = edges.into(batch)
+        flow_BE = found_BN[:, edges.source[numbers]] * shares[numbers]
+        found_BN[:, batch] = np.add.reduceat(flow_BE, _starts(edges, batch), axis=1)
+        found_BN[copies, sources] = 1.0  # paths begin here, whatever flows into it
+    found_BN[copies, sources] = 0.0
+    return found_BN
+
+
+def _forward(edges: Edges) -> list[np.ndarray]:
+    """Nodes that something flows into, in batches, sources first."""
+    batches = (batch[edges.indptr[batch + 1] > edges.indptr[batch]] for batch in reversed(sweep_levels(edges)))
+    return [batch for batch in batches if len(batch)]
+
+
+def _starts(edges: Edges, batch: np.ndarray) -> np.ndarray:
+    """Where each node's edges begin among `edges.into(batch)`."""
+    lengths = edges.indptr[batch + 1] - edges.indptr[batch]
+    return np.asarray(np.cumsum(lengths) - lengths)

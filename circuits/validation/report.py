@@ -38,8 +38,15 @@ def page(facts: dict[str, Any]) -> Group:
     ]
     parts += [
         _section(
+            "Influence of features on features against the share of an activation that ablation moves (Spearman)",
+            _among_features(facts["influence_among_features"]),
+        ),
+        _section(
+            "Perturbed streams: local replacement model against the original", _perturbations(facts["perturbations"])
+        ),
+        _section(
             "One layer downstream: cosine of predicted and measured changes", _one_layer(facts["one_layer_cosine"])
-        )
+        ),
     ]
     parts += [_section("Features ablated: predicted against measured", _effects(facts["effects"]))]
     for errors, circuit in (facts["circuit"] or {}).items():
@@ -52,6 +59,21 @@ def _ablation(rows: list[dict[str, Any]]) -> Table:
     table = _table("patching", "attention", "Spearman")
     for row in rows:
         table.add_row(row["patching"], row["attention"], _number(row["spearman"]))
+    return table
+
+
+def _among_features(rows: list[dict[str, Any]]) -> Table:
+    table = _table("attention", "pairs", "Spearman")
+    for row in rows:
+        table.add_row(row["attention"], f"{row['pairs']:,}", _number(row["spearman"]))
+    return table
+
+
+def _perturbations(rows: list[dict[str, Any]]) -> Table:
+    table = _table("kind", "attention", "layers", "perturbations", "cosine", "NMSE", "cosine of what layers add")
+    for row in rows:
+        figures = (_number(row[name]) for name in ("cosine", "nmse", "cosine_added"))
+        table.add_row(row["kind"], row["attention"], str(row["distance"]), str(row["perturbations"]), *figures)
     return table
 
 
@@ -94,6 +116,6 @@ def _section(title: str, body: RenderableType) -> Group:
 def _table(*names: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in names:
-        left = name in ("patching", "attention", "norms", "change")
+        left = name in ("patching", "attention", "norms", "change", "kind")
         table.add_column(name, justify="left" if left else "right")
     return table

@@ -18,7 +18,8 @@ from circuits.paths import average_path_length
 from circuits.validation.agreement import Agreement, cosine, spearman
 from circuits.validation.effects import ATTENTION, PATCHING, Effects, Measured, sample_features
 from circuits.validation.hops import hop_fidelity
-from circuits.validation.prediction import predicted_changes
+from circuits.validation.perturbations import compare_perturbations
+from circuits.validation.prediction import influence_among, predicted_changes
 from circuits.validation.sufficiency import SHARES, sufficiency
 from replacement import ReplacementModel
 
@@ -50,8 +51,8 @@ def validate(
 
     Returns:
         `features`, `seed`, `sampling`; `self_check`; `effects`, one row per patching, attention, change and layer distance (or
-        `logits`); `one_layer_cosine`; `influence_against_ablation`; `circuit` by treatment of error terms;
-        `average_path_length`, `hop_fidelity`.
+        `logits`); `one_layer_cosine`; `influence_against_ablation`; `influence_among_features`; `perturbations`; `circuit` by
+        treatment of error terms; `average_path_length`, `hop_fidelity`.
 
     Raises:
         ValueError: a graph of another model or without features, other prompts of another length, or a crosscoder with a
@@ -78,6 +79,8 @@ def validate(
         "prediction": "path sums through signed edges, thresholds not applied",
         "self_check": _self_check(effects, changed),
         "influence_against_ablation": ablation,
+        "influence_among_features": _among_features(effects, changed),
+        "perturbations": compare_perturbations(model, grounding, changed, seed=seed),
         "one_layer_cosine": one_layer,
         "effects": rows,
         "circuit": circuit,
@@ -114,6 +117,25 @@ def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[F
                     rho = spearman(influence_B, measured.kl_B)
                     ablation.append({"patching": patching, "attention": attention, "spearman": rho})
     return rows, one_layer, ablation
+
+
+def _among_features(effects: Effects, changed: np.ndarray) -> list[Facts]:
+    """Influence between pairs of features against the share of the second's activation that ablating the first moves.
+
+    As published (Ameisen et al. 2025): absolute changes, as influence has no sign, with a window of layers held.
+    """
+    nodes = effects.grounding.graph.nodes
+    influence_BN = influence_among(effects.grounding.graph, changed)
+    target = nodes.mask(NodeKind.FEATURE) & nodes.expanded & (nodes.activation > 0)
+    later_BN = nodes.layer[None, :] > nodes.layer[changed][:, None]
+    pairs = target & later_BN & (nodes.position[None, :] >= nodes.position[changed][:, None])
+    rows = []
+    for attention in ATTENTION:
+        change_BN = np.abs(effects.measure(changed, 0.0, "window", attention).change_BN)
+        share_BN = np.divide(change_BN, nodes.activation, out=np.zeros_like(change_BN), where=nodes.activation > 0)
+        found = {"pairs": int(pairs.sum()), "spearman": spearman(influence_BN[pairs], share_BN[pairs])}
+        rows.append({"attention": attention, **found})
+    return rows
 
 
 def _one_layer(

@@ -64,7 +64,7 @@ def test_logits_and_activations_are_predicted_in_the_frozen_linear_case(language
     assert one_layer_cosine(graph, changed, predicted, found)["cosine"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("patching", ["propagated", "original"])
+@pytest.mark.parametrize("patching", ["propagated", "original", "window"])
 def test_measured_effects_equal_single_interventions(language_model: Any, patching: str) -> None:
     lm = language_model("gpt2", torch.float64)
     model, grounding = traced(lm)
@@ -74,7 +74,8 @@ def test_measured_effects_equal_single_interventions(language_model: Any, patchi
     tokens = tiny.random_tokens()
     for number, node in enumerate(changed.tolist()):
         layer, place = int(nodes.layer[node]), {"position": int(nodes.position[node]), "index": int(nodes.index[node])}
-        options: Any = {} if patching == "propagated" else {"mlps": "own", "layers": range(layer + 1)}
+        held = {"propagated": None, "original": range(layer + 1), "window": range(layer, min(layer + 3, 3))}[patching]
+        options: Any = {} if held is None else {"mlps": "own", "layers": held}
         alone = model.intervene(tokens, [Intervention(group=layer, scale=0.0, **place)], **options)
         divergence = kl(alone.clean_logits[-1], alone.logits[-1:])[0]
         assert found.kl_B[number] == pytest.approx(divergence, rel=1e-5, abs=1e-9)  # activations are float32 in graphs

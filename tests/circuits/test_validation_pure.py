@@ -15,7 +15,7 @@ from circuits import CircuitGraph, NodeKind
 from circuits.influence import node_influence
 from circuits.validation import hop_fidelity
 from circuits.validation.agreement import Agreement, area, ranks, spearman
-from circuits.validation.prediction import predicted_changes
+from circuits.validation.prediction import influence_among, predicted_changes
 
 
 @pytest.fixture
@@ -57,6 +57,22 @@ def test_total_effects_solve_the_linear_system(data: Any, draw_circuit: Any, to_
         right[node] = -1.0
         expected = np.linalg.solve(system, right)
         np.testing.assert_allclose(row, expected, atol=1e-9 * max(1.0, np.abs(expected).max()))
+
+
+def test_influence_among_features_by_hand(chain: CircuitGraph) -> None:
+    """All of B's inflow comes from A; the logit gets a quarter of its 4 from A, half from B."""
+    np.testing.assert_allclose(
+        influence_among(chain, np.array([1, 2])), [[0, 0, 0.75, 0.25 + 0.5 * 0.75], [0, 0, 0, 0.5]]
+    )
+
+
+@given(data=st.data())
+def test_influence_among_nodes_is_the_sum_over_paths(data: Any, draw_circuit: Any, to_shares: Any) -> None:
+    graph = draw_circuit(data)
+    shares_NN = to_shares(graph)
+    expected_NN = np.linalg.inv(np.eye(len(shares_NN)) - shares_NN) - np.eye(len(shares_NN))  # [target, source]
+    found_NN = influence_among(graph, np.arange(len(shares_NN)))
+    np.testing.assert_allclose(found_NN, expected_NN.T, atol=1e-12)
 
 
 def test_hop_fidelity_by_hand(chain: CircuitGraph) -> None:

@@ -154,7 +154,10 @@ NUMBER_OR_LIST = "a whole number, or a list of whole numbers"
         ({"name": "topk", "k": []}, f"crosscoder.activation.k of topk must be {NUMBER_OR_LIST}, got []"),
         ({"name": "topk", "k": [3, "4"]}, f"crosscoder.activation.k of topk must be {NUMBER_OR_LIST}, got [3, '4']"),
         ({"name": "topk", "k": True}, f"crosscoder.activation.k of topk must be {NUMBER_OR_LIST}, got True"),
-        ({"name": "batchtopk", "k": ["3"]}, f"crosscoder.activation.k of batchtopk must be {NUMBER_OR_LIST}, got ['3']"),
+        (
+            {"name": "batchtopk", "k": ["3"]},
+            f"crosscoder.activation.k of batchtopk must be {NUMBER_OR_LIST}, got ['3']",
+        ),
         (
             {"name": "jumprelu", "bandwidth": "x"},
             "crosscoder.activation.bandwidth of jumprelu must be a number, got 'x'",

@@ -1,0 +1,202 @@
+"""Does the local replacement model react to a perturbation as the original model does?
+
+After Ameisen et al. 2025, "Circuit Tracing", section "Evaluating Faithfulness of the Local Replacement Model". A vector is
+added to the residual stream in front of an MLP, at one position, in two models:
+
+- the local replacement model, which graphs describe: features react, errors stay, attention patterns and norm scales are
+  frozen;
+- the original model: its own MLPs, its norms live, its attention patterns `frozen` (as published) or `live`.
+
+What changes in the streams behind the next layers is compared.
+
+| kind       | what is added                                                                                              |
+|------------|------------------------------------------------------------------------------------------------------------|
+| `encoder`  | what a feature reads, as much of it as raises the feature's pre-activation by a tenth of its activation    |
+| `random`   | a random vector of the same norm                                                                           |
+| `upstream` | what is missing in front of the next layer's MLP when a feature is ablated                                 |
+
+T tokens, L layers, D d_model, B perturbations. Points of the stream are numbered by depth, as in `circuits.readers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.grounding import Grounding
+from circuits.readers import read_depth, stream_reads
+from circuits.validation.agreement import cosine
+from circuits.validation.effects import ATTENTION, TOKENS_AT_ONCE
+from replacement import ReplacementModel, Site
+from replacement.language_model import Hook
+from replacement.patching import Conditions, Patcher
+
+RISE = 0.1
+"""By how much of its activation an `encoder` perturbation raises a feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """A vector added to the residual stream."""
+
+    kind: str
+    depth: int
+    """Point of the stream."""
+    position: int
+    vector_D: Tensor
+
+
+def compare_perturbations(
+    model: ReplacementModel, grounding: Grounding, changed: np.ndarray, *, seed: int
+) -> list[dict[str, Any]]:
+    """How alike the streams of the local replacement model and of the original change.
+
+    Args:
+        changed: int[B], feature nodes of the graph; those of attention are left out.
+        seed: of the random vectors.
+
+    Returns:
+        One row per kind, attention of the original, and distance in layers: mean over perturbations of the `cosine` between the
+        two changes of the stream, `nmse` (`sum |local - original|^2 / sum |original|^2`), and `cosine_added` of what is left of
+        the changes without the vector itself, which both models pass on. Rows that nothing falls into are left out.
+    """
+    perturbations = _perturbations(model, grounding, changed, seed=seed)
+    if not perturbations:
+        return []
+    local = _Streams(model, grounding, Conditions(patterns="frozen", norms="frozen"))
+    rows = []
+    for attention in reversed(ATTENTION):  # as published first
+        original = _Streams(model, grounding, Conditions(patterns=attention, mlps="own"))
+        for kind in dict.fromkeys(each.kind for each in perturbations):
+            own = [each for each in perturbations if each.kind == kind]
+            rows += _rows(own, local.changes(own), original.changes(own), kind=kind, attention=attention)
+    return rows
+
+
+class _Streams:
+    """The residual stream under perturbations, less the stream without them."""
+
+    def __init__(self, model: ReplacementModel, grounding: Grounding, conditions: Conditions) -> None:
+        self.shape, tokens_T = model.language_model.shape, grounding.local.frozen.tokens_T
+        self._patcher = Patcher(model.language_model, model.crosscoders, tokens_T, conditions)
+        self._n_tokens = len(tokens_T)
+        self._clean = self._run([None])
+
+    def changes(self, perturbations: Sequence[Perturbation]) -> list[dict[int, Tensor]]:
+        """For each perturbation the change `[T, D]` of the stream at every depth behind it."""
+        size = max(1, TOKENS_AT_ONCE // self._n_tokens)
+        found = []
+        for begin in range(0, len(perturbations), size):
+            some = perturbations[begin : begin + size]
+            seen = self._run(some)
+            for number, each in enumerate(some):
+                found.append(
+                    {depth: x[number] - self._clean[depth][0] for depth, x in seen.items() if depth > each.depth}
+                )
+        return found
+
+    def _run(self, perturbations: Sequence[Perturbation | None]) -> dict[int, Tensor]:
+        seen: dict[int, Tensor] = {}
+        hooks = {self._site(depth): self._hook(depth, perturbations, seen) for depth in self._depths()}
+        self._patcher.run({}, n_copies=len(perturbations), hooks=hooks)
+        return seen
+
+    def _hook(self, depth: int, perturbations: Sequence[Perturbation | None], seen: dict[int, Tensor]) -> Hook:
+        def hook(x_BTD: Tensor) -> Tensor:
+            x_BTD = x_BTD.clone()
+            for copy, each in enumerate(perturbations):
+                if each is not None and each.depth == depth:
+                    x_BTD[copy, each.position] += each.vector_D
+            seen[depth] = x_BTD
+            return x_BTD
+
+        return hook
+
+    def _depths(self) -> list[int]:
+        step = 2 if self.shape.parallel else 1  # a parallel layer has no point between attention and MLP
+        return list(range(0, 2 * self.shape.n_layers + 1, step))
+
+    def _site(self, depth: int) -> Site:
+        layer, middle = divmod(depth, 2)
+        if layer == self.shape.n_layers:
+            return Site(layer - 1, "resid_post")
+        return Site(layer, "resid_mid" if middle else "resid_pre")
+
+
+def _perturbations(
+    model: ReplacementModel, grounding: Grounding, changed: np.ndarray, *, seed: int
+) -> list[Perturbation]:
+    local, nodes = grounding.local, grounding.graph.nodes
+    (_, chosen_S), *_ = grounding.feature_numbers(changed[~nodes.attention[changed]])
+    if not len(chosen_S):
+        return []
+    features, generator = local.features, torch.Generator().manual_seed(seed)
+    owner_N, targets, _ = stream_reads(local, local.mlp, chosen_S)
+    found = []
+    for owner, vector_D, depth in zip(owner_N.tolist(), targets.vectors_ND, targets.depth_N.tolist(), strict=True):
+        number = int(chosen_S[owner])
+        position, activation = int(features.row[number]), features.activation[number]
+        raised_D = vector_D * (RISE * activation / (vector_D @ vector_D))
+        random_D = torch.randn(len(vector_D), generator=generator).to(raised_D)
+        found.append(Perturbation("encoder", depth, position, raised_D))
+        found.append(Perturbation("random", depth, position, random_D * (raised_D.norm() / random_D.norm())))
+    upstream = (_ablated(model, grounding, number) for number in chosen_S.tolist())
+    return [*found, *(each for each in upstream if each is not None)]
+
+
+def _ablated(model: ReplacementModel, grounding: Grounding, number: int) -> Perturbation | None:
+    """What a feature wrote into the stream that the MLP of the next layer reads, taken away."""
+    local, shape = grounding.local, model.language_model.shape
+    features, crosscoder = local.features, local.crosscoder
+    group = int(features.group[number])
+    layer = crosscoder.wiring.group_layer(group) + 1
+    sites = [site for site in crosscoder.wiring.writes[group] if site.layer < layer]
+    if layer >= shape.n_layers or not sites:
+        return None
+    index = features.index[number : number + 1]
+    written_D = torch.stack([crosscoder.decoder_vectors(group, index, site)[0] for site in sites]).sum(0)
+    depth = read_depth(Site(layer, "mlp_in"), shape)
+    return Perturbation("upstream", depth, int(features.row[number]), -features.activation[number] * written_D)
+
+
+def _rows(
+    perturbations: Sequence[Perturbation],
+    local: Sequence[dict[int, Tensor]],
+    original: Sequence[dict[int, Tensor]],
+    *,
+    kind: str,
+    attention: str,
+) -> list[dict[str, Any]]:
+    cosines: dict[int, list[tuple[float, float]]] = {}
+    powers: dict[int, list[tuple[float, float]]] = {}
+    for each, by_depth, found in zip(perturbations, local, original, strict=True):
+        last, distance, depth = max(found), 1, each.depth
+        while depth < last:
+            depth = min(depth + 2, last)
+            predicted, measured = _flat(by_depth[depth]), _flat(found[depth])
+            given_TD = torch.zeros_like(found[depth])
+            given_TD[each.position] = each.vector_D
+            given = _flat(given_TD)
+            cosines.setdefault(distance, []).append(
+                (cosine(predicted, measured), cosine(predicted - given, measured - given))
+            )
+            power = (float(((predicted - measured) ** 2).sum()), float((measured**2).sum()))
+            powers.setdefault(distance, []).append(power)
+            distance += 1
+    rows = []
+    for distance in sorted(cosines):
+        whole, added = np.array(cosines[distance]).T
+        missed, all_of_it = np.array(powers[distance]).sum(0)
+        figures = {"cosine": float(np.nanmean(whole)), "nmse": float(missed / all_of_it) if all_of_it else np.nan}
+        setting = {"kind": kind, "attention": attention, "distance": distance, "perturbations": len(whole)}
+        rows.append({**setting, **figures, "cosine_added": float(np.nanmean(added))})
+    return rows
+
+
+def _flat(x_TD: Tensor) -> np.ndarray:
+    return np.asarray(x_TD.double().flatten().cpu().numpy())
