@@ -104,7 +104,7 @@ class LocalReplacement:
 
         Args:
             activation_S: activations to hold the MLPs' features at; their own by default, and then these are the original
-                model's logits up to rounding. Skip terms keep their clean inputs, attention features their activations.
+                model's logits up to rounding. Skip terms follow the stream, attention features keep their activations.
         """
         frozen = self.frozen
         x_TD = self.streams(activation_S)[-1]
@@ -121,9 +121,23 @@ class LocalReplacement:
         streams = [x_TD]
         for layer, attention in enumerate(frozen.attentions):
             moved_TD = attention.apply(x_TD) if attention_LTD is None else attention_LTD[layer]
+            if self.crosscoder.skip:
+                self._follow_skips(mlp_LTD, layer, x_TD, moved_TD)
             x_TD = x_TD + moved_TD + mlp_LTD[layer]
             streams.append(x_TD)
         return streams
+
+    def _follow_skips(self, mlp_LTD: Tensor, layer: int, pre_TD: Tensor, moved_TD: Tensor) -> None:
+        """Add what skip matrices make of the stream's change at one layer, which `Decomposition.outputs` leaves at 0."""
+        crosscoder, clean = self.crosscoder, self.frozen.activations
+        mid_TD = pre_TD if self.shape.parallel else pre_TD + moved_TD
+        seen = {"resid_pre": pre_TD, "resid_mid": mid_TD, "mlp_in": self.frozen.norms_mlp[layer].apply(mid_TD)}
+        for group, reads in enumerate(crosscoder.wiring.reads):
+            for read in reads:
+                if read.layer == layer and read.kind in seen:
+                    change_TD = seen[read.kind] - clean[read]
+                    for write in crosscoder.wiring.writes[group]:
+                        mlp_LTD[write.layer] += change_TD @ crosscoder.skip_matrix(group, read, write).T
 
 
 @torch.no_grad()

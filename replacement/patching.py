@@ -46,7 +46,7 @@ class Conditions:
     of it need not be added once more)."""
     layers: Collection[int] | None = None
     """Constrained patching: at these layers every output is held at its clean value plus what the change of the changed
-    features writes there, and nothing reacts; None for no layer."""
+    features writes there, and no feature reacts (skip terms, which are linear, follow the stream); None for no layer."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -192,13 +192,23 @@ class _PatchedSplice(Splice):
         base = read
         if self.crosscoder.wiring.group_layer(group) in self.held:
             base = copies_of(self._clean_features.of(group), len(self.tokens_BT))
-            inputs = self._scaled(group, self._clean)  # for skip terms
+        self._follow_skips(group, inputs)
         written = base if self._change is None else self._change(group, base, base)
         self.features[group] = read if self._change is None else self._change(group, read, base)
         if self._change is not None:
             self._add_changes(group, difference(written, base, group=group))
         if not self._own:
             self._add(self._sums, group, written, inputs)
+
+    def _follow_skips(self, group: int, inputs: Mapping[Site, Tensor]) -> None:
+        """At held layers, what the skip terms of a group make of the change of its inputs."""
+        if not self.crosscoder.skip or not self.held:
+            return
+        clean = self._scaled(group, self._clean)
+        changes = {site: x_RD - clean[site] for site, x_RD in inputs.items()}
+        for site, y_RD in self.crosscoder.skip_contribution(changes, groups=[group]).items():
+            if site.layer in self.held:
+                self._changes[site] = self._changes[site] + y_RD if site in self._changes else y_RD
 
     def _add_changes(self, group: int, changed: Features) -> None:
         sites = [

@@ -55,14 +55,8 @@ def validate(
         treatment of error terms; `average_path_length`, `hop_fidelity`.
 
     Raises:
-        ValueError: a graph of another model or without features, other prompts of another length, or a crosscoder with a
-            skip connection.
+        ValueError: a graph of another model or without features, or other prompts of another length.
     """
-    if any(crosscoder.skip for crosscoder in model.crosscoders.values()):
-        raise ValueError(
-            "graphs of a crosscoder with a skip connection cannot be validated: constrained patching holds skip terms at their "
-            "clean inputs, while edges follow them"
-        )
     grounding = Grounding.of(model, graph)
     changed = sample_features(grounding, n_features, seed=seed)
     effects = Effects(model, grounding)

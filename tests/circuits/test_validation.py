@@ -38,19 +38,23 @@ def traced(lm: Any, **options: Any) -> tuple[ReplacementModel, Grounding]:
     return model, Grounding.of(model, graph)
 
 
-@pytest.mark.parametrize(("architecture", "attention"), [("gpt2", True), ("gemma2", False), ("neox", False)])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("gpt2", {"attention": True}), ("gemma2", {}), ("neox", {}), ("llama", {"skip": True}), ("neox", {"skip": True})],
+)
 def test_direct_edges_are_exact_where_everything_is_frozen(
-    language_model: Any, architecture: str, attention: bool
+    language_model: Any, architecture: str, options: dict[str, bool]
 ) -> None:
-    model, grounding = traced(language_model(architecture, torch.float64), attention=attention)
+    model, grounding = traced(language_model(architecture, torch.float64), **options)
     predicted, measured = Effects(model, grounding).self_check(sample_features(grounding, 12, seed=0))
     assert len(predicted) > 50
     np.testing.assert_allclose(measured, predicted, atol=1e-6 * np.abs(measured).max())  # edges are stored in float32
 
 
-def test_logits_and_activations_are_predicted_in_the_frozen_linear_case(language_model: Any) -> None:
+@pytest.mark.parametrize("skip", [False, True])
+def test_logits_and_activations_are_predicted_in_the_frozen_linear_case(language_model: Any, skip: bool) -> None:
     """ReLU features that stay active change by exactly what their edges say, and so do the logits."""
-    model, grounding = traced(language_model("gpt2", torch.float64), activation=ReLU())
+    model, grounding = traced(language_model("gpt2", torch.float64), activation=ReLU(), skip=skip)
     graph, effects = grounding.graph, Effects(model, grounding)
     changed = sample_features(grounding, 10, seed=1)
     predicted = predicted_changes(graph, changed, 1e-3, total=False)
@@ -129,8 +133,9 @@ def test_resampling_from_the_prompt_itself_changes_nothing(language_model: Any) 
     torch.testing.assert_close(resampler.logits(nothing)[0], lm(tiny.random_tokens()), rtol=0, atol=1e-9)
 
 
-def test_faithfulness_ends_at_one(language_model: Any) -> None:
-    model, grounding = traced(language_model("gpt2", torch.float64))
+@pytest.mark.parametrize("skip", [False, True])
+def test_faithfulness_ends_at_one(language_model: Any, skip: bool) -> None:
+    model, grounding = traced(language_model("gpt2", torch.float64), skip=skip)
     found = sufficiency(model, grounding, OTHERS, errors="keep")
     assert found.faithfulness[-1] == pytest.approx(1)
     assert found.completeness[-1] == pytest.approx(1)
@@ -221,11 +226,3 @@ def test_mistakes_on_the_command_line(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
-
-
-def test_skip_connections_are_refused(language_model: Any) -> None:
-    lm = language_model("llama", torch.float32)
-    model = ReplacementModel(lm, tiny.crosscoder_for(lm, skip=True))
-    graph = circuits.trace(model, tiny.random_tokens(6))
-    with pytest.raises(ValueError, match="a crosscoder with a skip connection cannot be validated"):
-        validate(model, graph, n_features=2)
