@@ -8,18 +8,17 @@ same order; the seed decides the initial weights. A level is a total number of a
 BatchTopK keep a quarter of it in each layer. Baselines: a dictionary of frozen random decoder vectors (encoder and biases
 trained), and the MLPs' own neurons, thresholded. The linear maps of the skip PLT are dense and not counted in its L0.
 
-JumpReLU and ReLU have no such setting. Their penalty's coefficient c follows the L0 of the training batches: each step moves
-`log c` by a fraction of `log(L0 / level)`. So c depends on nothing but the run; the L0 reached is measured on held-out rows
-and plotted as measured. It is the total that is steered: layers share it as the penalty decides.
+JumpReLU and ReLU have no such setting. Their penalty's coefficient is searched for, run by run, until the L0 on held-out rows
+is within 5 % of the level (`penalty_search.py`); it is the total that is matched: layers share it as the penalty decides.
 
-Rows go to OUT/results.json as runs finish. An interrupted series goes on where it stopped.
+Rows go to OUT/results.json as runs finish, those of searches to OUT/searches.json as well. An interrupted series goes on where
+it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ import torch
 from demo_activations import DemoActivations
 from frontier_neurons import measure_neurons
 from frontier_plot import draw
+from penalty_search import search
 from result_rows import append_row, find_row, read_rows
 
 from replacement import Crosscoder, LanguageModel
@@ -57,8 +57,6 @@ class Method:
     tied: bool = False
     skip: bool = False
     frozen_decoder: bool = False
-    first_bias: float = 0.0
-    """Added to the encoder biases before training; below 0, few features are active in the first steps."""
     seeds: int = 1
     """Seeds that are part of the comparison."""
 
@@ -73,36 +71,9 @@ METHODS: dict[str, Method] = {
         activation=lambda k: JumpReLU(threshold=1.0, bandwidth=1.0), losses=(Tanh(1e-3), PreActivation())
     ),
     "random CLT": Method(frozen_decoder=True),
-    "CLT ReLU + L1": Method(activation=lambda k: ReLU(), losses=(L1OfNorms(5e-3),), first_bias=-1.0),
+    "CLT ReLU + L1": Method(activation=lambda k: ReLU(), losses=(L1OfNorms(3e-3),)),
 }
 NEURONS = "neurons"
-
-
-class PenaltyControl:
-    """Moves the coefficient of a run's sparsity penalty until the L0 of its batches is the one wanted.
-
-    The L0 aimed at falls from four times the level to the level over the first half of the steps: penalties push features
-    out much faster than they let them back in.
-    """
-
-    RATE, GAIN, MEMORY = 0.02, 1.0, 0.9
-    """Step of `log c` per unit of error, its immediate part, and the weight of the past in the running error."""
-
-    def __init__(self, config: TrainingConfig, level: float) -> None:
-        self.config, self.level, self.first = config, level, list(config.losses)
-        self.sum, self.error = 0.0, 0.0
-
-    def update(self, l0: float, step: int) -> None:
-        """Take the L0 of a step, from 1, and set the coefficient of the next."""
-        aim = self.level * 4 ** max(0.0, 1 - step / (0.5 * self.config.n_steps))
-        new = max(-1.0, min(1.0, math.log(max(l0, 0.1) / aim)))
-        self.error = self.MEMORY * self.error + (1 - self.MEMORY) * new
-        self.sum += self.RATE * self.error
-        factor = math.exp(self.sum + self.GAIN * self.error)
-        self.config.losses = [
-            dataclasses.replace(loss, coefficient=loss.coefficient * factor) if isinstance(loss, Penalty) else loss
-            for loss in self.first
-        ]
 
 
 def freeze_decoder(crosscoder: Crosscoder, seed: int) -> None:
@@ -128,33 +99,32 @@ def new_trainer(method: Method, lm: LanguageModel, data: DemoActivations, config
     )
     first = data.batches(min(SCALE_BATCHES, config.n_steps), batch_tokens=config.batch_tokens)
     trainer = Trainer(crosscoder, config, measure(crosscoder, first))
-    with torch.no_grad():
-        for bias_F in crosscoder.b_enc:
-            bias_F.add_(method.first_bias)
     if method.frozen_decoder:
         freeze_decoder(crosscoder, config.seed)
     return trainer
 
 
 def train_and_measure(
-    name: str, level: int, seed: int, n_tokens: int, lm: LanguageModel, data: DemoActivations
+    name: str,
+    level: int,
+    seed: int,
+    n_tokens: int,
+    lm: LanguageModel,
+    data: DemoActivations,
+    *,
+    penalty: float = 1.0,
 ) -> dict[str, Any]:
-    """One run, and what is plotted of it."""
+    """One run, and what is plotted of it; coefficients of sparsity penalties are multiplied with `penalty`."""
     k = level // lm.shape.n_layers
     if name == NEURONS:
         return measure_neurons(lm, data.held_out_RT, k)
     method = METHODS[name]
     batch_tokens = min(BATCH_TOKENS, n_tokens)
-    config = TrainingConfig(
-        n_tokens=n_tokens, batch_tokens=batch_tokens, losses=list(method.losses), seed=seed, sparsity_warmup=0.0
-    )
+    config = TrainingConfig(n_tokens=n_tokens, batch_tokens=batch_tokens, losses=_losses(method, penalty), seed=seed)
     trainer = new_trainer(method, lm, data, config, k)
-    control = PenaltyControl(config, level) if any(isinstance(loss, Penalty) for loss in method.losses) else None
     started = time.perf_counter()
     for batch in data.batches(config.n_steps, batch_tokens=batch_tokens):
         report = trainer.step(batch)
-        if control is not None:
-            control.update(report.l0, report.step)
     seconds = time.perf_counter() - started
     fidelity = measure_fidelity(lm, trainer.finished(), data.held_out_RT)
     return {
@@ -169,6 +139,32 @@ def train_and_measure(
         "dead_fraction": report.n_dead / (N_FEATURES * lm.shape.n_layers),
         "seconds": round(seconds, 1),
     }
+
+
+def _losses(method: Method, penalty: float) -> list[Loss]:
+    return [
+        dataclasses.replace(loss, coefficient=loss.coefficient * penalty) if isinstance(loss, Penalty) else loss
+        for loss in method.losses
+    ]
+
+
+def search_and_measure(
+    name: str, level: int, seed: int, n_tokens: int, lm: LanguageModel, data: DemoActivations, searches: Path
+) -> dict[str, Any]:
+    """The run whose L0 is nearest to the level, of those that a search for the penalty's coefficient makes."""
+    key = {"name": name, "seed": seed, "tokens": n_tokens}
+
+    def done() -> list[dict[str, Any]]:
+        return [row for row in read_rows(searches) if all(row[each] == value for each, value in key.items())]
+
+    def run(penalty: float) -> float:
+        row = train_and_measure(name, level, seed, n_tokens, lm, data, penalty=penalty)
+        append_row(searches, key | {"penalty": penalty} | row)
+        print(f"{name:14} searching level {level}: penalty {penalty:.4f} gives L0 {row['l0']:.1f}", flush=True)
+        return float(row["l0"])
+
+    penalty = search(run, level=level, first=1.0, known=[(row["penalty"], row["l0"]) for row in done()])
+    return next(row for row in done() if row["penalty"] == penalty)
 
 
 def runs(only: Sequence[str] = (), levels: Sequence[int] = LEVELS, seeds: int = 3) -> list[tuple[str, int, int]]:
@@ -190,7 +186,11 @@ def train_all(arguments: argparse.Namespace) -> None:
         key = {"name": name, "level": level, "seed": seed, "tokens": arguments.tokens}
         if find_row(results, **key):
             continue
-        row = train_and_measure(name, level, seed, arguments.tokens, lm, data)
+        if name != NEURONS and any(isinstance(loss, Penalty) for loss in METHODS[name].losses):
+            searches = arguments.out / "searches.json"
+            row = search_and_measure(name, level, seed, arguments.tokens, lm, data, searches)
+        else:
+            row = train_and_measure(name, level, seed, arguments.tokens, lm, data)
         append_row(results, key | row)
         print(
             f"{name:14} level {level:3d} seed {seed}  L0 {row['l0']:6.1f}  unexplained {row['unexplained']:.4f}  "

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from replacement.training.build import Models, build_crosscoder, load_models
 from replacement.training.losses import Tanh
@@ -115,6 +117,40 @@ def test_frontier_runs_every_kind_of_method(
         assert row["l0"] == pytest.approx(16, abs=0.5)
 
 
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    slope=st.floats(0.6, 2.0),
+    scale=st.floats(4.0, 1000.0),
+    bend=st.floats(0.0, 0.1),
+    level=st.sampled_from([16, 32, 64]),
+)
+def test_penalties_are_found_in_a_few_runs(example: Any, slope: float, scale: float, bend: float, level: int) -> None:
+    """L0 that falls as a power of the coefficient, with some curvature, over hundredfold ranges."""
+    module, runs = example("penalty_search"), []
+
+    def run(c: float) -> float:
+        runs.append((c, scale * c ** -(slope + bend * math.tanh(math.log(c)))))
+        return runs[-1][1]
+
+    best = module.search(run, level=level, first=1.0)
+    assert len(runs) <= module.MOST_RUNS
+    nearest = min(abs(math.log(l0 / level)) for _, l0 in runs)
+    assert abs(math.log(dict(runs)[best] / level)) == nearest
+    assert nearest < 0.06
+    n_runs = len(runs)
+    assert module.search(run, level=level, first=1.0, known=runs) == best  # nothing is run twice
+    assert len(runs) == n_runs
+
+
+def test_a_search_goes_by_the_nearest_runs(example: Any) -> None:
+    next_coefficient = example("penalty_search").next_coefficient
+    assert next_coefficient([(1.0, 32.0)], 16) == pytest.approx(2.0)
+    assert next_coefficient([(1.0, 64.0), (4.0, 4.0)], 16) == pytest.approx(2.0)
+    assert next_coefficient([(1.0, 400.0), (2.0, 100.0)], 25) == pytest.approx(4.0)  # past both, by their slope
+    assert next_coefficient([(1.0, 1e6)], 16) == pytest.approx(8.0)  # no leap into the dark
+    assert next_coefficient([(1.0, 0.0)], 16) == pytest.approx(1 / 8)
+
+
 def test_frozen_decoders_stay_and_their_encoders_learn(example: Any, demo: Models, data: Any) -> None:
     frontier, lm = example("frontier"), demo.first
     sites = [*frontier.Wiring.per_layer(lm, read="mlp_in").read_sites, *frontier.Wiring.per_layer(lm).write_sites]
@@ -140,18 +176,24 @@ def test_the_order_of_the_runs(example: Any) -> None:
     assert frontier.runs(["PLT"], [16], 1) == [("PLT", 16, 0)]
 
 
-def test_the_penalty_follows_the_l0(example: Any) -> None:
-    frontier = example("frontier")
-    config = frontier.TrainingConfig(n_tokens=100, batch_tokens=1, losses=[Tanh(1e-3), frontier.Auxiliary()])
-    control = frontier.PenaltyControl(config, 16)
-    for step in range(60, 80):
-        control.update(64.0, step)
-    raised = config.losses[0].coefficient
-    assert raised > 2e-3
-    for step in range(80, 99):
-        control.update(4.0, step)
-    assert config.losses[0].coefficient < raised / 2
-    assert config.losses[1] == frontier.Auxiliary()
+def test_searches_are_kept_and_go_on(example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    frontier, runs = example("frontier"), []
+
+    def train(*_: object, penalty: float) -> dict[str, float]:
+        runs.append(penalty)
+        return {"l0": 64 / penalty, "kl": penalty}
+
+    monkeypatch.setattr(frontier, "train_and_measure", train)
+    arguments = ("CLT ReLU + L1", 32, 0, 100, None, None, tmp_path / "searches.json")
+    found = frontier.search_and_measure(*arguments)
+    assert runs == [1.0, pytest.approx(2.0)]
+    assert (found["l0"], found["penalty"]) == (pytest.approx(32), pytest.approx(2.0))
+    assert frontier.search_and_measure(*arguments) == found
+    assert len(runs) == 2
+    method = frontier.METHODS["CLT JumpReLU"]
+    tanh, pull = frontier._losses(method, 3.0)
+    assert tanh == Tanh(3e-3)
+    assert pull == method.losses[1]
 
 
 def test_thresholded_neurons_keep_the_largest_outputs(example: Any, demo: Models) -> None:
