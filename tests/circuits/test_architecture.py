@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import networkx as nx
+import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 PURE = [
@@ -90,3 +95,23 @@ def test_the_walker_sees_an_import() -> None:
     assert graph.has_edge("circuits.transport", "circuits.sources")
     assert graph.has_edge("circuits.sources", "replacement")
     assert "torch" in imports(MODULES["circuits.transport"], top_level_only=True)
+
+
+@pytest.mark.parametrize("package", ["replacement", "circuits"])
+def test_a_lazy_name_is_the_function_however_often_it_is_used(package: str) -> None:
+    """A submodule of the same name would take its place in the package once it is imported."""
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        first = getattr(module, name)
+        assert getattr(module, name) is first
+        if name != "checkpoint":  # is a module
+            assert not isinstance(first, types.ModuleType)
+            assert f"{package}.{name}" not in MODULES, "the module would hide the name"
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nonsense'"):
+        _ = module.nonsense
+
+
+@pytest.mark.parametrize("package", ["replacement", "circuits"])
+def test_help_waits_for_no_model(package: str) -> None:
+    script = f"import sys, {package}.cli; assert not {{'torch', 'transformer_lens'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

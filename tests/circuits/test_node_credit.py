@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,17 +51,6 @@ def test_removed_edges_are_one_more_player(traced: tuple[ReplacementModel, Any])
     assert len(found.contributions) == len(found.sources) + 1
     assert abs(found.contributions[-1]) > 0
     assert found.contributions.sum() + nodes.bias[chosen[0]] == pytest.approx(nodes.value[chosen[0]], rel=1e-9)
-
-
-def test_a_lazy_name_is_the_function_however_often_it_is_used() -> None:
-    """A submodule of the same name would take its place in the package once it is imported."""
-    import circuits
-
-    for name in circuits.__all__:
-        first = getattr(circuits, name)
-        assert getattr(circuits, name) is first
-        assert not isinstance(first, types.ModuleType)
-        assert not (Path(circuits.__file__).parent / f"{name}.py").exists(), "the module would hide the name"
 
 
 def test_mistakes(traced: tuple[ReplacementModel, Any]) -> None:
