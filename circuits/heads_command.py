@@ -59,7 +59,9 @@ def heads(
     check: Annotated[
         bool, typer.Option("--check", help="Remove heads in the model and compare with what every rule predicts.")
     ] = False,
-    rule: Annotated[str, typer.Option(help=f"Credit with --feature: one of {', '.join(RULES)}.")] = "path",
+    rule: Annotated[
+        str | None, typer.Option(help=f"Credit with --feature: one of {', '.join(RULES)}; path by default.")
+    ] = None,
     top: Annotated[int, typer.Option(help="Edges, heads or pairs named.")] = 10,
     plot: Annotated[Path | None, typer.Option(help="With --feature: draw heads x tokens, .svg or .png.")] = None,
     model: Annotated[str, typer.Option(help="`demo`, a hub name or a Hugging Face folder.")] = "demo",
@@ -92,7 +94,7 @@ def heads(
         number = find_edge(graph, edge)
         facts, page = with_model(lambda loaded: _edge(loaded, graph, number)), edge_page
     elif feature is not None:
-        facts = with_model(lambda loaded: _feature(loaded, graph, feature, rule=rule, top=top, plot=plot))
+        facts = with_model(lambda loaded: _feature(loaded, graph, feature, rule=rule or "path", top=top, plot=plot))
         page = feature_page
     elif attends is not None:
         facts, page = with_model(lambda loaded: _attends(loaded, graph, attends, top)), attends_page
@@ -147,10 +149,12 @@ def _check_question(
         raise ValueError(f"attends: expected layer.head, layer.head@query or layer.head@query<key, given {attends!r}")
 
 
-def _check_options(*, feature: str | None, rule: str, top: int, plot: Path | None, attention: str) -> None:
+def _check_options(*, feature: str | None, rule: str | None, top: int, plot: Path | None, attention: str) -> None:
     """Raise `ValueError` for other options that are wrong, before anything is read."""
-    if rule not in RULES:
+    if rule is not None and rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, given {rule!r}")
+    if rule is not None and feature is None:
+        raise ValueError("rule: expected together with --feature")
     if top < 1:
         raise ValueError(f"top: expected at least 1, given {top}")
     if attention not in ("linear", "features"):

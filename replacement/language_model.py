@@ -106,8 +106,10 @@ class LanguageModel:
         """Return 1-D token ids, on the model's device, if the model can read them.
 
         Raises:
+            TypeError: no tensor.
             ValueError: empty, not 1-D integers, longer than the context, or outside the vocabulary.
         """
+        self._check_tensor(tokens_T)
         if tokens_T.ndim != 1:
             raise ValueError(
                 f"expected a 1-D tensor of at least one token id, got one of shape {tuple(tokens_T.shape)}"
@@ -116,6 +118,7 @@ class LanguageModel:
 
     def check_batch(self, tokens_BT: Tensor) -> Tensor:
         """The same for rows of token ids `[B, T]`."""
+        self._check_tensor(tokens_BT)
         if tokens_BT.ndim != 2 or tokens_BT.is_floating_point() or not tokens_BT.numel():
             raise ValueError(
                 f"expected at least one token id per row, got {tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
@@ -127,6 +130,11 @@ class LanguageModel:
         if low < 0 or high >= self.vocabulary_size:
             raise ValueError(f"token ids must lie in [0, {self.vocabulary_size}), got {low} to {high}")
         return tokens_BT.to(self.device)
+
+    def _check_tensor(self, tokens: object) -> None:
+        if not isinstance(tokens, Tensor):
+            how = "language_model.tokenize(text)" if isinstance(tokens, str) else "torch.tensor"
+            raise TypeError(f"expected a tensor of token ids, got {type(tokens).__name__}: make one with {how}")
 
     def token_id(self, text: str) -> int:
         """Id of a text that is exactly one token.

@@ -97,7 +97,8 @@ class ReplacementModel:
         if patterns not in ("live", "frozen"):
             raise ValueError(f"patterns must be 'live' or 'frozen', got {patterns!r}")
         lm = self.language_model
-        batch_BT = lm.check_batch(tokens) if tokens.ndim == 2 else lm.check_tokens(tokens)[None]
+        is_batch = isinstance(tokens, Tensor) and tokens.ndim == 2
+        batch_BT = lm.check_batch(tokens) if is_batch else lm.check_tokens(tokens)[None]
         crosscoders = self._chosen(parts)
         sites = _sites_of(crosscoders, layers)
         by_part = _by_part(interventions, crosscoders)
@@ -119,7 +120,7 @@ class ReplacementModel:
             for part, each in crosscoders.items()
         ]
         logits = run_together(splices, patterns=lm.read_patterns(batch_BT) if patterns == "frozen" else None)
-        return logits if tokens.ndim == 2 else logits[0]
+        return logits if is_batch else logits[0]
 
     def _chosen(self, parts: Iterable[str] | None) -> dict[str, Crosscoder]:
         """The crosscoders of the parts named."""

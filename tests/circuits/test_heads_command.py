@@ -261,6 +261,7 @@ def test_check_of_a_graphs_prompt(checked: list[dict[str, Any]], graph: CircuitG
         (["--attends", "2.0@"], f"{ATTENDS}, given '2.0@'"),
         (["--attends", "2.0<4@8"], f"{ATTENDS}, given '2.0<4@8'"),
         (["--attends", "-1.0"], f"{ATTENDS}, given '-1.0'"),
+        (["--rule", "path"], "rule: expected together with --feature"),
         (["--rule", "lime"], "rule: expected one of gate, path, shapley, ablation, given 'lime'"),
         (["--top", "0"], "top: expected at least 1, given 0"),
         (["--top", "many"], "Invalid value for '--top'"),

@@ -203,3 +203,12 @@ def test_a_replaced_resid_mid_reaches_the_stream(language_model: Any, architectu
         outputs.append((logits, seen["x"]))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-11)
     assert float((outputs[0][0] - lm(tokens)).abs().max()) > 1e-2
+
+
+def test_tokens_that_are_no_tensor(language_model: Any) -> None:
+    """Called directly: under test every annotated parameter is checked before the function sees it."""
+    lm = language_model("gpt2")
+    with pytest.raises(TypeError, match=r"got str: make one with language_model\.tokenize\(text\)"):
+        lm._check_tensor("the capital")
+    with pytest.raises(TypeError, match=r"got list: make one with torch\.tensor"):
+        lm._check_tensor([1, 2, 3])
