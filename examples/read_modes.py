@@ -2,8 +2,8 @@
 
     python examples/read_modes.py --out runs/read_modes
 
-Trains the demo's cross-layer transcoder once in each mode, on the same tokens, and measures every result in every mode:
-all MLPs replaced with clean reads, all replaced with errors propagating, and one layer replaced at a time.
+Trains a TopK cross-layer transcoder of the demo's size once in each mode, on the same tokens, and measures every result in
+every mode: all MLPs replaced with clean reads, all replaced with errors propagating, and one layer replaced at a time.
 """
 
 import argparse
@@ -22,12 +22,13 @@ from replacement.training.run import run
 from replacement.training.run_config import read_config
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
+SETTINGS = ('crosscoder.activation={name="topk",k=[19,7,7,7]}', 'training.losses=[{name="auxiliary"}]')
 HELD_OUT_ROWS = 512
 
 
 def train_and_measure(reads: str, out: Path, n_tokens: int, lm: LanguageModel) -> dict[str, float]:
     """One run in its own folder, and its row of the table."""
-    config = read_config(RECIPE, overrides=[f"training.reads={reads}", f"training.n_tokens={n_tokens}"])
+    config = read_config(RECIPE, overrides=[*SETTINGS, f"training.reads={reads}", f"training.n_tokens={n_tokens}"])
     folder = out / reads
     with tqdm(total=config.training.n_steps, desc=reads, unit="step") as bar:
         run(config, folder, resume=True, progress=lambda _: bar.update())  # a finished run is left as it is

@@ -271,3 +271,19 @@ def test_model_diffing(example: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "truly exclusive" in capsys.readouterr().out
     module.draw(rows, tmp_path / "plot")
     assert (tmp_path / "plot.svg").exists()
+
+
+def test_jacobian_matching_measures_a_run(
+    example: Any, tmp_path: Path, demo: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained with an override of the demo's recipe, measured as `circuits validate` does."""
+    module = example("jacobian_matching")
+    small = ["training.batch_tokens=512", "data.buffer_tokens=2048", "data.held_out_rows=2", "crosscoder.n_features=64"]
+    read = module.read_config
+    monkeypatch.setattr(module, "read_config", lambda path, overrides: read(path, overrides=[*overrides, *small]))
+    folder = module.train(0.1, tmp_path, 1024)
+    assert folder == tmp_path / "0.1" / "crosscoder"
+    row = module.measure(demo.first, folder, ["the capital of the state containing Dallas is"], n_rows=4)
+    figures = ("unexplained", "KL", "encoder", "random", "upstream", "among features", "one layer", "ablation")
+    assert tuple(row) == figures
+    assert all(-1 <= row[name] <= 1 for name in figures[2:])
