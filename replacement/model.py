@@ -145,7 +145,7 @@ class ReplacementModel:
         patterns: str = "live",
         norms: str = "live",
         mlps: str = "replaced",
-        layers: Collection[int] | None = None,
+        constrained_layers: Collection[int] | None = None,
         generate: int = 0,
     ) -> Intervened:
         """Run a prompt with features changed.
@@ -159,11 +159,12 @@ class ReplacementModel:
             errors: `keep` adds the clean run's reconstruction errors back, `drop` lets them propagate.
             patterns: attention patterns `live`, or `frozen` at their values in the original model.
             norms: scales of the residual stream's norms, `live` or `frozen`.
-            mlps: outputs outside `layers` come from the crosscoder (`replaced`), whose features react, or are the model's
-                `own`, to which the change of the intervened features is added (only inside `layers` where those are given).
-            layers: constrained patching (Ameisen et al. 2025): inside this range every replaced output is held at its clean
-                value plus what the change of the intervened features writes there; behind it the model runs on. Features
-                of these layers have their clean activation as the current one. None for no layer.
+            mlps: outputs outside `constrained_layers` come from the crosscoder (`replaced`), whose features react, or are the
+                model's `own`, to which the change of the intervened features is added (only inside them, where given).
+            constrained_layers: constrained patching (Ameisen et al. 2025): inside this range every replaced output is held at
+                its clean value plus what the change of the intervened features writes there (skip terms follow the stream);
+                behind it the model runs on. Features of these layers have their clean activation as the current one. None
+                for no layer.
             generate: tokens to generate greedily, each with the interventions; the errors, patterns and scales kept are
                 those of the original model on the tokens so far.
 
@@ -176,7 +177,9 @@ class ReplacementModel:
         if not 0 <= generate <= lm.context_length - len(tokens_T):
             room = lm.context_length - len(tokens_T)
             raise ValueError(f"generate must be 0 to {room} after {len(tokens_T)} tokens, got {generate}")
-        conditions = Conditions(errors=errors, patterns=patterns, norms=norms, mlps=mlps, layers=layers)
+        conditions = Conditions(
+            errors=errors, patterns=patterns, norms=norms, mlps=mlps, constrained_layers=constrained_layers
+        )
         by_part = _by_part(interventions, self.crosscoders)
         for part, each in self.crosscoders.items():
             by_part[part] = _checked(by_part[part], each, len(tokens_T))

@@ -41,10 +41,10 @@ class Conditions:
     norms: str = "live"
     """Scales of the residual stream's norms: `live` or `frozen`."""
     mlps: str = "replaced"
-    """Outputs outside `layers`: `replaced` by the crosscoder, whose features react; or the model's `own`, to which the
-    changed features' change is added (only inside `layers`, where those are given: what the model's own later MLPs make
-    of it need not be added once more)."""
-    layers: Collection[int] | None = None
+    """Outputs outside `constrained_layers`: `replaced` by the crosscoder, whose features react; or the model's `own`, to
+    which the changed features' change is added (only inside them, where they are given: what the model's own later MLPs
+    make of it need not be added once more)."""
+    constrained_layers: Collection[int] | None = None
     """Constrained patching: at these layers every output is held at its clean value plus what the change of the changed
     features writes there, and no feature reacts (skip terms, which are linear, follow the stream); None for no layer."""
 
@@ -88,10 +88,10 @@ class Patcher:
         """
         self.language_model, self.crosscoders = language_model, dict(crosscoders)
         self.tokens_T, self.conditions = tokens_T, conditions
-        self.held = frozenset(conditions.layers or ())
+        self.held = frozenset(conditions.constrained_layers or ())
         n_layers = language_model.shape.n_layers
         if wrong := [layer for layer in self.held if not 0 <= layer < n_layers]:
-            raise ValueError(f"layers holds {min(wrong)}: the model has layers 0 to {n_layers - 1}")
+            raise ValueError(f"constrained_layers holds {min(wrong)}: the model has layers 0 to {n_layers - 1}")
         sites = {site for each in self.crosscoders.values() for site in each.wiring.read_sites}
         sites |= {Site(layer, WRITES[part]) for part in self.crosscoders for layer in range(n_layers)}
         with torch.no_grad():

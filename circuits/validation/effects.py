@@ -95,7 +95,7 @@ class Effects:
             "window": range(own, min(own + WINDOW, n)),
         }[patching]
         mlps = "own" if patching in OWN_MLPS else "replaced"
-        conditions = Conditions(patterns=attention, norms=norms, mlps=mlps, layers=held)
+        conditions = Conditions(patterns=attention, norms=norms, mlps=mlps, constrained_layers=held)
         if conditions not in self._patchers:
             lm = self.model.language_model
             self._patchers[conditions] = Patcher(lm, self.model.crosscoders, self.tokens_T, conditions)

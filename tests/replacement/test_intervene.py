@@ -48,12 +48,12 @@ def test_logits_change_as_the_local_linear_model_says(language_model: Any, archi
     interventions, activation_S = three_changes(local, model.crosscoder.wiring)
     layers = range(lm.shape.n_layers)
     for mlps in ("replaced", "own"):  # all are held: nobody computes them
-        found = model.intervene(tiny.random_tokens(), interventions, layers=layers, mlps=mlps, **FROZEN)
+        found = model.intervene(tiny.random_tokens(), interventions, constrained_layers=layers, mlps=mlps, **FROZEN)
         expected = lm.parts.soft_cap(local.logits(activation_S))
         torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-9)
         torch.testing.assert_close(found.clean_logits, lm(tiny.random_tokens()), rtol=0, atol=1e-9)
     assert float((found.logits - found.clean_logits).abs().max()) > 1e-2
-    live = model.intervene(tiny.random_tokens(), interventions, layers=layers)
+    live = model.intervene(tiny.random_tokens(), interventions, constrained_layers=layers)
     assert float((live.logits - found.logits).abs().max()) > 1e-6  # norms and patterns do react
 
 
@@ -63,7 +63,7 @@ def test_the_same_where_attention_has_features_too(language_model: Any) -> None:
     model = ReplacementModel(lm, tiny.crosscoder_for(lm), attention=attention)
     local = model.localize(tiny.random_tokens())
     interventions, activation_S = three_changes(local, model.crosscoder.wiring)
-    found = model.intervene(tiny.random_tokens(), interventions, layers=range(3), **FROZEN)
+    found = model.intervene(tiny.random_tokens(), interventions, constrained_layers=range(3), **FROZEN)
     torch.testing.assert_close(found.logits, local.logits(activation_S), rtol=0, atol=1e-9)
     assert found.attention_features is not None
     assert local.attention is not None
@@ -75,7 +75,7 @@ def test_the_same_where_attention_has_features_too(language_model: Any) -> None:
     ]
     vectors = {site: attention.decode_contribution(head.of(2), groups=[2])[site] for site in [Site(2, "attn_out")]}
     expected = lm.run(tiny.random_tokens(), {site: lambda x, y=y: x - y for site, y in vectors.items()})
-    held = model.intervene(tiny.random_tokens(), off, layers=[0, 1], mlps="own")
+    held = model.intervene(tiny.random_tokens(), off, constrained_layers=[0, 1], mlps="own")
     torch.testing.assert_close(held.logits, lm(tiny.random_tokens()), rtol=0, atol=1e-9)  # writes behind the range only
     found = model.intervene(tiny.random_tokens(), off, mlps="own")
     torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-9)
@@ -107,7 +107,7 @@ def test_own_mlps_are_steered(language_model: Any, architecture: str) -> None:
 
     double = Intervention(group=1, position=position, index=index, scale=2.0)
     for held, layers in ((None, (1, 2)), ([0, 1], (1,))):
-        found = model.intervene(tokens, [double], mlps="own", layers=held)
+        found = model.intervene(tokens, [double], mlps="own", constrained_layers=held)
         torch.testing.assert_close(found.logits, steer(layers), rtol=0, atol=1e-9)
 
 
@@ -166,7 +166,7 @@ def test_swap_exchanges_activations(language_model: Any) -> None:
 def test_text_prompts_and_layers_without_a_crosscoder(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     model = model_of(lm, wiring=Wiring.transcoder(lm, layer=1))
-    found = model.intervene("w5 w6 w7", [], layers=range(3), **FROZEN)
+    found = model.intervene("w5 w6 w7", [], constrained_layers=range(3), **FROZEN)
     torch.testing.assert_close(found.logits, lm(lm.tokenize("w5 w6 w7")), rtol=0, atol=1e-11)
 
 
@@ -194,7 +194,7 @@ def test_features_that_do_not_exist(language_model: Any, place: dict[str, int], 
         ({"patterns": "held"}, "patterns must be 'live' or 'frozen', got 'held'"),
         ({"norms": "held"}, "norms must be 'live' or 'frozen', got 'held'"),
         ({"mlps": "none"}, "mlps must be 'replaced' or 'own', got 'none'"),
-        ({"layers": [1, 3]}, "layers holds 3: the model has layers 0 to 2"),
+        ({"constrained_layers": [1, 3]}, "constrained_layers holds 3: the model has layers 0 to 2"),
         ({"generate": 23}, "generate must be 0 to 22 after 10 tokens, got 23"),
         ({"interventions": [Intervention(group=0, position=1, index=1, scale=float("inf"))]}, "scales .* by inf"),
         (
