@@ -15,11 +15,11 @@ from circuits.nodes import NodeKind, NodeTable
 from circuits.scores import Scores
 
 if TYPE_CHECKING:
-    from circuits.feature_heads import HeadView, head_view
-    from circuits.heads import split_heads, with_heads
+    from circuits.heads.qk import QKAttributor, attribute_score
+    from circuits.heads.qk_attribution import QKAttribution
+    from circuits.heads.split import split_heads, with_heads
+    from circuits.heads.view import HeadView, head_view
     from circuits.node_credit import source_credit
-    from circuits.qk import QKAttributor, attribute_score
-    from circuits.qk_attribution import QKAttribution
     from circuits.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.tracing import trace
 
@@ -46,16 +46,16 @@ __all__ = [
 _LAZY = {
     "DifferenceTarget": "circuits.targets",
     "FeatureTarget": "circuits.targets",
-    "HeadView": "circuits.feature_heads",
-    "QKAttribution": "circuits.qk_attribution",
-    "QKAttributor": "circuits.qk",
+    "HeadView": "circuits.heads.view",
+    "QKAttribution": "circuits.heads.qk_attribution",
+    "QKAttributor": "circuits.heads.qk",
     "TokenTarget": "circuits.targets",
-    "attribute_score": "circuits.qk",
-    "head_view": "circuits.feature_heads",
+    "attribute_score": "circuits.heads.qk",
+    "head_view": "circuits.heads.view",
     "source_credit": "circuits.node_credit",
-    "split_heads": "circuits.heads",
+    "split_heads": "circuits.heads.split",
     "trace": "circuits.tracing",
-    "with_heads": "circuits.heads",
+    "with_heads": "circuits.heads.split",
 }
 
 

@@ -22,12 +22,12 @@ from circuits.export.formats import export as write_format
 from circuits.export.neuronpedia import slug
 from circuits.files import check_folder
 from circuits.graph import CircuitGraph
-from circuits.heads_command import heads as heads_command
+from circuits.heads.command import heads as heads_command
 from circuits.loading import with_model
 from circuits.pruning import check_threshold
 from circuits.report import show as show_report
 from circuits.report import summary
-from circuits.validate_command import validate as validate_command
+from circuits.validation.command import validate as validate_command
 
 if TYPE_CHECKING:
     from replacement import ReplacementModel

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from circuits.edge_heads import EdgeHeads
+from circuits.heads.edge_heads import EdgeHeads
 from circuits.nodes import NodeTable
 
 

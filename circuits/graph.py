@@ -12,13 +12,13 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from circuits.edge_heads import EdgeHeads
 from circuits.edges import Edges
 from circuits.export.dot import to_dot
 from circuits.export.formats import export
 from circuits.export.neuronpedia import to_neuronpedia
 from circuits.export.node_link import to_networkx, to_node_link
 from circuits.export.svg import to_svg
+from circuits.heads.edge_heads import EdgeHeads
 from circuits.influence import node_influence
 from circuits.nodes import NodeKind, NodeTable
 from circuits.pruning import prune

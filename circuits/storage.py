@@ -12,10 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
-from circuits.edge_heads import COLUMNS as HEAD_COLUMNS
-from circuits.edge_heads import EdgeHeads
 from circuits.edges import Edges, GraphData
 from circuits.files import write_atomic
+from circuits.heads.edge_heads import COLUMNS as HEAD_COLUMNS
+from circuits.heads.edge_heads import EdgeHeads
 from circuits.nodes import COLUMNS, NodeTable
 
 FORMAT = "crosstrace.circuit"

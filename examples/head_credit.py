@@ -21,7 +21,7 @@ import torch
 
 import replacement
 from circuits.credit import RULES
-from circuits.feature_heads import HeadView, HeadViews
+from circuits.heads.view import HeadView, HeadViews
 from replacement import ReplacementModel
 from replacement.demo.corpus import behaviours
 

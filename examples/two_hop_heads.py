@@ -29,7 +29,7 @@ import circuits
 import replacement
 from circuits import CircuitGraph, NodeKind
 from circuits.credit import activation
-from circuits.feature_heads import HeadViews
+from circuits.heads.view import HeadViews
 from replacement import LanguageModel, LocalReplacement, ReplacementModel, Site
 from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, capital_of, state_of
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 PURE = [
     *(f"circuits.{name}" for name in ("nodes", "edges", "graph", "influence", "pruning", "scores", "paths", "storage")),
-    *(f"circuits.{name}" for name in ("credit", "edge_heads", "qk_attribution")),
+    *(f"circuits.{name}" for name in ("credit", "heads.edge_heads", "heads.qk_attribution")),
     *(f"circuits.export.{path.stem}" for path in (ROOT / "circuits" / "export").glob("[!_]*.py")),
 ]
 

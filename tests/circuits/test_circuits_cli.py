@@ -12,7 +12,7 @@ import pytest
 
 from circuits import CircuitGraph
 from circuits.cli import CIRCUIT_FILES, main
-from circuits.edge_heads import EdgeHeads
+from circuits.heads.edge_heads import EdgeHeads
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def tracer(monkeypatch, small) -> list[dict]:
     """Stands in for the model rooms: records how it was called and traces the small graph, printing on the way."""
     calls: list[dict] = []
     rooms, tracing = types.ModuleType("replacement"), types.ModuleType("circuits.tracing")
-    splitting = types.ModuleType("circuits.heads")
+    splitting = types.ModuleType("circuits.heads.split")
 
     def load(model: str, *, crosscoder: str, attention: str | None) -> str:
         sys.stdout.write("a library greets\n")
@@ -39,7 +39,7 @@ def tracer(monkeypatch, small) -> list[dict]:
 
     rooms.load, tracing.trace, splitting.with_heads = load, trace, with_heads
     monkeypatch.setitem(sys.modules, "replacement", rooms)
-    monkeypatch.setitem(sys.modules, "circuits.heads", splitting)
+    monkeypatch.setitem(sys.modules, "circuits.heads.split", splitting)
     monkeypatch.setitem(sys.modules, "circuits.tracing", tracing)
     return calls
 

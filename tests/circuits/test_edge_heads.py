@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from circuits import CircuitGraph
-from circuits.edge_heads import COLUMNS, LISTED, EdgeHeads
+from circuits.heads.edge_heads import COLUMNS, LISTED, EdgeHeads
 
 
 def example() -> EdgeHeads:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import CircuitGraph, NodeKind
-from circuits.edge_heads import EdgeHeads
 from circuits.export import formats
 from circuits.export.dot import GraphvizMissingError
+from circuits.heads.edge_heads import EdgeHeads
 
 T, P, E, F, L = NodeKind
 NASTY = 'a "quoted" <b>bold</b> back\\slash \\n end\\\n\t\x00 \ud83d {x|y}'

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from circuits import FeatureTarget
-from circuits.feature_heads import HeadView, HeadViews, head_view
-from circuits.head_plot import drawable
+from circuits.heads.plot import drawable
+from circuits.heads.view import HeadView, HeadViews, head_view
 from circuits.thresholds import feature_threshold
 from replacement import BatchTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 

@@ -14,8 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import replacement
 from circuits.credit import RULES
-from circuits.feature_heads import HeadViews
-from circuits.head_check import RUNGS, HeadCheck, check_heads, direct_removals, run_without
+from circuits.heads.check import RUNGS, HeadCheck, check_heads, direct_removals, run_without
+from circuits.heads.view import HeadViews
 from replacement import BatchTopK, JumpReLU, LanguageModel, ReLU, ReplacementModel, Site, TopK, Wiring
 
 PROMPTS = [tiny.random_tokens(8, seed=seed) for seed in range(2)]

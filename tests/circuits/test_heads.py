@@ -15,9 +15,9 @@ import tiny
 import torch
 from path_oracle import PathOracle
 
-import circuits.heads
+import circuits.heads.split
 from circuits import CircuitGraph, DifferenceTarget, NodeKind, TokenTarget, trace
-from circuits.heads import HeadSplit, chain_weights, split_heads, with_heads
+from circuits.heads.split import HeadSplit, chain_weights, split_heads, with_heads
 from replacement import JumpReLU, LanguageModel, ReplacementModel, Site, Wiring
 
 HOPS = pytest.mark.parametrize("hop", ["last", "first"])
@@ -254,7 +254,7 @@ def test_chunks_do_not_matter(language_model: Any, monkeypatch: pytest.MonkeyPat
     graph = traced(model, n_tokens=6).prune()
     chain = [(0, 1), (2, 3)]
     whole, whole_chain_E = split_heads(model, graph, hop=hop), chain_weights(model, graph, chain)
-    monkeypatch.setattr(circuits.heads, "ROWS_PER_CHUNK", rows)
+    monkeypatch.setattr(circuits.heads.split, "ROWS_PER_CHUNK", rows)
     assert_same_split(split_heads(model, graph, hop=hop), whole)
     chain_E = chain_weights(model, graph, chain)
     np.testing.assert_allclose(chain_E, whole_chain_E, rtol=0, atol=1e-11 * np.abs(whole_chain_E).max())

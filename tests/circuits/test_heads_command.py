@@ -17,9 +17,9 @@ import circuits
 import replacement
 from circuits import CircuitGraph, FeatureTarget, NodeKind
 from circuits.cli import main
-from circuits.feature_heads import head_view
-from circuits.head_check import HeadCheck
-from circuits.heads import split_heads
+from circuits.heads.check import HeadCheck
+from circuits.heads.split import split_heads
+from circuits.heads.view import head_view
 from circuits.influence import edge_influence
 
 SEVERAL = "expected one of --edge, --feature, --attends and --check, given several"
@@ -227,7 +227,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         values = {"path": np.array([1.0, 2.0]), "gate": np.array([1.0, 1.0])}
         return HeadCheck(len(prompts), 2, values, {"direct": np.array([1.0, 3.0]), "live": np.array([2.0, 4.0])})
 
-    monkeypatch.setattr("circuits.head_check.check_heads", check)
+    monkeypatch.setattr("circuits.heads.check.check_heads", check)
     return calls
 
 

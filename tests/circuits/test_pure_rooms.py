@@ -6,7 +6,7 @@ import sys
 import pytest
 
 PURE = ["nodes", "edges", "influence", "pruning", "scores", "paths", "storage", "graph", "export.formats"]
-PURE += ["credit", "edge_heads", "qk_attribution"]
+PURE += ["credit", "heads.edge_heads", "heads.qk_attribution"]
 HEAVY = ("torch", "transformer_lens", "transformers", "replacement")
 SCRIPT = """
 import importlib, sys, types

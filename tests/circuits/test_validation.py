@@ -14,11 +14,11 @@ from rich.console import Console
 
 import circuits
 import replacement
-from circuits import validate_command
 from circuits.cli import main
 from circuits.grounding import Grounding
 from circuits.nodes import NodeKind
-from circuits.validate_command import other_prompts
+from circuits.validation import command as validate_command
+from circuits.validation.command import other_prompts
 from circuits.validation.effects import Effects, kl, sample_features
 from circuits.validation.prediction import predicted_changes
 from circuits.validation.report import page

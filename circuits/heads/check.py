@@ -10,7 +10,7 @@ removed at the feature's position, and the loss `a_clean - a_removed` of the fea
 | live   | the same                                 | everything                                                         |
 
 Removing a head sets its `attn_z` at that position to what biases alone make of it (zero in models without any), which is
-the part of the head that `circuits.feature_heads` counts as bias. Activations are those the crosscoder computes on the stream
+the part of the head that `circuits.heads.view` counts as bias. Activations are those the crosscoder computes on the stream
 that results, in competition with all other features (TopK).
 
 P (feature, head) pairs, J players of one feature, B copies of a prompt, T tokens, X heads x d_head.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from circuits.credit import RULES
-from circuits.feature_heads import HeadView, HeadViews
+from circuits.heads.view import HeadView, HeadViews
 from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel, Site
 from replacement.language_model import EnoughSeen, Hook
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from circuits.attribution import CANCELLATION
 from circuits.columns import source_table
+from circuits.heads.qk_attribution import QKAttribution, SourceNode, summed_magnitudes
 from circuits.labels import node_labels
 from circuits.nodes import NodeKind
-from circuits.qk_attribution import QKAttribution, SourceNode, summed_magnitudes
 from circuits.readers import Targets
 from circuits.residual_transport import ResidualTransport
 from circuits.transport import Transport

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from circuits.edge_heads import EdgeHeads
 from circuits.graph import CircuitGraph
+from circuits.heads.edge_heads import EdgeHeads
 from circuits.influence import edge_influence
 from circuits.text import full_name
 
 if TYPE_CHECKING:
-    from circuits.feature_heads import HeadView
-    from circuits.head_check import HeadCheck
-    from circuits.qk_attribution import QKAttribution
+    from circuits.heads.check import HeadCheck
+    from circuits.heads.qk_attribution import QKAttribution
+    from circuits.heads.view import HeadView
 
 LEAST = 0.01
 """Heads of an edge are named from this part of its summed magnitudes on."""

@@ -18,10 +18,10 @@ import typer
 from rich.console import Console, RenderableType
 
 from circuits.credit import RULES
-from circuits.edge_heads import EdgeHeads
 from circuits.graph import CircuitGraph
-from circuits.head_facts import Facts, attends_facts, check_facts, edge_facts, edge_parts, feature_facts, graph_facts
-from circuits.head_report import attends_page, check_page, edge_page, feature_page, graph_page
+from circuits.heads.edge_heads import EdgeHeads
+from circuits.heads.facts import Facts, attends_facts, check_facts, edge_facts, edge_parts, feature_facts, graph_facts
+from circuits.heads.report import attends_page, check_page, edge_page, feature_page, graph_page
 from circuits.loading import with_model as with_loaded
 from circuits.nodes import NodeKind
 
@@ -162,7 +162,7 @@ def _check_options(*, feature: str | None, rule: str | None, top: int, plot: Pat
     if plot is not None:
         if feature is None:
             raise ValueError("plot: expected together with --feature")
-        from circuits.head_plot import check_picture
+        from circuits.heads.plot import check_picture
 
         check_picture(plot)
 
@@ -174,14 +174,14 @@ def _check_attention(graph: CircuitGraph, attention: str) -> None:
 
 
 def _graph(model: ReplacementModel, graph: CircuitGraph, top: int) -> Facts:
-    from circuits.heads import with_heads
+    from circuits.heads.split import with_heads
 
     return graph_facts(with_heads(model, graph), top=top)
 
 
 def _edge(model: ReplacementModel, graph: CircuitGraph, number: int) -> Facts:
     """Both hops of one edge, split in a graph of that edge alone."""
-    from circuits.heads import split_heads
+    from circuits.heads.split import split_heads
 
     chosen_E = np.zeros(len(graph.edges), dtype=bool)
     chosen_E[number] = True
@@ -200,7 +200,7 @@ def _edge(model: ReplacementModel, graph: CircuitGraph, number: int) -> Facts:
 def _feature(
     model: ReplacementModel, graph: CircuitGraph, text: str, *, rule: str, top: int, plot: Path | None
 ) -> Facts:
-    from circuits.feature_heads import head_view
+    from circuits.heads.view import head_view
 
     view = head_view(model, _tokens(model, graph), _target(text))
     files = {} if plot is None else {"plot": str(view.plot(plot))}
@@ -209,7 +209,7 @@ def _feature(
 
 def _attends(model: ReplacementModel, graph: CircuitGraph, text: str, top: int) -> Facts:
     """Against the mean of the other keys, because softmax sees differences only."""
-    from circuits.qk import attribute_score
+    from circuits.heads.qk import attribute_score
 
     match = _ATTENDS.fullmatch(text.strip())
     assert match is not None  # checked with the options
@@ -230,7 +230,7 @@ def _check(model: ReplacementModel, graph: CircuitGraph | None) -> Facts:
     """Of the graph's own prompt, or of rows of the demo's corpus that it was not trained on."""
     import torch
 
-    from circuits.head_check import check_heads
+    from circuits.heads.check import check_heads
 
     if graph is not None:
         prompts = [_tokens(model, graph)]

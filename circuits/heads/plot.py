@@ -15,7 +15,7 @@ from circuits.files import write_atomic
 from circuits.text import shorten, token_text
 
 if TYPE_CHECKING:
-    from circuits.feature_heads import HeadView
+    from circuits.heads.view import HeadView
 
 FORMATS = (".svg", ".png")
 DPI = 100

@@ -1,4 +1,4 @@
-"""One attention score divided among pairs of nodes, as a value: what `circuits.qk` makes.
+"""One attention score divided among pairs of nodes, as a value: what `circuits.heads.qk` makes.
 
 N query nodes, M key nodes, K d_head. Each side lists its nodes with an effect, then its constants.
 """

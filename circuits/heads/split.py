@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from circuits.attribution import CANCELLATION
-from circuits.edge_heads import EdgeHeads
 from circuits.graph import CircuitGraph
 from circuits.grounding import Grounding
+from circuits.heads.edge_heads import EdgeHeads
 from circuits.pathways import Readings, Writings
 from circuits.transport import ROWS_PER_CHUNK
 from replacement import ReplacementModel

@@ -1,4 +1,4 @@
-"""Pages for people of what the `heads` command says; each takes the facts of `circuits.head_facts` of the same name."""
+"""Pages for people of what the `heads` command says; each takes the facts of `circuits.heads.facts` of the same name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from circuits.head_facts import Facts
+from circuits.heads.facts import Facts
 from circuits.text import printable
 
 _RUNGS = {

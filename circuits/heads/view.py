@@ -78,8 +78,8 @@ class HeadView:
         )
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw heads x source positions as a heat-map (`.svg` or `.png`); see `circuits.head_plot`."""
-        from circuits.head_plot import plot_heads
+        """Draw heads x source positions as a heat-map (`.svg` or `.png`); see `circuits.heads.plot`."""
+        from circuits.heads.plot import plot_heads
 
         return plot_heads(self, path)
 
