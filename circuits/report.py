@@ -47,9 +47,7 @@ def page(graphs: Mapping[str, CircuitGraph], files: Mapping[str, Path]) -> Group
     first = next(iter(graphs.values()))
     last = list(graphs.values())[-1]
     parts: list[RenderableType] = [Text(printable(first.metadata["prompt"]), style="bold"), Text()]
-    likely = first.metadata.get("top_tokens") or first.metadata.get("targets", [])
-    if likely:
-        parts += [_section("Next token" if "top_tokens" in first.metadata else "Targets", _likely(likely))]
+    parts += _tokens(first.metadata)
     parts += [
         _section("Strongest path from a token", Text(describe_path(last, strongest_path(last)))),
         _section("Graph", _comparison(graphs)),
@@ -76,6 +74,20 @@ def _grid(*, numbers: int, width: int) -> Table:
     for _ in range(numbers):
         table.add_column(justify="right")
     return table
+
+
+def _tokens(facts: Mapping[str, Any]) -> list[RenderableType]:
+    """What the model says at the targets' position, and the targets themselves where they are something else."""
+    likely, targets, tokens = facts.get("top_tokens", []), facts.get("targets", []), facts.get("tokens", [])
+    parts: list[RenderableType] = []
+    if likely:
+        position = targets[0].get("position") if targets else None
+        inside = position is not None and position + 1 < len(tokens)
+        title = f"Token after position {position} ({printable(tokens[position])})" if inside else "Next token"
+        parts.append(_section(title, _likely(likely)))
+    if targets and not {target.get("token") for target in targets} <= {one.get("token") for one in likely}:
+        parts.append(_section("Targets", _likely(targets)))
+    return parts
 
 
 def _likely(tokens: list[dict[str, Any]]) -> Table:

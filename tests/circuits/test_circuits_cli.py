@@ -1,6 +1,7 @@
 """The `circuits` command: what it writes, what it prints, and one line for every mistake."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from circuits import CircuitGraph
 from circuits.cli import CIRCUIT_FILES, main
 from circuits.heads.edge_heads import EdgeHeads
+from circuits.report import show
 
 
 @pytest.fixture
@@ -77,6 +80,23 @@ def test_trace_writes_every_file(tracer, tmp_path, capsys, small) -> None:
     for text in ("replacement", "completeness", "Strongest path", "' x'", "60.0 %", "graph.safetensors", "1.0e-06"):
         assert text in page
     assert "a library greets" not in page
+
+
+@pytest.mark.parametrize(
+    ("position", "token", "titles"),
+    [(1, " x", ["Next token"]), (0, " x", ["Token after position 0 (a)"]), (1, " q", ["Next token", "Targets"])],
+)
+def test_the_page_says_which_token_is_meant(small, position: int, token: str, titles: list[str]) -> None:
+    facts = {
+        **small.metadata,
+        "tokens": ["a", " b"],
+        "targets": [{"token": token, "position": position, "probability": 0.1}],
+        "top_tokens": [{"token": " x", "probability": 0.6}],
+    }
+    console = Console(file=io.StringIO(), width=100)
+    show(console, {"full": dataclasses.replace(small, metadata=facts)}, {})
+    lines = console.file.getvalue().splitlines()
+    assert [line for line in lines if line in ("Next token", "Targets") or line.startswith("Token after")] == titles
 
 
 def test_trace_passes_options_on(tracer, tmp_path) -> None:
