@@ -5,8 +5,8 @@
     replacement train examples/recipes/attention.toml --out runs/attention
     python examples/train_demo_crosscoder.py --run runs/attention --out replacement/demo/artifacts
 
-The second command rounds the result of a run to bf16, writes it to `OUT/crosscoder`, measures the rounded weights on rows of
-the corpus that no training drew, and writes `OUT/fidelity.json`. The fourth does the same for the attention crosscoder, in
+The second command gives a BatchTopK result fixed thresholds (JumpReLU), rounds it to bf16, writes it to `OUT/crosscoder`,
+measures the rounded weights on rows of the corpus that no training drew, and writes `OUT/fidelity.json`. The fourth does the same for the attention crosscoder, in
 `OUT/attention_crosscoder` and `OUT/attention_fidelity.json`, which says under `both` what replacing the MLPs as well costs.
 `examples/train_demo.py` does all of it, on the language model it has just made.
 """
@@ -23,14 +23,20 @@ import torch
 from tqdm import tqdm
 from train_demo_files import write_json
 
-from replacement import LanguageModel, checkpoint
+from replacement import BatchTopK, Crosscoder, LanguageModel, checkpoint
+from replacement.convert import to_jumprelu
 from replacement.demo.corpus import held_out_rows
+from replacement.demo.corpus.mixture import sample_rows
 from replacement.fidelity import Fidelity, measure_fidelity
+from replacement.splice import read_rows
 from replacement.training.run import run
 from replacement.training.run_config import read_config
 
 RECIPES = Path(__file__).parent / "recipes"
 HELD_OUT_ROWS = 1024
+CALIBRATION_ROWS = 1024
+SHIPPED_L0 = (18.6, 6.9, 6.9, 6.9)
+"""Features per token that the shipped thresholds leave in each layer, on rows of the training corpus."""
 
 
 def train_crosscoder(language_model: Path, folder: Path, overrides: Sequence[str] = (), recipe: str = "demo") -> None:
@@ -38,6 +44,13 @@ def train_crosscoder(language_model: Path, folder: Path, overrides: Sequence[str
     config = read_config(RECIPES / f"{recipe}.toml", overrides=[f'model="{language_model}"', *overrides])
     with tqdm(total=config.training.n_steps, desc=f"crosscoder ({recipe})", unit="step") as bar:
         run(config, folder, resume=True, progress=lambda _: bar.update())
+
+
+def calibrated(crosscoder: Crosscoder, lm: LanguageModel) -> Crosscoder:
+    """Thresholds measured once over many rows, in place of the running mean that training ends with."""
+    rows = sample_rows(lm.tokenizer, n_rows=CALIBRATION_ROWS, context=lm.context_length, seed=0)
+    _, activations = read_rows(lm, torch.from_numpy(rows), crosscoder.wiring.read_sites)
+    return to_jumprelu(crosscoder, [activations], target_l0=SHIPPED_L0)
 
 
 def ship(folder: Path, out: Path) -> Fidelity:
@@ -48,6 +61,8 @@ def ship(folder: Path, out: Path) -> Fidelity:
     lm.name = crosscoder.model_name = "demo"
     # A run on other weights is not shipped.
     checkpoint.check_fits(crosscoder, lm.shape, model_name=lm.name, model_fingerprint=lm.fingerprint)
+    if isinstance(crosscoder.activation, BatchTopK):
+        crosscoder = calibrated(crosscoder, lm)
     prefix = "attention_" if crosscoder.wiring.name == "attention" else ""
     target = out / f"{prefix}crosscoder"
     checkpoint.save(crosscoder, target, dtype=torch.bfloat16, training=settings)

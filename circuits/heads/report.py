@@ -76,7 +76,8 @@ def feature_page(facts: Facts) -> Group:
     table.add_row("bias", f"{facts['bias']:+.4f}")
     table.add_row("residual", "", f"{facts['residual']:+.4f}")
     identity = f"sum of players and bias = pre-activation up to {facts['identity_error']:.1e} (relative)"
-    return Group(Text(title, style="bold"), Text(), _section("Players", table), Text(identity))
+    drawn = [Text(f"picture: {file}") for file in facts.get("files", {}).values()]
+    return Group(Text(title, style="bold"), Text(), _section("Players", table), Text(identity), *drawn)
 
 
 def attends_page(facts: Facts) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import circuits
 import replacement
 from circuits import CircuitGraph, FeatureTarget, NodeKind
 from circuits.cli import main
 from circuits.heads.check import HeadCheck
+from circuits.heads.report import feature_page
 from circuits.heads.split import split_heads
 from circuits.heads.view import head_view
 from circuits.influence import edge_influence
@@ -153,6 +156,9 @@ def test_a_feature_with_credit_and_picture(
     assert facts["feature"] == name
     assert (facts["rule"], facts["activation"]) == ("shapley", pytest.approx(view.activation))
     assert facts["residual"] == pytest.approx(credit.residual, abs=1e-6)
+    console = Console(file=io.StringIO(), width=400)
+    console.print(feature_page(facts))
+    assert f"picture: {picture}" in console.file.getvalue()
     by_head = dict(zip(view.players, credit.credit_J, strict=False))
     assert len(facts["heads"]) == 5
     for head in facts["heads"]:
