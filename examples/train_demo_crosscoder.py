@@ -6,9 +6,9 @@
     python examples/train_demo_crosscoder.py --run runs/attention --out replacement/demo/artifacts
 
 The second command gives a BatchTopK result fixed thresholds (JumpReLU), rounds it to bf16, writes it to `OUT/crosscoder`,
-measures the rounded weights on rows of the corpus that no training drew, and writes `OUT/fidelity.json`. The fourth does the same for the attention crosscoder, in
-`OUT/attention_crosscoder` and `OUT/attention_fidelity.json`, which says under `both` what replacing the MLPs as well costs.
-`examples/train_demo.py` does all of it, on the language model it has just made.
+measures the rounded weights on rows of the corpus that no training drew, and writes `OUT/fidelity.json`. The fourth does the
+same for the attention crosscoder, in `OUT/attention_crosscoder` and `OUT/attention_fidelity.json`, which says under `both` what
+replacing the MLPs as well costs. `examples/train_demo.py` does all of it, on the language model it has just made.
 """
 
 from __future__ import annotations
