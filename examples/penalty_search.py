@@ -29,7 +29,7 @@ def next_coefficient(tried: Sequence[tuple[float, float]], level: float) -> floa
     above = [point for point in points if point[1] <= 0]
     if below and above:
         (x0, y0), (x1, y1) = max(below), min(above)
-        share = min(0.9, max(0.1, y0 / (y0 - y1)))  # not onto a point that has been tried
+        share = min(0.75, max(0.25, y0 / (y0 - y1)))  # L0 may fall off a cliff: close in on it from both sides
         return math.exp(x0 + share * (x1 - x0))
     nearest, *others = sorted(points, key=lambda point: abs(point[1]))
     slope = -1.0
