@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,20 @@ def test_the_python_example_runs(
     exec(compile(code, "README.md", "exec"), {})
     assert "replacement=" in capsys.readouterr().out
     assert (tmp_path / "dallas.svg").read_text(encoding="utf-8").startswith("<")
+
+
+def test_features_are_changed_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The feature of the example exists, and suppressing it takes from the answer."""
+    first, *_ = re.findall(r"```python\n(.*?)```", README, re.S)
+    change = re.findall(r"## Change features\n\n```python\n(.*?)```", README, re.S)[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(first + change, "README.md", "exec"), names)
+    model, off, prompt = names["model"], names["off"], names["prompt"]
+    austin = model.language_model.token_id("Austin")
+    found = model.intervene(prompt, off)
+    assert float(found.logits[-1, austin]) < float(found.clean_logits[-1, austin]) - 0.1
+    assert len(names["found"].tokens) == len(model.language_model.tokenize(prompt)) + 3
 
 
 def test_links_and_pictures_exist() -> None:
