@@ -80,6 +80,7 @@ def print_report(found: Sequence[Facts]) -> None:
     titles = {
         "cosine": "One layer downstream, cosine: mean of features",
         "median": "One layer downstream, cosine: median feature",
+        "larger_half": "One layer downstream, cosine: larger effects",
         "all_features": "One layer downstream, with all of its features",
     }
     for value, title in titles.items():

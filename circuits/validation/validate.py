@@ -173,10 +173,11 @@ def pairs_by_distance(
 def one_layer_cosine(graph: CircuitGraph, changed: np.ndarray, predicted_BN: np.ndarray, measured: Measured) -> Facts:
     """Mean, over changed features, of the cosine of predicted and measured changes of activations one layer downstream.
 
-    `cosine` is over the graph's expanded features of that layer. `all_features` measures over every feature of the layer: what
-    others do, those that were not active before among them, is predicted to be nothing.
+    `cosine` is over the graph's expanded features of that layer, and `larger_half` its mean over the changed features that are
+    predicted to do more than the median one. `all_features` measures over every feature of the layer: what others do, those
+    that were not active before among them, is predicted to be nothing.
     """
-    nodes, inside, everything = graph.nodes, [], []
+    nodes, inside, sizes, everything = graph.nodes, [], [], []
     for number, node in enumerate(changed.tolist()):
         layer = int(nodes.layer[node]) + 1
         own = nodes.mask(NodeKind.FEATURE) & nodes.expanded & (nodes.layer == layer)
@@ -185,14 +186,22 @@ def one_layer_cosine(graph: CircuitGraph, changed: np.ndarray, predicted_BN: np.
             continue  # nothing of that layer is said to depend on it
         size = float(np.linalg.norm(predicted)) * measured.size_BL[number, layer]
         inside.append(cosine(predicted, found))
+        sizes.append(float(np.linalg.norm(predicted)))
         everything.append(float(predicted @ found) / size if size else float("nan"))
-    known = np.isfinite(inside)
+    cosines, size = np.array(inside), np.array(sizes)
+    known = np.isfinite(cosines)
+    larger = known & (size > np.median(size)) if len(size) else known
     return {
         "features": len(inside),
-        "cosine": float(np.mean(np.array(inside)[known])) if known.any() else float("nan"),
-        "median": float(np.median(np.array(inside)[known])) if known.any() else float("nan"),
+        "cosine": _mean(cosines[known]),
+        "median": float(np.median(cosines[known])) if known.any() else float("nan"),
+        "larger_half": _mean(cosines[larger]),
         "all_features": float(np.nanmean(everything)) if np.isfinite(everything).any() else float("nan"),
     }
+
+
+def _mean(x: np.ndarray) -> float:
+    return float(x.mean()) if len(x) else float("nan")
 
 
 def _circuit_facts(model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], errors: str) -> Facts:

@@ -19,7 +19,7 @@ from circuits.grounding import Grounding
 from circuits.nodes import NodeKind
 from circuits.validation import command as validate_command
 from circuits.validation.command import other_prompts
-from circuits.validation.effects import Effects, kl, sample_features
+from circuits.validation.effects import Effects, Measured, kl, sample_features
 from circuits.validation.prediction import predicted_changes
 from circuits.validation.report import page
 from circuits.validation.sufficiency import Resampler, sufficiency
@@ -66,6 +66,27 @@ def test_logits_and_activations_are_predicted_in_the_frozen_linear_case(language
     later = features & (graph.nodes.layer[None] > graph.nodes.layer[changed][:, None])
     np.testing.assert_allclose(found.change_BN[later], predicted[later], atol=1e-5 * np.abs(predicted[later]).max())
     assert one_layer_cosine(graph, changed, predicted, found)["cosine"] == pytest.approx(1)
+
+
+def test_one_layer_cosines_by_hand(build_graph: Any) -> None:
+    """Two changed features: one predicted well and to do much, one predicted badly and to do little."""
+    feature = {"kind": NodeKind.FEATURE, "expanded": True}
+    rows = [feature | {"layer": layer, "index": i, "output_weight": 0.5 * layer} for layer in (0, 1) for i in (0, 1)]
+    graph = build_graph(rows, [(2, 0, 1.0), (3, 1, 1.0)])
+    predicted = np.array([[0, 0, 3.0, 0], [0, 0, 0, 1.0]])
+    change = np.array([[0, 0, 6.0, 0], [0, 0, 4.0, 3.0]])
+    measured = Measured(change, np.zeros(2), np.array([[0, 12.0], [0, 5.0]]))
+    found = one_layer_cosine(graph, np.array([0, 1]), predicted, measured)
+    assert found == {
+        "features": 2,
+        "cosine": pytest.approx((1 + 0.6) / 2),
+        "median": pytest.approx((1 + 0.6) / 2),
+        "larger_half": pytest.approx(1),
+        "all_features": pytest.approx((18 / 36 + 3 / 5) / 2),
+    }
+    nothing = one_layer_cosine(graph, np.array([2]), np.zeros((1, 4)), measured)
+    assert nothing["features"] == 0
+    assert np.isnan([nothing[name] for name in ("cosine", "median", "larger_half", "all_features")]).all()
 
 
 @pytest.mark.parametrize("patching", ["propagated", "original", "window"])
