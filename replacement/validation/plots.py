@@ -165,7 +165,16 @@ def _compute(facts: Facts) -> Figure | None:
     if found["compute"] is not None:
         axes.plot(found["compute"], found["target_loss"], "o", color=BLUE, ms=6)
         text = f"replacement: {percent(found['fraction'])} of the compute"
-        _label(axes, found["compute"], found["target_loss"], text, BLUE, above=True)
+        axes.annotate(
+            text,
+            (found["compute"], found["target_loss"]),
+            xytext=(-6, 55),  # a training curve falls to the right: there is room above its end
+            textcoords="offset points",
+            ha="right",
+            color=BLUE,
+            fontsize=8.5,
+            arrowprops={"arrowstyle": "-", "color": BLUE, "lw": 0.8},
+        )
     axes.set_xscale("log")
     axes.set_xlabel("training compute of the original")
     axes.set_title("cross-entropy, nats", loc="left", fontsize=9.5)
