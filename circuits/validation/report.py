@@ -78,9 +78,7 @@ def _perturbations(rows: list[dict[str, Any]]) -> Table:
 
 
 def _one_layer(rows: list[dict[str, Any]]) -> Table:
-    table = _table(
-        "change", "attention", "norms", "features", "cosine", "median", "larger half", "with all features of the layer"
-    )
+    table = _table("change", "attention", "norms", "features", "cosine", "median", "larger half", "all of the layer")
     for row in rows:
         figures = (_number(row[name]) for name in ("cosine", "median", "larger_half", "all_features"))
         table.add_row(row["change"], row["attention"], row["norms"], str(row["features"]), *figures)
