@@ -121,17 +121,19 @@ class LocalReplacement:
         streams = [x_TD]
         for layer, attention in enumerate(frozen.attentions):
             moved_TD = attention.apply(x_TD) if attention_LTD is None else attention_LTD[layer]
-            if self.crosscoder.skip:
-                self._follow_skips(mlp_LTD, layer, x_TD, moved_TD)
+            mid_TD = x_TD if self.shape.parallel else x_TD + moved_TD
+            mlp_in_TD = frozen.norms_mlp[layer].apply(mid_TD)
+            self._follow_skips(mlp_LTD, layer, {"resid_pre": x_TD, "resid_mid": mid_TD, "mlp_in": mlp_in_TD})
             x_TD = x_TD + moved_TD + mlp_LTD[layer]
+            self._follow_skips(mlp_LTD, layer, {"resid_post": x_TD})
             streams.append(x_TD)
         return streams
 
-    def _follow_skips(self, mlp_LTD: Tensor, layer: int, pre_TD: Tensor, moved_TD: Tensor) -> None:
+    def _follow_skips(self, mlp_LTD: Tensor, layer: int, seen: dict[str, Tensor]) -> None:
         """Add what skip matrices make of the stream's change at one layer, which `Decomposition.outputs` leaves at 0."""
         crosscoder, clean = self.crosscoder, self.frozen.activations
-        mid_TD = pre_TD if self.shape.parallel else pre_TD + moved_TD
-        seen = {"resid_pre": pre_TD, "resid_mid": mid_TD, "mlp_in": self.frozen.norms_mlp[layer].apply(mid_TD)}
+        if not crosscoder.skip:
+            return
         for group, reads in enumerate(crosscoder.wiring.reads):
             for read in reads:
                 if read.layer == layer and read.kind in seen:

@@ -34,7 +34,7 @@ from circuits.validation.agreement import cosine
 from circuits.validation.effects import ATTENTION, TOKENS_AT_ONCE
 from replacement import ReplacementModel, Site
 from replacement.language_model import Hook
-from replacement.patching import Conditions, Patcher
+from replacement.patching import WRITES, Conditions, Patcher
 
 RISE = 0.1
 """By how much of its activation an `encoder` perturbation raises a feature."""
@@ -68,7 +68,7 @@ def compare_perturbations(
     perturbations = _perturbations(model, grounding, changed, seed=seed)
     if not perturbations:
         return []
-    local = _Streams(model, grounding, Conditions(patterns="frozen", norms="frozen"))
+    local = _Streams(model, grounding, Conditions(patterns="frozen", norms="frozen"), local=True)
     rows = []
     for attention in reversed(ATTENTION):  # as published first
         original = _Streams(model, grounding, Conditions(patterns=attention, mlps="own"))
@@ -81,9 +81,18 @@ def compare_perturbations(
 class _Streams:
     """The residual stream under perturbations, less the stream without them."""
 
-    def __init__(self, model: ReplacementModel, grounding: Grounding, conditions: Conditions) -> None:
+    def __init__(
+        self, model: ReplacementModel, grounding: Grounding, conditions: Conditions, *, local: bool = False
+    ) -> None:
+        """Run the prompt; in the local replacement model (`local`) outputs that no crosscoder writes are errors, and stay."""
         self.shape, tokens_T = model.language_model.shape, grounding.local.frozen.tokens_T
         self._patcher = Patcher(model.language_model, model.crosscoders, tokens_T, conditions)
+        self._unwritten = [
+            site
+            for part, crosscoder in (model.crosscoders if local else {}).items()
+            for site in (Site(layer, WRITES[part]) for layer in range(self.shape.n_layers))
+            if site not in crosscoder.wiring.write_sites
+        ]
         self._n_tokens = len(tokens_T)
         self._clean = self._run([None])
 
@@ -103,8 +112,12 @@ class _Streams:
     def _run(self, perturbations: Sequence[Perturbation | None]) -> dict[int, Tensor]:
         seen: dict[int, Tensor] = {}
         hooks = {self._site(depth): self._hook(depth, perturbations, seen) for depth in self._depths()}
+        hooks |= {site: self._keep(site) for site in self._unwritten}
         self._patcher.run({}, n_copies=len(perturbations), hooks=hooks)
         return seen
+
+    def _keep(self, site: Site) -> Hook:
+        return lambda x_BTD: self._patcher.clean[site].to(x_BTD).expand_as(x_BTD)
 
     def _hook(self, depth: int, perturbations: Sequence[Perturbation | None], seen: dict[int, Tensor]) -> Hook:
         def hook(x_BTD: Tensor) -> Tensor:
@@ -123,9 +136,9 @@ class _Streams:
 
     def _site(self, depth: int) -> Site:
         layer, middle = divmod(depth, 2)
-        if layer == self.shape.n_layers:
-            return Site(layer - 1, "resid_post")
-        return Site(layer, "resid_mid" if middle else "resid_pre")
+        if middle:
+            return Site(layer, "resid_mid")
+        return Site(layer - 1, "resid_post") if layer else Site(0, "resid_pre")  # the first name of a point
 
 
 def _perturbations(
@@ -192,10 +205,15 @@ def _rows(
     for distance in sorted(cosines):
         whole, added = np.array(cosines[distance]).T
         missed, all_of_it = np.array(powers[distance]).sum(0)
-        figures = {"cosine": float(np.nanmean(whole)), "nmse": float(missed / all_of_it) if all_of_it else np.nan}
+        figures = {"cosine": _mean(whole), "nmse": float(missed / all_of_it) if all_of_it else np.nan}
         setting = {"kind": kind, "attention": attention, "distance": distance, "perturbations": len(whole)}
-        rows.append({**setting, **figures, "cosine_added": float(np.nanmean(added))})
+        rows.append({**setting, **figures, "cosine_added": _mean(added)})
     return rows
+
+
+def _mean(x: np.ndarray) -> float:
+    known = x[np.isfinite(x)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _flat(x_TD: Tensor) -> np.ndarray:

@@ -19,9 +19,9 @@ from replacement import ReLU, ReplacementModel, Site, Wiring
 from replacement.patching import Conditions
 
 
-def traced(lm: Any, **options: Any) -> tuple[ReplacementModel, Grounding]:
+def traced(lm: Any, *, wiring: Wiring | None = None, **options: Any) -> tuple[ReplacementModel, Grounding]:
     """A random replacement model with ReLU features, and the full graph of a random prompt."""
-    wiring = Wiring.strictly_causal(lm, **options)
+    wiring = wiring or Wiring.strictly_causal(lm, **options)
     model = ReplacementModel(lm, tiny.crosscoder_for(lm, wiring=wiring, activation=ReLU()))
     return model, Grounding.of(model, circuits.trace(model, tiny.random_tokens(), coverage=1.0))
 
@@ -47,22 +47,28 @@ def local_streams(model: ReplacementModel, grounding: Grounding, given: Perturba
     for layer, attention in enumerate(frozen.attentions):
         x_TD = at(2 * layer, x_TD)
         x_TD = at(2 * layer + 1, x_TD + attention.apply(x_TD))
-        (site,) = crosscoder.wiring.reads[layer]
+        if not crosscoder.wiring.writers(Site(layer, "mlp_out")):
+            x_TD = x_TD + local.mlp.errors_LTD[layer]  # the whole output
+            continue
+        group = [reads[0].layer for reads in crosscoder.wiring.reads].index(layer)
+        (site,) = crosscoder.wiring.reads[group]
         read_TD = frozen.norms_mlp[layer].apply(x_TD) if site.kind == "mlp_in" else x_TD
-        acts_TF = torch.relu(read_TD @ crosscoder.encoder(layer, site).T + crosscoder.b_enc[layer])
-        for later in range(layer, len(frozen.attentions)):
-            y_TD = acts_TF @ crosscoder.decoder(layer, Site(later, "mlp_out"))
-            written[later] = written.get(later, 0) + y_TD
+        acts_TF = torch.relu(read_TD @ crosscoder.encoder(group, site).T + crosscoder.b_enc[group])
+        for write in crosscoder.wiring.writes[group]:
+            y_TD = acts_TF @ crosscoder.decoder(group, write)
+            written[write.layer] = written.get(write.layer, 0) + y_TD
         x_TD = x_TD + written[layer] + crosscoder.decoder_bias(Site(layer, "mlp_out")) + local.mlp.errors_LTD[layer]
     at(2 * len(frozen.attentions), x_TD)
     return seen
 
 
-@pytest.mark.parametrize("read", ["resid_mid", "mlp_in"])
+@pytest.mark.parametrize("read", ["resid_mid", "mlp_in", "one layer"])
 def test_the_local_replacement_model_reacts_as_a_loop_over_its_layers(language_model: Any, read: str) -> None:
+    """Layers that the crosscoder does not write are errors, and stay."""
     lm = language_model("gpt2", torch.float64)
-    model, grounding = traced(lm, read=read)
-    streams = perturbations._Streams(model, grounding, Conditions(patterns="frozen", norms="frozen"))
+    alone = read == "one layer"
+    model, grounding = traced(lm, wiring=Wiring.transcoder(lm, layer=1)) if alone else traced(lm, read=read)
+    streams = perturbations._Streams(model, grounding, Conditions(patterns="frozen", norms="frozen"), local=True)
     chosen = drawn(model, grounding)
     assert {each.kind for each in chosen} == {"encoder", "random", "upstream"}
     clean = local_streams(model, grounding, None)

@@ -18,6 +18,7 @@ from circuits.cli import main
 from circuits.grounding import Grounding
 from circuits.nodes import NodeKind
 from circuits.validation import command as validate_command
+from circuits.validation import effects as effects_module
 from circuits.validation.command import other_prompts
 from circuits.validation.effects import Effects, Measured, kl, sample_features
 from circuits.validation.prediction import predicted_changes
@@ -90,7 +91,10 @@ def test_one_layer_cosines_by_hand(build_graph: Any) -> None:
 
 
 @pytest.mark.parametrize("patching", ["propagated", "original", "window"])
-def test_measured_effects_equal_single_interventions(language_model: Any, patching: str) -> None:
+def test_measured_effects_equal_single_interventions(
+    language_model: Any, patching: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effects_module, "WINDOW", 2)  # layers behind the window react again
     lm = language_model("gpt2", torch.float64)
     model, grounding = traced(lm)
     nodes, effects = grounding.graph.nodes, Effects(model, grounding)
@@ -99,7 +103,7 @@ def test_measured_effects_equal_single_interventions(language_model: Any, patchi
     tokens = tiny.random_tokens()
     for number, node in enumerate(changed.tolist()):
         layer, place = int(nodes.layer[node]), {"position": int(nodes.position[node]), "index": int(nodes.index[node])}
-        held = {"propagated": None, "original": range(layer + 1), "window": range(layer, min(layer + 3, 3))}[patching]
+        held = {"propagated": None, "original": range(layer + 1), "window": range(layer, min(layer + 2, 3))}[patching]
         options: Any = {} if held is None else {"mlps": "own", "constrained_layers": held}
         alone = model.intervene(tokens, [Intervention(group=layer, scale=0.0, **place)], **options)
         divergence = kl(alone.clean_logits[-1], alone.logits[-1:])[0]
