@@ -1,6 +1,6 @@
 """How much of the MLPs do few features explain? Crosscoders and baselines at matched numbers of active features.
 
-    python examples/frontier.py --out runs/frontier            # trains 36 small crosscoders; about 2 minutes each
+    python examples/frontier.py --out runs/frontier            # some 55 short runs for 39 results; about 2 minutes each
     python examples/frontier.py --out runs/frontier --plot     # draws docs/frontier.svg and .png from the results
 
 All methods replace the demo model's four MLPs, read `mlp_in`, have 1024 features per layer and see the same tokens in the
