@@ -11,7 +11,7 @@ removed at the feature's position, and the loss `a_clean - a_removed` of the fea
 
 Removing a head sets its `attn_z` at that position to what biases alone make of it (zero in models without any), which is
 the part of the head that `circuits.heads.view` counts as bias. Activations are those the crosscoder computes on the stream
-that results, in competition with all other features (TopK).
+that results, in competition with all other features where the activation function is TopK.
 
 P (feature, head) pairs, J players of one feature, B copies of a prompt, T tokens, X heads x d_head.
 """

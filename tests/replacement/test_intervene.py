@@ -57,6 +57,20 @@ def test_logits_change_as_the_local_linear_model_says(language_model: Any, archi
     assert float((live.logits - found.logits).abs().max()) > 1e-6  # norms and patterns do react
 
 
+def test_skip_terms_that_read_behind_a_layer_follow_too(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    reads = tuple((Site(layer, "resid_post"),) for layer in (0, 1))
+    writes = tuple((Site(layer, "mlp_out"),) for layer in (1, 2))
+    width = lm.shape.d_model
+    wiring = Wiring("by hand", reads, writes, {"resid_post": width, "mlp_out": width})
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm, wiring=wiring, skip=True))
+    local = model.localize(tiny.random_tokens())
+    interventions, activation_S = three_changes(local, wiring)
+    found = model.intervene(tiny.random_tokens(), interventions, constrained_layers=range(3), **FROZEN)
+    torch.testing.assert_close(found.logits, local.logits(activation_S), rtol=0, atol=1e-9)
+    assert float((found.logits - found.clean_logits).abs().max()) > 1e-3
+
+
 def test_the_same_where_attention_has_features_too(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm))
