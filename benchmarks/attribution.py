@@ -30,8 +30,8 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import replacement
-from circuits.attribution import Attributor
-from circuits.targets import output_weights, resolve_logit, top_logits
+from circuits.attribution.expansion import Attributor
+from circuits.attribution.targets import output_weights, resolve_logit, top_logits
 from replacement import Crosscoder, LanguageModel, LocalReplacement, ReplacementModel, Site, TopK, Wiring
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))

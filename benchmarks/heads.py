@@ -17,8 +17,8 @@ import torch
 from attribution import demo_model, random_model, seconds_of
 
 from circuits import CircuitGraph, split_heads, trace
-from circuits.attribution import Attributor
-from circuits.grounding import Grounding
+from circuits.attribution.expansion import Attributor
+from circuits.attribution.grounding import Grounding
 from replacement import ReplacementModel
 
 

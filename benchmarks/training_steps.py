@@ -181,7 +181,7 @@ def matmul(case: Case) -> Step:
 def _crosscoder(case: Case) -> tuple:
     """A crosscoder with random decoders, and a batch for it."""
     from replacement import Crosscoder, TopK, Wiring
-    from replacement.sites import ModelShape
+    from replacement.crosscoder.sites import ModelShape
 
     shape = ModelShape(n_layers=case.n_layers, d_model=case.width, n_heads=1, d_head=case.width)
     if case.name == "sae":

@@ -10,18 +10,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from circuits.graph import CircuitGraph
-from circuits.nodes import NodeKind, NodeTable
-from circuits.scores import Scores
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.scores import Scores
 
 if TYPE_CHECKING:
+    from circuits.attribution.targets import DifferenceTarget, FeatureTarget, TokenTarget
+    from circuits.attribution.trace import trace
     from circuits.heads.qk import QKAttributor, attribute_score
     from circuits.heads.qk_attribution import QKAttribution
+    from circuits.heads.source_credit import source_credit
     from circuits.heads.split import split_heads, with_heads
     from circuits.heads.view import HeadView, head_view
-    from circuits.node_credit import source_credit
-    from circuits.targets import DifferenceTarget, FeatureTarget, TokenTarget
-    from circuits.tracing import trace
 
 __all__ = [
     "CircuitGraph",
@@ -44,17 +44,17 @@ __all__ = [
 
 # What needs a model is imported on first use: reading, pruning and drawing a saved graph must not wait for torch.
 _LAZY = {
-    "DifferenceTarget": "circuits.targets",
-    "FeatureTarget": "circuits.targets",
+    "DifferenceTarget": "circuits.attribution.targets",
+    "FeatureTarget": "circuits.attribution.targets",
     "HeadView": "circuits.heads.view",
     "QKAttribution": "circuits.heads.qk_attribution",
     "QKAttributor": "circuits.heads.qk",
-    "TokenTarget": "circuits.targets",
+    "TokenTarget": "circuits.attribution.targets",
     "attribute_score": "circuits.heads.qk",
     "head_view": "circuits.heads.view",
-    "source_credit": "circuits.node_credit",
+    "source_credit": "circuits.heads.source_credit",
     "split_heads": "circuits.heads.split",
-    "trace": "circuits.tracing",
+    "trace": "circuits.attribution.trace",
     "with_heads": "circuits.heads.split",
 }
 

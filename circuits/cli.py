@@ -20,14 +20,14 @@ from rich.console import Console
 from circuits.export.formats import FORMATS, check_format
 from circuits.export.formats import export as write_format
 from circuits.export.neuronpedia import slug
-from circuits.files import check_folder
-from circuits.graph import CircuitGraph
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.pruning import check_threshold
 from circuits.heads.command import heads as heads_command
-from circuits.loading import with_model
-from circuits.pruning import check_threshold
 from circuits.report import show as show_report
 from circuits.report import summary
 from circuits.validation.command import validate as validate_command
+from circuits.with_model import with_model
+from replacement.files import check_folder
 
 if TYPE_CHECKING:
     from replacement import ReplacementModel

@@ -12,9 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from circuits.graph import CircuitGraph
-from circuits.paths import average_path_length, describe_path, strongest_path
-from circuits.text import printable
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.paths import average_path_length, describe_path, strongest_path
+from circuits.graph.text import printable
 
 
 def summary(graph: CircuitGraph, circuit: CircuitGraph, files: Mapping[str, Path]) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from demo_activations import DemoActivations
 from result_rows import append_row, find_row
 
 from replacement import Crosscoder, LanguageModel
-from replacement.activation import TopK
-from replacement.fidelity import measure_fidelity
+from replacement.crosscoder.activation import TopK
+from replacement.crosscoder.wiring import Wiring
 from replacement.training import TrainingConfig, train
 from replacement.training.build import load_models
-from replacement.wiring import Wiring
+from replacement.validation.fidelity import measure_fidelity
 
 SAES, CROSSCODER = "SAEs", "crosscoder"
 SIZES = {SAES: (512, 1024, 2048, 4096), CROSSCODER: (256, 512, 1024, 2048)}

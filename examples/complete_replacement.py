@@ -16,10 +16,10 @@ import torch
 
 import circuits
 import replacement
-from circuits.paths import average_path_length
+from circuits.graph.paths import average_path_length
 from replacement import ReplacementModel
 from replacement.demo.corpus import behaviours, held_out_rows
-from replacement.fidelity import fidelity_by_parts
+from replacement.validation.fidelity_parts import fidelity_by_parts
 
 NAMES = {"mlp": "MLPs", "attention": "attention", "both": "both"}
 COLUMNS = {

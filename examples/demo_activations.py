@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from replacement import LanguageModel
-from replacement.sites import Site
-from replacement.training.activation_cache import ActivationCache
-from replacement.training.activations import ActivationStream
-from replacement.training.token_sources import TokenSource
-from replacement.training.tokens import open_source, store_rows
+from replacement.crosscoder.sites import Site
+from replacement.data.activation_cache import ActivationCache
+from replacement.data.activation_stream import ActivationStream
+from replacement.data.open_tokens import open_source, store_rows
+from replacement.data.token_sources import TokenSource
 
 HELD_OUT_ROWS = 512
 BUFFER_TOKENS = 131_072

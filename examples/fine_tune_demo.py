@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from replacement.demo.corpus import Sentence, sample_sentences, training_cities_of
 from replacement.demo.corpus.gazetteer import STATES
 from replacement.demo.corpus.sentences import fill
-from replacement.ready_made import ARTIFACTS
+from replacement.loading import ARTIFACTS
 
 NEW_SHARE = 0.5
 """Share of new sentences, in the fine-tuning rows and in those the crosscoders are trained on."""

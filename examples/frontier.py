@@ -33,14 +33,14 @@ from penalty_search import search
 from result_rows import append_row, find_row, read_rows
 
 from replacement import Crosscoder, LanguageModel
-from replacement.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from replacement.fidelity import measure_fidelity
+from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.wiring import Wiring
 from replacement.training.build import load_models
 from replacement.training.config import TrainingConfig
 from replacement.training.losses import Auxiliary, L1OfNorms, Loss, Penalty, PreActivation, Tanh
 from replacement.training.scaling import measure
 from replacement.training.trainer import SCALE_BATCHES, Trainer
-from replacement.wiring import Wiring
+from replacement.validation.fidelity import measure_fidelity
 
 LEVELS = (16, 32, 64)
 N_FEATURES = 1024

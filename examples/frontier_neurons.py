@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from replacement import LanguageModel
-from replacement.fidelity import Mean, VarianceUnexplained, kl_divergence, top1_agreement
 from replacement.validation.controls import Neurons, keep_largest
+from replacement.validation.fidelity_metrics import Mean, VarianceUnexplained, kl_divergence, top1_agreement
 
 
 @torch.no_grad()

@@ -21,10 +21,10 @@ import circuits
 from circuits.validation.validate import validate
 from replacement import LanguageModel, ReplacementModel, checkpoint
 from replacement.demo.corpus import behaviours, held_out_rows
-from replacement.fidelity import measure_fidelity
-from replacement.ready_made import ARTIFACTS
+from replacement.loading import ARTIFACTS
 from replacement.training.run import run
 from replacement.training.run_config import read_config
+from replacement.validation.fidelity import measure_fidelity
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
 COEFFICIENTS = (0.0, 0.1, 0.4)

@@ -28,17 +28,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from replacement import Crosscoder
-from replacement.fidelity.latent_scaling import (
+from replacement.crosscoder.sites import Site
+from replacement.loading import ARTIFACTS
+from replacement.training.build import Models, load_models
+from replacement.training.run import run
+from replacement.training.run_config import run_config
+from replacement.validation.latent_scaling import (
     MAX_NU_ERROR,
     MAX_NU_RECONSTRUCTION,
     latent_scaling,
     relative_decoder_norms,
 )
-from replacement.ready_made import ARTIFACTS
-from replacement.sites import Site
-from replacement.training.build import Models, load_models
-from replacement.training.run import run
-from replacement.training.run_config import run_config
 
 METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "L1": ({"name": "relu"}, [{"name": "l1", "coefficient": 1e-2}]),

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from replacement import LanguageModel, checkpoint
 from replacement.demo.corpus import held_out_rows
-from replacement.fidelity import fidelity_by_reads, measure_fidelity
-from replacement.ready_made import ARTIFACTS
+from replacement.loading import ARTIFACTS
 from replacement.training.config import READS
 from replacement.training.run import run
 from replacement.training.run_config import read_config
+from replacement.validation.fidelity import measure_fidelity
+from replacement.validation.fidelity_reads import fidelity_by_reads
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
 SETTINGS = ('crosscoder.activation={name="topk",k=[19,7,7,7]}', 'training.losses=[{name="auxiliary"}]')

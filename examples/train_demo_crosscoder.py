@@ -24,13 +24,13 @@ from tqdm import tqdm
 from train_demo_files import write_json
 
 from replacement import BatchTopK, Crosscoder, LanguageModel, checkpoint
-from replacement.convert import to_jumprelu
+from replacement.crosscoder.jumprelu import to_jumprelu
 from replacement.demo.corpus import held_out_rows
 from replacement.demo.corpus.mixture import sample_rows
-from replacement.fidelity import Fidelity, measure_fidelity
-from replacement.splice import read_rows
+from replacement.splicing.splice import read_rows
 from replacement.training.run import run
 from replacement.training.run_config import read_config
+from replacement.validation.fidelity import Fidelity, measure_fidelity
 
 RECIPES = Path(__file__).parent / "recipes"
 HELD_OUT_ROWS = 1024

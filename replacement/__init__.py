@@ -13,17 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from replacement import checkpoint
-    from replacement.activation import BatchTopK, JumpReLU, ReLU, TopK
-    from replacement.crosscoder import Crosscoder, CrosscoderOutput
-    from replacement.features import Features
-    from replacement.interventions import Intervened, Intervention, UnknownFeatureError, swap
-    from replacement.language_model import LanguageModel
-    from replacement.local import Decomposition, LocalReplacement
-    from replacement.model import ReplacementModel
-    from replacement.ready_made import load
-    from replacement.sites import ModelShape, Site
-    from replacement.wiring import Wiring
+    from replacement.crosscoder import checkpoint
+    from replacement.crosscoder.activation import BatchTopK, JumpReLU, ReLU, TopK
+    from replacement.crosscoder.crosscoder import Crosscoder, CrosscoderOutput
+    from replacement.crosscoder.features import Features
+    from replacement.crosscoder.sites import ModelShape, Site
+    from replacement.crosscoder.wiring import Wiring
+    from replacement.language_model.language_model import LanguageModel
+    from replacement.loading import load
+    from replacement.splicing.interventions import Intervened, Intervention, UnknownFeatureError, swap
+    from replacement.splicing.local_replacement import Decomposition, LocalReplacement
+    from replacement.splicing.replacement_model import ReplacementModel
 
 __all__ = [
     "BatchTopK",
@@ -50,25 +50,25 @@ __all__ = [
 
 # Imported on first use: `replacement --help` and `replacement show` must not wait for torch and transformer_lens.
 _LAZY = {
-    "BatchTopK": "replacement.activation",
-    "Crosscoder": "replacement.crosscoder",
-    "CrosscoderOutput": "replacement.crosscoder",
-    "Decomposition": "replacement.local",
-    "Features": "replacement.features",
-    "Intervened": "replacement.interventions",
-    "Intervention": "replacement.interventions",
-    "JumpReLU": "replacement.activation",
-    "LanguageModel": "replacement.language_model",
-    "LocalReplacement": "replacement.local",
-    "ModelShape": "replacement.sites",
-    "ReLU": "replacement.activation",
-    "ReplacementModel": "replacement.model",
-    "Site": "replacement.sites",
-    "TopK": "replacement.activation",
-    "UnknownFeatureError": "replacement.interventions",
-    "Wiring": "replacement.wiring",
-    "load": "replacement.ready_made",
-    "swap": "replacement.interventions",
+    "BatchTopK": "replacement.crosscoder.activation",
+    "Crosscoder": "replacement.crosscoder.crosscoder",
+    "CrosscoderOutput": "replacement.crosscoder.crosscoder",
+    "Decomposition": "replacement.splicing.local_replacement",
+    "Features": "replacement.crosscoder.features",
+    "Intervened": "replacement.splicing.interventions",
+    "Intervention": "replacement.splicing.interventions",
+    "JumpReLU": "replacement.crosscoder.activation",
+    "LanguageModel": "replacement.language_model.language_model",
+    "LocalReplacement": "replacement.splicing.local_replacement",
+    "ModelShape": "replacement.crosscoder.sites",
+    "ReLU": "replacement.crosscoder.activation",
+    "ReplacementModel": "replacement.splicing.replacement_model",
+    "Site": "replacement.crosscoder.sites",
+    "TopK": "replacement.crosscoder.activation",
+    "UnknownFeatureError": "replacement.splicing.interventions",
+    "Wiring": "replacement.crosscoder.wiring",
+    "load": "replacement.loading",
+    "swap": "replacement.splicing.interventions",
 }
 
 
@@ -76,5 +76,5 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if name == "checkpoint":
-        return importlib.import_module("replacement.checkpoint")
+        return importlib.import_module("replacement.crosscoder.checkpoint")
     raise AttributeError(f"module 'replacement' has no attribute {name!r}")

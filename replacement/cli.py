@@ -157,7 +157,7 @@ def validate(
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(help="A crosscoder checkpoint folder.", show_default=False)]) -> None:
     """Describe a crosscoder checkpoint."""
-    from replacement.checkpoint import read_config
+    from replacement.crosscoder.checkpoint import read_config
 
     config = read_config(folder)
     table = _table("crosscoder", str(folder))

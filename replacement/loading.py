@@ -1,81 +1,50 @@
-"""Boot a TransformerLens bridge from a hub name or a local folder, with one clear error for each way that can fail."""
+"""Load a replacement model in one call: the demo that ships with the project, or any model folder and checkpoint."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformer_lens.model_bridge import TransformerBridge
-from transformers.utils import logging as transformers_logging
 
-_SAMPLES_PER_TENSOR = 4096
+from replacement.crosscoder import checkpoint
+from replacement.language_model.language_model import LanguageModel
+from replacement.splicing.replacement_model import ReplacementModel
+
+ARTIFACTS = Path(__file__).parent / "demo" / "artifacts"
+DEMO = "demo"
 
 
-def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tuple[TransformerBridge, str]:
-    """The bridge and the name its crosscoders will remember: the hub name, or the name in the folder's config.
+def load(
+    model: str | Path = DEMO,
+    *,
+    crosscoder: str | Path = DEMO,
+    attention: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> ReplacementModel:
+    """A language model with a crosscoder spliced in for its MLPs, and one for attention if asked for.
+
+    Args:
+        model: `demo`, a hub name, or a local folder in Hugging Face layout.
+        crosscoder: `demo` or a crosscoder checkpoint folder.
+        attention: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
+        dtype: dtype both are loaded in.
+        device: device both are put on.
 
     Raises:
-        ValueError: a folder that is missing, incomplete or damaged; weights that are not finite; an unknown architecture.
+        ValueError: one of them is missing, damaged or of another model.
     """
-    folder = Path(name_or_folder)
-    is_folder = isinstance(name_or_folder, Path) or folder.exists() or str(name_or_folder).startswith((".", "/", "~"))
-    if is_folder:
-        _check_folder(folder)
-    try:
-        with _quiet():
-            bridge = TransformerBridge.boot_transformers(str(name_or_folder), dtype=dtype, device=device)
-    except Exception as error:  # the loaders below raise types of their own, tokenizers a bare Exception
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot load the language model {str(name_or_folder)!r}: {reason[:300]}") from error
-    return bridge, folder.resolve().name if is_folder else str(name_or_folder)
+    folders = [_folder(crosscoder, "crosscoder")]
+    if attention is not None:
+        folders.append(_folder(attention, "attention_crosscoder"))
+    for folder in folders:
+        checkpoint.read_config(folder)  # a wrong path should not cost loading the language model
+    is_demo = str(model) == DEMO
+    lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
+    lm.name = DEMO if is_demo else lm.name
+    loaded = [checkpoint.load(folder, dtype=dtype, device=device) for folder in folders]
+    return ReplacementModel(lm, loaded[0], attention=loaded[1] if attention is not None else None)
 
 
-def check_finite(module: nn.Module, source: str) -> None:
-    """Raise a `ValueError` that names the first parameter holding NaN or infinity."""
-    for name, parameter in module.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"{source}: weight {name.replace('_original_component.', '')} holds NaN or infinity")
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Digest of a sample of every parameter, rounded to bfloat16: equal for weights loaded as bf16, fp32 or fp64."""
-    digest = hashlib.sha256()
-    for _, parameter in sorted(module.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLES_PER_TENSOR)]
-        rounded = sample.to(torch.bfloat16).float().cpu().contiguous()
-        digest.update(rounded.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"no language model folder at {folder}")
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{config} is no model configuration: expected a JSON object, got a {type(content).__name__}")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds no .safetensors weights (pickled weights are not loaded)")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the loader's progress bars: library code never prints."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+def _folder(given: str | Path, shipped: str) -> Path:
+    return ARTIFACTS / shipped if str(given) == DEMO else Path(given)

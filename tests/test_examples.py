@@ -13,7 +13,7 @@ import torch
 
 import replacement
 from replacement import LanguageModel, checkpoint
-from replacement.ready_made import ARTIFACTS
+from replacement.loading import ARTIFACTS
 from replacement.validation import read_curve
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -8,12 +8,12 @@ import textwrap
 import graphviz
 import numpy as np
 
-from circuits.edges import GraphData
 from circuits.export.head_tags import head_tags
 from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis, picture_rows, row_title
-from circuits.influence import edge_influence
-from circuits.nodes import NodeKind
-from circuits.text import full_name, short_name, shorten
+from circuits.graph.edges import GraphData
+from circuits.graph.influence import edge_influence
+from circuits.graph.nodes import NodeKind
+from circuits.graph.text import full_name, short_name, shorten
 
 _LINE_LENGTH = 18
 _MOST_TAGS = 40

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from circuits.edges import GraphData
 from circuits.export.dot import GraphvizMissingError, render, to_dot
 from circuits.export.graphml import to_graphml
 from circuits.export.neuronpedia import neuronpedia_json
 from circuits.export.node_link import node_link_json
 from circuits.export.svg import to_svg
-from circuits.files import check_folder, write_atomic
-from circuits.storage import save
+from circuits.graph.edges import GraphData
+from circuits.graph.storage import save
+from replacement.files import check_folder, write_atomic
 
 _TEXT: dict[str, Callable[[GraphData], str]] = {
     "svg": to_svg,

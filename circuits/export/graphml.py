@@ -7,9 +7,9 @@ import json
 
 import networkx as nx
 
-from circuits.edges import GraphData
 from circuits.export.node_link import to_networkx
-from circuits.text import printable
+from circuits.graph.edges import GraphData
+from circuits.graph.text import printable
 
 
 def to_graphml(graph: GraphData) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from circuits.edges import GraphData
+from circuits.graph.edges import GraphData
 
 LEAST = 0.25
 """Smallest part of an edge that a head is named for."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from circuits.edges import GraphData
-from circuits.influence import node_influence
-from circuits.nodes import NodeKind
-from circuits.text import printable
+from circuits.graph.edges import GraphData
+from circuits.graph.influence import node_influence
+from circuits.graph.nodes import NodeKind
+from circuits.graph.text import printable
 
 FEATURE, ERROR, EMBEDDING, LOGIT = "cross layer transcoder", "mlp reconstruction error", "embedding", "logit"
 

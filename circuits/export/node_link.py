@@ -7,9 +7,9 @@ from typing import Any
 
 import networkx as nx
 
-from circuits.edges import GraphData
-from circuits.influence import edge_influence, node_influence
-from circuits.nodes import COLUMNS, NodeKind
+from circuits.graph.edges import GraphData
+from circuits.graph.influence import edge_influence, node_influence
+from circuits.graph.nodes import COLUMNS, NodeKind
 
 
 def to_networkx(graph: GraphData) -> nx.DiGraph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from circuits.nodes import NodeKind, NodeTable
+from circuits.graph.nodes import NodeKind, NodeTable
 
 # kind -> (fill, outline, text)
 NODE_COLOURS: dict[NodeKind, tuple[str, str, str]] = {

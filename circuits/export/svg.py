@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from circuits.edges import Edges, GraphData
 from circuits.export.head_tags import head_tags
 from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis
 from circuits.export.svg_layout import FONT, LINE, Box, Layout, fit, place, text_width
-from circuits.influence import edge_influence, node_influence
-from circuits.nodes import NodeKind, NodeTable
-from circuits.scores import scores
-from circuits.text import full_name, printable
+from circuits.graph.edges import Edges, GraphData
+from circuits.graph.influence import edge_influence, node_influence
+from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.scores import scores
+from circuits.graph.text import full_name, printable
 
 _FONTS = "-apple-system, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 _HEAD, _FOOT = 50.0, 56.0

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from circuits.export.style import picture_rows, row_title
-from circuits.nodes import NodeKind, NodeTable
-from circuits.text import short_name
+from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.text import short_name
 
 FONT = 12.0
 LINE = 14.0

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.credit import RULES
+from circuits.heads.credit import RULES
 from circuits.heads.view import HeadView, HeadViews
 from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel, Site
-from replacement.language_model import EnoughSeen, Hook
+from replacement.language_model.language_model import EnoughSeen, Hook
 
 RUNGS: tuple[str, ...] = ("direct", "frozen", "live")
 NON_TRIVIAL = 0.1

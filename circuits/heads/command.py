@@ -17,18 +17,18 @@ import numpy as np
 import typer
 from rich.console import Console, RenderableType
 
-from circuits.credit import RULES
-from circuits.graph import CircuitGraph
-from circuits.heads.edge_heads import EdgeHeads
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.nodes import NodeKind
+from circuits.heads.credit import RULES
 from circuits.heads.facts import Facts, attends_facts, check_facts, edge_facts, edge_parts, feature_facts, graph_facts
 from circuits.heads.report import attends_page, check_page, edge_page, feature_page, graph_page
-from circuits.loading import with_model as with_loaded
-from circuits.nodes import NodeKind
+from circuits.with_model import with_model as with_loaded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from circuits.targets import FeatureTarget
+    from circuits.attribution.targets import FeatureTarget
     from replacement import ReplacementModel
 
 CHECK_PROMPTS, CHECK_TOKENS, CHECK_FEATURES = 20, 32, 4
@@ -243,7 +243,7 @@ def _check(model: ReplacementModel, graph: CircuitGraph | None) -> Facts:
 
 
 def _target(text: str) -> FeatureTarget:
-    from circuits.targets import FeatureTarget
+    from circuits.attribution.targets import FeatureTarget
 
     match = _FEATURE.fullmatch(text.strip())
     assert match is not None  # checked with the options

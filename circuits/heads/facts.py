@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from circuits.graph import CircuitGraph
-from circuits.heads.edge_heads import EdgeHeads
-from circuits.influence import edge_influence
-from circuits.text import full_name
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.influence import edge_influence
+from circuits.graph.text import full_name
 
 if TYPE_CHECKING:
     from circuits.heads.check import HeadCheck

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuits.files import write_atomic
-from circuits.text import shorten, token_text
+from circuits.graph.text import shorten, token_text
+from replacement.files import write_atomic
 
 if TYPE_CHECKING:
     from circuits.heads.view import HeadView

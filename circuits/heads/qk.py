@@ -27,16 +27,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution import CANCELLATION
-from circuits.columns import source_table
+from circuits.attribution.columns import source_table
+from circuits.attribution.expansion import CANCELLATION
+from circuits.attribution.labels import node_labels
+from circuits.attribution.readers import Targets
+from circuits.attribution.residual_transport import ResidualTransport
+from circuits.attribution.transport import Transport
+from circuits.graph.nodes import NodeKind
 from circuits.heads.qk_attribution import QKAttribution, SourceNode, summed_magnitudes
-from circuits.labels import node_labels
-from circuits.nodes import NodeKind
-from circuits.readers import Targets
-from circuits.residual_transport import ResidualTransport
-from circuits.transport import Transport
 from replacement import ReplacementModel
-from replacement.frozen_queries import FrozenQueryKey
+from replacement.language_model.queries_and_keys import FrozenQueryKey
 
 NUMBERS_AT_ONCE = 2**24
 """Effects held at once: channels x positions x sources (128 MiB in float64)."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from circuits.nodes import NodeKind
+from circuits.graph.nodes import NodeKind
 
 ROWS_AT_ONCE = 1024
 """Query nodes whose pairs are held at once."""
@@ -36,7 +36,7 @@ class SourceNode:
     label: str = ""
     """Readable text; empty until a node is shown."""
     column: int = -1
-    """Source column of the prompt (see `circuits.columns`); -1 for the constants."""
+    """Source column of the prompt (see `circuits.attribution.columns`); -1 for the constants."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for JSON."""

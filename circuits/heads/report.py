@@ -9,8 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from circuits.graph.text import printable
 from circuits.heads.facts import Facts
-from circuits.text import printable
 
 _RUNGS = {
     "direct": "only the feature's own read changes (ablation is exact here by construction)",

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution import CANCELLATION
-from circuits.graph import CircuitGraph
-from circuits.grounding import Grounding
-from circuits.heads.edge_heads import EdgeHeads
-from circuits.pathways import Readings, Writings
-from circuits.transport import ROWS_PER_CHUNK
+from circuits.attribution.expansion import CANCELLATION
+from circuits.attribution.grounding import Grounding
+from circuits.attribution.transport import ROWS_PER_CHUNK
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.edge_heads import EdgeHeads
+from circuits.heads.pathways import Readings, Writings
 from replacement import ReplacementModel
-from replacement.frozen import FrozenAttention, Scratch
+from replacement.language_model.frozen_layers import FrozenAttention, Scratch
 
 HOPS = ("last", "first")
 

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution import CANCELLATION
-from circuits.credit import Credit, credit
-from circuits.readers import head_reads, read_depth, stream_reads
-from circuits.targets import FeatureTarget, active_feature
-from circuits.thresholds import feature_threshold
+from circuits.attribution.expansion import CANCELLATION
+from circuits.attribution.readers import head_reads, read_depth, stream_reads
+from circuits.attribution.targets import FeatureTarget, active_feature
+from circuits.heads.credit import Credit, credit
+from circuits.heads.thresholds import feature_threshold
 from replacement import Decomposition, LocalReplacement, ReplacementModel, Site
 
 
@@ -72,7 +72,7 @@ class HeadView:
         return np.append(self.heads_LH[list(self.layers)].ravel(), self.direct)
 
     def credit(self, rule: str = "path", *, samples: int = 2048, seed: int = 0) -> Credit:
-        """The activation divided among `players` and, last, `direct`; see `circuits.credit`."""
+        """The activation divided among `players` and, last, `direct`; see `circuits.heads.credit`."""
         return credit(
             self.contributions, bias=self.bias, threshold=self.threshold, rule=rule, samples=samples, seed=seed
         )

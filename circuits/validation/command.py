@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from circuits.graph import CircuitGraph
-from circuits.loading import with_model
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.with_model import with_model
 
 if TYPE_CHECKING:
     from torch import Tensor

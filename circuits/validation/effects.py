@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.grounding import Grounding
-from circuits.nodes import NodeKind
+from circuits.attribution.grounding import Grounding
+from circuits.graph.nodes import NodeKind
 from replacement import Features, Intervention, ReplacementModel
-from replacement.interventions import difference
-from replacement.patching import Conditions, Patched, Patcher, changes_of, copies_of
+from replacement.splicing.interventions import difference
+from replacement.splicing.patching import Conditions, Patched, Patcher, changes_of, copies_of
 
 PATCHING = ("constrained", "propagated", "original")
 """How the real tests patch; `window` is for influence among features alone."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from circuits.edges import GraphData
-from circuits.influence import row_shares, sweep
-from circuits.nodes import NodeKind
+from circuits.graph.edges import GraphData
+from circuits.graph.influence import row_shares, sweep
+from circuits.graph.nodes import NodeKind
 
 
 def hop_fidelity(graph: GraphData, *, sources: np.ndarray | None = None, via: np.ndarray | None = None) -> float:
     """Share of the influence of `sources` on the output whose paths pass through at least one node of `via`.
 
-    `1 - I'(sources) / I(sources)`, where I is the summed influence (see `circuits.influence`), and I' the same with every
+    `1 - I'(sources) / I(sources)`, where I is the summed influence (see `circuits.graph.influence`), and I' the same with every
     edge out of an intermediate node removed and nothing put in its place: what is left jumps directly. A path ends at the
     first source it meets, seen from the output. Edges always lead from earlier layers to later ones (attention carries them
     to later positions too), so intermediate nodes lie between. Near 0 the sources reach the output directly, as cross-layer

@@ -15,7 +15,8 @@ What changes in the streams behind the next layers is compared.
 | `random`   | a random vector of the same norm                                                                           |
 | `upstream` | what is missing in front of the next layer's MLP when a feature is ablated                                 |
 
-T tokens, L layers, D d_model, B perturbations. Points of the stream are numbered by depth, as in `circuits.readers`.
+T tokens, L layers, D d_model, B perturbations. Points of the stream are numbered by depth, as in
+`circuits.attribution.readers`.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.grounding import Grounding
-from circuits.readers import read_depth, stream_reads
+from circuits.attribution.grounding import Grounding
+from circuits.attribution.readers import read_depth, stream_reads
 from circuits.validation.agreement import cosine
 from circuits.validation.effects import ATTENTION, TOKENS_AT_ONCE
 from replacement import ReplacementModel, Site
-from replacement.language_model import Hook
-from replacement.patching import WRITES, Conditions, Patcher
+from replacement.language_model.language_model import Hook
+from replacement.splicing.patching import WRITES, Conditions, Patcher
 
 RISE = 0.1
 """By how much of its activation an `encoder` perturbation raises a feature."""

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from circuits.edges import Edges, GraphData
-from circuits.influence import row_shares, sweep_levels
-from circuits.nodes import NodeKind
+from circuits.graph.edges import Edges, GraphData
+from circuits.graph.influence import row_shares, sweep_levels
+from circuits.graph.nodes import NodeKind
 
 EDGES_AT_ONCE = 1 << 22
 """Entries of the largest intermediate array: bounds memory."""
@@ -78,7 +78,7 @@ def _changes(
 def influence_among(graph: GraphData, sources: np.ndarray) -> np.ndarray:
     """float64[B, N], influence of each of B nodes on every node: summed strength of all paths from one to the other.
 
-    `B = M + M^2 + ...` of Ameisen et al. 2025 for M as in `circuits.influence`; unsigned, and 0 on the node itself.
+    `B = M + M^2 + ...` of Ameisen et al. 2025 for M as in `circuits.graph.influence`; unsigned, and 0 on the node itself.
     """
     edges, shares, copies = graph.edges, row_shares(graph), np.arange(len(sources))
     found_BN = np.zeros((len(sources), len(graph.nodes)))

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from circuits.text import printable
+from circuits.graph.text import printable
 
 _ERRORS = {"keep": "error terms kept", "resample": "error terms resampled too"}
 

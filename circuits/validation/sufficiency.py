@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.grounding import Grounding
-from circuits.influence import node_influence
-from circuits.nodes import NodeKind
+from circuits.attribution.grounding import Grounding
+from circuits.graph.influence import node_influence
+from circuits.graph.nodes import NodeKind
 from circuits.validation.agreement import area
 from replacement import Features, ReplacementModel, Site
-from replacement.patching import Change, Conditions, Patcher
+from replacement.splicing.patching import Change, Conditions, Patcher
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from circuits.graph import CircuitGraph
-from circuits.grounding import Grounding
-from circuits.influence import node_influence
-from circuits.nodes import NodeKind
-from circuits.paths import average_path_length
+from circuits.attribution.grounding import Grounding
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.influence import node_influence
+from circuits.graph.nodes import NodeKind
+from circuits.graph.paths import average_path_length
 from circuits.validation.agreement import Agreement, cosine, spearman
 from circuits.validation.effects import ATTENTION, PATCHING, Effects, Measured, sample_features
 from circuits.validation.hops import hop_fidelity

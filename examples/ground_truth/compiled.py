@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from replacement import Crosscoder, LanguageModel, ReLU, Wiring
-from replacement.sites import Site
+from replacement.crosscoder.sites import Site
 
 NORM_GAIN = 2.0**20
 

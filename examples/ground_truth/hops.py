@@ -5,7 +5,7 @@
 Follow the output's influence backwards. It is `through` where it meets a node that computes the true intermediate variable,
 `around` where it ends without having met one: in tokens, positions, features nothing causes, removed or unexpanded edges.
 What ends in error terms before it met one is neither, and reported apart. The three shares sum to 1. The influence is that of
-`circuits.influence`: rows of |A|, normalised, from the graph's targets.
+`circuits.graph.influence`: rows of |A|, normalised, from the graph's targets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from program import Program
 from recovery import auroc
 
 from circuits import CircuitGraph, NodeKind
-from circuits.influence import edge_influence, row_shares, sweep
+from circuits.graph.influence import edge_influence, row_shares, sweep
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuits import NodeKind
 from replacement import Crosscoder, JumpReLU, Wiring
-from replacement.sites import Site
+from replacement.crosscoder.sites import Site
 from replacement.training import Auxiliary, Tanh, TrainingConfig, train
 
 BATCH = 256

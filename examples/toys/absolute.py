@@ -29,10 +29,10 @@ from matplotlib import pyplot
 from plot_style import STYLE, save
 
 from replacement import Crosscoder
-from replacement.activation import ReLU
+from replacement.crosscoder.activation import ReLU
+from replacement.crosscoder.wiring import Wiring
 from replacement.training.jacobian import JacobianMatching
 from replacement.training.losses import Auxiliary, L1OfNorms, Loss
-from replacement.wiring import Wiring
 
 WIDTH, N_FEATURES = 6, 16
 DENSITY, SHARE = 0.3, 0.25

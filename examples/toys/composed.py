@@ -33,10 +33,10 @@ from matplotlib import pyplot
 from plot_style import STYLE, save
 
 from replacement import Crosscoder
-from replacement.activation import Activation, ReLU, TopK
-from replacement.sites import Site
+from replacement.crosscoder.activation import Activation, ReLU, TopK
+from replacement.crosscoder.sites import Site
+from replacement.crosscoder.wiring import Wiring
 from replacement.training.losses import Auxiliary, L1OfNorms, Loss
-from replacement.wiring import Wiring
 
 WIDTH = 8
 N_STEPS = 400

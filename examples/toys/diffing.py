@@ -29,11 +29,11 @@ from matplotlib import pyplot
 from plot_style import STYLE, save
 
 from replacement import Crosscoder
-from replacement.activation import Activation, BatchTopK, ReLU
-from replacement.fidelity.latent_scaling import latent_scaling, relative_decoder_norms
-from replacement.sites import Site
+from replacement.crosscoder.activation import Activation, BatchTopK, ReLU
+from replacement.crosscoder.sites import Site
+from replacement.crosscoder.wiring import Wiring
 from replacement.training.losses import Auxiliary, L1OfNorms, Loss
-from replacement.wiring import Wiring
+from replacement.validation.latent_scaling import latent_scaling, relative_decoder_norms
 
 CLAIM = 0.9
 """Relative decoder norm above which a feature is claimed as the second model's own."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from replacement import Crosscoder
-from replacement.activation import Activation
-from replacement.sites import ModelShape, Site
+from replacement.crosscoder.activation import Activation
+from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.wiring import Wiring
 from replacement.training import TrainingConfig, train
 from replacement.training.losses import Loss
-from replacement.wiring import Wiring
 
 sys.path.append(str(Path(__file__).parent.parent))  # for `plot_style`, which all examples share
 

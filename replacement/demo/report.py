@@ -11,9 +11,9 @@ import torch
 
 from replacement.demo.accuracy import measure_accuracy
 from replacement.demo.corpus import behaviours, held_out_rows
-from replacement.fidelity import measure_fidelity
-from replacement.model import ReplacementModel
-from replacement.ready_made import load
+from replacement.loading import load
+from replacement.splicing.replacement_model import ReplacementModel
+from replacement.validation.fidelity import measure_fidelity
 
 HELD_OUT_SEED = 0
 

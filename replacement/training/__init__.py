@@ -1,12 +1,12 @@
 """Training of crosscoders: `run` does what `replacement train` does; `train` and `Trainer` take batches of your own."""
 
-from replacement.training.activations import ActivationStream
+from replacement.data.activation_stream import ActivationStream
+from replacement.data.open_tokens import open_source, store_rows
 from replacement.training.config import CrosscoderConfig, DataConfig, TrainingConfig
 from replacement.training.losses import Auxiliary, L1OfNorms, L2OfNorms, Loss, Penalty, PreActivation, Tanh
 from replacement.training.metrics_log import read_metrics
 from replacement.training.run import Interrupted, run
 from replacement.training.run_config import RunConfig, read_config
-from replacement.training.tokens import open_source, store_rows
 from replacement.training.trainer import Progress, Trainer, train
 
 __all__ = [

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from replacement.crosscoder import Crosscoder
-from replacement.language_model import LanguageModel
-from replacement.ready_made import ARTIFACTS
-from replacement.sites import ModelShape, Site
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.wiring import WHOLE_DEPTH, Wiring
+from replacement.data.open_tokens import open_source
+from replacement.data.token_sources import TokenSource
+from replacement.language_model.language_model import LanguageModel
+from replacement.loading import ARTIFACTS
 from replacement.training.config import CrosscoderConfig, DataConfig
-from replacement.training.token_sources import TokenSource
-from replacement.training.tokens import open_source
-from replacement.wiring import WHOLE_DEPTH, Wiring
 
 FEATURES_PER_DIMENSION = 16
 """Features per group and dimension of the residual stream where the settings do not say."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from replacement.activation import Activation, TopK
+from replacement.crosscoder.activation import Activation, TopK
 from replacement.training.losses import Auxiliary, Loss
 
 READS = ("clean", "propagated", "subset")

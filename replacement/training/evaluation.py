@@ -8,10 +8,10 @@ from typing import Any
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from replacement.crosscoder import Crosscoder
-from replacement.fidelity import measure_fidelity
-from replacement.sites import Site
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import Site
 from replacement.training.build import Models
+from replacement.validation.fidelity import measure_fidelity
 
 LOGITS_PER_PASS = 2**26
 """Logits of one pass, 256 MiB in float32; several such tensors are compared at a time."""

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replacement.features import Features
-from replacement.sites import Site
-from replacement.sparse import with_encoder_gradient
+from replacement.crosscoder.features import Features
+from replacement.crosscoder.sites import Site
+from replacement.crosscoder.sparse import with_encoder_gradient
 from replacement.training.losses import Loss, StepState
 
 OriginalMap = Callable[[Tensor], Tensor]

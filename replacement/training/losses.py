@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from replacement.crosscoder import Crosscoder
-from replacement.features import Features
-from replacement.sites import Site
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.features import Features
+from replacement.crosscoder.sites import Site
 from replacement.training.parallel import SINGLE, Parallel
 
 if TYPE_CHECKING:
-    from replacement.language_model import LanguageModel
+    from replacement.language_model.language_model import LanguageModel
 
 # Losses that need gradients for features that are not active look at one row in four: they are the costly part.
 _STRIDE = 4

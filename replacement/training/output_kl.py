@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replacement.fidelity.metrics import kl_divergence
-from replacement.splice import Splice
+from replacement.splicing.splice import Splice
 from replacement.training.losses import Loss, StepState
+from replacement.validation.fidelity_metrics import kl_divergence
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import Parameter
 
-from replacement.sites import Site
+from replacement.crosscoder.sites import Site
 
 DATA, FEATURES = "data", "features"
 TIMEOUT = timedelta(days=1)

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from replacement.crosscoder import Crosscoder
-from replacement.language_model import LanguageModel
-from replacement.sites import Site
-from replacement.splice import Splice, possible_reads
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import Site
+from replacement.language_model.language_model import LanguageModel
+from replacement.splicing.splice import Splice, possible_reads
 from replacement.training.build import Models
 from replacement.training.config import TrainingConfig
 from replacement.training.scaling import Batch, Statistics, sites_of

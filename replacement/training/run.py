@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replacement import checkpoint
-from replacement.crosscoder import Crosscoder
-from replacement.sites import Site
+from replacement.crosscoder import checkpoint
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import Site
+from replacement.data.activation_cache import ActivationCache
+from replacement.data.activation_stream import ActivationStream
 from replacement.training import snapshots
-from replacement.training.activation_cache import ActivationCache
-from replacement.training.activations import ActivationStream
 from replacement.training.build import build_crosscoder, load_models, open_tokens, special_ids
 from replacement.training.evaluation import evaluate
 from replacement.training.metrics_log import MetricsLog

@@ -10,7 +10,7 @@ from typing import Any
 
 import dacite
 
-from replacement.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from replacement.training.config import CrosscoderConfig, DataConfig, TrainingConfig
 from replacement.training.loss_table import LOSSES
 from replacement.training.losses import Loss

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from replacement.crosscoder import Crosscoder
-from replacement.sites import Site
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import Site
 from replacement.training.parallel import SINGLE, Parallel
 
 Batch = Mapping[Site, Tensor]

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from replacement.crosscoder import Crosscoder
-from replacement.features import Features
-from replacement.language_model import LanguageModel
-from replacement.sites import Site
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.features import Features
+from replacement.crosscoder.sites import Site
+from replacement.language_model.language_model import LanguageModel
 from replacement.training.config import TrainingConfig
 from replacement.training.losses import StepState, reconstruction_losses
 from replacement.training.parallel import SINGLE, Parallel

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from tqdm import tqdm
 
-from replacement.ready_made import DEMO, load
+from replacement.loading import DEMO, load
 from replacement.validation.protocols import crosscoders_of, protocols
 from replacement.validation.tables import Table, tables
 from replacement.validation.validate import ValidationConfig, curve_of, expected_tokens, validate

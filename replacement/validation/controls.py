@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replacement.crosscoder import Crosscoder
-from replacement.language_model import LanguageModel
-from replacement.sites import Site
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import Site
+from replacement.language_model.language_model import LanguageModel
 from replacement.validation.measure import Measured, Progress, measure_slice, no_progress, site_means
 from replacement.validation.outputs import OutputSums, compare, read_original
 from replacement.validation.protocols import MEAN, PROPAGATED, ZERO, Run

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replacement.crosscoder import Crosscoder
-from replacement.language_model import LanguageModel
-from replacement.sites import Site
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import Site
+from replacement.language_model.language_model import LanguageModel
 from replacement.validation.outputs import OriginalSums, OutputSums, compare, read_original
 from replacement.validation.protocols import ERRORS_KEPT, MEAN, PROPAGATED, ZERO, Protocol, Run, protocols
 from replacement.validation.reconstruction import Activity, SiteErrors, SiteMeans

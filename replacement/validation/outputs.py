@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from replacement.fidelity import Mean
+from replacement.validation.fidelity_metrics import Mean
 from replacement.validation.histogram import LogHistogram
 
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}

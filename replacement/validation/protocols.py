@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from replacement.crosscoder import Crosscoder
-from replacement.language_model import Hook, LanguageModel
-from replacement.model import ReplacementModel
-from replacement.sites import Site
-from replacement.splice import Splice, read_rows, replaced_tokens, run_together
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import Site
+from replacement.language_model.language_model import Hook, LanguageModel
+from replacement.splicing.replacement_model import ReplacementModel
+from replacement.splicing.splice import Splice, read_rows, replaced_tokens, run_together
 from replacement.validation.slices import Batch
 
 CLEAN, PROPAGATED, ERRORS_KEPT, ZERO, MEAN = "clean", "propagated", "errors kept", "zero", "mean"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from replacement.crosscoder import Crosscoder
-from replacement.features import Features
-from replacement.fidelity import Mean, VarianceUnexplained
-from replacement.sites import Site
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.features import Features
+from replacement.crosscoder.sites import Site
+from replacement.validation.fidelity_metrics import Mean, VarianceUnexplained
 
 DENSE_ABOVE = 0.1
 """A feature that fires on a larger share of the tokens is called dense."""

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from replacement.language_model import LanguageModel
+from replacement.data.token_sources import DEMO_HELD_OUT_SEED, DemoRows, TokenSource
+from replacement.language_model.language_model import LanguageModel
 from replacement.training.build import special_ids
-from replacement.training.token_sources import DEMO_HELD_OUT_SEED, DemoRows, TokenSource
 
 DEMO_ROWS_PER_SEED = 512
 LOGITS_PER_PASS = 2**23

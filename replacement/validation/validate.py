@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from replacement.language_model import LanguageModel
-from replacement.model import ReplacementModel
-from replacement.training.token_sources import DemoRows
-from replacement.training.tokens import open_source
+from replacement.data.open_tokens import open_source
+from replacement.data.token_sources import DemoRows
+from replacement.language_model.language_model import LanguageModel
+from replacement.splicing.replacement_model import ReplacementModel
 from replacement.validation.compute import compute_equivalent
 from replacement.validation.controls import measure_controls
 from replacement.validation.measure import Measured, Progress, measure_slice, no_progress, site_means

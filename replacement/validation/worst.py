@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from typing import Any
 
-from replacement.language_model import LanguageModel
+from replacement.language_model.language_model import LanguageModel
 from replacement.validation.outputs import Compared, Original
 
 CONTEXT_BEFORE = 10

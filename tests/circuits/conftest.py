@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from circuits import CircuitGraph, NodeKind, NodeTable
-from circuits.edges import Edges
+from circuits.graph.edges import Edges
 
 T, P, E, F, L = NodeKind
 

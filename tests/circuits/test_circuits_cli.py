@@ -14,7 +14,7 @@ from rich.console import Console
 
 from circuits import CircuitGraph
 from circuits.cli import CIRCUIT_FILES, main
-from circuits.heads.edge_heads import EdgeHeads
+from circuits.graph.edge_heads import EdgeHeads
 from circuits.report import show
 
 
@@ -22,7 +22,7 @@ from circuits.report import show
 def tracer(monkeypatch, small) -> list[dict]:
     """Stands in for the model rooms: records how it was called and traces the small graph, printing on the way."""
     calls: list[dict] = []
-    rooms, tracing = types.ModuleType("replacement"), types.ModuleType("circuits.tracing")
+    rooms, tracing = types.ModuleType("replacement"), types.ModuleType("circuits.attribution.trace")
     splitting = types.ModuleType("circuits.heads.split")
 
     def load(model: str, *, crosscoder: str, attention: str | None) -> str:
@@ -43,7 +43,7 @@ def tracer(monkeypatch, small) -> list[dict]:
     rooms.load, tracing.trace, splitting.with_heads = load, trace, with_heads
     monkeypatch.setitem(sys.modules, "replacement", rooms)
     monkeypatch.setitem(sys.modules, "circuits.heads.split", splitting)
-    monkeypatch.setitem(sys.modules, "circuits.tracing", tracing)
+    monkeypatch.setitem(sys.modules, "circuits.attribution.trace", tracing)
     return calls
 
 

@@ -16,7 +16,7 @@ from recovery import candidate_edges, compare, traced_edges
 
 from circuits import CircuitGraph, FeatureTarget, NodeKind, attribute_score, split_heads, trace
 from replacement import ReplacementModel
-from replacement.sites import Site
+from replacement.crosscoder.sites import Site
 
 CASES = [(name, rotation) for name in BUILDERS for rotation in (None, 0)]
 PROMPTS = {"two-hop": 6, "and-or": 6, "token-copy": 3, "induction": 3}

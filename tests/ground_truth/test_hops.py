@@ -17,9 +17,9 @@ from recovery import auroc
 from trained import Activations, Variables, correlations, identify, measure, train_dictionary
 
 from circuits import CircuitGraph, NodeKind, NodeTable
-from circuits.graph import Edges
+from circuits.graph.circuit_graph import Edges
 from replacement import Wiring
-from replacement.sites import Site
+from replacement.crosscoder.sites import Site
 
 
 def two_hop_of_two() -> GroundTruth:

@@ -1,7 +1,8 @@
 """Attribution by automatic differentiation: an independent implementation that the explicit transport is compared with.
 
-It shares no code with `circuits.transport` or `replacement.frozen`: TransformerLens runs the model itself, hooks fix the
-attention patterns and norm scales, MLP outputs and embeddings become leaves (and attention outputs, where a crosscoder
+It shares no code with `circuits.attribution.transport` or `replacement.language_model.frozen_layers`: TransformerLens runs the
+model itself, hooks fix the attention patterns and norm scales, MLP outputs and embeddings become leaves (and attention
+outputs, where a crosscoder
 writes those too), and rows of A are gradients at the leaves times source vectors. Written to be fast as well: the forward
 pass runs once over B copies of the prompt, targets of one layer share backward passes of B targets each, and a backward
 pass stops at the embeddings and never enters an MLP.
@@ -29,7 +30,7 @@ class AutogradOracle:
         self._forward()
 
     def feature_rows(self, chosen_S: Tensor) -> tuple[Tensor, Tensor]:
-        """`A [N, C]` in the columns of `circuits.columns`, and `bias [N]`, for numbers among the features of all parts."""
+        """`A [N, C]` in the columns of `circuits.attribution.columns`, and `bias [N]`, for features of all parts."""
         rows_NC = self.local.mlp.errors_LTD.new_zeros(len(chosen_S), self._n_columns())
         bias_N = rows_NC.new_zeros(len(chosen_S))
         first = 0

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from replacement.activation import Activation, TopK
-from replacement.crosscoder import Crosscoder
-from replacement.sites import ModelShape, Site
-from replacement.wiring import Wiring
+from replacement.crosscoder.activation import Activation, TopK
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.wiring import Wiring
 
 # A busy machine makes single examples slow now and then; correctness is what is tested.
 hypothesis.settings.register_profile("no deadline", deadline=None)

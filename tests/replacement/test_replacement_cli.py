@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from replacement.cli import main
-from replacement.ready_made import ARTIFACTS
+from replacement.loading import ARTIFACTS
 
 
 def test_show_describes_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:

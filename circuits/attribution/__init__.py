@@ -1,0 +1,1 @@
+"""Attribution: from a prompt to a graph. `trace.py` conducts."""

@@ -1,0 +1,210 @@
+"""Attribution: rows of direct effects for the targets and then for features, most influential first.
+
+S active features, C source columns (tokens, positions, errors, features), N nodes = C + logit targets.
+
+A node's row is `A[node, source]` for every source below it. Rows are made in rounds. After each round one backward
+sweep over the rows made so far tells how much of the output still ends in features without a row (the unexpanded
+share), and the next round takes the features that hold most of it, until that share is below `1 - coverage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.attribution.readers import head_reads, logit_reads, stream_reads
+from circuits.attribution.residual_transport import ResidualTransport
+from circuits.attribution.targets import LogitTarget
+from circuits.attribution.transport import Transport
+from replacement import Decomposition, LocalReplacement
+
+FIRST_ROUND = 128
+"""Features expanded in the first round; every further round doubles, so early rounds stay selective and late ones
+fast."""
+LARGEST_ROUND = 1024
+CANCELLATION = 0.01
+"""A gap is measured against the value, or against this part of the summed magnitudes where the value is a small
+remainder."""
+
+Progress = Callable[[int, float], None]
+"""Called after every round with the number of features expanded and the unexpanded share of influence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of some nodes that read at one depth: A in CSR form."""
+
+    node: np.ndarray
+    """int64[n], node of every row."""
+    counts: np.ndarray
+    """int64[n], entries per row."""
+    source: np.ndarray
+    """int32[E], source columns, rising inside a row."""
+    weight: np.ndarray
+    """float[E], in the model's own precision."""
+
+
+@dataclass(slots=True)
+class Attribution:
+    """Rows of A and what was seen while they were made; arrays over all N nodes."""
+
+    n_columns: int
+    n_nodes: int
+    blocks: dict[int, list[Block]] = field(default_factory=dict)
+    """Rows by the depth at which their nodes read (see `circuits.attribution.transport`)."""
+    value: np.ndarray = field(init=False)
+    bias: np.ndarray = field(init=False)
+    inflow: np.ndarray = field(init=False)
+    expanded: np.ndarray = field(init=False)
+    identity_error: float = 0.0
+    """Largest relative gap between a node's value and the sum of its row and bias."""
+    stopped_by: str = ""
+    """`coverage` or `max_nodes`."""
+    unexpanded_share: float = 1.0
+    """Share of the output that ends in features without a row."""
+
+    def __post_init__(self) -> None:
+        self.value, self.bias, self.inflow = (np.zeros(self.n_nodes) for _ in range(3))
+        self.expanded = np.zeros(self.n_nodes, dtype=bool)
+
+    def add(self, depth: int, node_N: Tensor, effects_NC: Tensor, bias_N: Tensor, value_N: Tensor) -> None:
+        """Store the rows of nodes that read at one depth, and check the identity on each."""
+        inflow_N = effects_NC.abs().sum(1)
+        gap_N = (value_N - effects_NC.sum(1) - bias_N).abs()
+        scale_N = torch.maximum(value_N.abs(), CANCELLATION * (inflow_N + bias_N.abs()))
+        gap = float((gap_N / scale_N.clamp(min=1e-30)).max())
+        if not gap < float("inf"):
+            raise ValueError("attribution met NaN or infinity: the model's activations on this prompt are not finite")
+        self.identity_error = max(self.identity_error, gap)
+        node = node_N.cpu().numpy()
+        self.value[node], self.bias[node] = value_N.cpu().numpy(), bias_N.cpu().numpy()
+        self.inflow[node], self.expanded[node] = inflow_N.cpu().numpy(), True
+        effects = effects_NC.cpu().numpy()
+        row, column = np.nonzero(effects)
+        counts = np.bincount(row, minlength=len(node))
+        self.blocks.setdefault(depth, []).append(Block(node, counts, column.astype(np.int32), effects[row, column]))
+
+    def influence(self, output: np.ndarray) -> np.ndarray:
+        """float64[N], influence through the rows made so far: one sweep from the deepest reader to the shallowest."""
+        influence = np.zeros(self.n_nodes)
+        for depth in sorted(self.blocks, reverse=True):
+            for block in self.blocks[depth]:
+                share = (influence + output)[block.node] / np.maximum(self.inflow[block.node], 1e-300)
+                mass = np.repeat(share, block.counts) * np.abs(block.weight)
+                influence[: self.n_columns] += np.bincount(block.source, weights=mass, minlength=self.n_columns)
+        return influence
+
+
+class Attributor:
+    """Makes rows for one prompt."""
+
+    def __init__(self, local: LocalReplacement, logits: Sequence[LogitTarget]) -> None:
+        self.local = local
+        self.logits = logits
+        self.transport = Transport(local) if local.attention is None else ResidualTransport(local)
+        self.columns = self.transport.sources.columns
+        n_columns = self.columns.n_columns
+        self.rows = Attribution(n_columns=n_columns, n_nodes=n_columns + len(logits))
+
+    def expand(
+        self,
+        output: np.ndarray,
+        *,
+        coverage: float,
+        max_nodes: int | None,
+        progress: Progress | None = None,
+    ) -> Attribution:
+        """Make rows until the unexpanded share is below `1 - coverage` or `max_nodes` features have one.
+
+        Args:
+            output: float64[N], the share of the output each root stands for.
+            coverage: share of influence that must not end in features without a row, in 0..1.
+            max_nodes: most features given a row; no limit by default.
+            progress: called after every round.
+        """
+        rows = self.rows
+        features = self.columns.features
+        if self.logits:
+            self.expand_logits()
+        roots = np.flatnonzero(output[features])
+        if len(roots):  # a feature that is a root needs its row whatever the limits
+            self.expand_features(roots)
+        n_expanded, size = len(roots), FIRST_ROUND
+        while True:
+            held = (rows.influence(output) + output)[features] * ~rows.expanded[features]
+            rows.unexpanded_share = float(held.sum())
+            if progress is not None:
+                progress(n_expanded, rows.unexpanded_share)
+            chosen = _smallest_set(held, rows.unexpanded_share - (1 - coverage))[:size]
+            room = len(chosen) if max_nodes is None else max(0, max_nodes - n_expanded)
+            if not len(chosen) or not room:
+                rows.stopped_by = "max_nodes" if len(chosen) else "coverage"
+                return rows
+            self.expand_features(np.sort(chosen[:room]))
+            n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, LARGEST_ROUND)
+
+    def expand_logits(self) -> None:
+        """Rows of the logit targets."""
+        direction_ND = torch.stack([target.direction_D for target in self.logits])
+        position_N = torch.tensor([target.position for target in self.logits], device=direction_ND.device)
+        targets, constant_N = logit_reads(self.local, direction_ND, position_N)
+        effects_NC, bias_N = self.transport.attribute(targets)
+        bias_N = bias_N + constant_N + direction_ND.new_tensor([target.bias for target in self.logits])
+        value_N = direction_ND.new_tensor([target.value for target in self.logits])
+        node_N = self.rows.n_columns + torch.arange(len(self.logits))
+        self.rows.add(2 * self.local.shape.n_layers, node_N, effects_NC, bias_N, value_N)
+
+    def expand_features(self, chosen: np.ndarray) -> None:
+        """Rows of the chosen active features (numbers among those of all parts, rising)."""
+        for number, own in enumerate(self.columns.split(chosen)):
+            if len(own):
+                part = self.local.decompositions[number]
+                own_S = torch.from_numpy(own).to(part.features.group.device)
+                make_rows = self._expand_heads if part.kind == "attn_out" else self._expand_stream
+                make_rows(part, own_S, self.columns.feature_columns[number])
+
+    def _expand_stream(self, part: Decomposition, chosen_S: Tensor, first: int) -> None:
+        """Rows of features that read the residual stream; their columns count from `first`."""
+        own_N, targets, bias_S = stream_reads(self.local, part, chosen_S)
+        effects_NC, constant_N = self.transport.attribute(targets)
+        # A feature that reads several sites is several targets; its row is their sum, its depth the deepest.
+        bias_S = bias_S.index_add(0, own_N, constant_N)
+        self._add_features(
+            own_N, targets.depth_N, effects_NC, bias_S, part.pre_activation_S[chosen_S], first + chosen_S
+        )
+
+    def _expand_heads(self, part: Decomposition, chosen_S: Tensor, first: int) -> None:
+        """The same for features that read `attn_z` of their layer."""
+        assert isinstance(self.transport, ResidualTransport)
+        for group in torch.unique(part.features.group[chosen_S]).tolist():
+            own_S = chosen_S[part.features.group[chosen_S] == group]
+            targets = head_reads(part, own_S, group)
+            effects_SC, bias_S = self.transport.attribute_heads(targets)
+            bias_S = bias_S + part.crosscoder.b_enc[group][part.features.index[own_S]]
+            self.rows.add(2 * targets.layer, first + own_S, effects_SC, bias_S, part.pre_activation_S[own_S])
+
+    def _add_features(
+        self, own_N: Tensor, depth_N: Tensor, effects_NC: Tensor, bias_S: Tensor, value_S: Tensor, node_S: Tensor
+    ) -> None:
+        depth_S = depth_N.new_zeros(len(node_S)).scatter_reduce(0, own_N, depth_N, "amax")
+        for depth in torch.unique(depth_S).tolist():
+            at_depth = depth_S == depth
+            own = torch.nonzero(at_depth)[:, 0]
+            place = torch.cumsum(at_depth, 0) - 1
+            entries = torch.nonzero(at_depth[own_N])[:, 0]
+            rows = effects_NC[entries]
+            if len(entries) != len(own) or not torch.equal(own_N[entries], own):
+                rows = rows.new_zeros(len(own), rows.shape[1]).index_add(0, place[own_N[entries]], rows)
+            self.rows.add(depth, node_S[own], rows, bias_S[own], value_S[own])
+
+
+def _smallest_set(held: np.ndarray, enough: float) -> np.ndarray:
+    """Numbers of the largest entries that together hold `enough`, largest first (ties by number)."""
+    order = np.argsort(-held, kind="stable")
+    order = order[held[order] > 0]
+    before = np.cumsum(held[order]) - held[order]
+    return order[before < enough]

@@ -1,0 +1,137 @@
+"""From the nodes of a graph back to vectors of the local replacement model: what they write, and what they read.
+
+N graph nodes, S sources, M targets, D d_model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.attribution.columns import Columns, source_table
+from circuits.attribution.metadata import crosscoder_fingerprint
+from circuits.attribution.sources import Sources
+from circuits.attribution.targets import DifferenceTarget, LogitTarget, TokenTarget, resolve_logit
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.nodes import NodeKind
+from replacement import LocalReplacement, ReplacementModel
+
+_KEY = ("kind", "attention", "layer", "position", "index")
+
+
+@dataclass(frozen=True, slots=True)
+class Grounding:
+    """A graph, and the local replacement model it was traced in."""
+
+    graph: CircuitGraph
+    local: LocalReplacement
+    columns: Columns
+    column_N: np.ndarray
+    """int64[N], source column of every node; -1 for logits."""
+    logits: tuple[LogitTarget, ...]
+    """Logit targets, in the order of the logit nodes."""
+
+    @classmethod
+    def of(cls, model: ReplacementModel, graph: CircuitGraph) -> Grounding:
+        """Run the graph's prompt again and find every node in it.
+
+        Raises:
+            ValueError: the graph was traced with another model or crosscoder, with or without one of attention unlike this
+                model, or does not say which tokens it explains.
+        """
+        facts, lm = graph.metadata, model.language_model
+        if "token_ids" not in facts or "model_fingerprint" not in facts:
+            raise ValueError("the graph does not name its model and tokens: expected one made by circuits.trace")
+        if facts["model_fingerprint"] != lm.fingerprint:
+            raise ValueError(f"the graph was traced in {facts['model']}, whose weights are not those of {lm.name}")
+        linear = facts.get("attention", "linear") == "linear"
+        if linear != (model.attention_crosscoder is None):
+            has, load = ("no ", "without") if linear else ("", "with")
+            raise ValueError(f"the graph has {has}attention features: load the model {load} its attention crosscoder")
+        traced = facts.get("crosscoder_fingerprint")  # graphs of earlier versions have none
+        if traced not in (None, crosscoder_fingerprint(model)):
+            raise ValueError(
+                "the graph was traced with another crosscoder: its weights are not those of the model given"
+            )
+        with torch.no_grad():
+            local = model.localize(torch.tensor(facts["token_ids"], device=lm.device))
+        return cls(graph, local, Columns.of(local), _find_columns(graph, local), _logits(graph, local, model))
+
+    @property
+    def source_nodes(self) -> np.ndarray:
+        """Nodes that are the source of an edge."""
+        return np.unique(self.graph.edges.source)
+
+    @property
+    def target_nodes(self) -> np.ndarray:
+        """Nodes that edges flow into."""
+        return np.flatnonzero(np.diff(self.graph.edges.indptr))
+
+    def feature_numbers(self, nodes: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
+        """Part by part: places in `nodes` of its features, and their numbers into `Decomposition.features`."""
+        found = []
+        starts = [*self.columns.feature_columns, self.columns.n_columns]
+        for first, end in itertools.pairwise(starts):
+            column = self.column_N[nodes]
+            own = np.flatnonzero((column >= first) & (column < end))
+            found.append((own, torch.from_numpy(column[own] - first).to(self.local.W_U.device)))
+        return found
+
+    def writes(self, sources: Sources, nodes: np.ndarray) -> list[list[tuple[Tensor, Tensor]]]:
+        """What nodes write: for the MLPs and, where decomposed, attention, per layer places in `nodes` and vectors."""
+        place_C = torch.full((self.columns.n_columns,), -1, device=self.local.W_U.device)
+        place_C[torch.from_numpy(self.column_N[nodes])] = torch.arange(len(nodes), device=place_C.device)
+        parts = [sources.mlp] if sources.attention is None else [sources.mlp, sources.attention]
+        found = []
+        for part in parts:
+            places = [place_C[layer.columns_S] for layer in part.layers]
+            found.append([(p[p >= 0], layer.vectors_SD[p >= 0]) for p, layer in zip(places, part.layers, strict=True)])
+        return found
+
+    def embeddings(self, nodes: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Places in `nodes` of tokens and learned positions, and their embeddings."""
+        frozen, T = self.local.frozen, self.columns.n_tokens
+        sources = [frozen.token_embedding_TD]
+        sources += [] if frozen.position_embedding_TD is None else [frozen.position_embedding_TD]
+        column = self.column_N[nodes]
+        own = np.flatnonzero((column >= 0) & (column < T * len(sources)))
+        return torch.from_numpy(own), torch.cat(sources)[torch.from_numpy(column[own])]
+
+
+def _find_columns(graph: CircuitGraph, local: LocalReplacement) -> np.ndarray:
+    table = source_table(local)
+    known = {key: column for column, key in enumerate(zip(*(table[name].tolist() for name in _KEY), strict=True))}
+    found = np.full(len(graph.nodes), -1)
+    keys = zip(*(getattr(graph.nodes, name).tolist() for name in _KEY), strict=True)
+    ids = graph.nodes.ids()
+    for node, key in enumerate(keys):
+        if key[0] == NodeKind.LOGIT:
+            continue
+        if key not in known:
+            raise ValueError(f"the graph was traced with another crosscoder: node {ids[node]} is not active here")
+        found[node] = known[key]
+    return found
+
+
+def _logits(graph: CircuitGraph, local: LocalReplacement, model: ReplacementModel) -> tuple[LogitTarget, ...]:
+    nodes = np.flatnonzero(graph.nodes.mask(NodeKind.LOGIT))
+    if not len(nodes):
+        return ()
+    facts = graph.metadata.get("targets", [])
+    if len(facts) != len(nodes):
+        raise ValueError(f"the graph has {len(nodes)} logit nodes, but names {len(facts)} targets")
+    found = []
+    for node, fact in zip(nodes.tolist(), facts, strict=True):
+        token, position = int(graph.nodes.index[node]), int(graph.nodes.position[node])
+        if token < 0 and "token_ids" not in fact:
+            raise ValueError("the graph does not say which tokens its difference is of: trace it again")
+        target: TokenTarget | DifferenceTarget = TokenTarget(token, position)
+        if token < 0:
+            plus, minus = fact["token_ids"]
+            target = DifferenceTarget(plus, minus, position)
+        found.append(resolve_logit(target, local, model.language_model))
+    return tuple(found)

@@ -1,0 +1,124 @@
+"""Transport where attention outputs are features too: effects run through the residual stream alone.
+
+T tokens, N targets, R rows (a target at one of its positions), D d_model, C source columns.
+
+An MLP feature or a logit reads its own position. A feature of attention reads `attn_z`, which with patterns frozen is a
+linear reading of every earlier position of the layer's input: one row per position. A row meets what lower layers write at
+its position, and nothing moves between positions on the way, except through the nodes of attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.attribution.constant_stream import constant_stream
+from circuits.attribution.readers import HeadTargets, Targets, read_depth
+from circuits.attribution.sources import LayerSources, Sources
+from replacement import LocalReplacement, Site
+
+NUMBERS_AT_ONCE = 2**24
+"""Targets x positions x D of one chunk of targets that read attention (64 MiB in float32)."""
+
+
+class ResidualTransport:
+    """The frozen linear maps of one prompt whose attention outputs are decomposed."""
+
+    def __init__(self, local: LocalReplacement) -> None:
+        self.local = local
+        self.sources = Sources.of(local)
+        self.constants = constant_stream(local, self.sources)
+
+    def attribute(self, targets: Targets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
+        """Direct effects `A [N, C]` of every source on every target, and the constant part `bias [N]`.
+
+        For a target that reads `v . x` at its point, `v . x = sum_c A[n, c] + bias[n]` exactly.
+        """
+        n_targets, position_N, depth_N = len(targets.depth_N), targets.position_N, targets.depth_N
+        target_N = torch.arange(n_targets, device=position_N.device)
+        effects_NC = self._effects(_Rows.sort(target_N, position_N, depth_N, targets.vectors_ND), n_targets)
+        return effects_NC, (targets.vectors_ND * self.constants[depth_N, position_N]).sum(-1)
+
+    def attribute_heads(self, targets: HeadTargets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
+        """The same for targets that read `attn_z`: `w . z = sum_c A[n, c] + bias[n]`."""
+        attention, depth = self.local.frozen.attentions[targets.layer], 2 * targets.layer
+        constant_z_TX = attention.z(self.constants[depth])
+        bias_N = (targets.vectors_NX * constant_z_TX[targets.position_N]).sum(-1)
+        T, D = self.constants.shape[1:]
+        parts = []
+        step = max(1, NUMBERS_AT_ONCE // (T * D))
+        for w_NX, position_N in zip(targets.vectors_NX.split(step), targets.position_N.split(step), strict=True):
+            v_NTD = attention.pull_back_z(w_NX, position_N)
+            positions_T = torch.arange(v_NTD.shape[1], device=position_N.device)
+            target_R, position_R = torch.nonzero(positions_T <= position_N[:, None], as_tuple=True)
+            depth_R = torch.full_like(position_R, depth)
+            parts.append(
+                self._effects(_Rows.sort(target_R, position_R, depth_R, v_NTD[target_R, position_R]), len(w_NX))
+            )
+        return torch.cat(parts) if parts else targets.vectors_NX.new_zeros(0, self.sources.columns.n_columns), bias_N
+
+    def _effects(self, rows: _Rows, n_targets: int) -> Tensor:
+        """Walk down from the deepest row, meeting what every layer writes."""
+        effects_NC = rows.v_RD.new_zeros(n_targets, self.sources.columns.n_columns)
+        pending: dict[int, Tensor] = {}
+        for layer in reversed(range(min(self.local.shape.n_layers, int(rows.depth_R.max()) // 2 + 1))):
+            rows.meet(self.sources.mlp.layers[layer], 2 * layer + 2, effects_NC)
+            if self.local.crosscoder.skip:
+                self._branch_into_skips(rows, layer, pending)
+            rows.add(pending.pop(2 * layer + 1, None))
+            if self.sources.attention is not None:
+                rows.meet(self.sources.attention.layers[layer], 2 * layer + 1, effects_NC)
+            rows.add(pending.pop(2 * layer, None))
+        frozen, first = self.local.frozen, 0
+        for source_TD in (frozen.token_embedding_TD, frozen.position_embedding_TD):
+            if source_TD is not None:
+                effects_NC[rows.target_R, first + rows.position_R] = (rows.v_RD * source_TD[rows.position_R]).sum(-1)
+                first += len(source_TD)
+        return effects_NC
+
+    def _branch_into_skips(self, rows: _Rows, layer: int, pending: dict[int, Tensor]) -> None:
+        """Send `W_skip^T v` of the rows that read above one written layer to the points its skip matrices read."""
+        crosscoder, write = self.local.crosscoder, Site(layer, "mlp_out")
+        v_RD = rows.v_RD * (rows.depth_R >= 2 * layer + 2)[:, None]
+        for group in crosscoder.wiring.writers(write):
+            for read in crosscoder.wiring.reads[group]:
+                u_RD = v_RD @ crosscoder.skip_matrix(group, read, write)
+                if read.kind == "mlp_in":
+                    u_RD = self.local.frozen.norms_mlp[read.layer].pull_back(u_RD, rows.position_R)
+                depth = read_depth(read, self.local.shape)
+                pending[depth] = pending[depth] + u_RD if depth in pending else u_RD
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Vectors on the stream, sorted by position, deepest first at each; one target has at most one row at a position."""
+
+    target_R: Int[Tensor, " R"]
+    position_R: Int[Tensor, " R"]
+    depth_R: Int[Tensor, " R"]
+    v_RD: Float[Tensor, "R D"]
+    offsets: list[int]
+
+    @classmethod
+    def sort(cls, target_R: Tensor, position_R: Tensor, depth_R: Tensor, v_RD: Tensor) -> _Rows:
+        order_R = torch.argsort(position_R * (int(depth_R.max()) + 1) + depth_R.max() - depth_R, stable=True)
+        counts = torch.bincount(position_R)
+        offsets = [0, *torch.cumsum(counts, 0).tolist()]
+        return cls(target_R[order_R], position_R[order_R], depth_R[order_R], v_RD[order_R], offsets)
+
+    def meet(self, written: LayerSources, depth: int, effects_NC: Tensor) -> None:
+        """Add the inner products of rows that read at `depth` or above it with what is written there."""
+        for t, (begin, end) in enumerate(zip(self.offsets[:-1], self.offsets[1:], strict=True)):
+            reached = slice(begin, begin + int((self.depth_R[begin:end] >= depth).sum()))
+            if reached.stop > begin:
+                sources = slice(written.offsets[t], written.offsets[t + 1])
+                effects_RS = self.v_RD[reached] @ written.vectors_SD[sources].T
+                effects_NC[self.target_R[reached, None], written.columns_S[sources]] += effects_RS
+
+    def add(self, u_RD: Tensor | None) -> None:
+        """Add what skip matrices send to the point that the walk has reached."""
+        if u_RD is not None:
+            self.v_RD = self.v_RD + u_RD

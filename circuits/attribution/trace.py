@@ -1,0 +1,167 @@
+"""Trace the circuit of a prompt: the conductor that reads as the algorithm.
+
+N nodes: tokens, learned positions, errors, features, logits, in the order of the node table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.attribution.columns import source_table
+from circuits.attribution.expansion import Attribution, Attributor, Progress
+from circuits.attribution.labels import node_labels
+from circuits.attribution.metadata import trace_facts
+from circuits.attribution.targets import (
+    FeatureTarget,
+    LogitTarget,
+    Target,
+    active_feature,
+    as_target,
+    output_weights,
+    resolve_logit,
+    top_logits,
+)
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.edges import Edges
+from circuits.graph.nodes import NodeKind, NodeTable
+from replacement import LocalReplacement, ReplacementModel
+
+
+def trace(
+    model: ReplacementModel,
+    prompt: str | Tensor,
+    *,
+    targets: Sequence[Target | str | int] | Target | str | int | None = None,
+    coverage: float = 0.99,
+    max_nodes: int | None = None,
+    progress: Progress | None = None,
+) -> CircuitGraph:
+    """Attribute the model's output on a prompt to the features, errors and tokens that caused it.
+
+    For every expanded node, exactly: `value = sum of incoming edges + bias`; the largest relative violation seen is the
+    graph's `identity_error`. Relative to the value, or to 1 % of the summed magnitudes where the value is a smaller
+    remainder of large terms.
+
+    Args:
+        model: language model with a strictly causal (or per-layer) crosscoder spliced in.
+        prompt: text, or a 1-D tensor of token ids.
+        targets: what to explain. By default the top logits at the last position (probability 0.95, at most 10); or
+            tokens (text or id), `TokenTarget`, `DifferenceTarget`, `FeatureTarget`, or texts that `parse_target` reads.
+        coverage: expand features until at most `1 - coverage` of the influence ends in unexpanded ones.
+        max_nodes: most features expanded; no limit by default.
+        progress: called after each round with features expanded and the unexpanded share.
+
+    Raises:
+        ValueError: a prompt or target the model cannot read, or numbers outside their range.
+
+    >>> model = replacement.load("demo")                                        # doctest: +SKIP
+    >>> graph = trace(model, "the capital of the state containing Dallas is")   # doctest: +SKIP
+    >>> graph.prune().scores()                                                  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    if not 0 <= coverage <= 1:
+        raise ValueError(f"coverage must lie in [0, 1], got {coverage}")
+    if max_nodes is not None and max_nodes < 1:
+        raise ValueError(f"max_nodes must be 1 or more, got {max_nodes}")
+    lm = model.language_model
+    layers = [model.crosscoder.wiring.group_layer(group) for group in range(model.crosscoder.n_groups)]
+    if sorted(set(layers)) != layers:
+        raise ValueError(f"cannot name features by layer: the crosscoder's groups belong to the layers {layers}")
+    if not isinstance(prompt, str | Tensor):
+        raise ValueError(f"the prompt must be text or a 1-D tensor of token ids, got {type(prompt).__name__}")
+    tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
+    with torch.no_grad():
+        local = model.localize(tokens_T)
+        logits, roots = _resolve(targets, local, model)
+        attributor = Attributor(local, logits)
+        output = np.zeros(attributor.rows.n_nodes)
+        output[attributor.rows.n_columns :] = output_weights(logits) if logits else []
+        output[attributor.columns.features.start + np.array(roots, dtype=np.int64)] = 1 / max(1, len(roots))
+        rows = attributor.expand(output, coverage=coverage, max_nodes=max_nodes, progress=progress)
+        nodes, edges = _assemble(model, local, logits, rows, output)
+    metadata = {
+        "prompt": prompt if isinstance(prompt, str) else "".join(lm.token_strings(tokens_T.tolist())),
+        **trace_facts(model, local, logits, roots, rows),
+        "coverage": coverage,
+        "seconds": time.perf_counter() - started,
+    }
+    return CircuitGraph(nodes, edges, metadata)
+
+
+def _resolve(
+    targets: Sequence[Target | str | int] | Target | str | int | None,
+    local: LocalReplacement,
+    model: ReplacementModel,
+) -> tuple[list[LogitTarget], list[int]]:
+    """Logit targets, and the numbers of active features that are targets themselves."""
+    if targets is None:
+        named: Iterable[Target] = top_logits(local)
+    else:
+        given = [targets] if isinstance(targets, str | int) or not isinstance(targets, Sequence) else targets
+        named = [as_target(one) for one in given]
+    logits, roots = [], []
+    for target in named:
+        if isinstance(target, FeatureTarget):
+            roots.append(active_feature(target, local))
+        else:
+            logits.append(resolve_logit(target, local, model.language_model))
+    if bool(logits) == bool(roots):
+        raise ValueError(
+            "expected at least one target, all logits or all features, got " + ("both" if logits else "none")
+        )
+    if len({(one.position, one.token_id, one.label) for one in logits}) < len(logits) or len(set(roots)) < len(roots):
+        raise ValueError("the same target is named twice")
+    return logits, roots
+
+
+def _assemble(
+    model: ReplacementModel,
+    local: LocalReplacement,
+    logits: Sequence[LogitTarget],
+    rows: Attribution,
+    output: np.ndarray,
+) -> tuple[NodeTable, Edges]:
+    """The node table and edges: every token, every target, and whatever else causes one of them."""
+    columns = _columns(local, logits)
+    blocks = [block for parts in rows.blocks.values() for block in parts]
+    source = np.concatenate([block.source for block in blocks])
+    target = np.concatenate([np.repeat(block.node, block.counts) for block in blocks])
+    weight = np.concatenate([block.weight for block in blocks])
+    kept = rows.expanded | (output > 0) | np.isin(columns["kind"], (NodeKind.TOKEN, NodeKind.LOGIT))
+    kept[source] = True
+    number = np.cumsum(kept) - 1
+    edges = Edges.from_coo(number[target], number[source], weight, n_nodes=int(kept.sum()))
+    label = node_labels(model, local, logits, columns, kept)
+    table = {name: column[kept] for name, column in columns.items()}
+    nodes = NodeTable.build(
+        **table,
+        label=label,
+        output_weight=output[kept],
+        expanded=rows.expanded[kept],
+        value=rows.value[kept],
+        bias=rows.bias[kept],
+        inflow=rows.inflow[kept],
+    )
+    return nodes, edges
+
+
+def _columns(local: LocalReplacement, logits: Sequence[LogitTarget]) -> dict[str, np.ndarray]:
+    """Kind, part, layer, position, index, activation and probability of all N nodes."""
+    sources = source_table(local)
+    n_columns = len(sources["kind"])
+    of_logits = {
+        "kind": np.full(len(logits), int(NodeKind.LOGIT)),
+        "layer": np.full(len(logits), local.shape.n_layers),
+        "position": np.array([one.position for one in logits], dtype=np.int64),
+        "index": np.array([one.token_id for one in logits], dtype=np.int64),
+    }
+    columns = {
+        name: np.concatenate([column, of_logits.get(name, np.zeros(len(logits), column.dtype))])
+        for name, column in sources.items()
+    }
+    return columns | {"probability": np.array([0.0] * n_columns + [one.probability for one in logits])}

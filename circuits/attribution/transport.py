@@ -1,0 +1,208 @@
+"""Transport: pull target vectors back through the frozen transformer and meet every source on the way, without autograd.
+
+T tokens, N targets of one chunk, D d_model, C source columns.
+
+A target is a vector `v` read at a point of the residual timeline, at one position. Walking down,
+
+    v at post_l   meets what the MLP position of layer l writes: features and error
+    v at mid_l    is pulled back through attention l, first to its value vectors, then to its input
+    v at mid_0    meets token and position embeddings, pushed up through attention 0 once (long prompts: at pre_0)
+
+Parallel models have no mid: attention l is pulled back from post_l, and MLP readers sit at pre_l. A skip matrix adds
+`W_skip^T v` at the point it reads. Constants (biases of attention and decoders) need no walk: the model is affine, so their
+part of a target is its inner product with the stream that a run without any source produces.
+
+Points are numbered by depth: pre_l = 2 l, mid_l = 2 l + 1. One chunk holds targets of similar position and any depth,
+deepest first, so those under way are always a prefix and every product is one plain matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.attribution.constant_stream import constant_stream
+from circuits.attribution.readers import Targets, read_depth
+from circuits.attribution.sources import Sources
+from replacement import LocalReplacement, Site
+from replacement.language_model.frozen_layers import Scratch
+
+ROWS_PER_CHUNK = 2048
+"""Targets x positions carried at once: enough for full-speed matrix products, small enough to stay near the cache."""
+PUSHED_NUMBERS = 2**25
+"""Most numbers that embeddings pushed through attention 0 may take (128 MiB in float32)."""
+PADDING = 1.1
+"""Carried rows over rows in a causal cone, above which a chunk of a fair size is closed early."""
+
+
+class Transport:
+    """The frozen linear maps of one prompt, ready to attribute any target to every source below it."""
+
+    def __init__(self, local: LocalReplacement) -> None:
+        self.local = local
+        self.sources = Sources.of(local)
+        self.constants = constant_stream(local, self.sources)
+        self.pushed = None if local.crosscoder.skip else _push_embeddings(local)
+        self.scratch = Scratch()
+
+    def attribute(self, targets: Targets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
+        """Direct effects `A [N, C]` of every source on every target, and the constant part `bias [N]`.
+
+        For a target that reads `v . x` at its point, `v . x = sum_c A[n, c] + bias[n]` exactly.
+
+        Cost: `(position + 1) x layers below x (4 D^2 + 2 T D)` flops per target, plus decoder products.
+        """
+        vectors_ND, depth_N, position_N = targets.vectors_ND, targets.depth_N, targets.position_N
+        bias_N = (vectors_ND * self.constants[depth_N, position_N]).sum(-1)
+        effects_NC = vectors_ND.new_empty(len(vectors_ND), self.sources.columns.n_columns)
+        order_N = torch.argsort(position_N, stable=True)
+        for chunk in _chunks(position_N[order_N].tolist()):
+            chosen = order_N[chunk]
+            chosen = chosen[torch.argsort(depth_N[chosen], descending=True, stable=True)]
+            walk = _Walk(self, vectors_ND[chosen], depth_N[chosen].tolist(), position_N[chosen])
+            effects_NC[chosen] = walk.down()
+        return effects_NC, bias_N
+
+
+def _chunks(position_N: list[int]) -> Iterator[slice]:
+    """Cut targets, sorted by position, into runs of similar position and at most `ROWS_PER_CHUNK` carried rows."""
+    start, cone = 0, 0
+    for n, position in enumerate(position_N):
+        carried = (n + 1 - start) * (position + 1)
+        padded = carried > PADDING * (cone + position + 1) and carried > ROWS_PER_CHUNK / 4
+        if n > start and (carried > ROWS_PER_CHUNK or padded):
+            yield slice(start, n)
+            start, cone = n, 0
+        cone += position + 1
+    yield slice(start, len(position_N))
+
+
+@dataclass(slots=True)
+class _Walk:
+    """One chunk of targets, deepest first, on its way down."""
+
+    transport: Transport
+    vectors_ND: Tensor
+    depths: list[int]
+    position_N: Tensor
+    v_NTD: Tensor = field(init=False)
+    effects_NC: Tensor = field(init=False)
+    _pending: dict[int, Tensor] = field(init=False, default_factory=dict)
+    """Vectors that skip matrices add when the walk reaches a depth."""
+
+    def __post_init__(self) -> None:
+        n_targets, D = self.vectors_ND.shape
+        self.v_NTD = self.vectors_ND.new_zeros(n_targets, int(self.position_N.max()) + 1, D)
+        self.v_NTD[torch.arange(n_targets, device=self.v_NTD.device), self.position_N] = self.vectors_ND
+        self.effects_NC = self.vectors_ND.new_zeros(n_targets, self.transport.sources.columns.n_columns)
+
+    def down(self) -> Tensor:
+        """Walk to the embeddings; return the effects `[N, C]`."""
+        pushed = self.transport.pushed
+        for layer in reversed(range(min(self.transport.local.shape.n_layers, self.depths[0] // 2 + 1))):
+            self._meet_mlp(layer, self._under_way(2 * layer + 2))
+            self._add_pending(2 * layer + 1)
+            if layer == 0 and pushed is not None:
+                reached = self._under_way(1)
+                self._meet_pushed(pushed, reached)
+                self._meet_embeddings(slice(reached, None))
+                return self.effects_NC
+            for rows, z_XNT in self._mix_back(layer):
+                self.transport.local.frozen.attentions[layer].add_values_back_(z_XNT, self.v_NTD[rows])
+            self._add_pending(2 * layer)
+        self._meet_embeddings(slice(None))
+        return self.effects_NC
+
+    def _mix_back(self, layer: int) -> Iterator[tuple[slice, Tensor]]:
+        """Pull the targets under way back to the value vectors of one layer.
+
+        Targets that meet their first attention layer here are still at one position, which saves half of its cost.
+        """
+        attention = self.transport.local.frozen.attentions[layer]
+        spread, reached = self._under_way(2 * layer + 3), self._under_way(2 * layer + 1)
+        if spread:
+            yield slice(0, spread), attention.mix_back(self.v_NTD[:spread], self.transport.scratch)
+        if reached > spread:
+            fresh = slice(spread, reached)
+            position_N = self.position_N[fresh]
+            v_ND = self.v_NTD[torch.arange(spread, reached, device=position_N.device), position_N]
+            yield fresh, attention.mix_back_from(v_ND, position_N, self.v_NTD.shape[1])
+
+    def _under_way(self, depth: int) -> int:
+        """Number of targets that read at this depth or deeper; they are a prefix."""
+        return sum(one >= depth for one in self.depths)
+
+    def _meet_mlp(self, layer: int, reached: int) -> None:
+        if not reached:
+            return
+        written, effects_NC = self.transport.sources.mlp.layers[layer], self.effects_NC[:reached]
+        for t in range(self.v_NTD.shape[1]):
+            rows = slice(written.offsets[t], written.offsets[t + 1])
+            effects_NS = self.v_NTD[:reached, t] @ written.vectors_SD[rows].T
+            effects_NC.index_add_(1, written.columns_S[rows], effects_NS)
+        if self.transport.local.crosscoder.skip:
+            self._branch_into_skips(Site(layer, "mlp_out"), self.v_NTD[:reached])
+
+    def _meet_embeddings(self, rows: slice) -> None:
+        """Inner products with the embeddings, in front of attention 0."""
+        T, n_tokens = self.v_NTD.shape[1], len(self.transport.local.frozen.tokens_T)
+        for place, source_TD in enumerate(_embeddings(self.transport.local)):
+            columns = slice(place * n_tokens, place * n_tokens + T)
+            self.effects_NC[rows, columns] = torch.einsum("ntd,td->nt", self.v_NTD[rows], source_TD[:T])
+
+    def _meet_pushed(self, pushed_TDC: Tensor, reached: int) -> None:
+        """Inner products with the embeddings after attention 0: one matrix product instead of the last pull-back."""
+        T = self.v_NTD.shape[1]
+        n_columns = pushed_TDC.shape[2]
+        self.effects_NC[:reached, :n_columns] = self.v_NTD[:reached].flatten(1) @ pushed_TDC[:T].flatten(0, 1)
+
+    def _add_pending(self, depth: int) -> None:
+        if depth in self._pending:
+            u_NTD = self._pending.pop(depth)
+            self.v_NTD[: len(u_NTD)] += u_NTD
+
+    def _branch_into_skips(self, write: Site, v_NTD: Tensor) -> None:
+        """Send `W_skip^T v` to the points that the skip matrices of one written site read."""
+        local = self.transport.local
+        for group in local.crosscoder.wiring.writers(write):
+            for read in local.crosscoder.wiring.reads[group]:
+                u_NTD = v_NTD @ local.crosscoder.skip_matrix(group, read, write)
+                if read.kind == "mlp_in":
+                    u_NTD = local.frozen.norms_mlp[read.layer].pull_back(
+                        u_NTD, torch.arange(u_NTD.shape[1], device=u_NTD.device)
+                    )
+                depth = read_depth(read, local.shape)
+                if depth in self._pending:  # of a written layer above this one: as many targets or fewer
+                    u_NTD[: len(self._pending[depth])] += self._pending[depth]
+                self._pending[depth] = u_NTD
+
+
+def _embeddings(local: LocalReplacement) -> list[Tensor]:
+    """Token embeddings and, where the model has them, learned position embeddings, `[T, D]` each."""
+    found = (local.frozen.token_embedding_TD, local.frozen.position_embedding_TD)
+    return [source_TD for source_TD in found if source_TD is not None]
+
+
+def _push_embeddings(local: LocalReplacement) -> Tensor | None:
+    """`[T, D, C]`: what each embedding (C = T, or 2 T with positions) is at every position after attention 0.
+
+    Every target passes attention 0, but there are few embeddings: pushing them up costs less than pulling all targets
+    down, as long as the prompt is short beside D. None for longer prompts.
+    """
+    attention, sources = local.frozen.attentions[0], _embeddings(local)
+    T, D = sources[0].shape
+    if len(sources) * T > D // 4 or len(sources) * T * T * D > PUSHED_NUMBERS:
+        return None
+    weights = attention.weights
+    parts = []
+    for source_TD in sources:
+        values_SHK = (source_TD @ weights.W_V_XD.T).unflatten(1, (weights.n_heads, -1))
+        z_TSX = torch.einsum("hts,shk->tshk", attention.kernel_HTT, values_SHK).flatten(2)
+        pushed_TSD = z_TSX @ weights.W_O_XD
+        pushed_TSD[torch.arange(T), torch.arange(T)] += source_TD
+        parts.append(pushed_TSD)
+    return torch.cat(parts, 1).transpose(1, 2).contiguous()

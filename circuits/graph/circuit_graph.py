@@ -1,0 +1,207 @@
+"""`CircuitGraph`: the circuit of one prompt as a plain value."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from circuits.export.dot import to_dot
+from circuits.export.formats import export
+from circuits.export.neuronpedia import to_neuronpedia
+from circuits.export.node_link import to_networkx, to_node_link
+from circuits.export.svg import to_svg
+from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.edges import Edges
+from circuits.graph.influence import node_influence
+from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.pruning import prune
+from circuits.graph.scores import Scores, scores
+from circuits.graph.storage import load, save
+
+__all__ = ["CircuitGraph", "Edges"]
+
+REQUIRED = ("prompt", "tokens", "n_layers", "identity_error")
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitGraph:
+    """Nodes, edges and metadata of one traced prompt; never changed in place.
+
+    Raises `ValueError` when the parts do not fit together: edges over another number of nodes, output weights that
+    do not sum to 1, a node behind the end of the prompt, edges into a node that was not expanded, kept edges that
+    exceed the recorded inflow, heads that do not sum to their edge, or metadata that is incomplete or cannot be
+    written as JSON.
+    """
+
+    nodes: NodeTable
+    edges: Edges
+    metadata: Mapping[str, Any]
+    """JSON facts: `prompt`, `tokens` (text of each), `n_layers` and `identity_error` always; by tracing also
+    `token_ids`, `model`, `crosscoder`, `targets`, `coverage`, `stopped_by`, `unexpanded_share`, `seconds`; `pruning`
+    when pruned, `heads` when split by heads."""
+    heads: EdgeHeads | None = None
+    """The heads that carry each edge; see `circuits.with_heads`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", _json_facts(self.metadata))
+        _check_fit(self.nodes, self.edges, n_tokens=len(self.metadata["tokens"]))
+        if self.heads is not None:
+            _check_heads(self.heads, self.edges, self.nodes.inflow)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CircuitGraph):
+            return NotImplemented
+        same = self.nodes == other.nodes and self.edges == other.edges and self.heads == other.heads
+        return same and self.metadata == other.metadata
+
+    def __repr__(self) -> str:
+        count = self.counts()
+        return (
+            f"CircuitGraph({self.metadata['prompt']!r}: {count['total']} nodes, {count['features']} features, "
+            f"{count['errors']} errors, {count['edges']} edges)"
+        )
+
+    @property
+    def identity_error(self) -> float:
+        """Largest relative violation of `value = sum of incoming edges + bias` seen while the full graph was traced.
+
+        Relative to the value, or to 1 % of the summed magnitudes where the value is a smaller remainder of large terms.
+        """
+        return float(self.metadata["identity_error"])
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of nodes by kind (`total`, `features`, `errors`, `tokens`, `positions`, `logits`) and of `edges`."""
+        kinds = {"features": NodeKind.FEATURE, "errors": NodeKind.ERROR, "tokens": NodeKind.TOKEN}
+        kinds |= {"positions": NodeKind.POSITION, "logits": NodeKind.LOGIT}
+        by_kind = {name: int(self.nodes.mask(kind).sum()) for name, kind in kinds.items()}
+        return {"total": len(self.nodes), **by_kind, "edges": len(self.edges)}
+
+    def scores(self) -> Scores:
+        """Replacement and completeness; whatever was removed or not expanded counts as error."""
+        return scores(self)
+
+    def influence(self) -> np.ndarray:
+        """float64[N], share of the output that reaches each node through all paths."""
+        return node_influence(self)
+
+    def prune(self, *, nodes: float = 0.8, edges: float = 0.98) -> CircuitGraph:
+        """The smallest subgraph with that share of node influence, then of edge influence (see `circuits/graph/pruning.py`).
+
+        Raises `ValueError` for thresholds outside 0..1. The thresholds are noted in `metadata["pruning"]`.
+        """
+        kept = prune(self, nodes=nodes, edges=edges)
+        return CircuitGraph(
+            nodes=self.nodes.select(kept.nodes),
+            edges=self.edges.select(kept.nodes, kept.edges),
+            metadata={**self.metadata, "pruning": {"nodes": float(nodes), "edges": float(edges)}},
+            heads=None if self.heads is None else self.heads.select(self.edges.kept(kept.nodes, kept.edges)),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the graph to one `.safetensors` file, atomically."""
+        return save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CircuitGraph:
+        """Read a file written by `save`.
+
+        Raises one `ValueError` naming the file when it is missing, damaged or foreign.
+        """
+        nodes, edges, metadata, heads = load(path)
+        try:
+            return cls(nodes, edges, metadata, heads)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: expected a circuit file, given one that is damaged or foreign ({error})"
+            ) from error
+
+    def to_networkx(self) -> nx.DiGraph:
+        """A `networkx.DiGraph` from source to target, keyed by node id, with every column as plain attributes."""
+        return to_networkx(self)
+
+    def to_dot(self) -> str:
+        """Graphviz text, one rank per layer."""
+        return to_dot(self)
+
+    def to_svg(self, *, max_nodes: int = 80) -> str:
+        """The token x layer picture; of a larger graph the most influential nodes, and a caption that says so."""
+        return to_svg(self, max_nodes=max_nodes)
+
+    def to_graphml(self, path: str | os.PathLike[str]) -> Path:
+        """Write GraphML to `path`, atomically."""
+        return export(self, "graphml", path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Node-link JSON object, as `networkx.node_link_graph` reads it."""
+        return to_node_link(self)
+
+    def to_neuronpedia(self) -> dict[str, Any]:
+        """The graph JSON object of Neuronpedia and circuit-tracer front ends."""
+        return to_neuronpedia(self)
+
+    def export(self, name: str, path: str | os.PathLike[str]) -> Path:
+        """Write the graph, atomically, in a format of `circuits.export.formats.FORMATS`; others raise `ValueError`."""
+        return export(self, name, path)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """What notebooks show: the picture, and the one line of `repr` where there are no pictures."""
+        return {"image/svg+xml": self.to_svg(), "text/plain": repr(self)}
+
+
+def _json_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy that equals what a file would give back (tuples become lists)."""
+    missing = [name for name in REQUIRED if name not in metadata]
+    if missing:
+        raise ValueError(f"CircuitGraph.metadata: expected {', '.join(REQUIRED)}, but there is no {', '.join(missing)}")
+    try:
+        facts: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"CircuitGraph.metadata: expected facts that can be written as JSON ({error})") from error
+    return facts
+
+
+def _check_fit(nodes: NodeTable, edges: Edges, *, n_tokens: int) -> None:
+    if edges.n_nodes != len(nodes):
+        raise ValueError(f"CircuitGraph.edges: expected edges among {len(nodes)} nodes, given {edges.n_nodes}")
+    if len(nodes) and nodes.position.max() >= n_tokens:
+        raise ValueError(f"CircuitGraph.nodes: expected positions below {n_tokens}, given {nodes.position.max()}")
+    total = float(nodes.output_weight.sum())
+    if abs(total - 1.0) > 1e-6:
+        raise ValueError(f"CircuitGraph.nodes: expected output weights that sum to 1, given {total}")
+    has_edges = np.diff(edges.indptr) > 0
+    if (has_edges & ~nodes.expanded).any():
+        row = int(np.flatnonzero(has_edges & ~nodes.expanded)[0])
+        raise ValueError(f"CircuitGraph.edges: expected edges into expanded nodes only, given some into node {row}")
+    kept = edges.row_sums(np.abs(edges.weight.astype(np.float64)))
+    over = kept > nodes.inflow * (1 + 1e-3) + 1e-12
+    if over.any():
+        row = int(np.flatnonzero(over)[0])
+        raise ValueError(
+            f"CircuitGraph.nodes: expected an inflow of at least the kept edges' {kept[row]:.6g} in row {row}, "
+            f"given {nodes.inflow[row]:.6g}"
+        )
+
+
+def _check_heads(heads: EdgeHeads, edges: Edges, inflow: np.ndarray) -> None:
+    if len(heads) != len(edges):
+        raise ValueError(f"CircuitGraph.heads: expected heads of {len(edges)} edges, given {len(heads)}")
+    weight, parts = edges.weight.astype(np.float64), np.abs(heads.direct) + np.abs(heads.rest)
+    parts = parts + np.bincount(
+        np.repeat(np.arange(len(edges)), np.diff(heads.indptr)), np.abs(heads.weight), minlength=len(edges)
+    )
+    # An edge that is a tiny remainder of its row is only as exact as the row's rounding.
+    allowed = np.maximum(1e-3 * np.maximum(np.abs(weight), parts), 1e-5 * inflow[edges.target])
+    wrong = np.abs(heads.totals() - weight) > allowed
+    if wrong.any():
+        edge = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"CircuitGraph.heads: expected parts that sum to the edge's {weight[edge]:.6g}, "
+            f"given {heads.totals()[edge]:.6g} for edge {edge}"
+        )

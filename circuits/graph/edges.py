@@ -1,0 +1,145 @@
+"""Edges of a circuit as compressed sparse rows: row t holds what flows INTO node t."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.nodes import NodeTable
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """A[target, source] for E edges among N nodes; sources rise inside a row.
+
+    Raises `ValueError` for a wrong dtype or length, a source outside the table, an edge given twice, or a weight
+    that is not finite.
+    """
+
+    indptr: np.ndarray
+    """int64[N + 1]: the edges into node t are `indptr[t]:indptr[t + 1]`."""
+    source: np.ndarray
+    """int32[E], node the edge comes from."""
+    weight: np.ndarray
+    """float32[E], signed direct effect of the source on the target's pre-activation or logit."""
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("indptr", np.int64), ("source", np.int32), ("weight", np.float32)):
+            column = getattr(self, name)
+            if not isinstance(column, np.ndarray) or column.dtype != dtype or column.ndim != 1:
+                given = f"{column.dtype}{column.shape}" if isinstance(column, np.ndarray) else type(column).__name__
+                raise ValueError(f"Edges.{name}: expected a 1-D array of {np.dtype(dtype)}, given {given}")
+            column = column.view()
+            column.flags.writeable = False
+            object.__setattr__(self, name, column)
+        _check_rows(self)
+
+    @classmethod
+    def from_coo(cls, target: np.ndarray, source: np.ndarray, weight: np.ndarray, *, n_nodes: int) -> Edges:
+        """Edges from three arrays of length E in any order.
+
+        Zero weights are kept: leave them out if they mean nothing.
+        """
+        target, source, weight = np.asarray(target), np.asarray(source), np.asarray(weight)
+        if not target.shape == source.shape == weight.shape or target.ndim != 1:
+            raise ValueError(
+                "Edges.from_coo: expected three 1-D arrays of one length, given "
+                f"{target.shape}, {source.shape} and {weight.shape}"
+            )
+        outside = (target < 0) | (target >= n_nodes)
+        if outside.any():
+            raise ValueError(f"Edges.from_coo: expected targets in 0..{n_nodes - 1}, given {target[outside][0]}")
+        order = np.lexsort((source, target))
+        indptr = np.zeros(n_nodes + 1, dtype=np.int64)
+        np.cumsum(np.bincount(target.astype(np.int64), minlength=n_nodes), out=indptr[1:])
+        return cls(indptr, source[order].astype(np.int32), weight[order].astype(np.float32))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Edges):
+            return NotImplemented
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in ("indptr", "source", "weight"))
+
+    @property
+    def n_nodes(self) -> int:
+        """N."""
+        return len(self.indptr) - 1
+
+    @property
+    def target(self) -> np.ndarray:
+        """int32[E], node each edge goes to."""
+        return np.repeat(np.arange(self.n_nodes, dtype=np.int32), np.diff(self.indptr))
+
+    def into(self, targets: np.ndarray) -> np.ndarray:
+        """Edge numbers of the rows of `targets`, row after row."""
+        starts, lengths = self.indptr[targets], self.indptr[targets + 1] - self.indptr[targets]
+        before = np.cumsum(lengths) - lengths  # edges gathered before each row
+        return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+
+    def row_sums(self, values: np.ndarray) -> np.ndarray:
+        """float64[N], sum of `values` (one per edge) over each target's row."""
+        return np.bincount(self.target, weights=values, minlength=self.n_nodes)
+
+    def kept(self, nodes: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        """bool[E], the edges kept by `edges` (bool[E]) with both ends kept by `nodes` (bool[N])."""
+        return edges & nodes[self.target] & nodes[self.source]
+
+    def select(self, nodes: np.ndarray, edges: np.ndarray) -> Edges:
+        """The edges that are `kept`, in order, renumbered to the nodes that are."""
+        target, kept = self.target, self.kept(nodes, edges)
+        number = np.cumsum(nodes) - 1
+        return Edges.from_coo(
+            number[target[kept]], number[self.source[kept]], self.weight[kept], n_nodes=int(np.count_nonzero(nodes))
+        )
+
+
+@runtime_checkable
+class GraphData(Protocol):
+    """What the algorithms and exporters need of a graph; `CircuitGraph` is the one that people hold."""
+
+    @property
+    def nodes(self) -> NodeTable:
+        """The node table."""
+        ...
+
+    @property
+    def edges(self) -> Edges:
+        """The edges among those nodes."""
+        ...
+
+    @property
+    def heads(self) -> EdgeHeads | None:
+        """The heads that carry each edge, where they are known."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Facts about prompt, model and run."""
+        ...
+
+
+def _check_rows(edges: Edges) -> None:
+    if (
+        len(edges.indptr) == 0
+        or edges.indptr[0] != 0
+        or edges.indptr[-1] != len(edges)
+        or (np.diff(edges.indptr) < 0).any()
+    ):
+        raise ValueError(f"Edges.indptr: expected to rise from 0 to the {len(edges)} edges")
+    if edges.weight.shape != edges.source.shape:
+        raise ValueError(f"Edges.weight: expected {len(edges)} weights like the sources, given {len(edges.weight)}")
+    outside = (edges.source < 0) | (edges.source >= edges.n_nodes)
+    if outside.any():
+        raise ValueError(f"Edges.source: expected nodes in 0..{edges.n_nodes - 1}, given {edges.source[outside][0]}")
+    if not np.isfinite(edges.weight).all():
+        raise ValueError("Edges.weight: expected finite numbers, given NaN or infinity")
+    target = edges.target
+    same_row = target[1:] == target[:-1]
+    if (same_row & (edges.source[1:] <= edges.source[:-1])).any():
+        raise ValueError("Edges.source: expected rising sources inside each row, given an edge twice or out of order")

@@ -1,0 +1,74 @@
+"""The one path from a token to the output that carries most: the circuit in a sentence."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from circuits.graph.edges import GraphData
+from circuits.graph.influence import edge_influence, row_shares, sweep_levels
+from circuits.graph.nodes import NodeKind
+from circuits.graph.text import full_name
+
+
+def strongest_path(graph: GraphData) -> tuple[int, ...]:
+    """Node numbers from a token to the target with the largest output weight, maximising the product of the shares M.
+
+    Empty when no token reaches that target. Of equally strong paths the one that starts at the earliest token is given.
+    """
+    edges, nodes = graph.edges, graph.nodes
+    shares = row_shares(graph)
+    with np.errstate(divide="ignore"):
+        length = np.log(shares)  # sums of logarithms do not underflow on long paths
+    target = int(np.argmax(nodes.output_weight))
+    best = np.full(len(nodes), -np.inf)
+    best[target] = 0.0
+    towards = np.full(len(nodes), -1)
+    for node in np.concatenate(sweep_levels(edges)):
+        if best[node] == -np.inf:
+            continue
+        row = slice(edges.indptr[node], edges.indptr[node + 1])
+        through = best[node] + length[row]
+        better = through > best[edges.source[row]]
+        best[edges.source[row][better]] = through[better]
+        towards[edges.source[row][better]] = node
+    tokens = np.flatnonzero(nodes.mask(NodeKind.TOKEN) & np.isfinite(best))
+    if not len(tokens):
+        return ()
+    path = [int(tokens[np.argmax(best[tokens])])]
+    while towards[path[-1]] >= 0:
+        path.append(int(towards[path[-1]]))
+    return tuple(path)
+
+
+def average_path_length(graph: GraphData) -> float:
+    """Mean number of edges on the paths from the output back to where they end, weighted with their influence.
+
+    Paths end at inputs, errors, features that were not expanded, and removed edges. It is the sum of all edge influences.
+    """
+    return float(edge_influence(graph).sum())
+
+
+def describe_path(graph: GraphData, path: Sequence[int]) -> str:
+    """A path in words: names of its nodes joined by arrows that carry the sign of each edge.
+
+    Raises `ValueError` when two neighbours on the path are not joined by an edge.
+    """
+    if not path:
+        return "no path from a token to the output"
+    words = [full_name(graph.nodes, path[0])]
+    for source, target in itertools.pairwise(path):
+        weight = _weight(graph, source, target)
+        sign = "+" if weight > 0 else "−"
+        words.append(f"—({sign})→ {full_name(graph.nodes, target)}")
+    return " ".join(words)
+
+
+def _weight(graph: GraphData, source: int, target: int) -> float:
+    row = slice(graph.edges.indptr[target], graph.edges.indptr[target + 1])
+    place = np.flatnonzero(graph.edges.source[row] == source)
+    if not len(place):
+        raise ValueError(f"describe_path: expected a path along edges, given none from node {source} to node {target}")
+    return float(graph.edges.weight[row][place[0]])

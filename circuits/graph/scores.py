@@ -1,0 +1,77 @@
+"""Two numbers that say how much of a graph is explained by features, as opposed to errors.
+
+All the output's mass ends somewhere: in inputs (tokens and learned positions), in error nodes, in features whose
+causes were not computed, or in edges that are no longer in the graph. Only the first is an explanation, so the other
+three all count as error, before and after pruning: removing an error node changes neither score, and removing
+anything else never raises the replacement score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from circuits.graph.edges import GraphData
+from circuits.graph.influence import node_influence, row_shares
+from circuits.graph.nodes import NodeKind
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares in 0..1, larger is better explained."""
+
+    replacement: float
+    """I_input / (I_input + I_error): share of the output that is traced back to the inputs."""
+    completeness: float
+    """sum_t (1 - error share of t's inputs)(I_t + p_t) / sum_t (I_t + p_t), over every node t."""
+
+
+@dataclass(frozen=True)
+class MassBalance:
+    """Where the output's mass ends; the four parts sum to the targets' total weight, 1."""
+
+    inputs: float
+    """Share that ends in token and position nodes."""
+    errors: float
+    """Share that ends in error nodes."""
+    unexpanded: float
+    """Share that ends in features or targets whose incoming edges were never computed."""
+    lost: float
+    """Share that ends in edges removed by a threshold or by pruning, or in nodes that no node causes (only biases)."""
+
+
+def mass_balance(graph: GraphData) -> MassBalance:
+    """Split the output's mass by where it ends."""
+    nodes = graph.nodes
+    through = node_influence(graph) + nodes.output_weight
+    return MassBalance(
+        inputs=float(through[nodes.mask(NodeKind.TOKEN, NodeKind.POSITION)].sum()),
+        errors=float(through[nodes.mask(NodeKind.ERROR)].sum()),
+        unexpanded=float(through[nodes.unexpanded].sum()),
+        lost=float((through * lost_share(graph)).sum()),
+    )
+
+
+def lost_share(graph: GraphData) -> np.ndarray:
+    """float64[N], `1 - sum of kept |A| / inflow` of an expanded node's row; 0 for every other node."""
+    kept = graph.edges.row_sums(row_shares(graph))
+    return np.where(graph.nodes.expanded, 1.0 - kept, 0.0)
+
+
+def scores(graph: GraphData) -> Scores:
+    """Replacement and completeness of a graph, full or pruned."""
+    nodes, edges = graph.nodes, graph.edges
+    balance = mass_balance(graph)
+    through = node_influence(graph) + nodes.output_weight
+    error_share = edges.row_sums(row_shares(graph) * nodes.mask(NodeKind.ERROR)[edges.source]) + lost_share(graph)
+    error_share[nodes.unexpanded] = 1.0
+    # The sums run over every node, as in published scores, so an error node is a t of its own: one without inputs,
+    # hence with error share 0. Lost mass is treated as one more error node, which is what makes the scores blind to
+    # removing one.
+    complete = ((1.0 - error_share) * through).sum() + balance.lost
+    total = balance.inputs + balance.errors + balance.unexpanded + balance.lost
+    return Scores(
+        replacement=balance.inputs / total,
+        completeness=float(complete / (through.sum() + balance.lost)),
+    )

@@ -1,0 +1,56 @@
+"""Text of nodes for people: readable names, and characters that every file format can hold."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from circuits.graph.nodes import NodeKind, NodeTable
+
+_VISIBLE = {"\n": "↵", "\r": "↵", "\t": "⇥"}
+_UNPRINTABLE = {"Cc", "Cs", "Cn", "Co"}
+_REORDERING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # would turn text around them
+
+
+def printable(text: str) -> str:
+    """Text for XML, DOT and screens: line ends and tabs as symbols, without other control characters or surrogates."""
+    shown = (_VISIBLE.get(character, character) for character in text if character not in _REORDERING)
+    return "".join(character for character in shown if unicodedata.category(character) not in _UNPRINTABLE)
+
+
+def shorten(text: str, length: int) -> str:
+    """At most `length` characters, the last one an ellipsis where something was cut."""
+    return text if len(text) <= length else text[: max(length - 1, 0)].rstrip() + "…"
+
+
+def token_text(text: str) -> str:
+    """A token without its leading space, or a visible blank where nothing else is left."""
+    return printable(text).strip() or "␣"
+
+
+def short_name(nodes: NodeTable, row: int) -> str:
+    """What fits on a node: a token's text, a feature's label or else its index."""
+    kind, label = NodeKind(int(nodes.kind[row])), nodes.label[row]
+    if kind is NodeKind.FEATURE:
+        return printable(label).strip() or f"#{nodes.index[row]}"
+    if kind is NodeKind.POSITION:
+        return f"pos {nodes.position[row]}"
+    if kind is NodeKind.ERROR:
+        return "error"
+    return token_text(label) if label else f"token {nodes.index[row]}"
+
+
+def full_name(nodes: NodeTable, row: int) -> str:
+    """The node in words, for tooltips and path descriptions."""
+    kind, label = NodeKind(int(nodes.kind[row])), printable(nodes.label[row])
+    position, layer, index = int(nodes.position[row]), int(nodes.layer[row]), int(nodes.index[row])
+    part = "attention " if nodes.attention[row] else ""
+    if kind is NodeKind.FEATURE:
+        return f"{part}feature {layer}/{index} at {position}" + (f" ({label.strip()})" if label.strip() else "")
+    if kind is NodeKind.POSITION:
+        return f"position {position}"
+    if kind is NodeKind.ERROR:
+        return f"{part}error of layer {layer} at {position}"
+    if kind is NodeKind.LOGIT:
+        chance = f" (p={nodes.probability[row]:.3f})" if nodes.probability[row] > 0 else ""
+        return f'output "{label}"{chance}' if label else f"output {index}{chance}"
+    return f'token "{label}" at {position}' if label else f"token {index} at {position}"

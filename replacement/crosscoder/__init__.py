@@ -1,0 +1,1 @@
+"""Crosscoders: wiring, weights, sparse encoding and decoding, checkpoints. Nothing here runs a language model."""

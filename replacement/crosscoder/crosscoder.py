@@ -1,0 +1,229 @@
+"""The crosscoder: encoder, activation function and sparse decoder over a wiring.
+
+B rows (token positions), D site width, F features per group, G groups, W written sites of a group, S active features.
+
+    h_g = sum_{r in reads(g)} x_r W_enc[g, r]^T + b_enc[g]        pre-activations
+    a_g = f(h_g)                                                  activations, kept sparse
+    y_w = sum_{g writes w} (a_g W_dec[g, w] + sum_r x_r W_skip[g, r, w]^T) + b_dec[w]
+
+Autoencoders, transcoders, cross-layer transcoders and crosscoders differ only in the wiring. Decoding visits active
+features only: a feature's decoder vectors to its written sites are contiguous, as in the published CLT layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from replacement.crosscoder.activation import BatchTopK
+from replacement.crosscoder.features import Features
+from replacement.crosscoder.sites import Site
+from replacement.crosscoder.sparse import Block, Pattern, add_blocks, dots, with_encoder_gradient
+from replacement.crosscoder.weights import CrosscoderWeights
+
+# Few enough for the pre-activations to stay in a cache, enough for a fast matrix product. Accelerators get more.
+_ROWS_AT_ONCE = 512
+
+
+class CrosscoderOutput(NamedTuple):
+    """Result of `Crosscoder.forward`."""
+
+    reconstructions: dict[Site, Tensor]
+    """Reconstruction of every written site, `[B, D]`, biases and skip included."""
+    features: Features
+    """Active features of all groups."""
+
+
+class Crosscoder(CrosscoderWeights):
+    """Sparse features read from some sites of a transformer and written to others.
+
+    Construction and parameters: see `CrosscoderWeights`.
+
+    >>> clt = Crosscoder(Wiring.strictly_causal(lm), n_features=4096, activation=TopK(16))  # doctest: +SKIP
+    >>> outputs, features = clt({site: activations[site] for site in clt.wiring.read_sites})  # doctest: +SKIP
+    >>> outputs[Site(3, "mlp_out")]                             # [B, D] reconstruction      # doctest: +SKIP
+    >>> features.of(2).index                                    # active features of group 2 # doctest: +SKIP
+    """
+
+    def pre_activations(self, inputs: Mapping[Site, Tensor], group: int) -> Float[Tensor, "B F"]:
+        """Dense pre-activations `h = sum_r x_r W_enc[r]^T + b_enc` of one group, `[B, F]`.
+
+        Arguments:
+            inputs: activations `[B, D]` of (at least) the sites the group reads.
+
+        Raises:
+            ValueError: a site is missing or has another width.
+        """
+        weights, reads = self.encoders(group), self._reads(inputs, group)
+        pre_BF = functional.linear(reads[0], weights[0], self.b_enc[group])
+        for weight_FD, x_BD in zip(weights[1:], reads[1:], strict=True):
+            pre_BF = torch.addmm(pre_BF, x_BD, weight_FD.T)
+        return pre_BF
+
+    def encode(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> Features:
+        """Active features of all groups; differentiable in the inputs and weights.
+
+        Arguments:
+            inputs: activations `[B, D]` of every read site.
+            positions: position of each row in its prompt, by default 0 to B - 1; rows before `undecomposed_positions`
+                have no features.
+
+        Raises:
+            ValueError: a site is missing or has another width.
+        """
+        parts = [self.encode_group(group, inputs, positions=positions) for group in range(self.n_groups)]
+        return Features.concatenate(parts)
+
+    def encode_group(
+        self, group: int, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None
+    ) -> Features:
+        """Active features of one group, for running a model layer by layer; see `encode`."""
+        with torch.no_grad():
+            row_S, index_S, pre_S = self._select(inputs, group)
+            if self.undecomposed_positions:
+                where_S = row_S if positions is None else positions[row_S]
+                keep_S = where_S >= self.undecomposed_positions
+                row_S, index_S, pre_S = row_S[keep_S], index_S[keep_S], pre_S[keep_S]
+        pre_S = self.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_S)
+        threshold_S = None if self.threshold is None else self.threshold[group].expand(self.n_features)[index_S]
+        acts_S = self.activation.values(pre_S, threshold_S)
+        # Only a training step moves the threshold, not a look at what the crosscoder would do.
+        records = self.training and torch.is_grad_enabled()
+        if records and isinstance(self.activation, BatchTopK) and self.threshold is not None:
+            with torch.no_grad():
+                self.threshold[group] = self.activation.next_threshold(self.threshold[group], acts_S)
+        return self._features(group, row_S, index_S, acts_S, n_rows=len(self._reads(inputs, group)[0]))
+
+    def _select(self, inputs: Mapping[Site, Tensor], group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, indices and pre-activations of a group's active features.
+
+        Where every row is chosen alone, rows are worked on in chunks: pre-activations are read while they are still in
+        a cache, and no `[B, F]` exists.
+        """
+        reads = dict(zip(self.wiring.reads[group], self._reads(inputs, group), strict=True))
+        n_rows = max(1, len(next(iter(reads.values()))))
+        at_once = _ROWS_AT_ONCE * (1 if self.device.type == "cpu" else 16)
+        step = at_once if self.activation.chooses_by_row else n_rows
+        threshold_F = None if self.threshold is None else self.threshold[group]
+        parts = []
+        for begin in range(0, n_rows, step):
+            pre_CF = self.pre_activations({site: x_BD[begin : begin + step] for site, x_BD in reads.items()}, group)
+            row_S, index_S = self.activation.select(pre_CF, threshold_F, training=self.training, group=group)
+            parts.append((row_S + begin, index_S, pre_CF[row_S, index_S]))
+        row_S, index_S, pre_S = (torch.cat(column) for column in zip(*parts, strict=True))
+        if pre_S.dtype != self.dtype:  # autocast: bfloat16 has chosen, the chosen few are computed again
+            pattern = Pattern.of(row_S, index_S, n_rows)
+            products = [
+                dots(x_BD, w_FD, pattern) for x_BD, w_FD in zip(reads.values(), self.encoders(group), strict=True)
+            ]
+            pre_S = sum(products, start=self.b_enc[group][index_S])
+        return row_S, index_S, pre_S
+
+    def pre_activations_at(
+        self,
+        inputs: Mapping[Site, Tensor],
+        group: int,
+        row_S: Int[Tensor, " S"],
+        index_S: Int[Tensor, " S"],
+        *,
+        pre_S: Float[Tensor, " S"],
+    ) -> Float[Tensor, " S"]:
+        """Give chosen pre-activations their gradients to inputs and weights, without a dense backward pass.
+
+        Arguments:
+            row_S, index_S: chosen (row, feature index) pairs.
+            pre_S: their values, taken from `pre_activations` without gradient; returned unchanged.
+        """
+        bias_F: Tensor | None = self.b_enc[group]
+        for weight_FD, x_BD in zip(self.encoders(group), self._reads(inputs, group), strict=True):
+            pre_S = with_encoder_gradient(pre_S, x_BD, weight_FD, bias_F, row_S, index_S)
+            bias_F = None
+        return pre_S
+
+    def _features(self, group: int, row_S: Tensor, index_S: Tensor, acts_S: Tensor, *, n_rows: int) -> Features:
+        group_S = torch.full_like(row_S, group)
+        return Features(group_S, row_S, index_S, acts_S, n_rows, self.n_groups, self.n_features)
+
+    def decode(self, features: Features) -> dict[Site, Tensor]:
+        """Reconstruction `[B, D]` of every written site from the features, with `b_dec` and without skip terms."""
+        sums = self.decode_contribution(features)  # nobody else's: the biases need no second set of outputs
+        return {s: sums[s].add_(bias_D) for s, bias_D in zip(self.wiring.write_sites, self.b_dec, strict=True)}
+
+    def decode_contribution(
+        self, features: Features, *, groups: Iterable[int] | None = None, sites: Iterable[Site] | None = None
+    ) -> dict[Site, Tensor]:
+        """Partial sums `sum_g a_g W_dec[g, w]`, `[B, D]`, without biases.
+
+        Arguments:
+            groups: groups to add up, all by default; a forward pass can so add group by group.
+            sites: written sites to compute, all that these groups write by default.
+
+        Raises:
+            ValueError: features of another number of groups or features, or a site that no such group writes.
+        """
+        self._check_features(features)
+        chosen = tuple(range(self.n_groups) if groups is None else groups)
+        wanted = None if sites is None else set(sites)
+        written = {site for group in chosen for site in self.wiring.writes[group]}
+        if wanted is not None and wanted - written:
+            raise ValueError(f"the groups {chosen} do not write {min(wanted - written)}")
+        targets: dict[Site, int] = {}
+        blocks = []
+        for source, group in enumerate(chosen):
+            for place, site in enumerate(self.wiring.writes[group]):
+                if wanted is None or site in wanted:
+                    target = targets.setdefault(site, len(targets))
+                    shared = (self.wiring.write_sites.index(site), 0)
+                    blocks.append(Block(target, source, *(shared if self.tied else (source, place))))
+        parts = [features.of(group) for group in chosen]
+        patterns = [Pattern.of(part.row, part.index, features.n_rows) for part in parts]
+        weights = [w_FD[:, None] for w_FD in self.W_dec] if self.tied else [self.W_dec[group] for group in chosen]
+        return dict(
+            zip(targets, add_blocks(blocks, patterns, [part.activation for part in parts], weights), strict=True)
+        )
+
+    def skip_contribution(
+        self, inputs: Mapping[Site, Tensor], *, groups: Iterable[int] | None = None
+    ) -> dict[Site, Tensor]:
+        """Sum of skip terms `x_r W_skip[g, r, w]^T`, `[B, D]` per written site; empty for crosscoders without skip."""
+        sums: dict[Site, Tensor] = {}
+        if not self.skip:
+            return sums
+        for group in range(self.n_groups) if groups is None else groups:
+            for read, x_BD in zip(self.wiring.reads[group], self._reads(inputs, group), strict=True):
+                for write in self.wiring.writes[group]:
+                    y_BD = x_BD @ self.skip_matrix(group, read, write).T
+                    sums[write] = sums[write] + y_BD if write in sums else y_BD
+        return sums
+
+    def forward(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> CrosscoderOutput:
+        """Encode and decode, skip terms included; see `encode` for the arguments."""
+        features = self.encode(inputs, positions=positions)
+        outputs = self.decode(features)
+        for site, y_BD in self.skip_contribution(inputs).items():
+            outputs[site] = outputs[site] + y_BD
+        return CrosscoderOutput(outputs, features)
+
+    def _reads(self, inputs: Mapping[Site, Tensor], group: int) -> list[Tensor]:
+        for site in self.wiring.reads[group]:
+            if site not in inputs:
+                raise ValueError(
+                    f"group {group} reads {site}, but the inputs hold {', '.join(map(str, inputs)) or 'none'}"
+                )
+            width, shape = self.wiring.width(site), tuple(inputs[site].shape)
+            if len(shape) != 2 or shape[1] != width:
+                raise ValueError(f"the input at {site} must have shape [rows, {width}], got {list(shape)}")
+        return [inputs[site] for site in self.wiring.reads[group]]
+
+    def _check_features(self, features: Features) -> None:
+        given, own = (features.n_groups, features.n_features), (self.n_groups, self.n_features)
+        if given != own:
+            raise ValueError(
+                f"this crosscoder has {own[0]} groups of {own[1]} features; the features given come from "
+                f"{given[0]} groups of {given[1]}"
+            )

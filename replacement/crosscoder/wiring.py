@@ -1,0 +1,267 @@
+"""Wiring: which sites each group of features reads and which it writes.
+
+Every published family is a wiring of one `Crosscoder` class:
+
+| constructor | groups | group g reads | group g writes |
+|---|---|---|---|
+| `autoencoder` | one per layer named | a site | the same site |
+| `transcoder` | 1 | MLP input | MLP output of the same layer |
+| `per_layer` (PLT) | L | MLP input of layer g | MLP output of layer g |
+| `strictly_causal` (CLT) | L | residual stream at layer g | MLP outputs of layers >= g |
+| `weakly_causal` | L | a site at layer g | the same kind of site at layers >= g |
+| `attention` | L | the heads' outputs `attn_z` of layer g | attention outputs of layers >= g |
+| `acausal` | 1 | a site at every layer | the same sites |
+| `model_diffing` | 1 | a site in two models | the same two sites |
+
+Cross-layer transcoders: Ameisen et al. 2025, "Circuit Tracing". Weakly causal and acausal crosscoders and model
+diffing: Lindsey et al. 2024, "Sparse Crosscoders". Transcoders: Dunefsky et al. 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from replacement.crosscoder.sites import ModelShape, Site
+
+MLP_READS = ("resid_mid", "resid_pre", "mlp_in")
+WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention")
+"""Families with one group for every layer of the model."""
+
+
+@runtime_checkable
+class HasShape(Protocol):
+    """Anything with a `.shape` of type `ModelShape`, such as a language model."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Reads and writes of G feature groups.
+
+    Raises:
+        ValueError: no groups, a group without reads or writes, a site twice in one group, a site kind without a width,
+            or written sites of different widths in one group.
+    """
+
+    name: str
+    """Family, such as `strictly_causal`."""
+    reads: tuple[tuple[Site, ...], ...]
+    """Sites each group reads, one tuple per group."""
+    writes: tuple[tuple[Site, ...], ...]
+    """Sites each group writes, one tuple per group."""
+    widths: Mapping[str, int] = field(hash=False)
+    """Vector width of every site kind in use."""
+
+    def __post_init__(self) -> None:
+        if not self.reads or len(self.reads) != len(self.writes):
+            given = f"{len(self.reads)} and {len(self.writes)}"
+            raise ValueError(
+                f"a wiring needs one tuple of reads and one of writes per group, at least one; got {given}"
+            )
+        for group, (reads, writes) in enumerate(zip(self.reads, self.writes, strict=True)):
+            for role, sites in (("reads", reads), ("writes", writes)):
+                if not sites:
+                    raise ValueError(f"group {group} {role} no site: expected at least one")
+                if len(set(sites)) != len(sites):
+                    raise ValueError(f"group {group} {role} a site twice: {', '.join(map(str, sites))}")
+                missing = sorted({site.kind for site in sites} - set(self.widths))
+                if missing:
+                    raise ValueError(f"no width given for site kind {missing[0]!r}, which group {group} {role}")
+            if len({self.widths[site.kind] for site in writes}) > 1:
+                given = ", ".join(f"{site} {self.widths[site.kind]}" for site in writes)
+                raise ValueError(f"the sites one group writes must have one width; group {group} has {given}")
+
+    @property
+    def n_groups(self) -> int:
+        """Number of feature groups G."""
+        return len(self.reads)
+
+    @property
+    def read_sites(self) -> tuple[Site, ...]:
+        """Every site some group reads, in forward order."""
+        return tuple(sorted({site for sites in self.reads for site in sites}))
+
+    @property
+    def write_sites(self) -> tuple[Site, ...]:
+        """Every site some group writes, in forward order."""
+        return tuple(sorted({site for sites in self.writes for site in sites}))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every write lies at or after every read of its group on the residual timeline."""
+        return all(
+            min(site.point for site in writes) >= max(site.point for site in reads)
+            for reads, writes in zip(self.reads, self.writes, strict=True)
+        )
+
+    def width(self, site: Site) -> int:
+        """Vector width at a site."""
+        return self.widths[site.kind]
+
+    def group_layer(self, group: int) -> int:
+        """Layer a group belongs to: the lowest layer it reads."""
+        return min(site.layer for site in self.reads[group])
+
+    def writers(self, site: Site) -> tuple[int, ...]:
+        """Groups that write a site, in order."""
+        return tuple(group for group, sites in enumerate(self.writes) if site in sites)
+
+    def check_fits(self, model: ModelShape | HasShape) -> None:
+        """Check that this wiring belongs to a model of these sizes.
+
+        Raises:
+            ValueError: another vector width, a layer the model lacks, layers left out by a family that covers the whole
+                depth, or `resid_mid` in a parallel model.
+        """
+        shape = _shape_of(model)
+        for kind, width in self.widths.items():
+            if width != shape.width(kind):
+                raise ValueError(f"this crosscoder has width {width} at {kind}, the model has {shape.width(kind)}")
+        sites = (*self.read_sites, *self.write_sites)
+        depth = 1 + max(site.layer for site in sites)
+        if depth > shape.n_layers or (self.name in WHOLE_DEPTH and depth != shape.n_layers):
+            raise ValueError(f"this {self.name} crosscoder spans {depth} layers, the model has {shape.n_layers}")
+        if shape.parallel and any(site.kind == "resid_mid" for site in sites):
+            raise ValueError("this crosscoder uses resid_mid, which a model with parallel attention does not have")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON value; `from_dict` is the inverse."""
+        return {
+            "name": self.name,
+            "reads": [[str(site) for site in sites] for sites in self.reads],
+            "writes": [[str(site) for site in sites] for sites in self.writes],
+            "widths": dict(self.widths),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Wiring:
+        """Read the value `to_dict` wrote.
+
+        Raises:
+            ValueError: a key is missing, or a site or width cannot be read.
+        """
+        missing = [key for key in ("name", "reads", "writes", "widths") if key not in value]
+        if missing:
+            raise ValueError(f"a wiring needs name, reads, writes and widths; {missing[0]} is missing")
+        reads, writes = (
+            tuple(tuple(Site.parse(text) for text in group) for group in value[key]) for key in ("reads", "writes")
+        )
+        return cls(value["name"], reads, writes, {kind: int(width) for kind, width in value["widths"].items()})
+
+    @classmethod
+    def autoencoder(
+        cls, model: ModelShape | HasShape, *, layers: int | Sequence[int] | None = None, site: str = "resid_post"
+    ) -> Wiring:
+        """Sparse autoencoders, one group per layer (all by default), each reading and writing one site."""
+        shape = _shape_of(model)
+        groups = tuple((Site(layer, site),) for layer in _layers_of(shape, layers))
+        return _wire("autoencoder", shape, groups, groups)
+
+    @classmethod
+    def transcoder(
+        cls, model: ModelShape | HasShape, *, layer: int, read: str | None = None, write: str = "mlp_out"
+    ) -> Wiring:
+        """One transcoder: reads the MLP's input (see `strictly_causal` for `read`), writes its output."""
+        shape = _shape_of(model)
+        (layer,) = _layers_of(shape, layer)
+        return _wire("transcoder", shape, ((Site(layer, _mlp_read(shape, read)),),), ((Site(layer, write),),))
+
+    @classmethod
+    def per_layer(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:
+        """A per-layer transcoder (PLT): one transcoder for each layer's MLP."""
+        shape = _shape_of(model)
+        kind = _mlp_read(shape, read)
+        reads = tuple((Site(layer, kind),) for layer in range(shape.n_layers))
+        return _wire("per_layer", shape, reads, tuple((Site(layer, "mlp_out"),) for layer in range(shape.n_layers)))
+
+    @classmethod
+    def strictly_causal(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:
+        """A cross-layer transcoder (CLT): group l reads the stream at layer l and writes `mlp_out` of layers >= l.
+
+        Arguments:
+            read: `resid_mid` (default), `resid_pre` (default for parallel models) or `mlp_in`.
+        """
+        shape = _shape_of(model)
+        kind = _mlp_read(shape, read)
+        layers = range(shape.n_layers)
+        reads = tuple((Site(layer, kind),) for layer in layers)
+        return _wire("strictly_causal", shape, reads, tuple(_from_layer(shape, layer, "mlp_out") for layer in layers))
+
+    @classmethod
+    def weakly_causal(cls, model: ModelShape | HasShape, *, site: str = "resid_post") -> Wiring:
+        """A weakly causal crosscoder: group l reads a site at layer l and writes the same kind at layers >= l."""
+        shape = _shape_of(model)
+        layers = range(shape.n_layers)
+        reads = tuple((Site(layer, site),) for layer in layers)
+        return _wire("weakly_causal", shape, reads, tuple(_from_layer(shape, layer, site) for layer in layers))
+
+    @classmethod
+    def attention(cls, model: ModelShape | HasShape) -> Wiring:
+        """An attention crosscoder: group l reads `attn_z` of layer l and writes `attn_out` of layers >= l.
+
+        It is weakly causal: the heads' outputs, concatenated, are what attention writes before the output weights mix
+        them, so that every feature's part of a head can be read from its encoder.
+        """
+        shape = _shape_of(model)
+        layers = range(shape.n_layers)
+        reads = tuple((Site(layer, "attn_z"),) for layer in layers)
+        return _wire("attention", shape, reads, tuple(_from_layer(shape, layer, "attn_out") for layer in layers))
+
+    @classmethod
+    def acausal(
+        cls, model: ModelShape | HasShape, *, site: str = "resid_post", layers: Sequence[int] | None = None
+    ) -> Wiring:
+        """An acausal crosscoder: one group reads and writes a site at all layers (or the layers named)."""
+        shape = _shape_of(model)
+        sites = tuple(Site(layer, site) for layer in _layers_of(shape, layers))
+        return _wire("acausal", shape, (sites,), (sites,))
+
+    @classmethod
+    def model_diffing(cls, model: ModelShape | HasShape, *, layer: int, site: str = "resid_post") -> Wiring:
+        """A model-diffing crosscoder: one group reads and writes one site in two models of this shape."""
+        shape = _shape_of(model)
+        (layer,) = _layers_of(shape, layer)
+        sites = (Site(layer, site, 0), Site(layer, site, 1))
+        return _wire("model_diffing", shape, (sites,), (sites,))
+
+
+def _wire(
+    name: str, shape: ModelShape, reads: tuple[tuple[Site, ...], ...], writes: tuple[tuple[Site, ...], ...]
+) -> Wiring:
+    kinds = {site.kind for sites in (*reads, *writes) for site in sites}
+    if shape.parallel and "resid_mid" in kinds:
+        raise ValueError("a model with parallel attention has no resid_mid: use resid_pre or mlp_in")
+    return Wiring(name, reads, writes, {kind: shape.width(kind) for kind in sorted(kinds)})
+
+
+def _from_layer(shape: ModelShape, layer: int, kind: str) -> tuple[Site, ...]:
+    return tuple(Site(above, kind) for above in range(layer, shape.n_layers))
+
+
+def _mlp_read(shape: ModelShape, read: str | None) -> str:
+    if read is None:
+        return "resid_pre" if shape.parallel else "resid_mid"
+    if read not in MLP_READS:
+        raise ValueError(f"a transcoder reads one of {', '.join(MLP_READS)}; got {read!r}")
+    return read
+
+
+def _layers_of(shape: ModelShape, layers: int | Sequence[int] | None) -> tuple[int, ...]:
+    chosen = tuple(range(shape.n_layers) if layers is None else (layers,) if isinstance(layers, int) else layers)
+    for layer in chosen:
+        if not 0 <= layer < shape.n_layers:
+            raise ValueError(f"layer {layer} does not exist: the model has layers 0 to {shape.n_layers - 1}")
+    return chosen
+
+
+def _shape_of(model: ModelShape | HasShape) -> ModelShape:
+    shape = model if isinstance(model, ModelShape) else model.shape
+    if not isinstance(shape, ModelShape):
+        raise ValueError(f"expected a ModelShape or an object whose .shape is one, got {type(model).__name__}")
+    return shape

@@ -1,0 +1,1 @@
+"""Training and validation data: rows of token ids, their sources, and shuffled batches of activations."""

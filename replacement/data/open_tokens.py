@@ -1,0 +1,231 @@
+"""Opening a source of training tokens: text, a dataset, stored token ids, the demo's corpus, or a function.
+
+R rows, T tokens per row, N tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from replacement.data.documents import Piece, pack, pieces_of_files, rows_of, special_id, whole_documents
+from replacement.data.hugging_face_datasets import HUB_PREFIX, hub_column, parquet_column, saved_column
+from replacement.data.joined_rows import JoinedRows, as_rows
+from replacement.data.token_files import TOKEN_SUFFIXES, map_ids, resolve
+from replacement.data.token_sources import DemoRows, StoredRows, StreamedRows, TokenSource
+from replacement.language_model.language_model import LanguageModel
+
+MAX_CONTEXT = 512
+"""Tokens per row where neither the caller nor the stored rows say otherwise, if the model reads as many."""
+
+
+def open_source(
+    source: str | Path | Sequence[str | Path] | np.ndarray | Tensor | Callable[[], Iterable[Any]],
+    lm: LanguageModel,
+    *,
+    context: int | None = None,
+    n_held_out: int = 0,
+    text_field: str = "text",
+    split: str = "train",
+    tensor: str | None = None,
+) -> TokenSource:
+    """Rows of token ids for a model, from whatever `source` names.
+
+    Stored tokens are shuffled globally in every epoch and can be cached; text is tokenised on the way, comes in its own
+    order and is mixed by the shuffle buffer only. `store_rows` turns the one into the other.
+
+    Arguments:
+        source: one of
+            - `.npy` files (memory-mapped) or `.safetensors` files, by path, folder, pattern or list: rows `[R, T]` of one
+              width, or flat ids `[N]`, cut into rows file by file;
+            - text files, by path, folder, pattern (`corpus/*.txt`) or list: a `.txt` file is one document, a `.jsonl` or
+              `.parquet` file holds one per entry. Documents are laid end to end, joined by the end-of-sequence token,
+              and cut into rows that start with the beginning-of-sequence token where the model was trained with one;
+            - a dataset saved with `Dataset.save_to_disk`, or `hf:NAME` or `hf:NAME:CONFIGURATION` on the Hugging Face hub;
+            - `"demo"`, the corpus of the demo model, generated without end;
+            - an array or tensor like those in files;
+            - a function that starts an iteration over texts, or over rows of T token ids, afresh at every call.
+        lm: the model whose tokenizer, vocabulary and context the rows must fit.
+        context: tokens per row T; by default the width of stored rows, and otherwise the model's context, at most 512.
+        n_held_out: the first n rows never appear in training (for the demo, rows of an independent random stream).
+        text_field: field of the texts in `.jsonl`, `.parquet` and datasets; a dataset's field of token ids gives rows.
+        split: split of a dataset that has several.
+        tensor: name of the tensor in a `.safetensors` file; by default its first integer tensor.
+
+    Raises:
+        ValueError: names the source, with what was expected and what was found: missing or damaged files, an unknown
+            kind of file, text for a model without a tokenizer, rows longer than the model's context or of several
+            lengths, ids outside its vocabulary, or too few rows.
+    """
+    opener = _Opener(lm, context, n_held_out)
+    if isinstance(source, np.ndarray | Tensor):
+        return opener.stored({"the token array": source}, "the token array")
+    if callable(source):
+        return opener.items(source, f"the source {getattr(source, '__name__', type(source).__name__)}")
+    if isinstance(source, str) and source == "demo":
+        return opener.demo()
+    if isinstance(source, str) and source.startswith(HUB_PREFIX):
+        return opener.items(hub_column(source, split=split, column=text_field), source)
+    paths = resolve(source)
+    name = str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))
+    if paths[0].is_dir():
+        return opener.items(saved_column(paths[0], split=split, column=text_field), name)
+    if paths[0].suffix in TOKEN_SUFFIXES:
+        return opener.stored({str(path): map_ids(path, tensor) for path in paths}, name)
+    if paths[0].suffix == ".parquet":
+        return opener.items(parquet_column(paths, column=text_field), name)
+    return opener.packed(lambda: pieces_of_files(paths, text_field=text_field), name)
+
+
+def store_rows(source: TokenSource, path: str | Path, *, n_rows: int | None = None) -> None:
+    """Write the rows of a source, held-out ones first, to a `.npy` file, to be opened as stored rows from then on.
+
+    That tokenises a text once for many runs and processes, lets it be shuffled globally, and lets its activations be
+    cached. The file is written atomically.
+
+    Arguments:
+        n_rows: most training rows to write; all of one epoch by default, and needed for a source without an end.
+
+    Raises:
+        ValueError: another suffix than `.npy`, or an endless source without `n_rows`.
+    """
+    target = Path(path)
+    if target.suffix != ".npy":
+        raise ValueError(f"{path}: expected a file name that ends in .npy")
+    if isinstance(source, DemoRows) and n_rows is None:
+        raise ValueError(f"{source.name} has no end: give n_rows, the rows to write")
+    size = source.vocabulary_size
+    dtype = np.dtype(np.uint16 if size is not None and size <= 1 << 16 else np.uint32)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            n_written = 0
+            _write_header(file, dtype, 0, source.context)
+            for rows_RT in itertools.chain([source.held_out()], _first(source.one_pass(), n_rows)):
+                rows_RT.numpy().astype(dtype).tofile(file)
+                n_written += len(rows_RT)
+            file.seek(0)
+            _write_header(file, dtype, n_written, source.context)
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, n_rows: int, context: int) -> None:
+    """A `.npy` header; NumPy pads it for the first axis to grow, so that every number of rows takes the same room."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n_rows, context)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _first(parts: Iterator[Tensor], n_rows: int | None) -> Iterator[Tensor]:
+    left = n_rows
+    for rows_RT in parts:
+        yield rows_RT[:left]
+        if left is not None:
+            left -= len(rows_RT)
+            if left <= 0:
+                return
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Makes sources whose rows fit a model."""
+
+    lm: LanguageModel
+    context: int | None
+    n_held_out: int
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context > self.lm.context_length:
+            raise ValueError(f"rows of {self.context} tokens: {self.lm.name} reads at most {self.lm.context_length}")
+        if self.n_held_out < 0:
+            raise ValueError(f"n_held_out must be 0 or more, got {self.n_held_out}")
+
+    def stored(self, arrays: Mapping[str, np.ndarray | Tensor], name: str) -> TokenSource:
+        """Token ids that can be read in any order; rows keep their width, and flat ids are cut to the same.
+
+        Arguments:
+            arrays: one or more, by what errors call them.
+        """
+        ids = {file: x.detach().cpu().numpy() if isinstance(x, Tensor) else x for file, x in arrays.items()}
+        widths = {file: array.shape[1] for file, array in ids.items() if array.ndim == 2}
+        for file, width in widths.items():
+            if width > self.lm.context_length:
+                raise ValueError(
+                    f"{file} holds rows of {width} tokens: {self.lm.name} reads at most {self.lm.context_length}"
+                )
+            first, expected = next(iter(widths.items()))
+            if self.context is None and width != expected:
+                raise ValueError(f"{file} holds rows of {width} tokens, expected {expected} as in {first}")
+        context = next(iter(widths.values()), self.width) if self.context is None else self.context
+        rows = [as_rows(array, context, file) for file, array in ids.items()]
+        return StoredRows(rows[0] if len(rows) == 1 else JoinedRows(rows), **self._options(name))
+
+    def demo(self) -> TokenSource:
+        """The demo's corpus."""
+        return DemoRows(
+            self._tokenizer("the demo corpus"),
+            context=self.width,
+            n_held_out=self.n_held_out,
+            vocabulary_size=self.lm.vocabulary_size,
+        )
+
+    def packed(self, pieces: Callable[[], Iterable[Piece]], name: str) -> TokenSource:
+        """Texts, tokenised on the way."""
+        tokenizer = self._tokenizer(name)
+        bos = self._bos_id()
+        eos = special_id(tokenizer, "eos", vocabulary_size=self.lm.vocabulary_size)
+        head = bos if self.lm.parts.bridge.cfg.default_prepend_bos else None
+
+        def start() -> Iterator[np.ndarray]:
+            separator = bos if eos is None else eos
+            return pack(pieces(), tokenizer, context=self.width, bos=head, separator=separator)
+
+        return StreamedRows(start, context=self.width, **self._options(name))
+
+    def items(self, start: Callable[[], Iterable[Any]], name: str) -> TokenSource:
+        """Texts or rows of token ids, whichever the first item is."""
+        one, other = iter(start()), iter(start())
+        if one is other:
+            raise ValueError(f"{name} goes on where it stopped: expected a function that starts afresh at every call")
+        first = next(one, None)
+        if first is None:
+            raise ValueError(f"{name} yields nothing: expected texts or rows of token ids")
+        if isinstance(first, str):
+            return self.packed(lambda: whole_documents(start(), name=name), name)
+        return StreamedRows(
+            lambda: rows_of(start(), context=self.width, name=name), context=self.width, **self._options(name)
+        )
+
+    @property
+    def width(self) -> int:
+        """Tokens per row where the source has none of its own: by default the model's context, at most `MAX_CONTEXT`."""
+        return min(self.lm.context_length, MAX_CONTEXT) if self.context is None else self.context
+
+    def _options(self, name: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "n_held_out": self.n_held_out,
+            "vocabulary_size": self.lm.vocabulary_size,
+            "bos_id": self._bos_id(),
+        }
+
+    def _bos_id(self) -> int | None:
+        if self.lm.tokenizer is None:
+            return None
+        return special_id(self.lm.tokenizer, "bos", vocabulary_size=self.lm.vocabulary_size)
+
+    def _tokenizer(self, name: str) -> Any:
+        if self.lm.tokenizer is None:
+            raise ValueError(
+                f"{name} is text, but {self.lm.name} has no tokenizer: expected token ids (.npy, .safetensors)"
+            )
+        return self.lm.tokenizer

@@ -1,0 +1,289 @@
+"""Sources of training rows: token ids of one length, in an order that is a pure function of (seed, position).
+
+R rows, T tokens per row. A source has an endless order of rows, counted by position: stored rows are shuffled anew in
+every epoch, streamed rows come as they arrive and start over. Whoever asks for positions `first, first + 1, ...` with
+the same seed gets the same rows, in whatever process and after whatever interruption.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from replacement.data.joined_rows import JoinedRows, as_rows
+
+_EPOCH_STREAM = 0  # first word of the random seeds of row orders; the shuffle buffers use another
+
+_ROWS_AT_A_TIME = 1024
+
+DEMO_FIRST_SEED = 1_000_000
+"""First corpus seed of the demo source, far from the seeds the demo language model was trained on."""
+DEMO_ROWS_PER_SEED = 4096
+DEMO_HELD_OUT_SEED = 0
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of a source's endless order."""
+
+    tokens_RT: Tensor
+    """Token ids, int64."""
+    index_R: Tensor
+    """Number of each row within its source, counting the held-out rows, from 0; int64."""
+    epoch: int
+    """Passes over the source completed before the last of these rows."""
+
+
+class TokenSource(ABC):
+    """Rows of token ids of one length.
+
+    Attributes:
+        name: what errors call it, such as the file's path.
+        context: tokens per row T.
+        vocabulary_size: token ids lie below it; None if that is not to be checked.
+        bos_id: the beginning-of-sequence token, or None.
+        n_rows: training rows of one epoch (held-out rows not counted); None where that is unknown or endless.
+    """
+
+    def __init__(self, name: str, *, context: int, vocabulary_size: int | None, bos_id: int | None) -> None:
+        if context < 1:
+            raise ValueError(f"{name}: the context must be 1 token or more, got {context}")
+        self.name, self.context = name, context
+        self.vocabulary_size, self.bos_id = vocabulary_size, bos_id
+        self.n_rows: int | None = None
+
+    @abstractmethod
+    def held_out(self) -> Int[Tensor, "R T"]:
+        """The rows that never appear in training."""
+
+    @abstractmethod
+    def blocks(self, n: int, *, first: int = 0, seed: int) -> Iterator[Rows]:
+        """Endless consecutive blocks of `n` training rows each, from position `first` of the endless order.
+
+        Arguments:
+            n: rows per block; a block may run over the end of an epoch.
+            first: rows of the order to pass over.
+            seed: seed of the row order, where the source is shuffled.
+
+        Raises:
+            ValueError: a token id outside the vocabulary, or a source that yields nothing when it is started again.
+        """
+
+    @abstractmethod
+    def one_pass(self) -> Iterator[Int[Tensor, "R T"]]:
+        """The training rows once, a few at a time, in the source's own order; without end where the source has none."""
+
+    def _checked(self, rows_RT: np.ndarray) -> Tensor:
+        """The rows as int64, if the model can read them."""
+        if rows_RT.size and self.vocabulary_size is not None:
+            low, high = int(rows_RT.min()), int(rows_RT.max())
+            if low < 0 or high >= self.vocabulary_size:
+                raise ValueError(
+                    f"{self.name}: token ids must lie in [0, {self.vocabulary_size}), got {low} to {high}; "
+                    "was it written with another tokenizer?"
+                )
+        return torch.from_numpy(rows_RT.astype(np.int64))
+
+
+class StoredRows(TokenSource):
+    """Rows that can be read in any order: an array in memory, or arrays mapped from files.
+
+    Rows are shuffled globally, by a new permutation in every epoch.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray | Tensor | JoinedRows,
+        *,
+        context: int | None = None,
+        name: str = "the token rows",
+        n_held_out: int = 0,
+        vocabulary_size: int | None = None,
+        bos_id: int | None = None,
+    ) -> None:
+        """Wrap `[R, T]` rows, or flat ids `[N]` that are cut into rows of `context` tokens as they stand.
+
+        Arguments:
+            context: tokens per row; needed for flat ids, and the width of 2-D rows otherwise.
+            n_held_out: the first n rows never appear in training.
+
+        Raises:
+            ValueError: not integers, another number of dimensions, rows of another length, too few rows for the
+                held-out ones and one more, or held-out ids outside the vocabulary.
+        """
+        array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
+        rows = array if isinstance(array, JoinedRows) else as_rows(array, context, name)
+        super().__init__(name, context=rows.shape[1], vocabulary_size=vocabulary_size, bos_id=bos_id)
+        _check_enough(name, len(rows), n_held_out)
+        self._rows, self._n_held_out = rows, n_held_out
+        self.n_rows: int = len(rows) - n_held_out
+        self._checked(rows[: n_held_out + 1])  # a foreign vocabulary is noticed at once
+
+    @property
+    def n_stored(self) -> int:
+        """All rows, held-out ones included."""
+        return len(self._rows)
+
+    def take(self, index_R: Int[Tensor, " R"]) -> Int[Tensor, "R T"]:
+        """Rows by their number in the source, from 0 with the held-out rows first."""
+        return self._checked(self._rows[index_R.numpy()])
+
+    def held_out(self) -> Int[Tensor, "R T"]:
+        """The first `n_held_out` rows."""
+        return self._checked(self._rows[: self._n_held_out])
+
+    def blocks(self, n: int, *, first: int = 0, seed: int) -> Iterator[Rows]:
+        """Endless blocks of rows, shuffled over the whole source in every epoch."""
+
+        @lru_cache(maxsize=1)
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng([_EPOCH_STREAM, seed, epoch]).permutation(self.n_rows)
+
+        while True:
+            epoch_R, place_R = np.divmod(np.arange(first, first + n), self.n_rows)
+            epochs = range(int(epoch_R[0]), int(epoch_R[-1]) + 1)
+            index_R = np.concatenate([order(epoch)[place_R[epoch_R == epoch]] for epoch in epochs])
+            index = torch.from_numpy(index_R + self._n_held_out)
+            yield Rows(self.take(index), index, epochs[-1])
+            first += n
+
+    def one_pass(self) -> Iterator[Int[Tensor, "R T"]]:
+        """The training rows once, in the order in which they are stored."""
+        for first in range(self._n_held_out, self.n_stored, _ROWS_AT_A_TIME):
+            yield self._checked(self._rows[first : first + _ROWS_AT_A_TIME])
+
+
+class StreamedRows(TokenSource):
+    """Rows in the order in which they arrive; the source starts over when it ends."""
+
+    def __init__(
+        self,
+        start: Callable[[], Iterable[np.ndarray]],
+        *,
+        context: int,
+        name: str = "the stream of rows",
+        n_held_out: int = 0,
+        vocabulary_size: int | None = None,
+        bos_id: int | None = None,
+    ) -> None:
+        """Wrap a function that starts the rows afresh; each item it yields is some rows `[n, T]`.
+
+        Arguments:
+            n_held_out: the first n rows never appear in training.
+
+        Raises:
+            ValueError: too few rows for the held-out ones and one more, or ids outside the vocabulary among them.
+        """
+        super().__init__(name, context=context, vocabulary_size=vocabulary_size, bos_id=bos_id)
+        self._start, self._n_held_out = start, n_held_out
+        opening = list(islice(self._all_rows(), n_held_out + 1))
+        _check_enough(name, len(opening), n_held_out)
+        self._held_out = self._checked(np.stack(opening))[:n_held_out]
+
+    def held_out(self) -> Int[Tensor, "R T"]:
+        """The first `n_held_out` rows."""
+        return self._held_out
+
+    def blocks(self, n: int, *, first: int = 0, seed: int) -> Iterator[Rows]:
+        """Endless blocks of rows in order of arrival, whatever the seed; rows passed over are produced and dropped."""
+        rows = islice(self._endless(), first, None)
+        while True:
+            block = list(islice(rows, n))
+            tokens_RT = self._checked(np.stack([row for _, _, row in block]))
+            yield Rows(tokens_RT, torch.tensor([index for _, index, _ in block]), block[-1][0])
+
+    def one_pass(self) -> Iterator[Int[Tensor, "R T"]]:
+        """The training rows once, in order of arrival."""
+        rows = islice(self._all_rows(), self._n_held_out, None)
+        while some := list(islice(rows, _ROWS_AT_A_TIME)):
+            yield self._checked(np.stack(some))
+
+    def _endless(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        epoch = 0
+        while True:
+            n_seen = 0
+            for n_seen, row_T in enumerate(self._all_rows(), start=1):
+                if n_seen > self._n_held_out:
+                    yield epoch, n_seen - 1, row_T
+            if n_seen <= self._n_held_out:
+                raise ValueError(f"{self.name} gave only {n_seen} rows when started again: expected the same rows")
+            epoch += 1
+
+    def _all_rows(self) -> Iterator[np.ndarray]:
+        for rows_nT in self._start():
+            yield from rows_nT
+
+
+class DemoRows(TokenSource):
+    """The corpus of the demo model, generated without end: corpus seeds from 1,000,000 upward, 4096 rows of each."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context: int,
+        n_held_out: int = 0,
+        vocabulary_size: int | None = None,
+    ) -> None:
+        """Generate rows with this tokenizer.
+
+        Raises:
+            ValueError: the tokenizer lacks words of the demo's corpus.
+        """
+        from replacement.demo.corpus import vocabulary
+
+        unknown = sorted(set(vocabulary()) - tokenizer.get_vocab().keys())
+        if unknown:
+            raise ValueError(
+                f"the demo corpus is for the demo model: this tokenizer lacks {len(unknown)} of its words, "
+                f"such as {unknown[0]!r}"
+            )
+        bos_id = tokenizer.bos_token_id
+        super().__init__("the demo corpus", context=context, vocabulary_size=vocabulary_size, bos_id=bos_id)
+        self._tokenizer, self._n_held_out = tokenizer, n_held_out
+
+    def held_out(self) -> Int[Tensor, "R T"]:
+        """`n_held_out` rows from a random stream that training never uses."""
+        from replacement.demo.corpus import held_out_rows
+
+        rows_RT = held_out_rows(self._tokenizer, n_rows=self._n_held_out, context=self.context, seed=DEMO_HELD_OUT_SEED)
+        return self._checked(rows_RT.reshape(self._n_held_out, self.context))
+
+    def blocks(self, n: int, *, first: int = 0, seed: int) -> Iterator[Rows]:
+        """Endless blocks of rows, all of them new, whatever the seed."""
+
+        @lru_cache(maxsize=1)
+        def drawn(part: int) -> np.ndarray:
+            from replacement.demo.corpus import sample_rows
+
+            corpus_seed = DEMO_FIRST_SEED + part
+            return sample_rows(self._tokenizer, n_rows=DEMO_ROWS_PER_SEED, context=self.context, seed=corpus_seed)
+
+        while True:
+            index_R = np.arange(first, first + n)
+            part_R, place_R = np.divmod(index_R, DEMO_ROWS_PER_SEED)
+            parts = range(int(part_R[0]), int(part_R[-1]) + 1)
+            rows_RT = np.concatenate([drawn(part)[place_R[part_R == part]] for part in parts])
+            yield Rows(self._checked(rows_RT), torch.from_numpy(index_R), 0)
+            first += n
+
+    def one_pass(self) -> Iterator[Int[Tensor, "R T"]]:
+        """The training rows, without end."""
+        return (rows.tokens_RT for rows in self.blocks(_ROWS_AT_A_TIME, seed=0))
+
+
+def _check_enough(name: str, n_rows: int, n_held_out: int) -> None:
+    if n_held_out < 0:
+        raise ValueError(f"n_held_out must be 0 or more, got {n_held_out}")
+    if n_rows < n_held_out + 1:
+        raise ValueError(
+            f"{name} has {n_rows} rows: expected at least {n_held_out + 1} (n_held_out and one to train on)"
+        )

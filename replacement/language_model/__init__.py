@@ -1,0 +1,1 @@
+"""The language model: loading through TransformerLens, and its attention and norms frozen for one prompt."""

@@ -1,0 +1,303 @@
+"""Access to the parts of a TransformerLens bridge that the linear maps are made of: hooks, norms, attention weights.
+
+Letters: T tokens, D d_model, H heads, K d_head. This is the only file that knows how TransformerLens names things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from replacement.crosscoder.sites import ModelShape, Site
+from replacement.language_model.frozen_layers import AttentionWeights, NormWeights
+from replacement.language_model.queries_and_keys import QueryKeyWeights
+
+HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "mlp_in": "mlp.hook_in",
+    "mlp_out": "hook_mlp_out",
+    "attn_z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+}
+"""TransformerLens hook of every site kind, below `blocks.{layer}.`; `hook_mlp_out` is after a post-norm where there is one."""
+
+NamedHook = tuple[str, Any]
+
+
+class BridgeParts:
+    """Uniform access to one bridge.
+
+    Raises:
+        ValueError: the architecture lacks a part that must be frozen; it is named.
+    """
+
+    def __init__(self, bridge: TransformerBridge) -> None:
+        self.bridge = bridge
+        self.architecture = str(bridge.cfg.architecture)
+        self.dtype = next(bridge.parameters()).dtype
+        self.device = next(bridge.parameters()).device
+        self._require_parts()
+        cfg = bridge.cfg
+        parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
+        self.shape = ModelShape(cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.d_head, parallel)
+        self._attention_weights: tuple[AttentionWeights, ...] | None = None
+
+    def hook_name(self, site: Site) -> str:
+        """TransformerLens name of a site.
+
+        Raises:
+            ValueError: the model has no such site.
+        """
+        parallel_mid = site.kind == "resid_mid" and self.shape.parallel
+        if site.layer >= self.shape.n_layers or site.model != 0 or parallel_mid:
+            why = "attention and MLP run in parallel" if parallel_mid else f"it has {self.shape.n_layers} layers"
+            raise ValueError(f"the language model has no site {site}: {why}")
+        return f"blocks.{site.layer}.{HOOKS[site.kind]}"
+
+    def capture(self, tokens_T: Tensor, names: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits `[T, V]` and the activations at hooks for one prompt, batch axis dropped."""
+        cache: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(x: Tensor, hook: Any) -> None:
+                # Position embeddings arrive without a batch axis in some models.
+                cache[name] = x[0].detach() if x.ndim > 2 else x.detach()
+
+            return hook
+
+        with torch.no_grad():
+            logits_BTV = self.run(tokens_T[None], [(name, keep(name)) for name in sorted(names)])
+        return logits_BTV[0], cache
+
+    def run(self, tokens_BT: Tensor, hooks: list[NamedHook]) -> Tensor:
+        """Logits of the bridge with forward hooks."""
+        # What a hook makes of a norm's input must reach that norm, and what it makes of an output must stay.
+        keep, redo = self._float64_norm_hooks()
+        named: list[Any] = [*redo, *hooks, *keep]
+        logits: Tensor = self.bridge.run_with_hooks(tokens_BT, fwd_hooks=named)
+        return logits
+
+    @property
+    def pattern_names(self) -> list[str]:
+        """Hooks at the attention patterns `[B, head, query, key]`, one per layer."""
+        return [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.shape.n_layers)]
+
+    def pattern_hooks(self, patterns: Sequence[Tensor]) -> list[NamedHook]:
+        """Hooks that hold every attention pattern at a given value, whatever the queries and keys."""
+
+        def hold(pattern_BHTT: Tensor) -> Any:
+            return lambda x, hook: pattern_BHTT.to(x).expand_as(x)
+
+        return [(name, hold(pattern)) for name, pattern in zip(self.pattern_names, patterns, strict=True)]
+
+    @property
+    def norm_paths(self) -> list[str]:
+        """Every norm that reads the residual stream or what a branch writes to it; not those of queries and keys."""
+        layers = range(self.shape.n_layers)
+        return [f"blocks.{layer}.{name}" for layer in layers for name in self.norm_names(layer)] + ["ln_final"]
+
+    def norm_scale_hooks(self, scales: Mapping[str, Tensor]) -> tuple[list[NamedHook], list[NamedHook]]:
+        """Hooks that hold the scale `[..., T, 1]` of each norm named by its path, whatever it reads.
+
+        Returns:
+            Hooks to run behind all others, which keep each norm's input, and hooks to run in front of them, which compute its
+            output: what others make of an output stays.
+        """
+        pairs = [self._held_norm(path, scale_T1) for path, scale_T1 in scales.items()]
+        return [keep for keep, _ in pairs], [redo for _, redo in pairs]
+
+    def frozen_hook_names(self) -> set[str]:
+        """Hooks that a frozen prompt is made of."""
+        names = {"hook_embed", "ln_final.hook_in", "ln_final.hook_out", "ln_final.hook_scale"}
+        if hasattr(self.bridge, "pos_embed"):
+            names.add("hook_pos_embed")
+        for layer in range(self.shape.n_layers):
+            hooks = ["attn.hook_pattern", "hook_attn_out", "hook_resid_pre", "hook_resid_post", "mlp.hook_in"]
+            hooks += [f"{name}.hook_scale" for name in self.norm_names(layer)]
+            names |= {f"blocks.{layer}.{hook}" for hook in hooks}
+        return names
+
+    def norm_names(self, layer: int) -> list[str]:
+        """Norms of one layer, in forward order; `_post` ones act on what a branch writes (Gemma 2 and 3)."""
+        return [name for name in ("ln1", "ln1_post", "ln2", "ln2_post") if name in self.bridge.blocks[layer]._modules]
+
+    def norm_weights(self, path: str) -> NormWeights:
+        """Gain and offset of the norm at `blocks.{layer}.{name}` or `ln_final`."""
+        norm = self._component(path)
+        original = norm.original_component
+        weight = getattr(original, "weight", None)
+        bias = getattr(original, "bias", None)
+        width = self.shape.d_model if weight is None else len(weight)  # norms of queries and keys are over d_head
+        zeros_D = torch.zeros(width, dtype=self.dtype, device=self.device)
+        weight_D = zeros_D + 1 if weight is None else weight.detach() + (1 if norm.uses_weight_offset else 0)
+        return NormWeights(weight_D, zeros_D if bias is None else bias.detach(), centred=not norm.uses_rms_norm)
+
+    @property
+    def attention_weights(self) -> tuple[AttentionWeights, ...]:
+        """Value and output weights of every layer with the norms folded in; made once, shared by all prompts."""
+        if self._attention_weights is None:
+            self._attention_weights = tuple(self._fold_attention(layer) for layer in range(self.shape.n_layers))
+        return self._attention_weights
+
+    def query_key_weights(self, layer: int) -> QueryKeyWeights:
+        """Query and key weights of one layer with the input norm folded in."""
+        attention = self.bridge.blocks[layer].attn
+        original = attention.original_component
+        b_Q, b_K = attention.b_Q, attention.b_K
+        native_scale = getattr(original, "scale", None)  # TransformerLens's own modules divide by it
+        scale = (
+            1 / float(native_scale) if native_scale else float(getattr(original, "scaling", self.shape.d_head**-0.5))
+        )
+        soft_cap = getattr(original, "attn_logit_softcapping", None) or getattr(original, "attn_scores_soft_cap", None)
+        norms = {path.rpartition(".")[2]: self.norm_weights(path) for path in self._head_norms(layer)}
+        return QueryKeyWeights.fold(
+            W_Q=attention.W_Q.detach(),
+            W_K=attention.W_K.detach(),
+            b_Q=None if b_Q is None else b_Q.detach(),
+            b_K=None if b_K is None else b_K.detach(),
+            norm_in=self.norm_weights(f"blocks.{layer}.ln1"),
+            query_norm=norms.get("q_norm"),
+            key_norm=norms.get("k_norm"),
+            scale=scale,
+            soft_cap=float(soft_cap) if soft_cap and float(soft_cap) > 0 else None,
+        )
+
+    def query_key_hook_names(self, layer: int) -> set[str]:
+        """Hooks that frozen queries and keys are made of and checked against, as far as this model has them."""
+        hooks = ["hook_attn_scores", "hook_pattern", "hook_cos", "hook_sin", "hook_rot_q", "hook_rot_k"]
+        hooks += ["q.hook_out", "k.hook_out", "q_norm.hook_scale", "k_norm.hook_scale"]
+        names = {f"blocks.{layer}.{hook}" for hook in ("hook_resid_pre", "ln1.hook_scale")}
+        return (names | {f"blocks.{layer}.attn.{hook}" for hook in hooks}) & set(self.bridge.hook_dict)
+
+    def _head_norms(self, layer: int) -> list[str]:
+        """Norms over `d_head` of queries and keys (Gemma 3, Qwen 3); one over all heads at once is another thing."""
+        modules = self.bridge.blocks[layer].attn._modules
+        weights = {name: getattr(modules.get(name), "weight", None) for name in ("q_norm", "k_norm")}
+        ours = [name for name, weight in weights.items() if weight is not None and weight.shape == (self.shape.d_head,)]
+        return [f"blocks.{layer}.attn.{name}" for name in ours]
+
+    def unembedding(self) -> tuple[Tensor, Tensor]:
+        """`W_U [D, V]` and `b_U [V]` (zeros where the model has none)."""
+        W_U, b_U = self.bridge.W_U.detach(), self.bridge.b_U
+        return W_U, W_U.new_zeros(W_U.shape[1]) if b_U is None else b_U.detach()
+
+    def soft_cap(self, logits: Tensor) -> Tensor:
+        """The model's last step: `cap * tanh(logits / cap)` where it has a soft-cap (Gemma 2), else the logits."""
+        cap = float(getattr(self.bridge.cfg, "output_logits_soft_cap", -1.0) or -1.0)
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+    def before_soft_cap(self, logits: Tensor) -> Tensor:
+        """The inverse of `soft_cap`: logits as the unembedding gives them."""
+        cap = float(getattr(self.bridge.cfg, "output_logits_soft_cap", -1.0) or -1.0)
+        # In float64, where only a logit at the very cap is rounded to it.
+        limit = 1 - torch.finfo(torch.float64).eps
+        return (cap * torch.atanh((logits.double() / cap).clamp(-limit, limit))).to(logits) if cap > 0 else logits
+
+    def _fold_attention(self, layer: int) -> AttentionWeights:
+        attention = self.bridge.blocks[layer].attn
+        b_V, b_O = attention.b_V, attention.b_O
+        post = "ln1_post" in self.norm_names(layer)
+        return AttentionWeights.fold(
+            W_V=attention.W_V.detach(),
+            W_O=attention.W_O.detach(),
+            b_V=None if b_V is None else b_V.detach(),
+            b_O=None if b_O is None else b_O.detach(),
+            norm_in=self.norm_weights(f"blocks.{layer}.ln1"),
+            norm_out=self.norm_weights(f"blocks.{layer}.ln1_post") if post else None,
+        )
+
+    def _component(self, path: str) -> Any:
+        component: Any = self.bridge
+        for part in path.split("."):
+            component = component[int(part)] if part.isdigit() else getattr(component, part)
+        return component
+
+    def _require_parts(self) -> None:
+        blocks = getattr(self.bridge, "blocks", None)
+        if blocks is None or getattr(self.bridge, "ln_final", None) is None:
+            raise ValueError(f"{self.architecture} cannot be linearised exactly: it has no plain stack of blocks")
+        for layer, block in enumerate(blocks):
+            for part in ("ln1", "attn", "ln2", "mlp"):
+                if part not in block._modules:
+                    raise ValueError(
+                        f"{self.architecture} cannot be linearised exactly: layer {layer} has no '{part}' to freeze"
+                    )
+
+    def _float64_norm_hooks(self) -> tuple[list[NamedHook], list[NamedHook]]:
+        """In float64, redo the RMS norms: Hugging Face computes them in float32 whatever the model's dtype.
+
+        Returns:
+            Hooks that keep each norm's input, and hooks that compute its output from it.
+        """
+        if self.dtype != torch.float64 or not self.bridge.ln_final.uses_rms_norm:
+            return [], []
+        head_norms = [path for layer in range(self.shape.n_layers) for path in self._head_norms(layer)]
+        pairs = [self._float64_norm(path) for path in [*head_norms, *self.norm_paths]]
+        return [keep for keep, _ in pairs], [redo for _, redo in pairs]
+
+    def norm_map(self, path: str) -> Callable[[Tensor], Tensor]:
+        """A norm as a function of `[..., D]`: `c / sqrt(mean c^2 + epsilon) * weight + bias`, c = x centred or not."""
+        norm = self._component(path)
+        original = norm.original_component
+        epsilon = float(getattr(original, "variance_epsilon", getattr(original, "eps", norm.config.eps)))
+        weights = self.norm_weights(path)
+
+        def apply(x: Tensor) -> Tensor:
+            c = x - x.mean(-1, keepdim=True) if weights.centred else x
+            return c / (c.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * weights.weight_D + weights.bias_D
+
+        return apply
+
+    def mlp_map(self, layer: int, read: str) -> Callable[[Tensor], Tensor]:
+        """The model's own map of rows `[B, D]` at a site in front of an MLP to `mlp_out`, norms included.
+
+        Args:
+            read: `mlp_in`, or the stream the MLP's norm reads: `resid_mid`, `resid_pre` in a parallel model.
+
+        Raises:
+            ValueError: another site, from which `mlp_out` depends on other positions too.
+        """
+        stream = "resid_pre" if self.shape.parallel else "resid_mid"
+        if read not in ("mlp_in", stream):
+            raise ValueError(f"mlp_out is a function of mlp_in or {stream} at each position, not of {read}")
+        mlp = self.bridge.blocks[layer].mlp
+        before = self.norm_map(f"blocks.{layer}.ln2") if read == stream else None
+        after = self.norm_map(f"blocks.{layer}.ln2_post") if "ln2_post" in self.norm_names(layer) else None
+
+        def apply(x_BD: Tensor) -> Tensor:
+            y_BD = mlp((before(x_BD) if before else x_BD)[None])[0]
+            return after(y_BD) if after else y_BD
+
+        return apply
+
+    def _held_norm(self, path: str, scale_T1: Tensor) -> tuple[NamedHook, NamedHook]:
+        weights = self.norm_weights(path)
+        seen: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: Any) -> None:
+            seen["x"] = x
+
+        def redo(y: Tensor, hook: Any) -> Tensor:
+            x = seen.pop("x")
+            x = x - x.mean(-1, keepdim=True) if weights.centred else x
+            return x / scale_T1 * weights.weight_D + weights.bias_D
+
+        return (f"{path}.hook_in", keep), (f"{path}.hook_out", redo)
+
+    def _float64_norm(self, path: str) -> tuple[NamedHook, NamedHook]:
+        norm = self.norm_map(path)
+        seen: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: Any) -> None:
+            seen["x"] = x
+
+        def redo(y: Tensor, hook: Any) -> Tensor:
+            return norm(seen.pop("x"))
+
+        return (f"{path}.hook_in", keep), (f"{path}.hook_out", redo)

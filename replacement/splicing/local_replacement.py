@@ -1,0 +1,175 @@
+"""The local replacement model of one prompt: features, error terms, frozen attention. It equals the original model there.
+
+T tokens, L layers, D d_model, S active features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.features import Features
+from replacement.crosscoder.sites import ModelShape, Site
+from replacement.language_model.freezing import FrozenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """The outputs of one kind of part, written as features + decoder bias + skip + error at every layer and position."""
+
+    kind: str
+    """Kind of site that is written: `mlp_out` or `attn_out`."""
+    crosscoder: Crosscoder
+    """Whose features these are."""
+    features: Features
+    """Active features; row = token position."""
+    pre_activation_S: Float[Tensor, " S"]
+    """Pre-activation of every active feature, as the crosscoder computed it."""
+    errors_LTD: Float[Tensor, "L T D"]
+    """Output minus reconstruction; the whole output at a layer the crosscoder does not write."""
+
+    @classmethod
+    def of(cls, kind: str, crosscoder: Crosscoder, frozen: FrozenPrompt) -> Decomposition:
+        """Encode the clean activations and set the error terms that make the sum exact."""
+        output = crosscoder({site: frozen.activations[site] for site in crosscoder.wiring.read_sites})
+        layers = range(len(frozen.attentions))
+        errors = torch.stack([frozen.activations[Site(layer, kind)] for layer in layers])
+        for site, y_TD in output.reconstructions.items():
+            errors[site.layer] -= y_TD
+        pre_S = _pre_activations(crosscoder, output.features, frozen)
+        return cls(kind, crosscoder, output.features, pre_S, errors)
+
+    def outputs(self, frozen: FrozenPrompt, activation_S: Tensor | None = None) -> Tensor:
+        """`[L, T, D]`: features (at the given activations, or their own) + bias + skip on clean inputs + error."""
+        features = self.features if activation_S is None else self.features.replace_activations(activation_S)
+        written = self.crosscoder.decode(features)
+        skipped = self.crosscoder.skip_contribution(frozen.activations)
+        out = self.errors_LTD.clone()
+        for site, y_TD in written.items():
+            out[site.layer] += y_TD + skipped.get(site, 0)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class LocalReplacement:
+    """One prompt, with every MLP output (and every attention output, if a crosscoder writes those) decomposed.
+
+    Between features it is linear: attention patterns and norm scales are fixed at their values on this prompt.
+    """
+
+    shape: ModelShape
+    """Sizes of the language model."""
+    frozen: FrozenPrompt
+    """Attention, norms, embeddings and clean activations."""
+    mlp: Decomposition
+    """MLP outputs as features and errors."""
+    attention: Decomposition | None
+    """Attention outputs as features and errors; None where attention is linear between its patterns."""
+    W_U: Float[Tensor, "D V"]
+    """Unembedding `[D, V]`."""
+    b_U: Float[Tensor, " V"]
+    """Unembedding bias `[V]`."""
+
+    @property
+    def decompositions(self) -> tuple[Decomposition, ...]:
+        """Of the MLPs, then of attention where it has one."""
+        return (self.mlp,) if self.attention is None else (self.mlp, self.attention)
+
+    @property
+    def crosscoder(self) -> Crosscoder:
+        """The crosscoder of the MLPs."""
+        return self.mlp.crosscoder
+
+    @property
+    def features(self) -> Features:
+        """Active features of the MLPs' crosscoder; row = token position."""
+        return self.mlp.features
+
+    @property
+    def n_positions(self) -> int:
+        """Number of tokens T."""
+        return len(self.frozen.tokens_T)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Next-token probabilities `[T, V]` of the original model, soft-cap included."""
+        return self.frozen.probabilities_TV
+
+    def logits(self, activation_S: Tensor | None = None) -> Tensor:
+        """Logits `[T, V]` before any soft-cap, through the frozen linear model.
+
+        Args:
+            activation_S: activations to hold the MLPs' features at; their own by default, and then these are the original
+                model's logits up to rounding. Skip terms follow the stream, attention features keep their activations.
+        """
+        frozen = self.frozen
+        x_TD = self.streams(activation_S)[-1]
+        return frozen.norm_final.apply(x_TD) @ self.W_U + self.b_U
+
+    def streams(self, activation_S: Tensor | None = None) -> list[Tensor]:
+        """Residual stream `[T, D]` in front of every layer and behind the last one (L + 1 of them); see `logits`."""
+        frozen = self.frozen
+        mlp_LTD = self.mlp.outputs(frozen, activation_S)
+        attention_LTD = None if self.attention is None else self.attention.outputs(frozen)
+        x_TD = frozen.token_embedding_TD
+        if frozen.position_embedding_TD is not None:
+            x_TD = x_TD + frozen.position_embedding_TD
+        streams = [x_TD]
+        for layer, attention in enumerate(frozen.attentions):
+            moved_TD = attention.apply(x_TD) if attention_LTD is None else attention_LTD[layer]
+            mid_TD = x_TD if self.shape.parallel else x_TD + moved_TD
+            mlp_in_TD = frozen.norms_mlp[layer].apply(mid_TD)
+            self._follow_skips(mlp_LTD, layer, {"resid_pre": x_TD, "resid_mid": mid_TD, "mlp_in": mlp_in_TD})
+            x_TD = x_TD + moved_TD + mlp_LTD[layer]
+            self._follow_skips(mlp_LTD, layer, {"resid_post": x_TD})
+            streams.append(x_TD)
+        return streams
+
+    def _follow_skips(self, mlp_LTD: Tensor, layer: int, seen: dict[str, Tensor]) -> None:
+        """Add what skip matrices make of the stream's change at one layer, which `Decomposition.outputs` leaves at 0."""
+        crosscoder, clean = self.crosscoder, self.frozen.activations
+        if not crosscoder.skip:
+            return
+        for group, reads in enumerate(crosscoder.wiring.reads):
+            for read in reads:
+                if read.layer == layer and read.kind in seen:
+                    change_TD = seen[read.kind] - clean[read]
+                    for write in crosscoder.wiring.writes[group]:
+                        mlp_LTD[write.layer] += change_TD @ crosscoder.skip_matrix(group, read, write).T
+
+
+@torch.no_grad()
+def localize(
+    *,
+    shape: ModelShape,
+    crosscoder: Crosscoder,
+    attention: Crosscoder | None,
+    frozen: FrozenPrompt,
+    unembedding: tuple[Tensor, Tensor],
+) -> LocalReplacement:
+    """Decompose the clean activations of a frozen prompt."""
+    return LocalReplacement(
+        shape=shape,
+        frozen=frozen,
+        mlp=Decomposition.of("mlp_out", crosscoder, frozen),
+        attention=None if attention is None else Decomposition.of("attn_out", attention, frozen),
+        W_U=unembedding[0],
+        b_U=unembedding[1],
+    )
+
+
+def _pre_activations(crosscoder: Crosscoder, features: Features, frozen: FrozenPrompt) -> Tensor:
+    """Pre-activation of the active features alone: one inner product each."""
+    parts = []
+    for group in range(crosscoder.n_groups):
+        active = features.of(group)
+        pre_S = crosscoder.b_enc[group][active.index]
+        for site in crosscoder.wiring.reads[group]:
+            rows_SD = frozen.activations[site][active.row]
+            pre_S = pre_S + (rows_SD * crosscoder.encoder(group, site)[active.index]).sum(-1)
+        parts.append(pre_S)
+    return torch.cat(parts)

@@ -1,0 +1,280 @@
+"""The replacement model: a language model whose MLP outputs (and attention outputs) are overwritten by crosscoders.
+
+Letters: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from replacement.crosscoder.checkpoint import check_fits
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import Site
+from replacement.language_model.language_model import LanguageModel
+from replacement.splicing.interventions import PARTS, Intervened, Intervention, check_interventions
+from replacement.splicing.local_replacement import LocalReplacement, localize
+from replacement.splicing.patching import WRITES, Conditions, Patcher, changes_of
+from replacement.splicing.splice import Splice, check_together, read_rows, run_together
+
+
+class ReplacementModel:
+    """A language model with a crosscoder spliced in for its MLPs, and a second one for attention where that is given.
+
+    >>> model = ReplacementModel(lm, crosscoder)                # doctest: +SKIP
+    >>> model(tokens)                                           # every MLP replaced, errors propagate
+    >>> model(tokens, errors="keep")                            # equals the original model
+    >>> model(tokens, layers=[2], reads="clean")                # one layer, reading the original activations
+    >>> model = ReplacementModel(lm, crosscoder, attention=attention_crosscoder)    # doctest: +SKIP
+    >>> model(tokens, parts=["attention"])                      # attention replaced, MLPs left as they are
+
+    Attributes:
+        crosscoder: writes the MLP outputs.
+        attention_crosscoder: writes the attention outputs; None where attention is left as it is.
+    """
+
+    def __init__(
+        self, language_model: LanguageModel, crosscoder: Crosscoder, *, attention: Crosscoder | None = None
+    ) -> None:
+        """Splice a crosscoder that writes MLP outputs into a language model.
+
+        The crosscoders themselves are used, not copies: they are moved to the model's dtype and device, set to evaluation
+        mode, and their gradients are switched off.
+
+        Args:
+            attention: a crosscoder that reads `attn_z` and writes attention outputs, such as `Wiring.attention`.
+
+        Raises:
+            ValueError: a crosscoder was made for another width, depth or model, is not causal, writes other sites than
+                MLP outputs (attention: reads others than `attn_z`, writes others than attention outputs), or holds NaN;
+                both use one site; or the architecture cannot be linearised exactly.
+        """
+        crosscoders = [crosscoder] if attention is None else [crosscoder, attention]
+        for part, each in zip(PARTS, crosscoders, strict=False):
+            _check(each, language_model, part)
+        check_together(crosscoders)
+        language_model.check_linearisable()
+        for each in crosscoders:
+            each.to(dtype=language_model.dtype, device=language_model.device).eval().requires_grad_(False)
+        self.language_model, self.crosscoder, self.attention_crosscoder = language_model, crosscoder, attention
+
+    @property
+    def crosscoders(self) -> dict[str, Crosscoder]:
+        """The crosscoder of every part that has one: `mlp`, and `attention` where it is replaced too."""
+        attention = {} if self.attention_crosscoder is None else {"attention": self.attention_crosscoder}
+        return {"mlp": self.crosscoder, **attention}
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        *,
+        errors: str = "drop",
+        layers: Iterable[int] | None = None,
+        parts: Iterable[str] | None = None,
+        reads: str = "replaced",
+        patterns: str = "live",
+        interventions: Iterable[Intervention] = (),
+    ) -> Tensor:
+        """Logits `[B, T, V]` of tokens `[B, T]`, or `[T, V]` of tokens `[T]`.
+
+        Args:
+            tokens: token ids.
+            errors: `drop` lets reconstruction errors propagate; `keep` adds the error of the clean run back to every
+                replaced output, which gives the original logits when there are no interventions.
+            layers: layers that are replaced, in every part; all that the crosscoders write by default.
+            parts: `mlp`, `attention` or both; all that there are crosscoders for by default.
+            reads: `replaced` encodes the stream that the replaced layers produced; `clean` encodes the original one.
+            patterns: `live` lets the attention patterns follow the stream; `frozen` holds them at their values in the
+                original model.
+            interventions: features to change, the same in every prompt of the batch.
+
+        Raises:
+            ValueError: tokens the model cannot read, an option outside its choices, a layer the crosscoders do not write,
+                a part without a crosscoder, an unknown feature or one of a part that is not replaced.
+        """
+        if patterns not in ("live", "frozen"):
+            raise ValueError(f"patterns must be 'live' or 'frozen', got {patterns!r}")
+        lm = self.language_model
+        is_batch = isinstance(tokens, Tensor) and tokens.ndim == 2
+        batch_BT = lm.check_batch(tokens) if is_batch else lm.check_tokens(tokens)[None]
+        crosscoders = self._chosen(parts)
+        sites = _sites_of(crosscoders, layers)
+        by_part = _by_part(interventions, crosscoders)
+        clean = None
+        if len(crosscoders) > 1 and (errors == "keep" or reads == "clean"):  # one run for both
+            read = {site for each in crosscoders.values() for site in each.wiring.read_sites}
+            clean = read_rows(lm, batch_BT, read.union(*sites.values()))[1]
+        splices = [
+            Splice(
+                lm,
+                each,
+                batch_BT,
+                sites=sites[part],
+                reads=reads,
+                errors=errors,
+                interventions=by_part[part],
+                clean=clean,
+            )
+            for part, each in crosscoders.items()
+        ]
+        logits = run_together(splices, patterns=lm.read_patterns(batch_BT) if patterns == "frozen" else None)
+        return logits if is_batch else logits[0]
+
+    def _chosen(self, parts: Iterable[str] | None) -> dict[str, Crosscoder]:
+        """The crosscoders of the parts named."""
+        own = self.crosscoders
+        names = list(own) if parts is None else [parts] if isinstance(parts, str) else list(parts)
+        for name in names:
+            if name not in PARTS:
+                raise ValueError(f"parts must be 'mlp' or 'attention', got {name!r}")
+            if name not in own:
+                raise ValueError("this replacement model has no attention crosscoder: give one with attention=...")
+        if not names:
+            raise ValueError("parts names nothing to replace: expected 'mlp', 'attention' or both")
+        return {name: own[name] for name in PARTS if name in names}
+
+    @torch.no_grad()
+    def intervene(
+        self,
+        prompt: str | Tensor,
+        interventions: Iterable[Intervention],
+        *,
+        errors: str = "keep",
+        patterns: str = "live",
+        norms: str = "live",
+        mlps: str = "replaced",
+        constrained_layers: Collection[int] | None = None,
+        generate: int = 0,
+    ) -> Intervened:
+        """Run a prompt with features changed.
+
+        With errors kept, norms and patterns frozen and all layers held, logits change exactly as `LocalReplacement.logits`
+        says (in front of a soft-cap, where the model has one).
+
+        Args:
+            prompt: text, or a 1-D tensor of token ids.
+            interventions: features to set, scale or add to.
+            errors: `keep` adds the clean run's reconstruction errors back, `drop` lets them propagate.
+            patterns: attention patterns `live`, or `frozen` at their values in the original model.
+            norms: scales of the residual stream's norms, `live` or `frozen`.
+            mlps: outputs outside `constrained_layers` come from the crosscoder (`replaced`), whose features react, or are the
+                model's `own`, to which the change of the intervened features is added (only inside them, where given).
+            constrained_layers: constrained patching (Ameisen et al. 2025): inside this range every replaced output is held at
+                its clean value plus what the change of the intervened features writes there (skip terms follow the stream);
+                behind it the model runs on. Features of these layers have their clean activation as the current one. None
+                for no layer.
+            generate: tokens to generate greedily, each with the interventions; the errors, patterns and scales kept are
+                those of the original model on the tokens so far.
+
+        Raises:
+            UnknownFeatureError: a group, position or index that does not exist.
+            ValueError: a prompt the model cannot read, an option outside its choices, or more tokens than the context.
+        """
+        lm = self.language_model
+        tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
+        if not 0 <= generate <= lm.context_length - len(tokens_T):
+            room = lm.context_length - len(tokens_T)
+            raise ValueError(f"generate must be 0 to {room} after {len(tokens_T)} tokens, got {generate}")
+        conditions = Conditions(
+            errors=errors, patterns=patterns, norms=norms, mlps=mlps, constrained_layers=constrained_layers
+        )
+        by_part = _by_part(interventions, self.crosscoders)
+        for part, each in self.crosscoders.items():
+            by_part[part] = _checked(by_part[part], each, len(tokens_T))
+        copies = {part: [own] for part, own in by_part.items()}
+        for step in range(generate + 1):
+            patcher = Patcher(lm, self.crosscoders, tokens_T, conditions)
+            patched = patcher.run(changes_of(copies, patcher))
+            if step < generate:
+                tokens_T = torch.cat([tokens_T, patched.logits_BTV[0, -1:].argmax(-1)])
+        reference = None if errors == "keep" or mlps == "own" else patcher.run({})
+        clean = patcher.clean_features if reference is None else reference.features
+        return Intervened(
+            tokens=tokens_T,
+            logits=patched.logits_BTV[0],
+            clean_logits=patcher.original_logits_TV if reference is None else reference.logits_BTV[0],
+            features=patched.features["mlp"],
+            clean_features=clean["mlp"],
+            attention_features=patched.features.get("attention"),
+            clean_attention_features=clean.get("attention"),
+        )
+
+    def localize(self, tokens_T: Tensor) -> LocalReplacement:
+        """The local replacement model of one prompt.
+
+        Raises:
+            ValueError: tokens that are empty, too many or unknown.
+        """
+        lm = self.language_model
+        attention = self.attention_crosscoder
+        sites = set(self.crosscoder.wiring.read_sites)
+        if attention is not None:
+            sites |= {*attention.wiring.read_sites, *(Site(layer, "attn_out") for layer in range(lm.shape.n_layers))}
+        return localize(
+            shape=lm.shape,
+            crosscoder=self.crosscoder,
+            attention=attention,
+            frozen=lm.freeze(lm.check_tokens(tokens_T), sites=sites),
+            unembedding=lm.parts.unembedding(),
+        )
+
+
+def _check(crosscoder: Crosscoder, language_model: LanguageModel, part: str) -> None:
+    """Check that a crosscoder can stand in for a part of this model."""
+    check_fits(
+        crosscoder,
+        language_model.shape,
+        model_name=language_model.name,
+        model_fingerprint=language_model.fingerprint,
+    )
+    wiring, writes = crosscoder.wiring, WRITES[part]
+    whose = "a replacement model needs" if part == "mlp" else "attention needs"
+    for site in wiring.write_sites:
+        if site.kind != writes or site.model != 0:
+            raise ValueError(f"{whose} a crosscoder that writes {writes} sites, this one writes {site}")
+    for site in wiring.read_sites if part == "attention" else ():
+        if site.kind != "attn_z" or site.model != 0:
+            raise ValueError(f"{whose} a crosscoder that reads attn_z sites, this one reads {site}")
+    both = set(wiring.read_sites) & set(wiring.write_sites)
+    if both:
+        raise ValueError(f"{whose} a crosscoder that writes other sites than it reads: {min(both)}")
+    if not wiring.is_causal:
+        raise ValueError(f"{whose} a causal crosscoder: this {wiring.name} one writes sites before those it reads")
+    crosscoder.check_finite()
+
+
+def _sites_of(crosscoders: Mapping[str, Crosscoder], layers: Iterable[int] | None) -> dict[str, tuple[Site, ...]]:
+    """Written sites at the layers named, by part."""
+    written = {part: each.wiring.write_sites for part, each in crosscoders.items()}
+    if layers is None:
+        return written
+    chosen = set(layers)
+    known = {site.layer for sites in written.values() for site in sites}
+    if chosen - known:
+        raise ValueError(f"the crosscoder writes layers {sorted(known)}, not layer {min(chosen - known)}")
+    return {part: tuple(site for site in sites if site.layer in chosen) for part, sites in written.items()}
+
+
+def _by_part(
+    interventions: Iterable[Intervention], crosscoders: Mapping[str, Crosscoder]
+) -> dict[str, list[Intervention]]:
+    """Interventions on the features of each crosscoder."""
+    by_part: dict[str, list[Intervention]] = {part: [] for part in crosscoders}
+    for one in interventions:
+        if one.part not in by_part:
+            raise ValueError(f"an intervention sets a feature of {one.part}, which is not replaced in this call")
+        by_part[one.part].append(one)
+    return by_part
+
+
+def _checked(interventions: Sequence[Intervention], crosscoder: Crosscoder, n_positions: int) -> list[Intervention]:
+    checked = check_interventions(
+        interventions,
+        n_groups=crosscoder.n_groups,
+        n_positions=n_positions,
+        n_features=crosscoder.n_features,
+        first_position=crosscoder.undecomposed_positions,
+    )
+    return list(checked)

@@ -1,0 +1,214 @@
+"""Every format read back by somebody else's reader."""
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from circuits import CircuitGraph, NodeKind
+from circuits.export import formats
+from circuits.export.dot import GraphvizMissingError
+from circuits.graph.edge_heads import EdgeHeads
+
+T, P, E, F, L = NodeKind
+NASTY = 'a "quoted" <b>bold</b> back\\slash \\n end\\\n\t\x00 \ud83d {x|y}'
+needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz's dot program is not installed")
+
+
+@pytest.fixture
+def nasty(build_graph) -> CircuitGraph:
+    rows = [
+        {"kind": T, "index": 1, "label": NASTY},
+        {"kind": F, "layer": 0, "index": 2, "label": "<b>", "expanded": True},
+        {"kind": L, "layer": 1, "index": 3, "label": NASTY, "expanded": True, "output_weight": 1.0},
+    ]
+    return build_graph(rows, [(1, 0, 1.0), (2, 1, -2.0)])
+
+
+@pytest.fixture
+def with_heads(small) -> CircuitGraph:
+    """The small graph with half of every edge direct, a third through head 1.2 and a sixth through head 0.1."""
+    heads = np.zeros((len(small.edges), 2, 3))
+    heads[:, 1, 2], heads[:, 0, 1] = small.edges.weight / 3, small.edges.weight / 6
+    return dataclasses.replace(small, heads=EdgeHeads.from_dense(small.edges.weight / 2, heads))
+
+
+def test_heads_are_written_on_edges(with_heads, tmp_path) -> None:
+    """Text in GraphML and networkx, all of them in JSON, names in both pictures."""
+    edge = with_heads.to_networkx().edges["0_7_0", "1_3_1"]
+    assert edge["direct"] == pytest.approx(1.0)
+    assert edge["heads"] == "direct 50 %, L1H2 33 %, L0H1 17 %"
+    network = nx.read_graphml(with_heads.export("graphml", tmp_path / "c.graphml"))
+    assert network.edges["0_7_0", "1_3_1"]["heads"] == edge["heads"]
+    links = json.loads(with_heads.export("json", tmp_path / "c.json").read_text())["edges"]
+    link = next(link for link in links if (link["source"], link["target"]) == ("0_7_0", "1_3_1"))
+    assert [(one["layer"], one["head"]) for one in link["by_head"]] == [(1, 2), (0, 1)]
+    assert link["direct"] + sum(one["weight"] for one in link["by_head"]) == pytest.approx(link["weight"])
+    assert "label=L1H2" in with_heads.to_dot()
+    assert ">L1H2</text>" in with_heads.to_svg()
+    assert "direct 50 %" in with_heads.to_svg()
+
+
+def test_attention_features_have_ids_rows_and_names_of_their_own(build_graph) -> None:
+    rows = [
+        {"kind": T, "index": 1, "label": "a"},
+        {"kind": E, "layer": 0},
+        {"kind": E, "layer": 0, "attention": True},
+        {"kind": F, "layer": 0, "index": 2, "expanded": True},
+        {"kind": F, "layer": 0, "index": 2, "attention": True, "expanded": True},
+        {"kind": L, "layer": 1, "index": 3, "label": "b", "expanded": True, "output_weight": 1.0},
+    ]
+    graph = build_graph(rows, [(4, 0, 1.0), (3, 4, 2.0), (5, 3, 1.0), (5, 1, 0.5), (5, 2, 0.5)])
+    assert graph.nodes.ids() == ("E_1_0", "0_-1_0", "A0_-1_0", "0_2_0", "A0_2_0", "2_3_0")
+    assert graph.to_networkx().nodes["A0_2_0"]["attention"] is True
+    for picture in (graph.to_svg(), graph.to_dot()):
+        assert picture.index("attention 0") != picture.index("layer 0")
+    assert "attention feature 0/2 at 0" in graph.to_svg()
+    assert {node["node_id"] for node in graph.to_neuronpedia()["nodes"]} == set(graph.nodes.ids())
+
+
+@given(st.data())
+def test_networkx_graph_equals_the_matrix(draw_circuit, to_dense, data) -> None:
+    graph = draw_circuit(data)
+    network = graph.to_networkx()
+    assert list(network) == list(graph.nodes.ids())
+    if len(graph.edges):
+        matrix = nx.to_numpy_array(network, weight="weight")
+        np.testing.assert_array_equal(matrix, to_dense(graph).T)
+    assert nx.is_directed_acyclic_graph(network)
+
+
+def test_networkx_attributes(small) -> None:
+    network = small.to_networkx()
+    feature = network.nodes["1_3_1"]
+    assert feature["kind"] == "feature"
+    assert feature["label"] == "second"
+    assert feature["activation"] == 1.0
+    assert feature["influence"] == pytest.approx(small.influence()[5])
+    assert network.graph["tokens"] == ["a", "b"]
+    assert network.edges["0_7_0", "1_3_1"]["weight"] == 2.0
+
+
+def test_node_link_json_is_read_by_networkx(small, tmp_path) -> None:
+    path = small.export("json", tmp_path / "circuit.json")
+    back = nx.node_link_graph(json.loads(path.read_text()))
+    assert nx.utils.graphs_equal(back, small.to_networkx())
+    assert small.to_json()["directed"] is True
+
+
+def test_graphml_is_read_by_networkx(small, nasty, tmp_path) -> None:
+    back = nx.read_graphml(small.to_graphml(tmp_path / "circuit.graphml"))
+    network = small.to_networkx()
+    assert set(back) == set(network)
+    assert back.edges["0_7_0", "1_3_1"]["weight"] == 2.0
+    assert back.nodes["4_5_1"]["label"] == " x"
+    assert back.nodes["1_3_1"]["expanded"] is True
+    assert json.loads(back.graph["token_ids"]) == [11, 12]
+    strange = nx.read_graphml(nasty.export("graphml", tmp_path / "nasty.graphml"))
+    assert strange.nodes["E_1_0"]["label"].startswith('a "quoted" <b>bold</b>')
+
+
+def test_graphml_takes_metadata_without_a_value(small) -> None:
+    graph = CircuitGraph(small.nodes, small.edges, {**small.metadata, "crosscoder": None})
+    text = formats.to_graphml(graph)
+    assert nx.read_graphml(io.BytesIO(text.encode())).graph["crosscoder"] == "null"
+
+
+def test_dot_quotes_ids_and_ranks_layers(small) -> None:
+    dot = small.to_dot()
+    assert '"0_7_0" -> "1_3_1"' in dot
+    assert dot.count("rank=same") == 4  # input, two layers, output
+    assert re.search(r'"rank layer 0" -> "rank layer 1" \[style=invis\]', dot)
+    assert '"0_-1_1"' in dot
+
+
+@needs_dot
+def test_dot_program_reads_any_text(nasty, small) -> None:
+    for graph in (nasty, small):
+        plain = subprocess.run(
+            ["dot", "-Tjson"], input=graph.to_dot().encode(), capture_output=True, check=True, timeout=60
+        )
+        assert plain.stderr == b""
+        objects = {node["name"]: node for node in json.loads(plain.stdout)["objects"] if "nodes" not in node}
+        assert set(graph.nodes.ids()) <= set(objects)
+    nasty_json = subprocess.run(["dot", "-Tjson"], input=nasty.to_dot().encode(), capture_output=True, check=True)
+    labels = {
+        node["name"]: node.get("label") for node in json.loads(nasty_json.stdout)["objects"] if "nodes" not in node
+    }
+    assert labels["0_2_0"] == "<b>", "text in angle brackets stays text"
+    assert labels["E_1_0"].startswith('a \\"quoted\\"') or labels["E_1_0"].startswith('a "quoted"')
+
+
+@needs_dot
+@pytest.mark.parametrize(("name", "magic"), [("dot-svg", b"<?xml"), ("dot-png", b"\x89PNG"), ("dot-pdf", b"%PDF")])
+def test_pictures_of_graphviz(small, tmp_path, name, magic) -> None:
+    assert small.export(name, tmp_path / "picture").read_bytes().startswith(magic)
+
+
+def test_without_graphviz_the_text_is_written(small, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        GraphvizMissingError, match=r"expected Graphviz's `dot` program .* written as text to .*circuit\.dot"
+    ):
+        small.export("dot-png", tmp_path / "circuit.png")
+    assert (tmp_path / "circuit.dot").read_text() == small.to_dot()
+    assert not (tmp_path / "circuit.png").exists()
+
+
+def test_words_of_a_failing_graphviz_are_passed_on(small, tmp_path, monkeypatch) -> None:
+    (tmp_path / "dot").write_text("#!/bin/sh\necho out of paper >&2\nexit 3\n")
+    (tmp_path / "dot").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(ValueError, match=r"draw the graph as png, but `dot` failed \(out of paper\)"):
+        small.export("dot-png", tmp_path / "circuit.png")
+
+
+def test_unknown_format_lists_the_known_ones(small, tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match=r"format: expected one of svg, dot, graphml, json, .*safetensors, given 'gif'"
+    ):
+        small.export("gif", tmp_path / "circuit.gif")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_text_format_is_written_whole(nasty, tmp_path) -> None:
+    for name in formats.FORMATS:
+        if not name.startswith("dot-"):
+            path = nasty.export(name, tmp_path / "new" / f"circuit.{name}")
+            assert path.stat().st_size > 0
+    assert not [path for path in (tmp_path / "new").iterdir() if path.name.startswith(".")]
+
+
+def test_folder_that_cannot_be_written(small, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"folder: expected a folder, but .*file is a file"):
+        small.export("svg", tmp_path / "file" / "folder" / "circuit.svg")
+
+
+def test_folder_without_permission(small, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"expected a folder that can be written to \(permission denied\)"):
+        small.export("svg", tmp_path / "circuit.svg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_leaves_the_old_file(small, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "circuit.json"
+    path.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(ValueError, match=r"circuit\.json: could not be written \(No space left on device\)"):
+        small.export("json", path)
+    assert [file.name for file in tmp_path.iterdir()] == ["circuit.json"]
+    assert path.read_text() == "old"

@@ -1,0 +1,134 @@
+"""Pruning against hand-built graphs, networkx and its own promises."""
+
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from circuits import NodeKind
+from circuits.graph.pruning import largest_holding, prune
+
+T, P, E, F, L = NodeKind
+thresholds = st.floats(0.0, 1.0)
+
+
+def chain_rows() -> list[dict]:
+    return [
+        {"kind": T, "index": 1, "label": "a"},
+        {"kind": F, "layer": 0, "index": 1, "expanded": True},
+        {"kind": F, "layer": 0, "index": 2, "expanded": True},
+        {"kind": F, "layer": 1, "index": 1, "expanded": True},
+        {"kind": L, "layer": 2, "index": 1, "expanded": True, "output_weight": 1.0},
+    ]
+
+
+def kept_ids(graph, kept) -> set[str]:
+    return {name for name, keep in zip(graph.nodes.ids(), kept.nodes, strict=True) if keep}
+
+
+def test_weak_branch_goes_with_everything_behind_it(build_graph) -> None:
+    # 0/1 carries 9/10 of the logit; the branch 0/2 -> 1/1 carries the rest.
+    graph = build_graph(chain_rows(), [(1, 0, 1.0), (2, 0, 1.0), (3, 2, 1.0), (4, 1, 9.0), (4, 3, 1.0)])
+    assert kept_ids(graph, prune(graph, nodes=0.8, edges=1.0)) == {"E_1_0", "0_1_0", "3_1_0"}
+    # 0.9 of the ranked 1.1 holds one of the branch's two equal nodes; alone it leads nowhere.
+    assert kept_ids(graph, prune(graph, nodes=0.9, edges=1.0)) == {"E_1_0", "0_1_0", "3_1_0"}
+    assert kept_ids(graph, prune(graph, nodes=1.0, edges=1.0)) == set(graph.nodes.ids())
+
+
+def test_features_that_lost_their_causes_go(build_graph) -> None:
+    # 1/1 is caused by the weak feature 0/2 alone: once 0/2 is gone it explains nothing.
+    graph = build_graph(
+        [
+            chain_rows()[0],
+            {"kind": E, "layer": 0, "position": 0},
+            {"kind": F, "layer": 0, "index": 2, "expanded": True},
+            {"kind": F, "layer": 1, "index": 1, "expanded": True},
+            {"kind": F, "layer": 1, "index": 9, "expanded": False},
+            {"kind": L, "layer": 2, "index": 1, "expanded": True, "output_weight": 1.0},
+        ],
+        [(2, 0, 1.0), (3, 2, 1e-9), (3, 1, 1e-9), (5, 3, 1.0), (5, 0, 1.0), (5, 4, 1.0)],
+        extra_inflow={3: 1.0},
+    )
+    kept = prune(graph, nodes=0.9, edges=1.0)
+    assert kept_ids(graph, kept) == {"E_1_0", "1_9_0", "3_1_0"}  # the unexpanded feature may stay without causes
+
+
+def test_edges_are_kept_by_influence(build_graph) -> None:
+    rows = [{"kind": T, "index": i, "position": i} for i in range(3)]
+    rows.append({"kind": L, "layer": 2, "position": 2, "index": 1, "expanded": True, "output_weight": 1.0})
+    graph = build_graph(rows, [(3, 0, 90.0), (3, 1, -9.0), (3, 2, 1.0)])
+    assert graph.prune(edges=0.98).edges.weight.tolist() == [90.0, -9.0]
+    assert graph.prune(edges=0.85).edges.weight.tolist() == [90.0]
+    assert graph.prune(edges=0.0).counts()["tokens"] == 3, "tokens stay even without edges"
+
+
+def test_feature_targets_stay(build_graph) -> None:
+    rows = chain_rows()
+    rows[3]["output_weight"], rows[4]["output_weight"] = 0.5, 0.5
+    graph = build_graph(rows, [(1, 0, 1.0), (2, 0, 1.0), (3, 2, 1.0), (4, 1, 9.0)])
+    assert {"1_1_0", "3_1_0"} <= kept_ids(graph, prune(graph, nodes=0.0, edges=0.0))
+
+
+@given(st.data())
+def test_full_thresholds_drop_only_nodes_without_influence(draw_circuit, data) -> None:
+    graph = draw_circuit(data)
+    pruned = graph.prune(nodes=1.0, edges=1.0)
+    dropped = set(graph.nodes.ids()) - set(pruned.nodes.ids())
+    influence = dict(zip(graph.nodes.ids(), graph.influence(), strict=True))
+    assert all(influence[name] == 0 for name in dropped)
+    assert pruned.scores().replacement == pytest.approx(graph.scores().replacement, abs=1e-12)
+    assert pruned.prune(nodes=1.0, edges=1.0) == pruned
+
+
+@given(st.data(), thresholds, thresholds, thresholds)
+def test_raising_the_edge_threshold_only_adds(draw_circuit, data, nodes, low, high) -> None:
+    graph = draw_circuit(data)
+    low, high = sorted((low, high))
+    small, large = prune(graph, nodes=nodes, edges=low), prune(graph, nodes=nodes, edges=high)
+    assert (small.nodes <= large.nodes).all()
+    assert (small.edges <= large.edges).all()
+
+
+@given(st.data(), thresholds, thresholds)
+def test_raising_the_node_threshold_only_adds(draw_circuit, data, low, high) -> None:
+    graph = draw_circuit(data)
+    low, high = sorted((low, high))
+    small, large = prune(graph, nodes=low, edges=1.0), prune(graph, nodes=high, edges=1.0)
+    assert (small.nodes <= large.nodes).all()
+    assert (small.edges <= large.edges).all()
+
+
+@given(st.data(), thresholds, thresholds)
+def test_every_kept_node_leads_to_a_target(draw_circuit, data, nodes, edges) -> None:
+    full = draw_circuit(data)
+    pruned = full.prune(nodes=nodes, edges=edges)
+    had_causes = {full.nodes.ids()[row] for row in np.flatnonzero(np.diff(full.edges.indptr))}
+    graph = nx.DiGraph(zip(pruned.edges.source.tolist(), pruned.edges.target.tolist(), strict=True))
+    graph.add_nodes_from(range(len(pruned.nodes)))
+    targets = set(np.flatnonzero(pruned.nodes.is_target).tolist())
+    for node in range(len(pruned.nodes)):
+        if pruned.nodes.kind[node] in (NodeKind.TOKEN, NodeKind.LOGIT):
+            continue
+        assert node in targets or targets & nx.descendants(graph, node)
+        if pruned.nodes.ids()[node] in had_causes and node not in targets:
+            assert graph.in_degree(node) > 0
+
+
+@given(st.lists(st.floats(0, 10), max_size=12), thresholds)
+def test_smallest_set(values, share) -> None:
+    values = np.array(values)
+    mask = largest_holding(values, share)
+    target = share * values.sum()
+    assert values[mask].sum() >= target * (1 - 1e-9)
+    if mask.any():
+        assert values[mask].sum() - values[mask].min() <= target * (1 + 1e-9) + 1e-12, (
+            "one node fewer would not hold the share"
+        )
+        assert values[mask].min() >= values[~mask].max(initial=0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("nodes", 1.5), ("nodes", -0.1), ("edges", 2.0), ("edges", float("nan"))])
+def test_thresholds_are_shares(small, name, value) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected a share of influence between 0 and 1, given {value}"):
+        small.prune(**{name: value})

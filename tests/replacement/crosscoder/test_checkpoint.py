@@ -1,0 +1,182 @@
+"""Checkpoints come back equal, are written whole or not at all, and damage is reported with the file's name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from replacement import checkpoint
+from replacement.crosscoder.activation import BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.sites import ModelShape
+from replacement.crosscoder.wiring import Wiring
+
+ACTIVATIONS = [ReLU(), JumpReLU(bandwidth=0.5), TopK(3), BatchTopK(3, momentum=0.5)]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
+def test_round_trip(
+    wiring: Wiring, activation: Any, tied: bool, random_crosscoder: Any, random_inputs: Any, tmp_path: Path
+) -> None:
+    saved = random_crosscoder(
+        wiring, activation=activation, tied=tied, skip=True, model_name="tiny", undecomposed_positions=1
+    )
+    checkpoint.save(saved, tmp_path / "c", dtype=torch.float64, training={"tokens": 5})
+    loaded = checkpoint.load(tmp_path / "c", dtype=torch.float64)
+    assert (loaded.wiring, loaded.activation, loaded.tied, loaded.skip) == (wiring, activation, tied, True)
+    assert (loaded.model_name, loaded.undecomposed_positions, loaded.training) == ("tiny", 1, False)
+    assert checkpoint.read_config(tmp_path / "c")["training"] == {"tokens": 5}
+    before, after = (c(random_inputs(wiring)).reconstructions for c in (saved, loaded))
+    assert all(torch.equal(before[site], after[site]) for site in before)
+
+
+def test_bfloat16_is_rounded_once_and_half_the_size(shape: ModelShape, random_crosscoder: Any, tmp_path: Path) -> None:
+    crosscoder = random_crosscoder(Wiring.per_layer(shape), n_features=512)
+    checkpoint.save(crosscoder, tmp_path / "full")
+    checkpoint.save(crosscoder, tmp_path / "half", dtype=torch.bfloat16)
+    sizes = [(tmp_path / name / checkpoint.TENSOR_FILE).stat().st_size for name in ("full", "half")]
+    assert 0.5 <= sizes[1] / sizes[0] < 0.51
+    loaded = checkpoint.load(tmp_path / "half").state_dict()
+    for name, value in crosscoder.state_dict().items():
+        assert torch.equal(loaded[name], value.bfloat16().float())
+
+
+def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(
+    shape: ModelShape, random_crosscoder: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "c").mkdir()
+    for seed in (0, 1):
+        checkpoint.save(random_crosscoder(Wiring.per_layer(shape), seed=seed), tmp_path / "c")
+    assert torch.equal(
+        checkpoint.load(tmp_path / "c").W_enc[0],
+        random_crosscoder(Wiring.per_layer(shape), seed=1).W_enc[0].float(),
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert sorted(entry.name for entry in (tmp_path / "c").iterdir()) == ["config.json", "crosscoder.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(
+    shape: ModelShape, random_crosscoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crosscoder = random_crosscoder(Wiring.per_layer(shape))
+    checkpoint.save(crosscoder, tmp_path / "c", dtype=torch.float64)
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(random_crosscoder(Wiring.per_layer(shape), seed=1), tmp_path / "c")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert torch.equal(checkpoint.load(tmp_path / "c", dtype=torch.float64).W_enc[0], crosscoder.W_enc[0])
+
+
+def test_saving_refuses_foreign_folders_and_bad_weights(
+    shape: ModelShape, random_crosscoder: Any, tmp_path: Path
+) -> None:
+    crosscoder = random_crosscoder(Wiring.per_layer(shape))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"notes holds 'thesis.tex', which is no part of a checkpoint"):
+        checkpoint.save(crosscoder, tmp_path / "notes")
+    with pytest.raises(ValueError, match=r"thesis.tex is a file: expected a folder"):
+        checkpoint.save(crosscoder, tmp_path / "notes" / "thesis.tex")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"other.config\.json is no crosscoder checkpoint"):
+        checkpoint.save(crosscoder, tmp_path / "other")
+    with torch.no_grad():
+        crosscoder.b_enc[2][0] = torch.nan
+    with pytest.raises(ValueError, match=r"b_enc\.2 holds NaN"):
+        checkpoint.save(crosscoder, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config.update(changes)
+        (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in config.items() if value != "drop"})
+        )
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "crosscoder.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "crosscoder.safetensors")
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "crosscoder.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def write_config(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(text) and None
+
+
+CONFIG, TENSORS = "config.json", "crosscoder.safetensors"
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: (folder / CONFIG).unlink(), f"{CONFIG} does not exist"),
+    (lambda folder: (folder / TENSORS).unlink(), f"{TENSORS} does not exist"),
+    (truncate, f"{TENSORS} is damaged or not a safetensors file"),
+    (lambda folder: (folder / TENSORS).write_text("junk"), f"{TENSORS} is damaged or not a safetensors file"),
+    (write_config("{"), f"{CONFIG} is not JSON"),
+    (write_config("[1]"), f"{CONFIG} is no crosscoder checkpoint: expected format 'crosstrace crosscoder', got 'list'"),
+    (write_config('{"model_type": "gpt2"}'), f"{CONFIG} is no crosscoder checkpoint"),
+    (edit_config(version=2), f"{CONFIG} has format version 2; this library reads versions up to 1"),
+    (edit_config(tied="drop"), f"{CONFIG} lacks the entry 'tied'"),
+    (edit_config(activation={"name": "gelu"}), f"{CONFIG} does not describe a crosscoder: unknown activation 'gelu'"),
+    (edit_config(wiring={"name": "x"}), f"{CONFIG} does not describe a crosscoder: a wiring needs"),
+    (
+        edit_config(n_features=17),
+        f"{TENSORS}: the tensor W_dec.0 has the wrong shape: expected [17, 1, 8], got [16, 1, 8]",
+    ),
+    (edit_tensors(lambda t: t.pop("b_dec.1")), f"{TENSORS} lacks the tensor b_dec.1"),
+    (edit_tensors(lambda t: t.update(extra=torch.zeros(1))), f"{TENSORS} has an unexpected tensor extra"),
+    (edit_tensors(lambda t: t["W_enc.2"].fill_(torch.inf)), f"{TENSORS}: the tensor W_enc.2 holds NaN or infinite"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[message for _, message in DAMAGE])
+def test_damage_is_named(
+    damage: Callable[[Path], object], message: str, shape: ModelShape, random_crosscoder: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "c"
+    checkpoint.save(random_crosscoder(Wiring.per_layer(shape)), folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        checkpoint.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere is not a folder: expected a crosscoder checkpoint"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def test_check_fits_compares_shape_then_weights_then_names(shape: ModelShape) -> None:
+    crosscoder = Crosscoder(Wiring.per_layer(shape), n_features=16, model_name="gpt2", model_fingerprint="aa", seed=0)
+    checkpoint.check_fits(crosscoder, shape, model_name="gpt2")
+    checkpoint.check_fits(crosscoder, shape)
+    checkpoint.check_fits(crosscoder, shape, model_name="renamed", model_fingerprint="aa")
+    with pytest.raises(ValueError, match="trained on 'gpt2', the model is 'pythia'"):
+        checkpoint.check_fits(crosscoder, shape, model_name="pythia")
+    with pytest.raises(ValueError, match="on 'gpt2' with weights aa, the model is 'gpt2' with weights bb"):
+        checkpoint.check_fits(crosscoder, shape, model_name="gpt2", model_fingerprint="bb")
+    with pytest.raises(ValueError, match="has width 8 at mlp_out, the model has 4"):
+        checkpoint.check_fits(crosscoder, ModelShape(3, 4, 2, 2), model_name="gpt2")
