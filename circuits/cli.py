@@ -107,7 +107,10 @@ def trace(
         return graph, circuits.with_heads(loaded, circuit) if heads else circuit
 
     graph, circuit = with_model(
-        work, model=model, crosscoder=crosscoder, attention=attention_crosscoder if attention == "features" else None
+        work,
+        model=model,
+        crosscoder=crosscoder,
+        attention_crosscoder=attention_crosscoder if attention == "features" else None,
     )
     files = _write_all(graph, circuit, folder)
     if as_json:

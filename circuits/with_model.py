@@ -16,18 +16,22 @@ T = TypeVar("T")
 
 
 def with_model(
-    work: Callable[[ReplacementModel, Callable[[str], None]], T], *, model: str, crosscoder: str, attention: str | None
+    work: Callable[[ReplacementModel, Callable[[str], None]], T],
+    *,
+    model: str,
+    crosscoder: str,
+    attention_crosscoder: str | None,
 ) -> T:
     """Load the model and do some work with it, with what libraries print sent to stderr.
 
-    Arguments:
+    Args:
         work: called with the model and a function that changes the text of the spinner.
-        attention: checkpoint of an attention crosscoder, `demo`, or None where attention stays linear.
+        attention_crosscoder: checkpoint of an attention crosscoder, `demo`, or None where attention stays linear.
     """
     with contextlib.redirect_stdout(sys.stderr), _status("loading the model") as say:
         import replacement
 
-        return work(replacement.load(model, crosscoder=crosscoder, attention=attention), say)
+        return work(replacement.load(model, crosscoder=crosscoder, attention_crosscoder=attention_crosscoder), say)
 
 
 @contextlib.contextmanager

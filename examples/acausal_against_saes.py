@@ -80,7 +80,7 @@ def needed(points: Sequence[tuple[float, float]], loss: float) -> float | None:
 
     None outside its range, or where the curve does not fall.
 
-    Arguments:
+    Args:
         points: (size, loss).
     """
     sizes, losses = (np.log(values) for values in zip(*sorted(points), strict=True))

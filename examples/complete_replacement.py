@@ -78,7 +78,7 @@ def print_graphs(prompts: Sequence[str]) -> None:
     """Both kinds of graph side by side."""
     facts = {
         "linear": graph_facts(replacement.load("demo"), prompts),
-        "features": graph_facts(replacement.load("demo", attention="demo"), prompts),
+        "features": graph_facts(replacement.load("demo", attention_crosscoder="demo"), prompts),
     }
     print(f"\n{f'attention ({len(prompts)} prompts)':26}" + "".join(f"{name:>12}" for name in facts))
     for key in facts["linear"]:
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024, help="held-out rows of 64 tokens")
     parser.add_argument("--prompts", type=int, default=4, help="held-out prompts of every behaviour that are traced")
     arguments = parser.parse_args()
-    print_table(measure(replacement.load("demo", attention="demo"), arguments.rows))
+    print_table(measure(replacement.load("demo", attention_crosscoder="demo"), arguments.rows))
     print_graphs([probe.prompt for skill in behaviours() for probe in skill.probes[: arguments.prompts]])
 
 

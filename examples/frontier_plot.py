@@ -65,7 +65,7 @@ AGREEMENT_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
     """Write TARGET.svg and TARGET.png.
 
-    Arguments:
+    Args:
         rows: of `OUT/results.json`: one per run, with `name`, `level`, `seed`, `l0` and the measures.
     """
     if not rows:

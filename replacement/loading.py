@@ -18,7 +18,7 @@ def load(
     model: str | Path = DEMO,
     *,
     crosscoder: str | Path = DEMO,
-    attention: str | Path | None = None,
+    attention_crosscoder: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> ReplacementModel:
@@ -27,7 +27,7 @@ def load(
     Args:
         model: `demo`, a hub name, or a local folder in Hugging Face layout.
         crosscoder: `demo` or a crosscoder checkpoint folder.
-        attention: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
+        attention_crosscoder: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
         dtype: dtype both are loaded in.
         device: device both are put on.
 
@@ -35,15 +35,15 @@ def load(
         ValueError: one of them is missing, damaged or of another model.
     """
     folders = [_folder(crosscoder, "crosscoder")]
-    if attention is not None:
-        folders.append(_folder(attention, "attention_crosscoder"))
+    if attention_crosscoder is not None:
+        folders.append(_folder(attention_crosscoder, "attention_crosscoder"))
     for folder in folders:
         checkpoint.read_config(folder)  # a wrong path should not cost loading the language model
     is_demo = str(model) == DEMO
     lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
     lm.name = DEMO if is_demo else lm.name
     loaded = [checkpoint.load(folder, dtype=dtype, device=device) for folder in folders]
-    return ReplacementModel(lm, loaded[0], attention=loaded[1] if attention is not None else None)
+    return ReplacementModel(lm, loaded[0], attention_crosscoder=loaded[1] if attention_crosscoder is not None else None)
 
 
 def _folder(given: str | Path, shipped: str) -> Path:

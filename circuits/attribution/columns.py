@@ -62,7 +62,7 @@ class Columns:
 
 
 def source_table(local: LocalReplacement) -> dict[str, np.ndarray]:
-    """Columns `kind`, `attention`, `layer`, `position`, `index` and `activation` of the node table, for every source."""
+    """Columns `kind`, `part`, `layer`, `position`, `index` and `activation` of the node table, for every source."""
     T, L = local.n_positions, local.shape.n_layers
     tokens, positions = local.frozen.tokens_T.cpu().numpy(), np.arange(T)
     blocks = [_block(NodeKind.TOKEN, positions, index=tokens)]
@@ -70,7 +70,7 @@ def source_table(local: LocalReplacement) -> dict[str, np.ndarray]:
         blocks.append(_block(NodeKind.POSITION, positions))
     for number, _ in enumerate(local.decompositions):
         layers = np.repeat(np.arange(L), T)
-        blocks.append(_block(NodeKind.ERROR, np.tile(positions, L), attention=bool(number), layer=layers))
+        blocks.append(_block(NodeKind.ERROR, np.tile(positions, L), part=number, layer=layers))
     for number, part in enumerate(local.decompositions):
         wiring, features = part.crosscoder.wiring, part.features.to(device="cpu")
         layers = np.array([wiring.group_layer(group) for group in range(wiring.n_groups)])
@@ -78,7 +78,7 @@ def source_table(local: LocalReplacement) -> dict[str, np.ndarray]:
             _block(
                 NodeKind.FEATURE,
                 features.row.numpy(),
-                attention=bool(number),
+                part=number,
                 layer=layers[features.group.numpy()],
                 index=features.index.numpy(),
                 activation=features.activation.float().numpy(),
@@ -91,11 +91,11 @@ def _block(
     kind: NodeKind,
     position: np.ndarray,
     *,
-    attention: bool = False,
+    part: int = 0,
     layer: np.ndarray | int = -1,
     index: np.ndarray | int = -1,
     activation: np.ndarray | float = 0.0,
 ) -> dict[str, np.ndarray]:
-    columns: dict[str, Any] = {"kind": int(kind), "attention": attention, "layer": layer, "position": position}
+    columns: dict[str, Any] = {"kind": int(kind), "part": part, "layer": layer, "position": position}
     columns |= {"index": index, "activation": activation}
     return {name: np.broadcast_to(value, position.shape) for name, value in columns.items()}

@@ -20,7 +20,7 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
 from replacement import LocalReplacement, ReplacementModel
 
-_KEY = ("kind", "attention", "layer", "position", "index")
+_KEY = ("kind", "part", "layer", "position", "index")
 
 
 @dataclass(frozen=True, slots=True)

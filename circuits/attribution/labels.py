@@ -34,7 +34,7 @@ def node_labels(
     """Readable text of every kept node.
 
     Args:
-        columns: the node table's `kind`, `attention`, `layer` and `position` for all nodes.
+        columns: the node table's `kind`, `part`, `layer` and `position` for all nodes.
         kept: bool[N].
     """
     lm = model.language_model
@@ -44,7 +44,7 @@ def node_labels(
     label[of_kind[NodeKind.TOKEN]] = strings
     label[of_kind[NodeKind.POSITION]] = [f"position {t}" for t in columns["position"][of_kind[NodeKind.POSITION]]]
     errors = of_kind[NodeKind.ERROR]
-    parts = ["attention error" if attention else "error" for attention in columns["attention"][errors]]
+    parts = ["attention error" if part else "error" for part in columns["part"][errors]]
     label[errors] = [f"{part} in layer {layer}" for part, layer in zip(parts, columns["layer"][errors], strict=True)]
     label[of_kind[NodeKind.LOGIT]] = [one.label.strip() or repr(one.label) for one in logits]
     first = int(errors[-1]) + 1  # features follow errors

@@ -69,10 +69,10 @@ def _target_facts(
     table = source_table(local)
     first = len(table["kind"]) - sum(len(part.features) for part in local.decompositions)
     for root in roots:
-        attention, layer, index, position = (
-            int(table[name][first + root]) for name in ("attention", "layer", "index", "position")
+        part, layer, index, position = (
+            int(table[name][first + root]) for name in ("part", "layer", "index", "position")
         )
-        name = f"{'attention' if attention else 'feature'}:{layer}/{index}"
+        name = f"{'attention' if part else 'feature'}:{layer}/{index}"
         facts.append({"token": name, "position": position, "probability": 0.0})
     return facts
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from replacement import LanguageModel, LocalReplacement
+from replacement.splicing.interventions import PARTS
 
 TOP_PROBABILITY = 0.95
 TOP_LOGITS = 10
@@ -46,8 +47,8 @@ class FeatureTarget:
     layer: int
     index: int
     position: int = -1
-    attention: bool = False
-    """Of the attention crosscoder, not of the MLPs'."""
+    part: str = "mlp"
+    """Whose feature it is: of the crosscoder for the `mlp`s or of the one for `attention`."""
 
 
 Target = TokenTarget | DifferenceTarget | FeatureTarget
@@ -89,7 +90,7 @@ def parse_target(text: str) -> Target:
         raise ValueError("a target is empty: expected 'token', 'token - token' or 'feature:layer/index'")
     if match := _FEATURE.fullmatch(body.strip()):
         kind, layer, index = match.groups()
-        return FeatureTarget(int(layer), int(index), position, attention=kind == "attention")
+        return FeatureTarget(int(layer), int(index), position, part="attention" if kind == "attention" else "mlp")
     plus, minus_sign, minus = body.partition(" - ")
     if minus_sign and plus.strip() and minus.strip():
         return DifferenceTarget(plus, minus, position)
@@ -114,18 +115,20 @@ def active_feature(target: FeatureTarget, local: LocalReplacement) -> int:
         ValueError: no such part, layer or position, or the feature is not active there.
     """
     position = check_position(target.position, local.n_positions)
-    if target.attention and local.attention is None:
+    if target.part not in PARTS:
+        raise ValueError(f"the part of a target must be 'mlp' or 'attention', got {target.part!r}")
+    if target.part == "attention" and local.attention is None:
         raise ValueError("there are no attention features: load the model with an attention crosscoder")
-    part = local.decompositions[int(target.attention)]
+    part = local.decompositions[PARTS.index(target.part)]
     wiring, features = part.crosscoder.wiring, part.features
     groups = [g for g in range(wiring.n_groups) if wiring.group_layer(g) == target.layer]
     if not groups:
         raise ValueError(f"the crosscoder has no features in layer {target.layer}")
     found = (features.group == groups[0]) & (features.row == position) & (features.index == target.index)
     if not bool(found.any()):
-        kind = "attention feature" if target.attention else "feature"
+        kind = "attention feature" if target.part == "attention" else "feature"
         raise ValueError(f"{kind} {target.layer}/{target.index} is not active at position {position}")
-    return int(torch.nonzero(found)[0, 0]) + (len(local.features) if target.attention else 0)
+    return int(torch.nonzero(found)[0, 0]) + (len(local.features) if target.part == "attention" else 0)
 
 
 def top_logits(local: LocalReplacement, *, position: int = -1) -> list[TokenTarget]:

@@ -119,11 +119,11 @@ def _node(graph: GraphData, row: int, name: str, influence: float) -> dict[str, 
         fields |= {"feature": cantor_pair(layer, index), "layer": str(layer), "feature_type": FEATURE}
         fields |= {"activation": float(nodes.activation[row]), "jsNodeId": f"{layer}_{index}-0"}
         fields["is_target_logit"] = bool(nodes.is_target[row])
-        if nodes.attention[row]:  # the schema has one kind of feature: an id and a word keep these apart
+        if nodes.of_attention[row]:  # the schema has one kind of feature: an id and a word keep these apart
             fields |= {"jsNodeId": f"A{layer}_{index}-0", "clerp": f"attention: {label}"}
     elif kind is NodeKind.ERROR:
         fields |= {"feature": -1, "layer": str(layer), "feature_type": ERROR, "jsNodeId": f"{layer}_{position}-0"}
-        fields["clerp"] = label or f"Err: {'attention' if nodes.attention[row] else 'mlp'} layer {layer}"
+        fields["clerp"] = label or f"Err: {'attention' if nodes.of_attention[row] else 'mlp'} layer {layer}"
     elif kind is NodeKind.LOGIT:
         probability = float(nodes.probability[row])
         shown = name.split("_")

@@ -9,13 +9,13 @@ import networkx as nx
 
 from circuits.graph.edges import GraphData
 from circuits.graph.influence import edge_influence, node_influence
-from circuits.graph.nodes import COLUMNS, NodeKind
+from circuits.graph.nodes import COLUMNS, NodeKind, Part
 
 
 def to_networkx(graph: GraphData) -> nx.DiGraph:
     """A directed graph from source to target, keyed by node id, with plain Python attributes.
 
-    Nodes carry every column of the table (`kind` as a lower-case word) and `influence`; edges carry `weight` and
+    Nodes carry every column of the table (`kind` and `part` as lower-case words) and `influence`; edges carry `weight` and
     `influence`, and where heads are known `direct` (the part through no head) and `heads` (the strongest parts in words);
     the graph carries the metadata.
     """
@@ -23,6 +23,7 @@ def to_networkx(graph: GraphData) -> nx.DiGraph:
     ids = graph.nodes.ids()
     columns: dict[str, list[Any]] = {name: getattr(graph.nodes, name).tolist() for name in COLUMNS}
     columns["kind"] = [NodeKind(kind).name.lower() for kind in columns["kind"]]
+    columns["part"] = [Part(part).name.lower() for part in columns["part"]]
     columns["label"] = list(graph.nodes.label)
     columns["influence"] = node_influence(graph).tolist()
     for row, node in enumerate(ids):

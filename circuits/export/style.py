@@ -31,7 +31,7 @@ def picture_rows(nodes: NodeTable) -> np.ndarray:
     Logits have the row after the last layer's.
     """
     layer = nodes.layer.astype(np.int64)
-    return np.where(layer < 0, -1, 2 * layer + (~nodes.attention & (nodes.kind != NodeKind.LOGIT)))
+    return np.where(layer < 0, -1, 2 * layer + (~nodes.of_attention & (nodes.kind != NodeKind.LOGIT)))
 
 
 def row_title(row: int) -> str:

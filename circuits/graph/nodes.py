@@ -4,8 +4,8 @@ Rows are ordered by kind, and inside a kind by
 
     tokens      position
     positions   position                  (learned position embeddings; absent in models without them)
-    errors      (attention, layer, position)
-    features    (attention, layer, position, index)
+    errors      (part, layer, position)
+    features    (part, layer, position, index)
     logits      as the targets were named
 
 The table knows nothing of edges, models or token text: a label is whatever text its builder found readable.
@@ -30,10 +30,17 @@ class NodeKind(enum.IntEnum):
     LOGIT = 4
 
 
+class Part(enum.IntEnum):
+    """Part of a layer whose output an error or feature is of."""
+
+    MLP = 0
+    ATTENTION = 1
+
+
 # Column name -> dtype; `label` is the only column that is not an array.
 COLUMNS: dict[str, np.dtype] = {
     "kind": np.dtype(np.int8),
-    "attention": np.dtype(np.bool_),
+    "part": np.dtype(np.int8),
     "layer": np.dtype(np.int32),
     "position": np.dtype(np.int32),
     "index": np.dtype(np.int64),
@@ -59,8 +66,8 @@ class NodeTable:
 
     kind: np.ndarray
     """int8, a `NodeKind`."""
-    attention: np.ndarray
-    """bool, whether an error or feature is of an attention layer's output and not of an MLP's; False elsewhere."""
+    part: np.ndarray
+    """int8, a `Part`: whose output an error or feature is of; `Part.MLP` elsewhere."""
     layer: np.ndarray
     """int32. Feature: layer of its group. Error: layer. Token and position: -1. Logit: number of layers."""
     position: np.ndarray
@@ -129,6 +136,11 @@ class NodeTable:
         return np.isin(self.kind, np.array(kinds, dtype=np.int8))
 
     @property
+    def of_attention(self) -> np.ndarray:
+        """bool[N], errors and features of attention outputs."""
+        return self.part == Part.ATTENTION
+
+    @property
     def is_target(self) -> np.ndarray:
         """bool[N], the roots of the graph: nodes that own a share of the output."""
         return self.output_weight > 0
@@ -156,7 +168,7 @@ class NodeTable:
         """
         names = []
         differences: dict[int, int] = {}
-        parts = np.where(self.attention, "A", "").tolist()
+        parts = np.where(self.of_attention, "A", "").tolist()
         columns = (self.kind.tolist(), parts, self.layer.tolist(), self.position.tolist(), self.index.tolist())
         for kind, part, layer, position, index in zip(*columns, strict=True):
             if kind == NodeKind.TOKEN:
@@ -199,6 +211,8 @@ def _check_kinds(table: NodeTable) -> None:
         raise ValueError(
             f"NodeTable.kind: expected values 0 to 4, given {table.kind[unknown][0]} in row {_first(unknown)}"
         )
+    if ((table.part < 0) | (table.part > max(Part))).any():
+        raise ValueError(f"NodeTable.part: expected values 0 and 1, given {table.part.min()} to {table.part.max()}")
     for name in ("position", "output_weight", "inflow", "probability"):
         negative = getattr(table, name) < 0
         if negative.any():
@@ -209,16 +223,16 @@ def _check_kinds(table: NodeTable) -> None:
         raise ValueError(
             f"NodeTable.expanded: expected only features and logits to be expanded, given row {_first(sources)}"
         )
-    misplaced = table.attention & ~table.mask(NodeKind.ERROR, NodeKind.FEATURE)
+    misplaced = table.of_attention & ~table.mask(NodeKind.ERROR, NodeKind.FEATURE)
     if misplaced.any():
         raise ValueError(
-            f"NodeTable.attention: expected only errors and features to be of attention, given row {_first(misplaced)}"
+            f"NodeTable.part: expected only errors and features to be of attention, given row {_first(misplaced)}"
         )
 
 
 def _check_order(table: NodeTable) -> None:
     """Rows must strictly increase in (kind, attention, layer, position, index); logits only in kind, no two alike."""
-    columns = (table.kind, table.attention, table.layer, table.position, table.index)
+    columns = (table.kind, table.part, table.layer, table.position, table.index)
     keys = np.stack([column.astype(np.int64) for column in columns])
     # A token's vocabulary id says nothing about order: two tokens at one position are a mistake whatever their ids.
     keys[4, table.mask(NodeKind.TOKEN, NodeKind.POSITION, NodeKind.ERROR)] = 0
@@ -231,7 +245,7 @@ def _check_order(table: NodeTable) -> None:
         row = _first(wrong) + 1
         raise ValueError(
             "NodeTable: expected unique rows ordered by kind, then position (tokens, positions), (attention, layer, "
-            f"position) (errors) or (attention, layer, position, index) (features), given row {row} after row {row - 1}"
+            f"position) (errors) or (part, layer, position, index) (features), given row {row} after row {row - 1}"
         )
     named = table.mask(NodeKind.LOGIT) & (table.index >= 0)
     if len(np.unique(keys[:, named], axis=1).T) != named.sum():

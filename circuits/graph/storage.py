@@ -19,8 +19,8 @@ from circuits.graph.nodes import COLUMNS, NodeTable
 from replacement.files import write_atomic
 
 FORMAT = "crosstrace.circuit"
-SCHEMA = 2
-"""2 added the column `attention` and heads of edges; files of schema 1 have neither."""
+SCHEMA = 3
+"""2 added heads of edges and a bool column `attention`, which 3 replaces by `part`; files of schema 1 have none of them."""
 _EDGE_COLUMNS = ("indptr", "source", "weight")
 
 
@@ -53,9 +53,13 @@ def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             _check_header(path, header)
-            names = COLUMNS if header["schema"] != "1" else COLUMNS.keys() - {"attention"}
-            nodes = {name: file.get_tensor(f"nodes.{name}") for name in names}
-            nodes.setdefault("attention", np.zeros(len(nodes["kind"]), dtype=np.bool_))
+            nodes = {name: file.get_tensor(f"nodes.{name}") for name in COLUMNS.keys() - {"part"}}
+            if int(header["schema"]) >= 3:
+                nodes["part"] = file.get_tensor("nodes.part")
+            elif header["schema"] == "2":
+                nodes["part"] = file.get_tensor("nodes.attention").astype(COLUMNS["part"])
+            else:
+                nodes["part"] = np.zeros(len(nodes["kind"]), COLUMNS["part"])
             edges = Edges(**{name: file.get_tensor(f"edges.{name}") for name in _EDGE_COLUMNS})
             heads = None
             if "heads.weight" in file.keys():  # noqa: SIM118 - not a dictionary

@@ -43,7 +43,7 @@ def full_name(nodes: NodeTable, row: int) -> str:
     """The node in words, for tooltips and path descriptions."""
     kind, label = NodeKind(int(nodes.kind[row])), printable(nodes.label[row])
     position, layer, index = int(nodes.position[row]), int(nodes.layer[row]), int(nodes.index[row])
-    part = "attention " if nodes.attention[row] else ""
+    part = "attention " if nodes.of_attention[row] else ""
     if kind is NodeKind.FEATURE:
         return f"{part}feature {layer}/{index} at {position}" + (f" ({label.strip()})" if label.strip() else "")
     if kind is NodeKind.POSITION:

@@ -30,6 +30,7 @@ from circuits.heads.credit import RULES
 from circuits.heads.view import HeadView, HeadViews
 from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel, Site
 from replacement.language_model.language_model import EnoughSeen, Hook
+from replacement.splicing.interventions import PARTS
 
 RUNGS: tuple[str, ...] = ("direct", "frozen", "live")
 NON_TRIVIAL = 0.1
@@ -240,7 +241,7 @@ def _by_row(row_S: Tensor, acts_S: Tensor, n_rows: int) -> np.ndarray:
 
 
 def _part(local: LocalReplacement, view: HeadView) -> Decomposition:
-    return local.decompositions[int(view.feature.attention)]
+    return local.decompositions[PARTS.index(view.feature.part)]
 
 
 def _group(local: LocalReplacement, view: HeadView) -> int:

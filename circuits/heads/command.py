@@ -78,7 +78,9 @@ def heads(
 
     def with_model(work: Callable[[ReplacementModel], Facts]) -> Facts:
         chosen = attention_crosscoder if attention == "features" else None
-        return with_loaded(lambda loaded, _: work(loaded), model=model, crosscoder=crosscoder, attention=chosen)
+        return with_loaded(
+            lambda loaded, _: work(loaded), model=model, crosscoder=crosscoder, attention_crosscoder=chosen
+        )
 
     page: Callable[[Facts], RenderableType]
     graph = None if file is None else CircuitGraph.load(file)
@@ -248,7 +250,9 @@ def _target(text: str) -> FeatureTarget:
     match = _FEATURE.fullmatch(text.strip())
     assert match is not None  # checked with the options
     kind, layer, index, position = match.groups()
-    return FeatureTarget(int(layer), int(index), int(position or -1), attention=kind == "attention")
+    return FeatureTarget(
+        int(layer), int(index), int(position or -1), part="attention" if kind == "attention" else "mlp"
+    )
 
 
 def _tokens(model: ReplacementModel, graph: CircuitGraph) -> Tensor:

@@ -70,7 +70,7 @@ def credit(
 ) -> Credit:
     """Divide the activation f(b + sum_j c_j) among its players; see the module's table for the rules.
 
-    Arguments:
+    Args:
         contributions_J: [J], exact contributions to the pre-activation.
         bias: the pre-activation without any player, b.
         threshold: theta, at least 0.

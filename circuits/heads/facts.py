@@ -110,7 +110,7 @@ def feature_facts(view: HeadView, rule: str, *, top: int) -> Facts:
     others = players[top:]
     return {
         "feature": f"{one.layer}/{one.index}@{one.position}",
-        "attention": one.attention,
+        "part": one.part,
         "token": view.tokens[one.position],
         "pre_activation": view.pre_activation,
         "activation": view.activation,

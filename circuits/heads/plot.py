@@ -102,7 +102,7 @@ def _shown(view: HeadView) -> tuple[list[tuple[int, int]], list[int]]:
 
 def _title(view: HeadView, hidden: float) -> str:
     one = view.feature
-    name = f"{'attention ' if one.attention else ''}feature {one.layer}/{one.index} at {one.position}"
+    name = f"{'attention ' if one.part == 'attention' else ''}feature {one.layer}/{one.index} at {one.position}"
     token = shorten(token_text(view.tokens[one.position]), 20)
     parts = f"heads {view.heads_LH.sum():+.3g}, direct {view.direct:+.3g}, bias {view.bias:+.3g}"
     left_out = f"; {100 * hidden:.1g} % of the heads not drawn" if hidden > 1e-6 else ""

@@ -37,6 +37,7 @@ from circuits.graph.nodes import NodeKind
 from circuits.heads.qk_attribution import QKAttribution, SourceNode, summed_magnitudes
 from replacement import ReplacementModel
 from replacement.language_model.queries_and_keys import FrozenQueryKey
+from replacement.splicing.interventions import PARTS
 
 NUMBERS_AT_ONCE = 2**24
 """Effects held at once: channels x positions x sources (128 MiB in float64)."""
@@ -149,10 +150,10 @@ class QKAttributor:
     def _nodes(self, vectors_CK: np.ndarray) -> tuple[tuple[SourceNode, ...], np.ndarray]:
         """Nodes with an effect, then the constants, and their rows."""
         kept = np.flatnonzero(vectors_CK[:-1].any(1))
-        columns = [self._table[name][kept].tolist() for name in ("kind", "attention", "layer", "position", "index")]
+        columns = [self._table[name][kept].tolist() for name in ("kind", "part", "layer", "position", "index")]
         nodes = [
-            SourceNode(NodeKind(kind), bool(attention), layer, position, index, column=int(column))
-            for kind, attention, layer, position, index, column in zip(*columns, kept, strict=True)
+            SourceNode(NodeKind(kind), PARTS[part], layer, position, index, column=int(column))
+            for kind, part, layer, position, index, column in zip(*columns, kept, strict=True)
         ]
         return (*nodes, SourceNode(None)), vectors_CK[[*kept, -1]]
 

@@ -26,8 +26,8 @@ class SourceNode:
 
     kind: NodeKind | None
     """None for the constants."""
-    attention: bool = False
-    """Whether an error or feature is of an attention layer's output and not of an MLP's."""
+    part: str = "mlp"
+    """`mlp` or `attention`: whose output an error or feature is of."""
     layer: int = -1
     """Layer of an error or feature; -1 elsewhere."""
     position: int = -1
@@ -42,7 +42,7 @@ class SourceNode:
         """Plain values, for JSON."""
         return {
             "kind": "bias" if self.kind is None else self.kind.name.lower(),
-            "attention": self.attention,
+            "part": self.part,
             "layer": self.layer,
             "position": self.position,
             "index": self.index,

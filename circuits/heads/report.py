@@ -59,7 +59,7 @@ def edge_page(facts: Facts) -> Group:
 
 def feature_page(facts: Facts) -> Group:
     """One feature: players, their contributions and credits."""
-    kind = "attention feature" if facts["attention"] else "feature"
+    kind = "attention feature" if facts["part"] == "attention" else "feature"
     token = printable(facts["token"]).strip()
     title = (
         f'{kind} {facts["feature"]} "{token}": activation {facts["activation"]:.4g} = '
@@ -71,7 +71,7 @@ def feature_page(facts: Facts) -> Group:
     others = facts["other_heads"]
     if others["number"]:
         table.add_row(f"{others['number']} other heads", f"{others['contribution']:+.4f}", f"{others['credit']:+.4f}")
-    if not facts["attention"]:
+    if facts["part"] == "mlp":
         table.add_row(*_player("direct", facts["direct"]), "")
     table.add_row("bias", f"{facts['bias']:+.4f}")
     table.add_row("residual", "", f"{facts['residual']:+.4f}")
@@ -137,7 +137,7 @@ def _node(node: Facts) -> str:
     """A source node in words; feature ids as elsewhere, so that they can be looked up."""
     label = printable(node["label"]).strip()
     if node["kind"] == "feature":
-        part = "attention " if node["attention"] else ""
+        part = "attention " if node["part"] == "attention" else ""
         return f"{part}feature {node['layer']}/{node['index']} at {node['position']}" + (f" ({label})" if label else "")
     if node["kind"] == "token":
         return f'token "{label}" at {node["position"]}'

@@ -31,6 +31,7 @@ from circuits.attribution.targets import FeatureTarget, active_feature
 from circuits.heads.credit import Credit, credit
 from circuits.heads.thresholds import feature_threshold
 from replacement import Decomposition, LocalReplacement, ReplacementModel, Site
+from replacement.splicing.interventions import PARTS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +90,7 @@ def head_view(model: ReplacementModel, prompt: str | Tensor, feature: FeatureTar
 
     Args:
         prompt: text, or a 1-D tensor of token ids.
-        feature: `FeatureTarget(layer, index, position)`, of the attention crosscoder where `attention` is True.
+        feature: `FeatureTarget(layer, index, position)`, of the attention crosscoder where `part` is `attention`.
 
     Raises:
         ValueError: a prompt the model cannot read, or a feature that does not exist or is not active there.
@@ -99,9 +100,9 @@ def head_view(model: ReplacementModel, prompt: str | Tensor, feature: FeatureTar
     with torch.no_grad():
         local = model.localize(tokens_T)
         number = active_feature(feature, local)
-        part = local.decompositions[int(feature.attention)]
+        part = local.decompositions[PARTS.index(feature.part)]
         tokens = tuple(lm.token_strings(local.frozen.tokens_T.tolist()))
-        return HeadViews(local, tokens).of(part, number - (len(local.features) if feature.attention else 0))
+        return HeadViews(local, tokens).of(part, number - (len(local.features) if feature.part == "attention" else 0))
 
 
 class HeadViews:
@@ -124,7 +125,9 @@ class HeadViews:
         group, position = int(features.group[number]), int(features.row[number])
         layer = part.crosscoder.wiring.group_layer(group)
         return HeadView(
-            feature=FeatureTarget(layer, int(features.index[number]), position, attention=part.kind == "attn_out"),
+            feature=FeatureTarget(
+                layer, int(features.index[number]), position, part="attention" if part.kind == "attn_out" else "mlp"
+            ),
             tokens=self._tokens,
             layers=layers,
             heads_LHT=heads_LHT,

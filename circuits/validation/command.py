@@ -55,7 +55,9 @@ def validate(
         others = other_prompts(loaded, graph, lines, is_demo=model == "demo")
         return run(loaded, graph, others=others, n_features=features, seed=seed)
 
-    facts = with_model(work, model=model, crosscoder=crosscoder, attention=None if linear else attention_crosscoder)
+    facts = with_model(
+        work, model=model, crosscoder=crosscoder, attention_crosscoder=None if linear else attention_crosscoder
+    )
     if as_json:
         typer.echo(json.dumps(facts))
     else:

@@ -94,7 +94,7 @@ class Effects:
             "original": range(own + 1),
             "window": range(own, min(own + WINDOW, n)),
         }[patching]
-        mlps = "own" if patching in OWN_MLPS else "replaced"
+        mlps = "original" if patching in OWN_MLPS else "replaced"
         conditions = Conditions(patterns=attention, norms=norms, mlps=mlps, constrained_layers=held)
         if conditions not in self._patchers:
             lm = self.model.language_model
@@ -127,7 +127,7 @@ class Effects:
             yield some, patcher.run(changes_of(by_part, patcher), n_copies=len(some))
 
     def _intervention(self, node: int, scale: float) -> Intervention:
-        nodes, part = self.nodes, "attention" if self.nodes.attention[node] else "mlp"
+        nodes, part = self.nodes, "attention" if self.nodes.of_attention[node] else "mlp"
         group = self._groups(part)[int(nodes.layer[node])]
         place = {"group": group, "position": int(nodes.position[node]), "index": int(nodes.index[node])}
         return Intervention(
@@ -142,7 +142,7 @@ class Effects:
     def _feature_changes(self, patcher: Patcher, patched: Patched, n_copies: int) -> tuple[np.ndarray, np.ndarray]:
         change_BN, power_BL = np.zeros((n_copies, len(self.nodes))), np.zeros((n_copies, self.n_layers))
         for part, features in patched.features.items():
-            mine = self.nodes.mask(NodeKind.FEATURE) & (self.nodes.attention == (part == "attention"))
+            mine = self.nodes.mask(NodeKind.FEATURE) & (self.nodes.of_attention == (part == "attention"))
             for layer, group in self._groups(part).items():
                 clean = copies_of(patcher.clean_features[part].of(group), n_copies)
                 changes = difference(features.of(group), clean, group=group)
@@ -186,7 +186,7 @@ class Effects:
             for layer, group in self._groups(part).items():
                 attention = part == "attention"
                 own = np.flatnonzero(
-                    (self.nodes.layer[targets] == layer) & (self.nodes.attention[targets] == attention)
+                    (self.nodes.layer[targets] == layer) & (self.nodes.of_attention[targets] == attention)
                 )
                 index = torch.from_numpy(self.nodes.index[targets[own]]).to(crosscoder.device)
                 row = torch.from_numpy(self.nodes.position[targets[own]].astype(np.int64)).to(crosscoder.device)

@@ -72,7 +72,7 @@ def compare_perturbations(
     local = _Streams(model, grounding, Conditions(patterns="frozen", norms="frozen"), local=True)
     rows = []
     for attention in reversed(ATTENTION):  # as published first
-        original = _Streams(model, grounding, Conditions(patterns=attention, mlps="own"))
+        original = _Streams(model, grounding, Conditions(patterns=attention, mlps="original"))
         for kind in dict.fromkeys(each.kind for each in perturbations):
             own = [each for each in perturbations if each.kind == kind]
             rows += _rows(own, local.changes(own), original.changes(own), kind=kind, attention=attention)
@@ -146,7 +146,7 @@ def _perturbations(
     model: ReplacementModel, grounding: Grounding, changed: np.ndarray, *, seed: int
 ) -> list[Perturbation]:
     local, nodes = grounding.local, grounding.graph.nodes
-    (_, chosen_S), *_ = grounding.feature_numbers(changed[~nodes.attention[changed]])
+    (_, chosen_S), *_ = grounding.feature_numbers(changed[~nodes.of_attention[changed]])
     if not len(chosen_S):
         return []
     features, generator = local.features, torch.Generator().manual_seed(seed)

@@ -211,7 +211,7 @@ def print_two_bases(seeds: Sequence[int], *, n_steps: int = N_STEPS) -> list[tup
 def draw(rows: dict[str, dict[tuple[str, int, str], list[Found]]], target: Path, *, n_features: int = 8) -> None:
     """Decoder directions of autoencoders in the plane of colour and shape, as TARGET.svg and .png.
 
-    Arguments:
+    Args:
         rows: results of `sweep` by the title of their amplitudes.
     """
     with pyplot.rc_context(STYLE):

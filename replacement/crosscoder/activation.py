@@ -49,7 +49,7 @@ class Activation(ABC):
     ) -> Selection:
         """Choose the active features of one group.
 
-        Arguments:
+        Args:
             pre_BF: pre-activations; no gradient flows through the choice.
             threshold_F: the group's row of the threshold, `[F]` or `[1]`.
             training: choose for a training step (see each class).

@@ -51,7 +51,7 @@ def save(
 ) -> None:
     """Write a checkpoint folder atomically.
 
-    Arguments:
+    Args:
         folder: the target; created, or replaced if it is empty or holds a checkpoint.
         dtype: dtype of the stored weights; `torch.bfloat16` halves the size.
         training: anything worth recording about the training run (JSON values).
@@ -136,7 +136,7 @@ def check_fits(
 ) -> None:
     """Check that a crosscoder belongs to a model of these sizes, weights and name.
 
-    Arguments:
+    Args:
         model_name: name of the model; compared only where a fingerprint is missing, for folders get renamed.
         model_fingerprint: digest of the model's weights (`LanguageModel.fingerprint`).
 

@@ -53,7 +53,7 @@ class Crosscoder(CrosscoderWeights):
     def pre_activations(self, inputs: Mapping[Site, Tensor], group: int) -> Float[Tensor, "B F"]:
         """Dense pre-activations `h = sum_r x_r W_enc[r]^T + b_enc` of one group, `[B, F]`.
 
-        Arguments:
+        Args:
             inputs: activations `[B, D]` of (at least) the sites the group reads.
 
         Raises:
@@ -68,7 +68,7 @@ class Crosscoder(CrosscoderWeights):
     def encode(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> Features:
         """Active features of all groups; differentiable in the inputs and weights.
 
-        Arguments:
+        Args:
             inputs: activations `[B, D]` of every read site.
             positions: position of each row in its prompt, by default 0 to B - 1; rows before `undecomposed_positions`
                 have no features.
@@ -135,7 +135,7 @@ class Crosscoder(CrosscoderWeights):
     ) -> Float[Tensor, " S"]:
         """Give chosen pre-activations their gradients to inputs and weights, without a dense backward pass.
 
-        Arguments:
+        Args:
             row_S, index_S: chosen (row, feature index) pairs.
             pre_S: their values, taken from `pre_activations` without gradient; returned unchanged.
         """
@@ -159,7 +159,7 @@ class Crosscoder(CrosscoderWeights):
     ) -> dict[Site, Tensor]:
         """Partial sums `sum_g a_g W_dec[g, w]`, `[B, D]`, without biases.
 
-        Arguments:
+        Args:
             groups: groups to add up, all by default; a forward pass can so add group by group.
             sites: written sites to compute, all that these groups write by default.
 

@@ -33,7 +33,7 @@ def to_jumprelu(
     Without batches a BatchTopK crosscoder keeps its running threshold, and computes exactly what it did. With batches the
     threshold of each group is the quantile of its pre-activations that leaves `target_l0` features per row on average.
 
-    Arguments:
+    Args:
         batches: activations `{site: [B, D]}` of every read site, in the model's own scale.
         target_l0: features per row, for every group or one number each; by default the k of a TopK or BatchTopK.
 

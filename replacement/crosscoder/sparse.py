@@ -61,7 +61,7 @@ def weighted_rows(
 ) -> Float[Tensor, "B D"]:
     """`out[b] = sum of scale[s] * weight[index[s]]` over `offsets[b] <= s < offsets[b + 1]`.
 
-    Arguments:
+    Args:
         offsets: CSR offsets, `[B + 1]`, ending in S.
     """
     return functional.embedding_bag(
@@ -94,7 +94,7 @@ def add_blocks(
 
     Differentiable once, in the values and the weights.
 
-    Arguments:
+    Args:
         blocks: the terms, with targets 0 to n - 1 for n outputs.
         patterns, scales: the sparse matrices and their values.
     """

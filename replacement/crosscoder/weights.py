@@ -22,7 +22,7 @@ Kind = TypeVar("Kind", bound="CrosscoderWeights")
 class CrosscoderWeights(nn.Module):
     """Parameters of a crosscoder; `Crosscoder` adds what is computed with them.
 
-    Arguments:
+    Args:
         wiring: which sites each group reads and writes.
         n_features: features per group F.
         activation: `TopK`, `BatchTopK`, `ReLU` or `JumpReLU`.
@@ -103,7 +103,7 @@ class CrosscoderWeights(nn.Module):
         synthetic CLT after 600 steps (unexplained variance, dead of 1536): zero 0.446, 49; uniform 0.590, 202;
         transposed encoder 0.661, 302; zero without the centred encoder bias of `train` 0.463, 78.
 
-        Arguments:
+        Args:
             part, n_parts: these features are one of so many equal parts of a crosscoder, and begin as they do there.
         """
         if self.device.type == "meta":
@@ -225,7 +225,7 @@ class CrosscoderWeights(nn.Module):
 
         `W_enc *= s_r`, `W_dec, b_dec /= s_w`, `W_skip *= s_r / s_w`; pre-activations and thresholds do not change.
 
-        Arguments:
+        Args:
             input_scale: factor per read site, 1 where absent.
             output_scale: factor per written site, 1 where absent.
 

@@ -184,7 +184,7 @@ class Wiring:
     def strictly_causal(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:
         """A cross-layer transcoder (CLT): group l reads the stream at layer l and writes `mlp_out` of layers >= l.
 
-        Arguments:
+        Args:
             read: `resid_mid` (default), `resid_pre` (default for parallel models) or `mlp_in`.
         """
         shape = _shape_of(model)

@@ -68,7 +68,7 @@ class ActivationCache:
     ) -> ActivationCache:
         """Write the activations of all rows of a source, and open them; goes on where an earlier call stopped.
 
-        Arguments:
+        Args:
             read_activations: maps tokens `[B, T]` to activations `{site: [B, T, D]}` of at least these sites.
             fingerprint: digest of the model's weights (`LanguageModel.fingerprint`; joined ones for two models).
             dtype: bfloat16, float16 or float32.
@@ -104,7 +104,7 @@ class ActivationCache:
     ) -> ActivationCache:
         """Open a finished cache for a source; every row of token ids is compared, by a checksum over all of them.
 
-        Arguments:
+        Args:
             fingerprint: digest of the weights of the model whose activations are wanted.
             sites: the sites wanted, all by default.
 

@@ -65,7 +65,7 @@ class ActivationStream:
     ) -> None:
         """Describe the stream; nothing is read before the first batch.
 
-        Arguments:
+        Args:
             read_activations: a forward pass, or a cache of what it gives.
             batch_tokens: tokens per step over all shards.
             buffer_tokens: tokens per block over all shards, rounded down to whole rows, equally many for each shard.

@@ -44,7 +44,7 @@ def pack(
 ) -> Iterator[np.ndarray]:
     """Rows `[n, T]` cut from documents laid end to end; the remainder that fills no row is dropped.
 
-    Arguments:
+    Args:
         bos: token in front of every row, which takes the first of its T places.
         separator: token after every document.
 

@@ -41,7 +41,7 @@ def open_source(
     Stored tokens are shuffled globally in every epoch and can be cached; text is tokenised on the way, comes in its own
     order and is mixed by the shuffle buffer only. `store_rows` turns the one into the other.
 
-    Arguments:
+    Args:
         source: one of
             - `.npy` files (memory-mapped) or `.safetensors` files, by path, folder, pattern or list: rows `[R, T]` of one
               width, or flat ids `[N]`, cut into rows file by file;
@@ -90,7 +90,7 @@ def store_rows(source: TokenSource, path: str | Path, *, n_rows: int | None = No
     That tokenises a text once for many runs and processes, lets it be shuffled globally, and lets its activations be
     cached. The file is written atomically.
 
-    Arguments:
+    Args:
         n_rows: most training rows to write; all of one epoch by default, and needed for a source without an end.
 
     Raises:
@@ -152,7 +152,7 @@ class _Opener:
     def stored(self, arrays: Mapping[str, np.ndarray | Tensor], name: str) -> TokenSource:
         """Token ids that can be read in any order; rows keep their width, and flat ids are cut to the same.
 
-        Arguments:
+        Args:
             arrays: one or more, by what errors call them.
         """
         ids = {file: x.detach().cpu().numpy() if isinstance(x, Tensor) else x for file, x in arrays.items()}

@@ -72,7 +72,7 @@ def _files(entry: str | Path) -> list[Path]:
 def map_ids(path: Path, name: str | None) -> np.ndarray:
     """The array of a file of token ids, mapped and not read.
 
-    Arguments:
+    Args:
         name: tensor in a `.safetensors` file; by default its first of integers.
 
     Raises:

@@ -68,7 +68,7 @@ class TokenSource(ABC):
     def blocks(self, n: int, *, first: int = 0, seed: int) -> Iterator[Rows]:
         """Endless consecutive blocks of `n` training rows each, from position `first` of the endless order.
 
-        Arguments:
+        Args:
             n: rows per block; a block may run over the end of an epoch.
             first: rows of the order to pass over.
             seed: seed of the row order, where the source is shuffled.
@@ -111,7 +111,7 @@ class StoredRows(TokenSource):
     ) -> None:
         """Wrap `[R, T]` rows, or flat ids `[N]` that are cut into rows of `context` tokens as they stand.
 
-        Arguments:
+        Args:
             context: tokens per row; needed for flat ids, and the width of 2-D rows otherwise.
             n_held_out: the first n rows never appear in training.
 
@@ -176,7 +176,7 @@ class StreamedRows(TokenSource):
     ) -> None:
         """Wrap a function that starts the rows afresh; each item it yields is some rows `[n, T]`.
 
-        Arguments:
+        Args:
             n_held_out: the first n rows never appear in training.
 
         Raises:

@@ -47,7 +47,7 @@ def answer_probes(
 ) -> list[Outcome]:
     """Ask every probe, batched by prompt length so that no padding is needed.
 
-    Arguments:
+    Args:
         logits_of: maps tokens [batch, position] to logits [batch, position, vocabulary].
         tokenizer: turns prompts into tokens; `<bos>` is put in front here.
         probes: the questions.

@@ -21,7 +21,7 @@ def build_tokenizer(context: int = 64) -> PreTrainedTokenizerFast:
 
     `<bos>` is put in front only where special tokens are asked for (`add_special_tokens=True`).
 
-    Arguments:
+    Args:
         context: longest row the model reads, `<bos>` included.
     """
     tokens = vocabulary()

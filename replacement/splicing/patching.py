@@ -41,9 +41,9 @@ class Conditions:
     norms: str = "live"
     """Scales of the residual stream's norms: `live` or `frozen`."""
     mlps: str = "replaced"
-    """Outputs outside `constrained_layers`: `replaced` by the crosscoder, whose features react; or the model's `own`, to
-    which the changed features' change is added (only inside them, where they are given: what the model's own later MLPs
-    make of it need not be added once more)."""
+    """Outputs outside `constrained_layers`: `replaced` by the crosscoder, whose features react; or the model's own
+    (`original`), to which the changed features' change is added (only inside them, where they are given: what the model's
+    own later MLPs make of it need not be added once more)."""
     constrained_layers: Collection[int] | None = None
     """Constrained patching: at these layers every output is held at its clean value plus what the change of the changed
     features writes there, and no feature reacts (skip terms, which are linear, follow the stream); None for no layer."""
@@ -53,7 +53,7 @@ class Conditions:
             ("errors", ("keep", "drop")),
             ("patterns", ("live", "frozen")),
             ("norms", ("live", "frozen")),
-            ("mlps", ("replaced", "own")),
+            ("mlps", ("replaced", "original")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {getattr(self, name)!r}")
@@ -158,7 +158,7 @@ class _PatchedSplice(Splice):
         errors: Mapping[Site, Tensor],
     ) -> None:
         super().__init__(patcher.language_model, patcher.crosscoders[part], tokens_BT)
-        own = patcher.conditions.mlps == "own"
+        own = patcher.conditions.mlps == "original"
         self._errors = {site: errors[site] for site in self.written if site in errors}
         self.part, self.held = part, patcher.held
         self._clean, self._change, self._own = clean, change, own

@@ -27,7 +27,7 @@ class ReplacementModel:
     >>> model(tokens)                                           # every MLP replaced, errors propagate
     >>> model(tokens, errors="keep")                            # equals the original model
     >>> model(tokens, layers=[2], reads="clean")                # one layer, reading the original activations
-    >>> model = ReplacementModel(lm, crosscoder, attention=attention_crosscoder)    # doctest: +SKIP
+    >>> model = ReplacementModel(lm, crosscoder, attention_crosscoder=attention_crosscoder)    # doctest: +SKIP
     >>> model(tokens, parts=["attention"])                      # attention replaced, MLPs left as they are
 
     Attributes:
@@ -36,7 +36,7 @@ class ReplacementModel:
     """
 
     def __init__(
-        self, language_model: LanguageModel, crosscoder: Crosscoder, *, attention: Crosscoder | None = None
+        self, language_model: LanguageModel, crosscoder: Crosscoder, *, attention_crosscoder: Crosscoder | None = None
     ) -> None:
         """Splice a crosscoder that writes MLP outputs into a language model.
 
@@ -44,21 +44,25 @@ class ReplacementModel:
         mode, and their gradients are switched off.
 
         Args:
-            attention: a crosscoder that reads `attn_z` and writes attention outputs, such as `Wiring.attention`.
+            attention_crosscoder: one that reads `attn_z` and writes attention outputs, such as `Wiring.attention`.
 
         Raises:
             ValueError: a crosscoder was made for another width, depth or model, is not causal, writes other sites than
                 MLP outputs (attention: reads others than `attn_z`, writes others than attention outputs), or holds NaN;
                 both use one site; or the architecture cannot be linearised exactly.
         """
-        crosscoders = [crosscoder] if attention is None else [crosscoder, attention]
+        crosscoders = [crosscoder] if attention_crosscoder is None else [crosscoder, attention_crosscoder]
         for part, each in zip(PARTS, crosscoders, strict=False):
             _check(each, language_model, part)
         check_together(crosscoders)
         language_model.check_linearisable()
         for each in crosscoders:
             each.to(dtype=language_model.dtype, device=language_model.device).eval().requires_grad_(False)
-        self.language_model, self.crosscoder, self.attention_crosscoder = language_model, crosscoder, attention
+        self.language_model, self.crosscoder, self.attention_crosscoder = (
+            language_model,
+            crosscoder,
+            attention_crosscoder,
+        )
 
     @property
     def crosscoders(self) -> dict[str, Crosscoder]:
@@ -73,7 +77,7 @@ class ReplacementModel:
         errors: str = "drop",
         layers: Iterable[int] | None = None,
         parts: Iterable[str] | None = None,
-        reads: str = "replaced",
+        reads: str = "propagated",
         patterns: str = "live",
         interventions: Iterable[Intervention] = (),
     ) -> Tensor:
@@ -85,7 +89,7 @@ class ReplacementModel:
                 replaced output, which gives the original logits when there are no interventions.
             layers: layers that are replaced, in every part; all that the crosscoders write by default.
             parts: `mlp`, `attention` or both; all that there are crosscoders for by default.
-            reads: `replaced` encodes the stream that the replaced layers produced; `clean` encodes the original one.
+            reads: `propagated` encodes the stream that the replaced layers produced; `clean` encodes the original one.
             patterns: `live` lets the attention patterns follow the stream; `frozen` holds them at their values in the
                 original model.
             interventions: features to change, the same in every prompt of the batch.
@@ -130,7 +134,9 @@ class ReplacementModel:
             if name not in PARTS:
                 raise ValueError(f"parts must be 'mlp' or 'attention', got {name!r}")
             if name not in own:
-                raise ValueError("this replacement model has no attention crosscoder: give one with attention=...")
+                raise ValueError(
+                    "this replacement model has no attention crosscoder: give one with attention_crosscoder=..."
+                )
         if not names:
             raise ValueError("parts names nothing to replace: expected 'mlp', 'attention' or both")
         return {name: own[name] for name in PARTS if name in names}
@@ -159,8 +165,8 @@ class ReplacementModel:
             errors: `keep` adds the clean run's reconstruction errors back, `drop` lets them propagate.
             patterns: attention patterns `live`, or `frozen` at their values in the original model.
             norms: scales of the residual stream's norms, `live` or `frozen`.
-            mlps: outputs outside `constrained_layers` come from the crosscoder (`replaced`), whose features react, or are the
-                model's `own`, to which the change of the intervened features is added (only inside them, where given).
+            mlps: outputs outside `constrained_layers` come from the crosscoder (`replaced`), whose features react, or are
+                the model's own (`original`), to which the change of the intervened features is added (inside them only).
             constrained_layers: constrained patching (Ameisen et al. 2025): inside this range every replaced output is held at
                 its clean value plus what the change of the intervened features writes there (skip terms follow the stream);
                 behind it the model runs on. Features of these layers have their clean activation as the current one. None
@@ -189,7 +195,7 @@ class ReplacementModel:
             patched = patcher.run(changes_of(copies, patcher))
             if step < generate:
                 tokens_T = torch.cat([tokens_T, patched.logits_BTV[0, -1:].argmax(-1)])
-        reference = None if errors == "keep" or mlps == "own" else patcher.run({})
+        reference = None if errors == "keep" or mlps == "original" else patcher.run({})
         clean = patcher.clean_features if reference is None else reference.features
         return Intervened(
             tokens=tokens_T,

@@ -44,7 +44,7 @@ class Splice:
         tokens_BT: Tensor,
         *,
         sites: Iterable[Site] | None = None,
-        reads: str = "replaced",
+        reads: str = "propagated",
         errors: str = "drop",
         interventions: Iterable[Intervention] = (),
         scales: Mapping[Site, float] | None = None,
@@ -56,7 +56,7 @@ class Splice:
         Args:
             tokens_BT: token ids.
             sites: written sites to replace; all by default, none is allowed.
-            reads: `replaced` encodes the stream that the replaced sites produced; `clean` encodes the original one.
+            reads: `propagated` encodes the stream that the replaced sites produced; `clean` encodes the original one.
             errors: `drop` lets reconstruction errors propagate; `keep` adds the error of the clean run back to every
                 replaced site, which gives the original logits when there are no interventions.
             interventions: features to change, the same in every prompt of the batch.
@@ -70,7 +70,7 @@ class Splice:
             ValueError: an option outside its choices, a site the crosscoder does not write, an unknown feature, a mask of
                 another shape, or a wiring that cannot be spliced that way.
         """
-        for name, given, choices in (("errors", errors, ("drop", "keep")), ("reads", reads, ("replaced", "clean"))):
+        for name, given, choices in (("errors", errors, ("drop", "keep")), ("reads", reads, ("propagated", "clean"))):
             if given not in choices:
                 raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {given!r}")
         _check_wiring(crosscoder.wiring, reads)
@@ -296,7 +296,7 @@ def possible_reads(wiring: Wiring) -> tuple[str, ...]:
         return ()
     # Two sites may share a point of the residual timeline (resid_post and the next resid_pre), and still one comes first.
     in_order = all(max(reads) <= min(writes) for reads, writes in zip(wiring.reads, wiring.writes, strict=True))
-    return ("replaced", "clean") if in_order else ("clean",)
+    return ("propagated", "clean") if in_order else ("clean",)
 
 
 def replaced_tokens(tokens_BT: Tensor, undecomposed_positions: int, keep_BT: Tensor | None) -> Tensor | None:

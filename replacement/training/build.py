@@ -107,7 +107,7 @@ def special_ids(lm: LanguageModel) -> frozenset[int]:
 def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, *, seed: int) -> Crosscoder:
     """A fresh crosscoder.
 
-    Arguments:
+    Args:
         rows_RT: some rows of the data; where all of them begin with a special token, position 0 is not decomposed.
 
     Raises:

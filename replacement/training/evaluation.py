@@ -27,7 +27,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """One record for `metrics.jsonl`: reconstruction, and the output of the model with the crosscoder spliced in.
 
-    Arguments:
+    Args:
         keep_RT: the tokens that count; the others keep the model's own activations.
         scales: of the activations the crosscoder lives in.
     """

@@ -115,7 +115,7 @@ class Penalty(Loss):
     def of_group(self, acts_S: Float[Tensor, " S"], norms_SW: Float[Tensor, "S W"]) -> Float[Tensor, ""]:
         """Sum over the active features of one group.
 
-        Arguments:
+        Args:
             norms_SW: norms of each active feature's decoder vectors, one per written site.
         """
 

@@ -15,7 +15,7 @@ LOGGERS = ("tensorboard", "wandb")
 class MetricsLog:
     """Appends records to `metrics.jsonl`; a context manager.
 
-    Arguments:
+    Args:
         folder: where `metrics.jsonl` lies.
         last_step: keep earlier records up to this step; a resumed run writes the later ones anew.
         loggers: copies to make: `tensorboard` (below the folder), `wandb`.
@@ -47,7 +47,7 @@ class MetricsLog:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add one record.
 
-        Arguments:
+        Args:
             kind: `train` or `held_out`.
             step: steps done.
             values: JSON values; numbers, lists and dictionaries of numbers go to the copies as well.

@@ -193,7 +193,7 @@ def is_first_process() -> bool:
 def connect(*, feature_shards: int = 1, device: str = "cpu") -> Parallel:
     """Join the run that `torchrun` started, or be a run of one process.
 
-    Arguments:
+    Args:
         feature_shards: processes that share the features; the others share the rows.
 
     Raises:

@@ -31,7 +31,7 @@ def choose_reads(config: TrainingConfig, crosscoder: Crosscoder, models: Models)
             spliced into one model.
     """
     wiring = crosscoder.wiring
-    can_splice = models.only is not None and "replaced" in possible_reads(wiring)
+    can_splice = models.only is not None and "propagated" in possible_reads(wiring)
     reads = config.reads
     if reads is None:
         stands_alone = bool(set(wiring.read_sites) & set(wiring.write_sites)) or wiring.n_groups == 1

@@ -66,7 +66,7 @@ def run(
 
     >>> crosscoder = run(read_config("clt.toml"), "runs/clt")   # doctest: +SKIP
 
-    Arguments:
+    Args:
         out: folder of the run.
         resume: go on from the newest checkpoint in it, or start where there is none. A finished run is only read: its
             settings are compared, its models and data are not loaded.

@@ -48,7 +48,7 @@ class RunConfig:
 def read_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file.
 
-    Arguments:
+    Args:
         overrides: `key=value` each, such as `training.n_tokens=1_000_000`; values are TOML, or text if they are not.
 
     Raises:

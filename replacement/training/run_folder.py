@@ -59,7 +59,7 @@ def check_inputs(out: Path, inputs: Mapping[str, str], parallel: Parallel) -> No
 
     A run that began before fingerprints were recorded takes those of the process that goes on with it.
 
-    Arguments:
+    Args:
         inputs: fingerprints by what they belong to, such as `the model demo`.
 
     Raises:

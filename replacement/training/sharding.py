@@ -42,7 +42,7 @@ def local_part(crosscoder: Crosscoder, parallel: Parallel, *, seed: int, device:
     The parts of all processes start as the crosscoder of one process would: each draws the whole encoder of a group, one
     at a time, and keeps its part.
 
-    Arguments:
+    Args:
         crosscoder: built under `plan`.
         seed: seed of the initial weights.
 

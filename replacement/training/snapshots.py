@@ -33,7 +33,7 @@ def save(
 ) -> None:
     """Write the snapshot of a step; called by every process of the run.
 
-    Arguments:
+    Args:
         folder: holds all snapshots of a run.
         tensors: plain tensors, or DTensors where every process holds a part.
         facts: JSON values.

@@ -38,7 +38,7 @@ NUMBER_HOOKS: dict[Any, Callable[[Any], Any]] = {int: as_int, float: as_float}
 def from_table(value: Any, kinds: Mapping[str, type[Kind]], *, what: str, setting: str) -> Kind:
     """The object that a table describes: `name` chooses its class, the other entries are its parameters.
 
-    Arguments:
+    Args:
         kinds: dataclasses by name; fields that do not count in comparisons are no parameters.
         what: what the classes are, for messages, such as `loss`.
         setting: dotted name of the setting.

@@ -65,7 +65,7 @@ class Trainer:
 
     The crosscoder lives in scaled activations until `finished` returns a copy of it for the model's own.
 
-    Arguments:
+    Args:
         crosscoder: a fresh one (decoder zero), or a trained one to go on with.
         statistics: scale, mean and variance of every site, from `scaling.measure`; None for a run that is about to be
             restored.
@@ -102,7 +102,7 @@ class Trainer:
     def step(self, batch: Batch, *, rows: RowsRead | None = None, inputs: Batch | None = None) -> Progress:
         """One optimizer step on this process's share of a batch.
 
-        Arguments:
+        Args:
             batch: `{site: [B, D]}`, unscaled, for every read and written site.
             rows: the tokens behind the batch, for losses that need them.
             inputs: what the crosscoder reads instead of the batch's own activations, such as a propagated stream.
@@ -262,7 +262,7 @@ def train(
     For runs with checkpoints, metrics and data of their own see `training.run`. Equal weights, batches and settings give
     equal results.
 
-    Arguments:
+    Args:
         batches: shuffled tokens, `{site: [B, D]}` for every read and written site; one is used per step.
         progress: called after each step.
 

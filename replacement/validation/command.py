@@ -68,7 +68,7 @@ def validate_with_bar(request: Request) -> dict[str, Any]:
     model = load(
         request.model,
         crosscoder=request.crosscoder or DEMO,
-        attention=request.attention_crosscoder,
+        attention_crosscoder=request.attention_crosscoder,
         dtype=DTYPES[request.dtype],
         device=request.device,
     )

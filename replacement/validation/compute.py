@@ -45,7 +45,7 @@ def read_curve(path: str | Path) -> list[tuple[float, float]]:
 def compute_equivalent(curve: list[tuple[float, float]], increase: float) -> dict[str, Any]:
     """The fraction of the curve's compute at which its loss first is within `increase` of its last.
 
-    Arguments:
+    Args:
         curve: (compute, loss) pairs by rising compute, at least two; its last loss stands for the original's, so that a
             curve measured on other held-out text is as good.
         increase: of the replacement's cross-entropy over the original's, nats; below 0 counts as 0.

@@ -40,7 +40,7 @@ def fidelity_by_reads(
     """Output change for each way of reading; see `measure_fidelity` for the arguments.
 
     Returns:
-        `clean`: all written sites replaced at once, encoded from the original stream. `replaced`: encoded from the stream
+        `clean`: all written sites replaced at once, encoded from the original stream. `propagated`: encoded from the stream
         that the replacement produced, so that errors propagate into features; absent for acausal crosscoders.
         `single_layer`: mean over layers, each replaced alone.
 
@@ -56,7 +56,7 @@ def fidelity_by_reads(
     possible = possible_reads(crosscoder.wiring)
     if not possible:
         raise ValueError(f"a {crosscoder.wiring.name} crosscoder involves a second model: it has no spliced output")
-    names = ("clean", *(("replaced",) if "replaced" in possible else ()), "single_layer")
+    names = ("clean", *(("propagated",) if "propagated" in possible else ()), "single_layer")
     sums = {name: (Mean(), Mean()) for name in names}
     with evaluating(crosscoder):
         for chunk_BT, keep_BT in passes(crosscoder, rows_RT, keep_RT, rows_per_pass):
@@ -92,6 +92,6 @@ def _modes(
     layers = sorted({site.layer for site in together})
     modes = [("clean", together)]
     modes += [("single_layer", {s: hook for s, hook in together.items() if s.layer == layer}) for layer in layers]
-    if "replaced" in possible_reads(crosscoder.wiring):
-        modes.append(("replaced", hooks_of("replaced")))
+    if "propagated" in possible_reads(crosscoder.wiring):
+        modes.append(("propagated", hooks_of("propagated")))
     return modes

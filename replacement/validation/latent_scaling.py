@@ -69,7 +69,7 @@ def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " F"]:
 def latent_scaling(crosscoder: Crosscoder, batches: Iterable[Mapping[Site, Tensor]]) -> LatentScaling:
     """Scales of all features of a model-diffing crosscoder at once, in fp64.
 
-    Arguments:
+    Args:
         crosscoder: measured in evaluation mode and left in the mode it came in.
         batches: activations `{site: [N, D]}` of both models on tokens that are decomposed; best held out from training.
 

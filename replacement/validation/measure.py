@@ -91,7 +91,7 @@ def measure_slice(
 ) -> Measured:
     """Run the original and every protocol named over a slice.
 
-    Arguments:
+    Args:
         means: of every written site, for mean ablation.
         names: protocols; all by default.
         n_worst: tokens of largest KL kept, with errors propagating.

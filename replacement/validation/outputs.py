@@ -107,7 +107,7 @@ class OutputSums:
     def facts(self, ablated: Mapping[str, OutputSums]) -> dict[str, Any]:
         """Plain JSON value.
 
-        Arguments:
+        Args:
             ablated: sums with the sites set to 0 and to their mean, by those names.
         """
         increase = value_of(self.increase)

@@ -33,7 +33,7 @@ class Protocol:
 
     name: str
     reads: str
-    """`clean`, `replaced`, or `constant` for ablations."""
+    """`clean`, `propagated`, or `constant` for ablations."""
     sites: frozenset[Site]
     errors: str = "drop"
 
@@ -47,13 +47,13 @@ def protocols(crosscoders: Sequence[Crosscoder]) -> dict[str, Protocol]:
     everything = frozenset(sites)
     plan = [
         Protocol(name=CLEAN, reads="clean", sites=everything),
-        Protocol(name=PROPAGATED, reads="replaced", sites=everything),
+        Protocol(name=PROPAGATED, reads="propagated", sites=everything),
         *(Protocol(name=single(site), reads="clean", sites=frozenset([site])) for site in sites),
         *(
-            Protocol(name=first(k), reads="replaced", sites=frozenset(site for site in sites if site.layer < k))
+            Protocol(name=first(k), reads="propagated", sites=frozenset(site for site in sites if site.layer < k))
             for k in cumulative(sites)[:-1]
         ),
-        Protocol(name=ERRORS_KEPT, reads="replaced", sites=everything, errors="keep"),
+        Protocol(name=ERRORS_KEPT, reads="propagated", sites=everything, errors="keep"),
         Protocol(name=ZERO, reads="constant", sites=everything),
         Protocol(name=MEAN, reads="constant", sites=everything),
     ]

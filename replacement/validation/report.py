@@ -61,7 +61,7 @@ def write_report(facts: dict[str, Any], folder: str | Path) -> Path:
 def render(facts: dict[str, Any], pictures: dict[str, str]) -> str:
     """The page as text.
 
-    Arguments:
+    Args:
         pictures: data addresses of the plots, by the key of the table each belongs to.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -70,7 +70,7 @@ def validate(
 ) -> dict[str, Any]:
     """Measure a replacement model, as plain JSON values.
 
-    Arguments:
+    Args:
         progress: told how many tokens were run after every forward pass.
 
     Raises:

@@ -53,7 +53,7 @@ def assemble(
 
 _DEFAULTS: dict[str, Any] = {
     "kind": 0,
-    "attention": False,
+    "part": 0,
     "layer": -1,
     "position": 0,
     "index": -1,

@@ -49,7 +49,7 @@ class PathOracle:
         self.norms = {path: self._norm(path) for path in [*paths, "ln_final"]}
         places = [(-1, ""), *itertools.product(layers, ("attn_out", "mlp_out"))]
         self.written = {place: self._written(*place) for place in places}
-        on_stream = self.targets[~graph.nodes.attention[self.targets]].tolist()
+        on_stream = self.targets[~graph.nodes.of_attention[self.targets]].tolist()
         self.readings = {target: self._readings(target) for target in on_stream}
         self._on: dict[Chain, np.ndarray] = {}
 
@@ -148,7 +148,7 @@ class PathOracle:
                 if layer < 0:
                     out[row, t] = self.cache["hook_embed" if node_kind == NodeKind.TOKEN else "hook_pos_embed"][t]
                 continue
-            part = self.local.decompositions[int(nodes.attention[node])]
+            part = self.local.decompositions[int(nodes.of_attention[node])]
             if kind == part.kind and node_kind == NodeKind.ERROR and nodes.layer[node] == layer:
                 out[row, t] = part.errors_LTD[layer, t]
             elif kind == part.kind and node_kind == NodeKind.FEATURE:

@@ -49,7 +49,7 @@ _TABLE: tuple[tuple[str, str, Callable[[np.random.Generator], tuple[Probe, ...]]
 def behaviours(seed: int = 0) -> tuple[Behaviour, ...]:
     """All behaviours with their held-out probes.
 
-    Arguments:
+    Args:
         seed: draws which of the held-out items are asked where there are more than a few hundred.
     """
     return tuple(

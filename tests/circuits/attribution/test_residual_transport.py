@@ -28,7 +28,7 @@ SKIP = pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
 def model_of(lm: Any, *, attention: dict[str, Any] | None = None, **options: Any) -> ReplacementModel:
     """A replacement model with random crosscoders for MLP outputs and for attention outputs."""
     of_attention = tiny.crosscoder_for(lm, **{"wiring": Wiring.attention(lm), **(attention or {})})
-    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention=of_attention)
+    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention_crosscoder=of_attention)
 
 
 def every_row(model: ReplacementModel, tokens: torch.Tensor) -> tuple[Attributor, Any, list[Any], torch.Tensor]:
@@ -82,7 +82,7 @@ def test_identity_holds_for_every_expanded_target(language_model: Any, architect
     sums = np.bincount(graph.edges.target, weights=graph.edges.weight, minlength=len(nodes)) + nodes.bias
     gap = np.abs(sums - nodes.value)[nodes.expanded]
     assert (gap <= 1e-4 * (nodes.inflow + np.abs(nodes.bias))[nodes.expanded]).all()
-    assert nodes.expanded[nodes.mask(NodeKind.FEATURE) & nodes.attention].mean() > 0.9
+    assert nodes.expanded[nodes.mask(NodeKind.FEATURE) & nodes.of_attention].mean() > 0.9
 
 
 @EVERYWHERE
@@ -137,7 +137,7 @@ def test_undecomposed_positions_have_errors_alone(language_model: Any) -> None:
     features, errors = (graph.nodes.mask(kind) for kind in (NodeKind.FEATURE, NodeKind.ERROR))
     assert graph.nodes.position[features].min() == 2
     assert {
-        (bool(a), int(p)) for a, p in zip(graph.nodes.attention[errors], graph.nodes.position[errors], strict=True)
+        (bool(a), int(p)) for a, p in zip(graph.nodes.of_attention[errors], graph.nodes.position[errors], strict=True)
     } >= {(part, position) for part in (False, True) for position in (0, 1)}
     assert graph.identity_error <= 1e-10
 
@@ -148,7 +148,7 @@ def test_only_features_of_attention_read_other_positions(language_model: Any, ar
     graph = trace(model_of(language_model(architecture), skip=skip), tiny.random_tokens(), coverage=1.0)
     nodes, edges = graph.nodes, graph.edges
     moved = nodes.position[edges.source] != nodes.position[edges.target]
-    of_attention = nodes.attention[edges.target]
+    of_attention = nodes.of_attention[edges.target]
     assert not moved[~of_attention].any()
     assert (nodes.position[edges.source] <= nodes.position[edges.target]).all()
     assert moved[of_attention].any()
@@ -178,7 +178,7 @@ def test_a_feature_of_attention_as_target(language_model: Any) -> None:
     assert graph.metadata["targets"] == [
         {"token": f"attention:{layer}/{index}", "position": position, "probability": 0.0}
     ]
-    same = trace(model, tokens, targets=FeatureTarget(layer, index, position, attention=True), coverage=1.0)
+    same = trace(model, tokens, targets=FeatureTarget(layer, index, position, part="attention"), coverage=1.0)
     assert same.nodes == graph.nodes
     z = Site(layer, "attn_z")
     assert model.attention_crosscoder is not None
@@ -190,8 +190,8 @@ def test_a_feature_of_attention_as_target(language_model: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("attention:1/23@5", FeatureTarget(1, 23, 5, attention=True)),
-        ("attention:1/23", FeatureTarget(1, 23, -1, attention=True)),
+        ("attention:1/23@5", FeatureTarget(1, 23, 5, part="attention")),
+        ("attention:1/23", FeatureTarget(1, 23, -1, part="attention")),
         ("feature:1/23@5", FeatureTarget(1, 23, 5)),
     ],
 )

@@ -61,14 +61,14 @@ def test_attention_features_have_ids_rows_and_names_of_their_own(build_graph) ->
     rows = [
         {"kind": T, "index": 1, "label": "a"},
         {"kind": E, "layer": 0},
-        {"kind": E, "layer": 0, "attention": True},
+        {"kind": E, "layer": 0, "part": 1},
         {"kind": F, "layer": 0, "index": 2, "expanded": True},
-        {"kind": F, "layer": 0, "index": 2, "attention": True, "expanded": True},
+        {"kind": F, "layer": 0, "index": 2, "part": 1, "expanded": True},
         {"kind": L, "layer": 1, "index": 3, "label": "b", "expanded": True, "output_weight": 1.0},
     ]
     graph = build_graph(rows, [(4, 0, 1.0), (3, 4, 2.0), (5, 3, 1.0), (5, 1, 0.5), (5, 2, 0.5)])
     assert graph.nodes.ids() == ("E_1_0", "0_-1_0", "A0_-1_0", "0_2_0", "A0_2_0", "2_3_0")
-    assert graph.to_networkx().nodes["A0_2_0"]["attention"] is True
+    assert graph.to_networkx().nodes["A0_2_0"]["part"] == "attention"
     for picture in (graph.to_svg(), graph.to_dot()):
         assert picture.index("attention 0") != picture.index("layer 0")
     assert "attention feature 0/2 at 0" in graph.to_svg()

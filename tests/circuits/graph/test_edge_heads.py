@@ -218,14 +218,14 @@ def test_heads_come_back_from_a_file(small: CircuitGraph, tmp_path: Path) -> Non
 
 def test_files_of_schema_1_still_load(small: CircuitGraph, tmp_path: Path) -> None:
     path = small.save(tmp_path / "graph.safetensors")
-    _rewrite(path, drop="nodes.attention", schema="1")
+    _rewrite(path, drop="nodes.part", schema="1")
     loaded = CircuitGraph.load(path)
     assert loaded == small
     assert loaded.heads is None
-    assert not loaded.nodes.attention.any()
+    assert not loaded.nodes.of_attention.any()
 
 
-@pytest.mark.parametrize("column", ["nodes.attention", "heads.head"])
+@pytest.mark.parametrize("column", ["nodes.part", "heads.head"])
 def test_files_of_schema_2_have_every_column(small: CircuitGraph, tmp_path: Path, column: str) -> None:
     path = carried(small).save(tmp_path / "graph.safetensors")
     _rewrite(path, drop=column)

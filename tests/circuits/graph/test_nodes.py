@@ -28,7 +28,7 @@ def with_attention(**changes) -> NodeTable:
     """Errors and features of both parts, where layers of attention begin anew behind those of the MLPs."""
     columns = {
         "kind": [T, E, E, F, F, F, L],
-        "attention": [0, 0, 1, 0, 1, 1, 0],
+        "part": [0, 0, 1, 0, 1, 1, 0],
         "layer": [-1, 1, 0, 1, 0, 1, 2],
         "position": [0, 0, 0, 0, 0, 0, 0],
         "index": [9, -1, -1, 3, 5, 3, 8],
@@ -38,10 +38,10 @@ def with_attention(**changes) -> NodeTable:
 
 def test_nodes_of_attention_come_behind_those_of_mlps() -> None:
     nodes = with_attention()
-    assert nodes.attention.dtype == np.bool_
-    assert nodes.attention.tolist() == [False, False, True, False, True, True, False]
+    assert nodes.part.dtype == np.int8
+    assert nodes.of_attention.tolist() == [False, False, True, False, True, True, False]
     assert nodes.ids() == ("E_9_0", "1_-1_0", "A0_-1_0", "1_3_0", "A0_5_0", "A1_3_0", "3_8_0")
-    assert not table().attention.any()
+    assert not table().of_attention.any()
     # The same layer, position and index may stand once in each part.
     assert len(set(with_attention(layer=[-1, 0, 0, 1, 0, 1, 2]).ids())) == 7
 
@@ -49,12 +49,12 @@ def test_nodes_of_attention_come_behind_those_of_mlps() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention": [0, 1, 0, 0, 1, 1, 0]}, "given row 2 after row 1"),
-        ({"attention": [0, 0, 1, 1, 0, 1, 0]}, "given row 4 after row 3"),
+        ({"part": [0, 1, 0, 0, 1, 1, 0]}, "given row 2 after row 1"),
+        ({"part": [0, 0, 1, 1, 0, 1, 0]}, "given row 4 after row 3"),
         ({"layer": [-1, 1, 0, 1, 1, 0, 2]}, "given row 5 after row 4"),
         ({"layer": [-1, 1, 0, 1, 1, 1, 2]}, "given row 5 after row 4"),
-        ({"attention": [1, 0, 1, 0, 1, 1, 0]}, "expected only errors and features to be of attention, given row 0"),
-        ({"attention": [0, 0, 1, 0, 1, 1, 1]}, "expected only errors and features to be of attention, given row 6"),
+        ({"part": [1, 0, 1, 0, 1, 1, 0]}, "expected only errors and features to be of attention, given row 0"),
+        ({"part": [0, 0, 1, 0, 1, 1, 1]}, "expected only errors and features to be of attention, given row 6"),
     ],
 )
 def test_misplaced_nodes_of_attention_are_named(changes, message) -> None:

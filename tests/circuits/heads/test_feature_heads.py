@@ -26,7 +26,7 @@ IDENTITY = {torch.float32: 1e-4, torch.float64: 1e-10}
 def model_of(lm: Any, *, attention: bool = False, **options: Any) -> ReplacementModel:
     """A replacement model with random crosscoders."""
     second = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm)) if attention else None
-    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention=second)
+    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention_crosscoder=second)
 
 
 def views_of(model: ReplacementModel, tokens: Tensor, *, every: int = 7) -> list[HeadView]:
@@ -49,11 +49,11 @@ def check_identity(views: list[HeadView], tolerance: float) -> None:
 @DTYPES
 def test_parts_sum_to_the_pre_activation(language_model: Any, architecture: str, dtype: torch.dtype) -> None:
     views = views_of(model_of(language_model(architecture, dtype), attention=True), tiny.random_tokens(12))
-    assert {view.feature.attention for view in views} == {False, True}
+    assert {view.feature.part for view in views} == {"mlp", "attention"}
     check_identity(views, IDENTITY[dtype])
     for view in views:
         assert not view.heads_LHT[:, :, view.feature.position + 1 :].any()
-        if view.feature.attention:
+        if view.feature.part == "attention":
             assert (view.layers, view.direct) == ((view.feature.layer,), 0.0)
 
 
@@ -167,7 +167,7 @@ def test_features_that_are_not_there(language_model: Any) -> None:
     with pytest.raises(ValueError, match=rf"feature 1/{asleep} is not active at position 4"):
         head_view(model, tiny.random_tokens(), FeatureTarget(1, asleep, 4))
     with pytest.raises(ValueError, match="there are no attention features"):
-        head_view(model, tiny.random_tokens(), FeatureTarget(1, 0, 4, attention=True))
+        head_view(model, tiny.random_tokens(), FeatureTarget(1, 0, 4, part="attention"))
 
 
 @pytest.mark.parametrize(

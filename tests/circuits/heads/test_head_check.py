@@ -122,7 +122,7 @@ def test_features_of_attention_read_what_is_left_of_their_heads(language_model: 
     """They read `attn_z` itself: with ReLU nothing else can change them on any rung."""
     lm = language_model("gpt2", torch.float64)
     attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm), activation=ReLU())
-    model = ReplacementModel(lm, tiny.crosscoder_for(lm, activation=ReLU()), attention=attention)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm, activation=ReLU()), attention_crosscoder=attention)
     local = model.localize(PROMPTS[0])
     views = HeadViews(local, ("",) * 8)
     second = local.decompositions[1]

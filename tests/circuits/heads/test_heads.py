@@ -31,7 +31,7 @@ FLOAT32 = 1e-3
 def model_of(lm: Any, *, attention: bool = False, **options: Any) -> ReplacementModel:
     """A replacement model with a random crosscoder, and one of attention if asked for."""
     of_attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm)) if attention else None
-    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention=of_attention)
+    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention_crosscoder=of_attention)
 
 
 def traced(model: ReplacementModel, *, n_tokens: int = 8, **options: Any) -> CircuitGraph:
@@ -270,7 +270,7 @@ def test_features_of_attention_split_by_the_heads_they_read(language_model: Any,
     streams = oracle.streams(())
     heads_ELH = np.zeros_like(split.heads_ELH)
     direct_E = oracle.on(())
-    for target in oracle.targets[nodes.attention[oracle.targets]].tolist():
+    for target in oracle.targets[nodes.of_attention[oracle.targets]].tolist():
         edges = np.flatnonzero(graph.edges.target == target)
         heads_SH = oracle.read_heads(target, streams).numpy()
         heads_ELH[edges, nodes.layer[target]] = heads_SH[oracle.source_E[edges]]

@@ -112,7 +112,7 @@ def test_pairs_sum_where_attention_outputs_are_features(language_model: Any, arc
         assert found.identity_error <= 1e-9
         # Nothing but a node of attention moves between positions.
         assert {node.position for node in found.key_nodes if node.kind is not None} == {found.key}
-        assert any(node.attention for node in found.key_nodes) == (layer != 0)
+        assert any(node.part == "attention" for node in found.key_nodes) == (layer != 0)
 
 
 # Pair by pair ---------------------------------------------------------------------------------------------------

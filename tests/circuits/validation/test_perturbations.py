@@ -83,7 +83,7 @@ def test_the_local_replacement_model_reacts_as_a_loop_over_its_layers(language_m
 def test_the_original_reacts_as_one_run_with_the_vector_added(language_model: Any, architecture: str) -> None:
     lm = language_model(architecture, torch.float64)
     model, grounding = traced(lm)
-    streams = perturbations._Streams(model, grounding, Conditions(mlps="own"))
+    streams = perturbations._Streams(model, grounding, Conditions(mlps="original"))
     chosen, tokens = drawn(model, grounding), tiny.random_tokens()
     end = Site(lm.shape.n_layers - 1, "resid_post")
     for each, found in zip(chosen, streams.changes(chosen), strict=True):

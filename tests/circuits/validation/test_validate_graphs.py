@@ -34,7 +34,7 @@ OTHERS = [tiny.random_tokens(seed=seed) for seed in range(1, 4)]
 def traced(lm: Any, **options: Any) -> tuple[ReplacementModel, Grounding]:
     """A random replacement model and the full graph of a random prompt."""
     attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm)) if options.pop("attention", False) else None
-    model = ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention=attention)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention_crosscoder=attention)
     graph = circuits.trace(model, tiny.random_tokens(), coverage=1.0)
     return model, Grounding.of(model, graph)
 
@@ -104,7 +104,7 @@ def test_measured_effects_equal_single_interventions(
     for number, node in enumerate(changed.tolist()):
         layer, place = int(nodes.layer[node]), {"position": int(nodes.position[node]), "index": int(nodes.index[node])}
         held = {"propagated": None, "original": range(layer + 1), "window": range(layer, min(layer + 2, 3))}[patching]
-        options: Any = {} if held is None else {"mlps": "own", "constrained_layers": held}
+        options: Any = {} if held is None else {"mlps": "original", "constrained_layers": held}
         alone = model.intervene(tokens, [Intervention(group=layer, scale=0.0, **place)], **options)
         divergence = kl(alone.clean_logits[-1], alone.logits[-1:])[0]
         assert found.kl_B[number] == pytest.approx(divergence, rel=1e-5, abs=1e-9)  # activations are float32 in graphs

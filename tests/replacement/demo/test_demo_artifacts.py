@@ -67,7 +67,7 @@ def test_fidelity_is_that_of_the_shipped_table(measured: dict[str, Any]) -> None
 @pytest.fixture(scope="module")
 def complete() -> replacement.ReplacementModel:
     """The shipped replacement model with attention replaced too."""
-    return replacement.load("demo", attention="demo")
+    return replacement.load("demo", attention_crosscoder="demo")
 
 
 def test_everything_replaced_with_errors_kept_gives_the_original_logits(complete: replacement.ReplacementModel) -> None:
@@ -92,12 +92,12 @@ def test_attention_is_as_faithful_as_its_shipped_table(complete: replacement.Rep
 
 def test_a_wrong_attention_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing is not a folder: expected a crosscoder checkpoint"):
-        replacement.load("demo", attention=tmp_path / "missing")
+        replacement.load("demo", attention_crosscoder=tmp_path / "missing")
     mlps = ARTIFACTS / "crosscoder"
     with pytest.raises(
         ValueError, match=r"attention needs a crosscoder that writes attn_out sites, this one writes mlp"
     ):
-        replacement.load("demo", attention=mlps)
+        replacement.load("demo", attention_crosscoder=mlps)
 
 
 def test_unknown_words_are_named(model: replacement.ReplacementModel) -> None:

@@ -27,7 +27,7 @@ def prompts(n: int = 3) -> Tensor:
 def complete(lm: LanguageModel, **options: Any) -> ReplacementModel:
     """A replacement model with random crosscoders for MLPs and attention."""
     attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm), **options)
-    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention=attention)
+    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention_crosscoder=attention)
 
 
 def by_hand(model: ReplacementModel, tokens_BT: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def by_hand(model: ReplacementModel, tokens_BT: Tensor) -> Tensor:
 
 @EVERYWHERE
 @pytest.mark.parametrize("patterns", ["live", "frozen"])
-@pytest.mark.parametrize("reads", ["replaced", "clean"])
+@pytest.mark.parametrize("reads", ["propagated", "clean"])
 def test_everything_replaced_with_its_errors_is_the_original(
     language_model: Any, architecture: str, patterns: str, reads: str
 ) -> None:
@@ -97,7 +97,9 @@ def test_parts_and_layers_choose_what_is_replaced(language_model: Any) -> None:
 def test_layers_that_one_of_the_crosscoders_leaves_alone(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm))
-    model = ReplacementModel(lm, tiny.crosscoder_for(lm, wiring=Wiring.transcoder(lm, layer=1)), attention=attention)
+    model = ReplacementModel(
+        lm, tiny.crosscoder_for(lm, wiring=Wiring.transcoder(lm, layer=1)), attention_crosscoder=attention
+    )
     only_attention = model(prompts(), layers=[0], parts=["attention"])
     torch.testing.assert_close(model(prompts(), layers=[0]), only_attention, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"the crosscoder writes layers \[1\], not layer 0"):
@@ -217,7 +219,7 @@ def test_attention_is_asked_of_a_model_that_leaves_it_alone(language_model: Any)
     lm = language_model("gpt2")
     model = ReplacementModel(lm, tiny.crosscoder_for(lm))
     with pytest.raises(
-        ValueError, match="this replacement model has no attention crosscoder: give one with attention="
+        ValueError, match="this replacement model has no attention crosscoder: give one with attention_crosscoder="
     ):
         model(tiny.random_tokens(), parts=["attention"])
     with pytest.raises(ValueError, match="the part of an intervention must be 'mlp' or 'attention', got 'head'"):
@@ -244,17 +246,17 @@ def test_crosscoders_that_cannot_replace_attention(language_model: Any) -> None:
         (backwards, "attention needs a causal crosscoder: this backwards one writes sites before those it reads"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
-            ReplacementModel(lm, mlp, attention=tiny.crosscoder_for(lm, wiring=wiring))
+            ReplacementModel(lm, mlp, attention_crosscoder=tiny.crosscoder_for(lm, wiring=wiring))
     with pytest.raises(ValueError, match="writes mlp_out sites, this one writes attn_out"):
         ReplacementModel(lm, tiny.crosscoder_for(lm, wiring=Wiring.attention(lm)))
     broken = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm))
     with torch.no_grad():
         broken.b_enc[1][0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        ReplacementModel(lm, mlp, attention=broken)
+        ReplacementModel(lm, mlp, attention_crosscoder=broken)
     llama, others = language_model("llama"), tiny.crosscoder_for(lm, wiring=Wiring.attention(lm))
     with pytest.raises(ValueError, match="trained on another model: on 'tiny-gpt2'"):
-        ReplacementModel(llama, tiny.crosscoder_for(llama), attention=others)
+        ReplacementModel(llama, tiny.crosscoder_for(llama), attention_crosscoder=others)
 
 
 def test_a_site_belongs_to_one_crosscoder(language_model: Any) -> None:
@@ -264,7 +266,7 @@ def test_a_site_belongs_to_one_crosscoder(language_model: Any) -> None:
     attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm))
     message = "two crosscoders spliced together must not share a site: both use attn_out.0"
     with pytest.raises(ValueError, match=message):
-        ReplacementModel(lm, crosscoder, attention=attention)
+        ReplacementModel(lm, crosscoder, attention_crosscoder=attention)
     with pytest.raises(ValueError, match=message):
         measure_fidelity(lm, [crosscoder, attention], prompts())
 
@@ -297,7 +299,7 @@ def test_outputs_are_compared_where_either_replaces_something(language_model: An
     lm = language_model("gpt2", torch.float64)
     mlp = tiny.crosscoder_for(lm, undecomposed_positions=3)
     attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm), undecomposed_positions=1)
-    table = fidelity_by_parts(ReplacementModel(lm, mlp, attention=attention), prompts())
+    table = fidelity_by_parts(ReplacementModel(lm, mlp, attention_crosscoder=attention), prompts())
     assert [table[name].n_tokens for name in table] == [21, 27, 27]
     assert table["both"].l0 == table["mlp"].l0 + table["attention"].l0
 

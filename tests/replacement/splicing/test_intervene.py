@@ -47,7 +47,7 @@ def test_logits_change_as_the_local_linear_model_says(language_model: Any, archi
     local = model.localize(tiny.random_tokens())
     interventions, activation_S = three_changes(local, model.crosscoder.wiring)
     layers = range(lm.shape.n_layers)
-    for mlps in ("replaced", "own"):  # all are held: nobody computes them
+    for mlps in ("replaced", "original"):  # all are held: nobody computes them
         found = model.intervene(tiny.random_tokens(), interventions, constrained_layers=layers, mlps=mlps, **FROZEN)
         expected = lm.parts.soft_cap(local.logits(activation_S))
         torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-9)
@@ -74,7 +74,7 @@ def test_skip_terms_that_read_behind_a_layer_follow_too(language_model: Any) -> 
 def test_the_same_where_attention_has_features_too(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm))
-    model = ReplacementModel(lm, tiny.crosscoder_for(lm), attention=attention)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm), attention_crosscoder=attention)
     local = model.localize(tiny.random_tokens())
     interventions, activation_S = three_changes(local, model.crosscoder.wiring)
     found = model.intervene(tiny.random_tokens(), interventions, constrained_layers=range(3), **FROZEN)
@@ -89,9 +89,9 @@ def test_the_same_where_attention_has_features_too(language_model: Any) -> None:
     ]
     vectors = {site: attention.decode_contribution(head.of(2), groups=[2])[site] for site in [Site(2, "attn_out")]}
     expected = lm.run(tiny.random_tokens(), {site: lambda x, y=y: x - y for site, y in vectors.items()})
-    held = model.intervene(tiny.random_tokens(), off, constrained_layers=[0, 1], mlps="own")
+    held = model.intervene(tiny.random_tokens(), off, constrained_layers=[0, 1], mlps="original")
     torch.testing.assert_close(held.logits, lm(tiny.random_tokens()), rtol=0, atol=1e-9)  # writes behind the range only
-    found = model.intervene(tiny.random_tokens(), off, mlps="own")
+    found = model.intervene(tiny.random_tokens(), off, mlps="original")
     torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-9)
     assert found.attention_features is not None
     assert not len(found.attention_features.of(2))
@@ -121,7 +121,7 @@ def test_own_mlps_are_steered(language_model: Any, architecture: str) -> None:
 
     double = Intervention(group=1, position=position, index=index, scale=2.0)
     for held, layers in ((None, (1, 2)), ([0, 1], (1,))):
-        found = model.intervene(tokens, [double], mlps="own", constrained_layers=held)
+        found = model.intervene(tokens, [double], mlps="original", constrained_layers=held)
         torch.testing.assert_close(found.logits, steer(layers), rtol=0, atol=1e-9)
 
 
@@ -207,7 +207,7 @@ def test_features_that_do_not_exist(language_model: Any, place: dict[str, int], 
         ({"errors": "add"}, "errors must be 'keep' or 'drop', got 'add'"),
         ({"patterns": "held"}, "patterns must be 'live' or 'frozen', got 'held'"),
         ({"norms": "held"}, "norms must be 'live' or 'frozen', got 'held'"),
-        ({"mlps": "none"}, "mlps must be 'replaced' or 'own', got 'none'"),
+        ({"mlps": "none"}, "mlps must be 'replaced' or 'original', got 'none'"),
         ({"constrained_layers": [1, 3]}, "constrained_layers holds 3: the model has layers 0 to 2"),
         ({"generate": 23}, "generate must be 0 to 22 after 10 tokens, got 23"),
         ({"interventions": [Intervention(group=0, position=1, index=1, scale=float("inf"))]}, "scales .* by inf"),

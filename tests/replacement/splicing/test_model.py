@@ -124,7 +124,7 @@ def test_intervention_switches_an_inactive_feature_on_in_every_prompt_of_a_batch
     ("options", "message"),
     [
         ({"errors": "add"}, "errors must be 'drop' or 'keep', got 'add'"),
-        ({"reads": "dirty"}, "reads must be 'replaced' or 'clean', got 'dirty'"),
+        ({"reads": "dirty"}, "reads must be 'propagated' or 'clean', got 'dirty'"),
         ({"layers": [1, 7]}, r"the crosscoder writes layers \[0, 1, 2\], not layer 7"),
         ({"interventions": [Intervention(group=5, position=0, index=0, activation=0.0)]}, "group 5: expected 0 to 2"),
         (

@@ -186,12 +186,12 @@ def test_a_crosscoder_of_another_dtype_is_spliced_in_the_models(language_model: 
 
 def test_reads_that_a_wiring_allows(language_model: Any) -> None:
     lm = language_model("gpt2")
-    assert possible_reads(Wiring.strictly_causal(lm)) == ("replaced", "clean")
+    assert possible_reads(Wiring.strictly_causal(lm)) == ("propagated", "clean")
     assert possible_reads(Wiring.acausal(lm)) == ("clean",)
     assert possible_reads(Wiring.model_diffing(lm, layer=1)) == ()
     # resid_post.0 and resid_pre.1 are one point of the stream, but the second is met later.
     early, late, widths = Site(0, "resid_post"), Site(1, "resid_pre"), {"resid_post": 32, "resid_pre": 32}
-    assert possible_reads(Wiring("forwards", ((early,),), ((late,),), widths)) == ("replaced", "clean")
+    assert possible_reads(Wiring("forwards", ((early,),), ((late,),), widths)) == ("propagated", "clean")
     assert possible_reads(Wiring("backwards", ((late,),), ((early,),), widths)) == ("clean",)
 
 
@@ -205,7 +205,7 @@ def test_reads_that_a_wiring_allows(language_model: Any) -> None:
         ),
         ("model_diffing", {"reads": "clean"}, "a model_diffing crosscoder reads or writes a second model"),
         ("strictly_causal", {"sites": [Site(0, "mlp_in")]}, "mlp_out.0, mlp_out.1, mlp_out.2, not mlp_in.0"),
-        ("strictly_causal", {"reads": "dirty"}, "reads must be 'replaced' or 'clean', got 'dirty'"),
+        ("strictly_causal", {"reads": "dirty"}, "reads must be 'propagated' or 'clean', got 'dirty'"),
         ("strictly_causal", {"errors": "add"}, "errors must be 'drop' or 'keep', got 'add'"),
         (
             "strictly_causal",

@@ -134,7 +134,7 @@ def test_a_training_crosscoder_is_measured_as_it_will_be_used(language_model: An
     for measure, theirs in zip(ours, measure_fidelity(lm, folded.eval(), prompts()), strict=True):
         assert measure == pytest.approx(theirs, rel=1e-9)
     by_reads = fidelity_by_reads(lm, scaled, prompts(), scales=scales)
-    assert by_reads["replaced"].kl == pytest.approx(ours.kl, rel=1e-9)
+    assert by_reads["propagated"].kl == pytest.approx(ours.kl, rel=1e-9)
     assert scaled.training
     for name, value in scaled.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -167,9 +167,9 @@ def test_the_modes_of_reading_equal_hooks_by_hand(language_model: Any) -> None:
     alone = torch.tensor([change([site]) for site in sites], dtype=torch.float64).mean(0)
     assert by_reads["single_layer"] == pytest.approx(tuple(alone.tolist()), rel=1e-9)
     whole = measure_fidelity(lm, crosscoder, tokens)
-    assert by_reads["replaced"].kl == pytest.approx(whole.kl, rel=1e-9)
+    assert by_reads["propagated"].kl == pytest.approx(whole.kl, rel=1e-9)
     increase = (whole.cross_entropy or 0) - (whole.cross_entropy_original or 0)
-    assert by_reads["replaced"].cross_entropy_increase == pytest.approx(increase, rel=1e-9)
+    assert by_reads["propagated"].cross_entropy_increase == pytest.approx(increase, rel=1e-9)
     assert set(fidelity_by_reads(lm, identity_crosscoder(Wiring.acausal(lm)), tokens)) == {"clean", "single_layer"}
 
 

@@ -32,7 +32,7 @@ def replacement_model(language_model: Any, architecture: str, *, attention: bool
     lm = language_model(architecture, torch.float64)
     wiring = Wiring.strictly_causal(lm, read="mlp_in")
     second = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm)) if attention else None
-    return ReplacementModel(lm, tiny.crosscoder_for(lm, wiring=wiring, **options), attention=second)
+    return ReplacementModel(lm, tiny.crosscoder_for(lm, wiring=wiring, **options), attention_crosscoder=second)
 
 
 def in_batches(tokens_RT: Tensor, size: int, **options: Any) -> Slice:
