@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution.readers import read_depth
 from circuits.attribution.sources import Sources
 from replacement import LocalReplacement, Site
+from replacement.splicing.skip import read_depth
 
 
 def constant_stream(local: LocalReplacement, sources: Sources) -> Float[Tensor, "P T D"]:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.readers import read_depth, read_vectors
+from circuits.attribution.readers import read_vectors
 from circuits.attribution.targets import LogitTarget
 from circuits.graph.nodes import NodeKind
 from replacement import Decomposition, LocalReplacement, ReplacementModel
+from replacement.splicing.skip import read_depth
 
 WORDS = 3
 CHUNK = 256  # features compared with the vocabulary at once; bounds memory

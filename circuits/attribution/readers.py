@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement import Decomposition, LocalReplacement, ModelShape, Site
+from replacement import Decomposition, LocalReplacement, Site
+from replacement.splicing.skip import read_depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +33,6 @@ class HeadTargets:
     layer: int
     vectors_NX: Float[Tensor, "N X"]
     position_N: Int[Tensor, " N"]
-
-
-def read_depth(site: Site, shape: ModelShape) -> int:
-    """Depth of the point of the residual stream that a site depends on.
-
-    Raises:
-        ValueError: the site is not a linear reading of the residual stream.
-    """
-    if site.kind in ("resid_mid", "mlp_in"):
-        return 2 * site.layer + (not shape.parallel)
-    if site.kind in ("resid_pre", "resid_post", "attn_z"):
-        return 2 * (site.layer + (site.kind == "resid_post"))
-    raise ValueError(f"cannot attribute to features that read {site}: expected a site on the residual stream")
 
 
 def read_vectors(

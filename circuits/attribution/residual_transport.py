@@ -16,9 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.attribution.constant_stream import constant_stream
-from circuits.attribution.readers import HeadTargets, Targets, read_depth
+from circuits.attribution.readers import HeadTargets, Targets
 from circuits.attribution.sources import LayerSources, Sources
 from replacement import LocalReplacement, Site
+from replacement.splicing.skip import read_depth
 
 NUMBERS_AT_ONCE = 2**24
 """Targets x positions x D of one chunk of targets that read attention (64 MiB in float32)."""

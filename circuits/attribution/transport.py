@@ -26,10 +26,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution.constant_stream import constant_stream
-from circuits.attribution.readers import Targets, read_depth
+from circuits.attribution.readers import Targets
 from circuits.attribution.sources import Sources
 from replacement import LocalReplacement, Site
 from replacement.language_model.frozen_layers import Scratch
+from replacement.splicing.skip import read_depth
 
 ROWS_PER_CHUNK = 2048
 """Targets x positions carried at once: enough for full-speed matrix products, small enough to stay near the cache."""

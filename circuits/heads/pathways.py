@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.grounding import Grounding
-from circuits.attribution.readers import Targets, head_reads, logit_reads, read_depth, stream_reads
+from circuits.attribution.readers import Targets, head_reads, logit_reads, stream_reads
 from circuits.attribution.sources import Sources
 from circuits.graph.nodes import NodeKind
 from replacement import LocalReplacement, Site
 from replacement.language_model.frozen_layers import Scratch
+from replacement.splicing.skip import read_depth
 
 
 @dataclass(frozen=True, slots=True)

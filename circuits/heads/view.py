@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.expansion import CANCELLATION
-from circuits.attribution.readers import head_reads, read_depth, stream_reads
+from circuits.attribution.readers import head_reads, stream_reads
 from circuits.attribution.targets import FeatureTarget, active_feature
 from circuits.heads.credit import Credit, credit
 from circuits.heads.thresholds import feature_threshold
 from replacement import Decomposition, LocalReplacement, ReplacementModel, Site
 from replacement.splicing.interventions import PARTS
+from replacement.splicing.skip import read_depth
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.grounding import Grounding
-from circuits.attribution.readers import read_depth, stream_reads
+from circuits.attribution.readers import stream_reads
 from circuits.validation.agreement import cosine
 from circuits.validation.effects import ATTENTION, TOKENS_AT_ONCE
 from replacement import ReplacementModel, Site
 from replacement.language_model.language_model import Hook
 from replacement.splicing.patching import WRITES, Conditions, Patcher
+from replacement.splicing.skip import read_depth
 
 RISE = 0.1
 """By how much of its activation an `encoder` perturbation raises a feature."""

@@ -15,6 +15,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.language_model.freezing import FrozenPrompt
+from replacement.splicing.skip import SkipTerms, read_depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,13 @@ class Decomposition:
         pre_S = _pre_activations(crosscoder, output.features, frozen)
         return cls(kind, crosscoder, output.features, pre_S, errors)
 
-    def outputs(self, frozen: FrozenPrompt, activation_S: Tensor | None = None) -> Tensor:
-        """`[L, T, D]`: features (at the given activations, or their own) + bias + skip on clean inputs + error."""
+    def outputs(self, activation_S: Tensor | None = None) -> Float[Tensor, "L T D"]:
+        """Features (at the given activations, by default those of the prompt) + decoder bias + error, without skip terms."""
         features = self.features if activation_S is None else self.features.replace_activations(activation_S)
-        written = self.crosscoder.decode(features)
-        skipped = self.crosscoder.skip_contribution(frozen.activations)
-        out = self.errors_LTD.clone()
-        for site, y_TD in written.items():
-            out[site.layer] += y_TD + skipped.get(site, 0)
-        return out
+        outputs_LTD = self.errors_LTD.clone()
+        for site, y_TD in self.crosscoder.decode(features).items():
+            outputs_LTD[site.layer] += y_TD
+        return outputs_LTD
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +89,11 @@ class LocalReplacement:
         return self.mlp.features
 
     @property
+    def skips(self) -> SkipTerms:
+        """The skip connections of the MLPs' crosscoder as maps on the frozen residual stream."""
+        return SkipTerms(self.crosscoder, self.frozen.norms_mlp, self.shape)
+
+    @property
     def n_positions(self) -> int:
         """Number of tokens T."""
         return len(self.frozen.tokens_T)
@@ -112,34 +116,23 @@ class LocalReplacement:
 
     def streams(self, activation_S: Tensor | None = None) -> list[Tensor]:
         """Residual stream `[T, D]` in front of every layer and behind the last one (L + 1 of them); see `logits`."""
-        frozen = self.frozen
-        mlp_LTD = self.mlp.outputs(frozen, activation_S)
-        attention_LTD = None if self.attention is None else self.attention.outputs(frozen)
+        frozen, skips = self.frozen, self.skips
+        mlp_LTD = self.mlp.outputs(activation_S)
+        attention_LTD = None if self.attention is None else self.attention.outputs()
+        positions_T = torch.arange(self.n_positions, device=mlp_LTD.device)
         x_TD = frozen.token_embedding_TD
         if frozen.position_embedding_TD is not None:
             x_TD = x_TD + frozen.position_embedding_TD
         streams = [x_TD]
         for layer, attention in enumerate(frozen.attentions):
-            moved_TD = attention.apply(x_TD) if attention_LTD is None else attention_LTD[layer]
-            mid_TD = x_TD if self.shape.parallel else x_TD + moved_TD
-            mlp_in_TD = frozen.norms_mlp[layer].apply(mid_TD)
-            self._follow_skips(mlp_LTD, layer, {"resid_pre": x_TD, "resid_mid": mid_TD, "mlp_in": mlp_in_TD})
-            x_TD = x_TD + moved_TD + mlp_LTD[layer]
-            self._follow_skips(mlp_LTD, layer, {"resid_post": x_TD})
+            attention_TD = attention.apply(x_TD) if attention_LTD is None else attention_LTD[layer]
+            for written, y_TD in skips.apply(x_TD, 2 * layer, positions_T):
+                mlp_LTD[written] += y_TD
+            for written, y_TD in skips.apply(x_TD + attention_TD, 2 * layer + 1, positions_T):
+                mlp_LTD[written] += y_TD
+            x_TD = x_TD + attention_TD + mlp_LTD[layer] + skips.bias(layer)
             streams.append(x_TD)
         return streams
-
-    def _follow_skips(self, mlp_LTD: Tensor, layer: int, seen: dict[str, Tensor]) -> None:
-        """Add what skip matrices make of the stream's change at one layer, which `Decomposition.outputs` leaves at 0."""
-        crosscoder, clean = self.crosscoder, self.frozen.activations
-        if not crosscoder.skip:
-            return
-        for group, reads in enumerate(crosscoder.wiring.reads):
-            for read in reads:
-                if read.layer == layer and read.kind in seen:
-                    change_TD = seen[read.kind] - clean[read]
-                    for write in crosscoder.wiring.writes[group]:
-                        mlp_LTD[write.layer] += change_TD @ crosscoder.skip_matrix(group, read, write).T
 
 
 @torch.no_grad()
@@ -151,7 +144,12 @@ def localize(
     frozen: FrozenPrompt,
     unembedding: tuple[Tensor, Tensor],
 ) -> LocalReplacement:
-    """Decompose the clean activations of a frozen prompt."""
+    """Decompose the clean activations of a frozen prompt.
+
+    Raises:
+        ValueError: a crosscoder that is no affine function of the frozen residual stream.
+    """
+    check_localizable(crosscoder, attention, shape)
     return LocalReplacement(
         shape=shape,
         frozen=frozen,
@@ -160,6 +158,21 @@ def localize(
         W_U=unembedding[0],
         b_U=unembedding[1],
     )
+
+
+def check_localizable(crosscoder: Crosscoder, attention: Crosscoder | None, shape: ModelShape) -> None:
+    """Refuse crosscoders whose features the frozen linear model cannot attribute; they can be spliced all the same.
+
+    Raises:
+        ValueError: the crosscoder of the MLPs reads a site off the residual stream, or that of attention has skip connections.
+    """
+    for site in crosscoder.wiring.read_sites:
+        try:
+            read_depth(site, shape)
+        except ValueError as error:
+            raise ValueError(f"cannot attribute features of a crosscoder for MLPs that reads {site}: {error}") from None
+    if attention is not None and attention.skip:
+        raise ValueError("cannot attribute features of an attention crosscoder with skip connections")
 
 
 def _pre_activations(crosscoder: Crosscoder, features: Features, frozen: FrozenPrompt) -> Tensor:

@@ -78,7 +78,7 @@ def test_dropped_and_kept_errors_differ_by_the_error_terms(language_model: Any) 
     model = ReplacementModel(lm, tiny.crosscoder_for(lm))
     tokens = tiny.random_tokens()
     local = model.localize(tokens)
-    outputs = local.mlp.outputs(local.frozen)
+    outputs = local.mlp.outputs()
     clean = lm.read(tokens, [Site(layer, "mlp_out") for layer in range(3)])
     for layer in range(3):
         torch.testing.assert_close(outputs[layer], clean[Site(layer, "mlp_out")], rtol=0, atol=1e-12)
