@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from circuits.attribution.columns import source_table
 from circuits.attribution.expansion import Attribution, Attributor, Progress
@@ -30,11 +29,12 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edges import Edges
 from circuits.graph.nodes import NodeKind, NodeTable
 from replacement import LocalReplacement, ReplacementModel
+from replacement.language_model.language_model import Prompt
 
 
 def trace(
     model: ReplacementModel,
-    prompt: str | Tensor,
+    prompt: Prompt,
     *,
     targets: Sequence[Target | str | int] | Target | str | int | None = None,
     coverage: float = 0.99,
@@ -49,7 +49,7 @@ def trace(
 
     Args:
         model: language model with a strictly causal (or per-layer) crosscoder spliced in.
-        prompt: text, or a 1-D tensor of token ids.
+        prompt: text, or a list or 1-D tensor of token ids.
         targets: what to explain. By default the top logits at the last position (probability 0.95, at most 10); or
             tokens (text or id), `TokenTarget`, `DifferenceTarget`, `FeatureTarget`, or texts that `parse_target` reads.
         coverage: expand features until at most `1 - coverage` of the influence ends in unexpanded ones.
@@ -72,9 +72,7 @@ def trace(
     layers = [model.crosscoder.wiring.group_layer(group) for group in range(model.crosscoder.n_groups)]
     if sorted(set(layers)) != layers:
         raise ValueError(f"cannot name features by layer: the crosscoder's groups belong to the layers {layers}")
-    if not isinstance(prompt, str | Tensor):
-        raise ValueError(f"the prompt must be text or a 1-D tensor of token ids, got {type(prompt).__name__}")
-    tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
+    tokens_T = lm.tokens(prompt)
     with torch.no_grad():
         local = model.localize(tokens_T)
         logits, roots = _resolve(targets, local, model)

@@ -29,7 +29,7 @@ from torch import Tensor
 from circuits.heads.credit import RULES
 from circuits.heads.view import HeadView, HeadViews
 from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel, Site
-from replacement.language_model.language_model import EnoughSeen, Hook
+from replacement.language_model.language_model import EnoughSeen, Hook, Prompt
 from replacement.splicing.interventions import PARTS
 
 RUNGS: tuple[str, ...] = ("direct", "frozen", "live")
@@ -68,13 +68,11 @@ class HeadCheck:
         return float(np.abs(self.predicted[rule] - self.measured[rung]).sum()) / lost if lost else float("nan")
 
 
-def check_heads(
-    model: ReplacementModel, prompts: Sequence[str | Tensor], *, n_features: int = 4, seed: int = 0
-) -> HeadCheck:
+def check_heads(model: ReplacementModel, prompts: Sequence[Prompt], *, n_features: int = 4, seed: int = 0) -> HeadCheck:
     """Remove heads one by one and compare what features lose with each rule's credit.
 
     Args:
-        prompts: texts, or 1-D tensors of token ids.
+        prompts: texts, or lists or 1-D tensors of token ids.
         n_features: features drawn per prompt, behind its first position (which is the same in every prompt).
         seed: of the draw.
 
@@ -90,7 +88,7 @@ def check_heads(
     measured: dict[str, list[np.ndarray]] = {rung: [] for rung in RUNGS}
     n_drawn = 0
     for prompt in prompts:
-        tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
+        tokens_T = lm.tokens(prompt)
         with torch.no_grad():
             local = model.localize(tokens_T)
             drawn = _draw(local, n_features, rng)

@@ -36,6 +36,7 @@ from circuits.attribution.transport import Transport
 from circuits.graph.nodes import NodeKind
 from circuits.heads.qk_attribution import QKAttribution, SourceNode, summed_magnitudes
 from replacement import ReplacementModel
+from replacement.language_model.language_model import Prompt
 from replacement.language_model.queries_and_keys import FrozenQueryKey
 from replacement.splicing.interventions import PARTS
 
@@ -46,17 +47,15 @@ NUMBERS_AT_ONCE = 2**24
 class QKAttributor:
     """Attributes attention scores of one prompt; what they share is made once."""
 
-    def __init__(self, model: ReplacementModel, prompt: str | Tensor) -> None:
+    def __init__(self, model: ReplacementModel, prompt: Prompt) -> None:
         """Freeze the prompt.
 
         Raises:
             ValueError: a prompt the model cannot read.
         """
-        if not isinstance(prompt, str | Tensor):
-            raise ValueError(f"the prompt must be text or a 1-D tensor of token ids, got {type(prompt).__name__}")
         lm = model.language_model
         self.model = model
-        self.tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
+        self.tokens_T = lm.tokens(prompt)
         with torch.no_grad():
             self.local = model.localize(self.tokens_T)
             self.transport = Transport(self.local) if self.local.attention is None else ResidualTransport(self.local)
@@ -195,7 +194,7 @@ class QKAttributor:
 
 def attribute_score(
     model: ReplacementModel,
-    prompt: str | Tensor,
+    prompt: Prompt,
     *,
     layer: int,
     head: int,
@@ -207,7 +206,7 @@ def attribute_score(
 
     Args:
         model: language model with a crosscoder spliced in.
-        prompt: text, or a 1-D tensor of token ids.
+        prompt: text, or a list or 1-D tensor of token ids.
         layer: layer of the head.
         head: query head; it shares its key head with others where the model has fewer of those.
         query: position that attends; negative counts from the end.

@@ -31,6 +31,7 @@ from circuits.attribution.targets import FeatureTarget, active_feature
 from circuits.heads.credit import Credit, credit
 from circuits.heads.thresholds import feature_threshold
 from replacement import Decomposition, LocalReplacement, ReplacementModel, Site
+from replacement.language_model.language_model import Prompt
 from replacement.splicing.interventions import PARTS
 from replacement.splicing.skip import read_depth
 
@@ -86,18 +87,18 @@ class HeadView:
         return plot_heads(self, path)
 
 
-def head_view(model: ReplacementModel, prompt: str | Tensor, feature: FeatureTarget) -> HeadView:
+def head_view(model: ReplacementModel, prompt: Prompt, feature: FeatureTarget) -> HeadView:
     """Split one active feature's pre-activation into heads, the direct stream and a bias.
 
     Args:
-        prompt: text, or a 1-D tensor of token ids.
+        prompt: text, or a list or 1-D tensor of token ids.
         feature: `FeatureTarget(layer, index, position)`, of the attention crosscoder where `part` is `attention`.
 
     Raises:
         ValueError: a prompt the model cannot read, or a feature that does not exist or is not active there.
     """
     lm = model.language_model
-    tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else prompt
+    tokens_T = lm.tokens(prompt)
     with torch.no_grad():
         local = model.localize(tokens_T)
         number = active_feature(feature, local)

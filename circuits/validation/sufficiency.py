@@ -90,7 +90,7 @@ class Resampler:
         self.model, self.grounding, self.n_others = model, grounding, len(others)
         lm, conditions = model.language_model, Conditions()
         self.patcher = Patcher(lm, model.crosscoders, tokens_T, conditions)
-        runs = [Patcher(lm, model.crosscoders, lm.check_tokens(other), conditions) for other in others]
+        runs = [Patcher(lm, model.crosscoders, lm.tokens(other), conditions) for other in others]
         self.other_features = {part: _stack([run.clean_features[part] for run in runs]) for part in model.crosscoders}
         self.errors: dict[Site, Tensor] | None = None
         if errors == "resample":

@@ -1,14 +1,14 @@
-"""Thin adapter over TransformerLens's `TransformerBridge`: tokens, logits, activations at sites, and frozen prompts.
-
-Letters: B batch, T tokens, D d_model, H heads, V vocabulary.
-"""
+"""Thin adapter over TransformerLens's `TransformerBridge`: tokens, logits, activations at sites, and frozen prompts."""
 
 from __future__ import annotations
 
 import contextlib
+import numbers
+import reprlib
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ from replacement.language_model.queries_and_keys import FrozenQueryKey
 
 Hook = Callable[[Tensor], Tensor | None]
 """Receives the activation `[B, T, D]` at a site; returns its replacement, or None to leave it."""
+
+
+Prompt = str | Sequence[int] | Tensor
+"""Text, a list of token ids, or a 1-D integer tensor of them."""
+
+
+def is_batch(prompt: Prompt) -> TypeGuard[Tensor]:
+    """Whether this is several prompts of one length, given as a 2-D tensor `[B, T]`, instead of one."""
+    return isinstance(prompt, Tensor) and prompt.ndim == 2
 
 
 class EnoughSeen(Exception):  # noqa: N818 - not an error
@@ -89,7 +98,7 @@ class LanguageModel:
         if not prompt.strip():
             raise ValueError("the prompt is empty: expected at least one word")
         if self.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer: pass a 1-D tensor of token ids instead of text")
+            raise ValueError(f"{self.name} has no tokenizer: give token ids instead of text")
         # Not verbose: a prompt over the limit is our error to report, in one line.
         options = {"add_special_tokens": False, "return_offsets_mapping": self.tokenizer.is_fast, "verbose": False}
         encoding = self.tokenizer(prompt, **options)
@@ -100,41 +109,62 @@ class LanguageModel:
         bos = self.tokenizer.bos_token_id
         if bos is not None and self.parts.bridge.cfg.default_prepend_bos and ids[:1] != [bos]:
             ids = [bos, *ids]
-        return self.check_tokens(torch.tensor(ids, device=self.device))
+        return self.tokens(ids)
 
-    def check_tokens(self, tokens_T: Tensor) -> Tensor:
-        """Return 1-D token ids, on the model's device, if the model can read them.
+    def tokens(self, prompt: Prompt) -> Tensor:
+        """Token ids `[T]` of a prompt, on the model's device; every entry point that reads a prompt reads it through here.
+
+        Args:
+            prompt: text, a list of token ids, or a 1-D integer tensor of them. Ids are taken as they are, without a
+                beginning-of-sequence token.
 
         Raises:
-            TypeError: no tensor.
-            ValueError: empty, not 1-D integers, longer than the context, or outside the vocabulary.
+            ValueError: another type, nothing in it, more tokens than the context holds, ids outside the vocabulary, or words
+                the tokenizer does not know.
         """
-        self._check_tensor(tokens_T)
-        if tokens_T.ndim != 1:
+        if isinstance(prompt, str):
+            return self.tokenize(prompt)
+        if isinstance(prompt, Tensor):
+            if prompt.ndim != 1:
+                raise ValueError(f"expected a 1-D tensor of token ids, got one of shape {tuple(prompt.shape)}")
+            return self._check_ids(prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            expected = "expected a prompt (text, a list of token ids or a 1-D tensor of them)"
+            raise ValueError(f"{expected}, got {type(prompt).__name__}")
+        foreign = [token for token in prompt if isinstance(token, bool) or not isinstance(token, numbers.Integral)]
+        if foreign:
             raise ValueError(
-                f"expected a 1-D tensor of at least one token id, got one of shape {tuple(tokens_T.shape)}"
+                f"expected a list of integer token ids, got one that holds {reprlib.repr(foreign[0])}; "
+                "several prompts at once are a 2-D tensor"
             )
-        return self.check_batch(tokens_T[None])[0]
+        ids = [int(token) for token in prompt]
+        self._check_range(min(ids, default=0), max(ids, default=0))  # before torch, whose integers end at 2^63
+        return self._check_ids(torch.tensor(ids, dtype=torch.int64))
 
-    def check_batch(self, tokens_BT: Tensor) -> Tensor:
-        """The same for rows of token ids `[B, T]`."""
-        self._check_tensor(tokens_BT)
-        if tokens_BT.ndim != 2 or tokens_BT.is_floating_point() or not tokens_BT.numel():
+    def batch(self, prompts: Prompt) -> Tensor:
+        """Token ids `[B, T]` on the model's device: of a 2-D tensor, or of a single prompt as the only row.
+
+        Raises:
+            ValueError: as `tokens`.
+        """
+        return self._check_ids(prompts) if is_batch(prompts) else self.tokens(prompts)[None]
+
+    def _check_ids(self, tokens: Tensor) -> Tensor:
+        """Integer ids `[T]` or `[B, T]` as int64 on the model's device, if the model can read them."""
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"expected integer token ids, got a tensor of {tokens.dtype}")
+        if not tokens.numel():
+            raise ValueError(f"expected at least one token id, got a tensor of shape {tuple(tokens.shape)}")
+        if tokens.shape[-1] > self.context_length:
             raise ValueError(
-                f"expected at least one token id per row, got {tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
+                f"the prompt has {tokens.shape[-1]} tokens: {self.name} reads at most {self.context_length}"
             )
-        if tokens_BT.shape[1] > self.context_length:
-            n_tokens = tokens_BT.shape[1]
-            raise ValueError(f"the prompt has {n_tokens} tokens: {self.name} reads at most {self.context_length}")
-        low, high = int(tokens_BT.min()), int(tokens_BT.max())
+        self._check_range(int(tokens.min()), int(tokens.max()))
+        return tokens.to(self.device, torch.int64)
+
+    def _check_range(self, low: int, high: int) -> None:
         if low < 0 or high >= self.vocabulary_size:
             raise ValueError(f"token ids must lie in [0, {self.vocabulary_size}), got {low} to {high}")
-        return tokens_BT.to(self.device)
-
-    def _check_tensor(self, tokens: object) -> None:
-        if not isinstance(tokens, Tensor):
-            how = "language_model.tokenize(text)" if isinstance(tokens, str) else "torch.tensor"
-            raise TypeError(f"expected a tensor of token ids, got {type(tokens).__name__}: make one with {how}")
 
     def token_id(self, text: str) -> int:
         """Id of a text that is exactly one token.
@@ -152,7 +182,7 @@ class LanguageModel:
             ids = self.tokenizer(form, add_special_tokens=False)["input_ids"]
             if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:
                 return int(ids[0])
-        raise ValueError(f"{text!r} is not a single token of {self.name}'s vocabulary")
+        raise ValueError(f"{reprlib.repr(text)} is not a single token of {self.name}'s vocabulary")
 
     def token_strings(self, token_ids: Iterable[int]) -> list[str]:
         """Readable text of each token; `#id` for a model without a tokenizer."""
@@ -173,18 +203,22 @@ class LanguageModel:
             raise ValueError("the prompt holds words the tokenizer does not know")
         offsets = encoding["offset_mapping"]
         words = [prompt[slice(*offsets[i])] for i, token in enumerate(ids) if token == unknown]
-        listed = ", ".join(repr(word) for word in dict.fromkeys(words))
-        raise ValueError(f"{self.name}'s tokenizer does not know {listed}")
+        listed = ", ".join(reprlib.repr(word) for word in dict.fromkeys(words))
+        raise ValueError(f"{self.name}'s tokenizer does not know {textwrap.shorten(listed, 80, placeholder=' ...')}")
 
     # Activations ------------------------------------------------------------------------------------------------
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, T, V]` of tokens `[B, T]`, or `[T, V]` of tokens `[T]`, as the original model gives them."""
-        return self.run(tokens, {})
+    def __call__(self, prompt: Prompt) -> Tensor:
+        """Logits `[T, V]` of a prompt, or `[B, T, V]` of a 2-D tensor of token ids, as the original model gives them.
+
+        Raises:
+            ValueError: a prompt the model cannot read; see `tokens`.
+        """
+        return self.run(prompt, {})
 
     def run(
         self,
-        tokens: Tensor,
+        prompt: Prompt,
         hooks: Mapping[Site, Hook],
         *,
         patterns: Sequence[Tensor] | None = None,
@@ -193,12 +227,13 @@ class LanguageModel:
         """Logits with hooks at sites; a hook sees `[B, T, D]` and may return a replacement.
 
         Args:
+            prompt: one prompt, or a 2-D tensor of token ids.
             patterns: attention patterns `[B, H, T, T]` to hold, one per layer, such as `read_patterns` gives; computed from
                 queries and keys, as the model does, if None.
             norm_scales: scales of the stream's norms to hold, such as `read_norm_scales` gives; computed if None.
 
         Raises:
-            ValueError: a site the model does not have.
+            ValueError: a prompt the model cannot read, or a site it does not have.
         """
         named: list[NamedHook] = [] if patterns is None else self.parts.pattern_hooks(patterns)
         for site in sorted(hooks):
@@ -207,8 +242,8 @@ class LanguageModel:
             else:
                 named.append((self.parts.hook_name(site), _as_bridge_hook(hooks[site])))
         keep, redo = self.parts.norm_scale_hooks(norm_scales or {})
-        logits = self.parts.run(tokens if tokens.ndim == 2 else tokens[None], [*redo, *named, *keep])
-        return logits if tokens.ndim == 2 else logits[0]
+        logits_BTV = self.parts.run(self.batch(prompt), [*redo, *named, *keep])
+        return logits_BTV if is_batch(prompt) else logits_BTV[0]
 
     def _mid_hooks(self, site: Site, hook: Hook) -> list[NamedHook]:
         """Hooks that let a replacement of `resid_mid` reach the residual stream, not only the MLP's norm.
@@ -232,25 +267,28 @@ class LanguageModel:
             (self.parts.hook_name(after), _as_bridge_hook(add_back)),
         ]
 
-    def read(self, tokens: Tensor, sites: Iterable[Site]) -> dict[Site, Tensor]:
-        """Activations `[B, T, D]` (or `[T, D]`) at sites, from one forward pass; `attn_z` has its heads concatenated."""
-        seen: dict[Site, Tensor] = {}
+    def read(self, prompt: Prompt, sites: Iterable[Site]) -> dict[Site, Tensor]:
+        """Activations at sites, from one forward pass; `attn_z` has its heads concatenated.
 
-        wanted = set(sites)
+        Returns:
+            `[T, D]` per site of one prompt, `[B, T, D]` of a 2-D tensor of token ids.
+        """
+        seen: dict[Site, Tensor] = {}
+        wanted, several = set(sites), is_batch(prompt)
 
         def keep(site: Site) -> Hook:
             def hook(x: Tensor) -> None:
-                seen[site] = x.flatten(2) if tokens.ndim == 2 else x[0].flatten(1)
+                seen[site] = x.flatten(2) if several else x[0].flatten(1)
                 if len(seen) == len(wanted):
                     raise EnoughSeen
 
             return hook
 
-        self.run_to(tokens, {site: keep(site) for site in wanted})
+        self.run_to(prompt, {site: keep(site) for site in wanted})
         return seen
 
     @torch.no_grad()
-    def read_patterns(self, tokens_BT: Tensor) -> list[Tensor]:
+    def read_patterns(self, prompts: Prompt) -> list[Tensor]:
         """Attention patterns `[B, H, T, T]` (query, key) of every layer, of one run of the original model."""
         seen: list[Tensor] = []
 
@@ -260,30 +298,32 @@ class LanguageModel:
                 raise EnoughSeen
 
         with contextlib.suppress(EnoughSeen):
-            self.parts.run(tokens_BT, [(name, keep) for name in self.parts.pattern_names])
+            self.parts.run(self.batch(prompts), [(name, keep) for name in self.parts.pattern_names])
         return seen
 
-    def read_norm_scales(self, tokens_T: Tensor) -> dict[str, Tensor]:
+    def read_norm_scales(self, prompt: Prompt) -> dict[str, Tensor]:
         """Scale `[T, 1]` of every norm of the residual stream, of one run of the original model; for `run`."""
         names = {f"{path}.hook_scale": path for path in self.parts.norm_paths}
-        return {names[name]: scale_T1 for name, scale_T1 in self.parts.capture(tokens_T, set(names))[1].items()}
+        return {
+            names[name]: scale_T1 for name, scale_T1 in self.parts.capture(self.tokens(prompt), set(names))[1].items()
+        }
 
-    def run_to(self, tokens: Tensor, hooks: Mapping[Site, Hook]) -> None:
+    def run_to(self, prompt: Prompt, hooks: Mapping[Site, Hook]) -> None:
         """Run with hooks until one of them raises `EnoughSeen`, or to the end; saves the later layers and the unembedding.
 
         Raises:
             ValueError: a site the model does not have.
         """
         with contextlib.suppress(EnoughSeen):
-            self.run(tokens, hooks)
+            self.run(prompt, hooks)
 
-    def freeze(self, tokens_T: Tensor, *, sites: Iterable[Site] = ()) -> FrozenPrompt:
+    def freeze(self, prompt: Prompt, *, sites: Iterable[Site] = ()) -> FrozenPrompt:
         """Run one prompt and fix its attention patterns and norm scales; see `replacement.language_model.freezing.freeze`."""
-        return freeze(self.parts, tokens_T, sites=sites)
+        return freeze(self.parts, self.tokens(prompt), sites=sites)
 
-    def freeze_query_key(self, tokens_T: Tensor, *, layer: int) -> FrozenQueryKey:
+    def freeze_query_key(self, prompt: Prompt, *, layer: int) -> FrozenQueryKey:
         """Run one prompt and fix what makes one layer's attention scores; see `freezing.freeze_query_key`."""
-        return freeze_query_key(self.parts, tokens_T, layer=layer)
+        return freeze_query_key(self.parts, self.tokens(prompt), layer=layer)
 
     def check_linearisable(self) -> None:
         """Refuse the architecture by name unless a short prompt is rebuilt exactly from its frozen parts.

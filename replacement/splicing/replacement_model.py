@@ -13,7 +13,7 @@ from torch import Tensor
 from replacement.crosscoder.checkpoint import check_fits
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
-from replacement.language_model.language_model import LanguageModel
+from replacement.language_model.language_model import LanguageModel, Prompt, is_batch
 from replacement.splicing.interventions import PARTS, Intervened, Intervention, check_interventions
 from replacement.splicing.local_replacement import LocalReplacement, localize
 from replacement.splicing.patching import WRITES, Conditions, Patcher, changes_of
@@ -72,7 +72,7 @@ class ReplacementModel:
 
     def __call__(
         self,
-        tokens: Tensor,
+        prompt: Prompt,
         *,
         errors: str = "drop",
         layers: Iterable[int] | None = None,
@@ -81,10 +81,10 @@ class ReplacementModel:
         patterns: str = "live",
         interventions: Iterable[Intervention] = (),
     ) -> Tensor:
-        """Logits `[B, T, V]` of tokens `[B, T]`, or `[T, V]` of tokens `[T]`.
+        """Logits `[T, V]` of a prompt, or `[B, T, V]` of several.
 
         Args:
-            tokens: token ids.
+            prompt: text, a list or 1-D tensor of token ids; or a 2-D tensor of them, one prompt per row.
             errors: `drop` lets reconstruction errors propagate; `keep` adds the error of the clean run back to every
                 replaced output, which gives the original logits when there are no interventions.
             layers: layers that are replaced, in every part; all that the crosscoders write by default.
@@ -95,14 +95,13 @@ class ReplacementModel:
             interventions: features to change, the same in every prompt of the batch.
 
         Raises:
-            ValueError: tokens the model cannot read, an option outside its choices, a layer the crosscoders do not write,
+            ValueError: a prompt the model cannot read, an option outside its choices, a layer the crosscoders do not write,
                 a part without a crosscoder, an unknown feature or one of a part that is not replaced.
         """
         if patterns not in ("live", "frozen"):
             raise ValueError(f"patterns must be 'live' or 'frozen', got {patterns!r}")
         lm = self.language_model
-        is_batch = isinstance(tokens, Tensor) and tokens.ndim == 2
-        batch_BT = lm.check_batch(tokens) if is_batch else lm.check_tokens(tokens)[None]
+        batch_BT = lm.batch(prompt)
         crosscoders = self._chosen(parts)
         sites = _sites_of(crosscoders, layers)
         by_part = _by_part(interventions, crosscoders)
@@ -124,7 +123,7 @@ class ReplacementModel:
             for part, each in crosscoders.items()
         ]
         logits = run_together(splices, patterns=lm.read_patterns(batch_BT) if patterns == "frozen" else None)
-        return logits if is_batch else logits[0]
+        return logits if is_batch(prompt) else logits[0]
 
     def _chosen(self, parts: Iterable[str] | None) -> dict[str, Crosscoder]:
         """The crosscoders of the parts named."""
@@ -144,7 +143,7 @@ class ReplacementModel:
     @torch.no_grad()
     def intervene(
         self,
-        prompt: str | Tensor,
+        prompt: Prompt,
         interventions: Iterable[Intervention],
         *,
         errors: str = "keep",
@@ -160,7 +159,7 @@ class ReplacementModel:
         says (in front of a soft-cap, where the model has one).
 
         Args:
-            prompt: text, or a 1-D tensor of token ids.
+            prompt: text, or a list or 1-D tensor of token ids.
             interventions: features to set, scale or add to.
             errors: `keep` adds the clean run's reconstruction errors back, `drop` lets them propagate.
             patterns: attention patterns `live`, or `frozen` at their values in the original model.
@@ -179,7 +178,7 @@ class ReplacementModel:
             ValueError: a prompt the model cannot read, an option outside its choices, or more tokens than the context.
         """
         lm = self.language_model
-        tokens_T = lm.tokenize(prompt) if isinstance(prompt, str) else lm.check_tokens(prompt)
+        tokens_T = lm.tokens(prompt)
         if not 0 <= generate <= lm.context_length - len(tokens_T):
             room = lm.context_length - len(tokens_T)
             raise ValueError(f"generate must be 0 to {room} after {len(tokens_T)} tokens, got {generate}")
@@ -207,11 +206,11 @@ class ReplacementModel:
             clean_attention_features=clean.get("attention"),
         )
 
-    def localize(self, tokens_T: Tensor) -> LocalReplacement:
+    def localize(self, prompt: Prompt) -> LocalReplacement:
         """The local replacement model of one prompt.
 
         Raises:
-            ValueError: tokens that are empty, too many or unknown.
+            ValueError: a prompt the model cannot read.
         """
         lm = self.language_model
         attention = self.attention_crosscoder
@@ -222,7 +221,7 @@ class ReplacementModel:
             shape=lm.shape,
             crosscoder=self.crosscoder,
             attention=attention,
-            frozen=lm.freeze(lm.check_tokens(tokens_T), sites=sites),
+            frozen=lm.freeze(prompt, sites=sites),
             unembedding=lm.parts.unembedding(),
         )
 

@@ -116,7 +116,7 @@ def measure_fidelity(
     outputs = _OutputSums()
     with evaluating(*crosscoders):
         for chunk_BT, keep_BT in passes(by_undecomposed[-1], rows_RT, keep_RT, rows_per_pass):
-            tokens_BT = language_model.check_batch(chunk_BT)
+            tokens_BT = language_model.batch(chunk_BT)
             original, clean = _read(language_model, second_model, crosscoders, tokens_BT)
             splices: list[Splice] = []
             zeros: dict[Site, Hook] = {}

@@ -60,7 +60,7 @@ def fidelity_by_reads(
     sums = {name: (Mean(), Mean()) for name in names}
     with evaluating(crosscoder):
         for chunk_BT, keep_BT in passes(crosscoder, rows_RT, keep_RT, rows_per_pass):
-            tokens_BT = language_model.check_batch(chunk_BT)
+            tokens_BT = language_model.batch(chunk_BT)
             mask_BT = measured(crosscoder, tokens_BT, keep_BT)
             mask_next = with_next(mask_BT, keep_BT)
             original, clean = read_rows(

@@ -87,7 +87,7 @@ class Run:
 
     def __init__(self, lm: LanguageModel, crosscoders: Sequence[Crosscoder], batch: Batch) -> None:
         self.lm, self.crosscoders = lm, crosscoders
-        self.tokens_BT = lm.check_batch(batch.tokens_BT)
+        self.tokens_BT = lm.batch(batch.tokens_BT)
         self.keep_BT = None if batch.keep_BT is None else batch.keep_BT.to(lm.device)
         sites = {site for each in crosscoders for site in (*each.wiring.read_sites, *each.wiring.write_sites)}
         self.logits_BTV, self.clean = read_rows(lm, self.tokens_BT, sites)

@@ -98,17 +98,74 @@ def test_prompts_the_model_cannot_read(language_model: Any, prompt: str, message
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    "prompt", ["w5 w6 w7", [1, 5, 6, 7], (1, 5, 6, 7), torch.tensor([1, 5, 6, 7]), torch.tensor([1, 5, 6, 7]).byte()]
+)
+def test_every_form_of_a_prompt_is_the_same_prompt(language_model: Any, prompt: Any) -> None:
+    lm = language_model("gpt2")
+    ids_T = torch.tensor([1, 5, 6, 7])
+    assert torch.equal(lm.tokens(prompt), ids_T)
+    assert torch.equal(lm.batch(prompt), ids_T[None])
+    site = Site(1, "attn_z")
+    assert torch.equal(lm(prompt), lm(ids_T[None])[0])
+    assert torch.equal(lm.read(prompt, [site])[site], lm.read(ids_T[None], [site])[site][0])
+    assert torch.equal(lm.read_patterns(prompt)[2], lm.read_patterns(ids_T[None])[2])
+    assert torch.equal(lm.freeze(prompt).tokens_T, ids_T)
+    assert torch.equal(lm.freeze_query_key(prompt, layer=1).scores_HTT, lm.freeze_query_key(ids_T, layer=1).scores_HTT)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
     [
-        (torch.tensor([], dtype=torch.int64), "expected at least one token id per row"),
-        (torch.tensor([0.5]), "expected at least one token id per row, got torch.float32"),
-        (torch.tensor([[1, 2]]), r"expected a 1-D tensor of at least one token id, got one of shape \(1, 2\)"),
-        (torch.tensor([1, 97]), r"token ids must lie in \[0, 97\), got 1 to 97"),
+        (torch.tensor([], dtype=torch.int64), r"expected at least one token id, got a tensor of shape \(0,\)"),
+        ([], r"expected at least one token id, got a tensor of shape \(0,\)"),
+        (torch.tensor([0.5]), r"expected integer token ids, got a tensor of torch\.float32"),
+        (torch.tensor([True, False]), r"expected integer token ids, got a tensor of torch\.bool"),
+        (torch.tensor([1j]), r"expected integer token ids, got a tensor of torch\.complex64"),
+        (torch.tensor(5), r"expected a 1-D tensor of token ids, got one of shape \(\)$"),
+        (torch.tensor([[1, 2]]), r"expected a 1-D tensor of token ids, got one of shape \(1, 2\)$"),
+        ([1, 0.5], "expected a list of integer token ids, got one that holds 0.5; several prompts at once are a 2-D"),
+        ([1, True], "expected a list of integer token ids, got one that holds True"),
+        ([[1, 2], [3, 4]], r"expected a list of integer token ids, got one that holds \[1, 2\]"),
+        (["w5", "w6"], "expected a list of integer token ids, got one that holds 'w5'"),
+        ([list(range(10_000))], r"got one that holds \[0, 1, 2, 3, 4, 5, \.\.\.\]; several"),
+        (torch.tensor([1, 97]), r"token ids must lie in \[0, 97\), got 1 to 97$"),
+        ([-1, 5], r"token ids must lie in \[0, 97\), got -1 to 5$"),
+        ([10**30], r"token ids must lie in \[0, 97\), got 1000000000000000000000000000000 to"),
+        ([5] * 33, "the prompt has 33 tokens: tiny-gpt2 reads at most 32$"),
+        (None, r"expected a prompt \(text, a list of token ids or a 1-D tensor of them\), got NoneType$"),
+        ({5: 6}, r"expected a prompt .*, got dict$"),
+        (b"w5", r"expected a prompt .*, got bytes$"),
     ],
 )
-def test_token_tensors_the_model_cannot_read(language_model: Any, tokens: torch.Tensor, message: str) -> None:
+def test_prompts_that_are_no_token_ids(language_model: Any, prompt: Any, message: str) -> None:
+    """`__wrapped__`: under test beartype checks every annotated parameter before the function sees it."""
     with pytest.raises(ValueError, match=message):
-        language_model("gpt2").check_tokens(tokens)
+        LanguageModel.tokens.__wrapped__(language_model("gpt2"), prompt)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (torch.zeros(2, 0, dtype=torch.int64), r"expected at least one token id, got a tensor of shape \(2, 0\)"),
+        (torch.zeros(2, 3), "expected integer token ids"),
+        (torch.full((2, 3), 97), "token ids must lie in"),
+        (torch.zeros(2, 33, dtype=torch.int64), "the prompt has 33 tokens"),
+        (torch.zeros(2, 3, 4, dtype=torch.int64), "expected a 1-D tensor of token ids"),
+    ],
+)
+def test_batches_the_model_cannot_read(language_model: Any, prompts: torch.Tensor, message: str) -> None:
+    for read in (language_model("gpt2"), language_model("gpt2").batch):
+        with pytest.raises(ValueError, match=message):
+            read(prompts)
+
+
+def test_long_inputs_are_not_echoed_whole(language_model: Any) -> None:
+    lm = language_model("gpt2")
+    for fails in (lm.tokenize, lm.token_id):
+        for text in ("w5x" * 5_000, "unknown words " * 5_000):
+            with pytest.raises(ValueError, match="tiny-gpt2") as caught:
+                fails(text)
+            assert len(str(caught.value)) < 200
 
 
 def test_unknown_target_token(language_model: Any) -> None:
@@ -203,12 +260,3 @@ def test_a_replaced_resid_mid_reaches_the_stream(language_model: Any, architectu
         outputs.append((logits, seen["x"]))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-11)
     assert float((outputs[0][0] - lm(tokens)).abs().max()) > 1e-2
-
-
-def test_tokens_that_are_no_tensor(language_model: Any) -> None:
-    """Called directly: under test every annotated parameter is checked before the function sees it."""
-    lm = language_model("gpt2")
-    with pytest.raises(TypeError, match=r"got str: make one with language_model\.tokenize\(text\)"):
-        lm._check_tensor("the capital")
-    with pytest.raises(TypeError, match=r"got list: make one with torch\.tensor"):
-        lm._check_tensor([1, 2, 3])
