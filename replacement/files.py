@@ -1,53 +1,300 @@
-"""Writing files so that a reader sees the old file or the whole new one, never a part."""
+"""Writing files and folders so that a reader meets the old content or the whole new one, never a part.
+
+Everything is first written into a scratch folder, flushed to disk, and then renamed to its place. The name of a scratch folder
+holds the host and the process id: the next write to the same place removes what a killed process left behind. The process's
+umask is never touched; the kernel applies it to the folders and files made here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
-import tempfile
+import re
+import shutil
+import socket
+import stat
+import zlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "folder",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+_NUMBERS = itertools.count()
+"""Numbers of the scratch folders of this process; none is used twice, because another thread may still remove it."""
+
+
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """Check, before the work is done, that `write_atomic` can write to `path`; leaves nothing behind.
+
+    Raises:
+        ValueError: something other than a regular file is there, or its folder takes no new files.
+    """
+    path = Path(path)
+    _check_regular_file(path)
+    check_folder(path.parent)
+    return path
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder as a `Path`; makes nothing. Raises `ValueError` when files could not be written into it."""
+    """Check, before the work is done, that files can be written into `folder`, existing or not; leaves nothing behind.
+
+    Raises:
+        ValueError: the path or a part of it is no folder, or takes no new files (permissions, full disk, `/proc`).
+    """
     path = Path(folder)
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{path}: expected a folder, but {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: expected a folder that can be written to (permission denied)")
+    existing = _existing_folder(path)
+    try:
+        os.rmdir(_make_folder(existing, path.name))
+    except OSError as error:
+        reason = _reason(error)
+        raise ValueError(
+            f"{path}: expected a folder that can be written to, but {existing} takes no new files ({reason})"
+        ) from error
     return path
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write `content` (text as UTF-8) to `path` through a temporary file beside it; makes missing folders.
+    """Write `content` (text as UTF-8) to `path`, replacing a regular file; makes missing folders.
 
-    Raises `ValueError` when that fails.
+    Raises:
+        ValueError: names the path and the reason (see `check_file`; a full disk).
+    """
+    data = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write a file to, which becomes `path` when the block ends without an error; makes missing folders.
+
+    Raises:
+        ValueError: names the path and the reason (see `check_file`; a full disk). Operating system errors inside the block
+            are reported so, too.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a file name, given a folder")
-    check_folder(path.parent)
-    data = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
-    temporary = None
+    _check_regular_file(path)
+    with _errors_named(path), _scratch_folder(path.parent, path.name) as scratch:
+        yield scratch / path.name
+        _flush(scratch)
+        _check_regular_file(path)  # it may have appeared meanwhile
+        os.replace(scratch / path.name, path)
+        _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str], *, replaces: Collection[str] = (), keep_others: bool = False
+) -> Iterator[Path]:
+    """An empty folder to write to, which becomes `path` when the block ends without an error.
+
+    An old folder is renamed aside, the new one takes its place, and the old one is removed. A process killed between these two
+    renames leaves the old folder aside; the next write moves it back first.
+
+    Args:
+        replaces: names that an existing folder may hold, to be replaced as a whole; any other is refused.
+        keep_others: instead, move what the block wrote into the existing folder, file by file, replacing files of these
+            names and keeping all others.
+
+    Raises:
+        ValueError: names the path and the reason: something other than a folder is there, a folder with other content, no
+            permission, a full disk. Operating system errors inside the block are reported so, too.
+    """
+    path = Path(path)
+    merges = _kind(path) is not None and keep_others and path.is_dir()
+    with _errors_named(path), _scratch_folder(path if merges else path.parent, path.name) as scratch:
+        _check_replaceable(path, replaces, keep_others)
+        yield scratch
+        _flush(scratch)
+        _check_replaceable(path, replaces, keep_others)
+        if keep_others and path.is_dir():
+            _move_files(scratch, path)
+        else:
+            _swap(scratch, path)
+        _flush_folder(path.parent)
+
+
+# What may be written where -------------------------------------------------------------------------------------------
+
+
+def _kind(path: Path) -> str | None:
+    """What lies at a path, without following a symbolic link; None for nothing."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        # mkstemp makes files private; give the file the permissions any new file would get.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"{path}: could not be written ({error.strerror})") from error
+        return _KINDS.get(stat.S_IFMT(os.lstat(path).st_mode), "special file")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # a name that is too long or holds a null character
+        raise ValueError(f"{str(path)[:200]!r}: cannot be a file name ({_reason(error)})") from error
+
+
+def _check_regular_file(path: Path) -> None:
+    kind = _kind(path)
+    if kind == "folder":
+        raise ValueError(f"{path}: expected a file name, given a folder")
+    if kind not in (None, "file"):
+        raise ValueError(f"{path}: expected a file name, given a {kind}, which is never replaced")
+
+
+def _check_replaceable(path: Path, replaces: Collection[str], keep_others: bool) -> None:
+    kind = _kind(path)
+    if kind is None or (keep_others and path.is_dir()):  # a link to a folder stays what it is
+        return
+    if kind != "folder":
+        raise ValueError(f"{path}: expected a folder, but it is a {kind}, which is never replaced")
+    with _errors_named(path):
+        others = sorted(set(os.listdir(path)) - set(replaces))
+    if others:
+        raise ValueError(f"{path}: holds {others[0]!r}, which would be lost; choose another folder")
+
+
+def _existing_folder(path: Path) -> Path:
+    """The folder at `path`, or the closest one above it that exists."""
+    with _errors_named(path):  # the working directory may have been removed
+        places = (path, *path.absolute().parents)
+    existing = next(place for place in places if _kind(place) is not None)
+    if not existing.is_dir():
+        raise ValueError(f"{path}: expected a folder, but {existing} is a {_kind(existing)}")
+    return existing
+
+
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        other = getattr(error, "filename", None)  # the block may also have read something
+        culprit = f": {other}" if other and not Path(other).is_relative_to(path.parent) else ""
+        raise ValueError(f"{path}: could not be written ({_reason(error)}{culprit})") from error
+
+
+def _reason(error: Exception) -> str:
+    """The operating system's words, also where safetensors wraps them."""
+    wrapped = re.search(r"I/O error: (.+?) \(os error", str(error))
+    return getattr(error, "strerror", None) or (wrapped[1] if wrapped else str(error))
+
+
+# Scratch folders -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder in `parent`, removed in the end, after those that killed processes left for the same name."""
+    _existing_folder(parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(parent, name)
+    scratch = _make_folder(parent, name)
+    try:
+        yield scratch
     finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-    return path
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _make_folder(parent: Path, name: str, suffix: str = "tmp") -> Path:
+    while True:
+        path = parent / f"{_prefix(name)}{os.getpid()}-{next(_NUMBERS)}.{suffix}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+            return path
+
+
+def _prefix(name: str) -> str:
+    """Start of the names of scratch folders for a target: its own name, short enough for every file system, and a digest."""
+    digest = zlib.crc32(os.fsencode(name))
+    return f".{name[:32]}.{digest:08x}.{socket.gethostname()[:64]}-"
+
+
+def _remove_leftovers(parent: Path, name: str) -> None:
+    pattern = re.compile(re.escape(_prefix(name)) + r"(\d+)-\d+\.(tmp|old)")
+    for entry in os.listdir(parent):
+        match = pattern.fullmatch(entry)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] == "old" and not os.path.lexists(parent / name):
+            with contextlib.suppress(OSError):  # another process has just done the same
+                os.rename(parent / entry, parent / name)
+        shutil.rmtree(parent / entry, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+# Taking the target's place -------------------------------------------------------------------------------------------
+
+
+def _swap(scratch: Path, target: Path) -> None:
+    """Rename `scratch` to `target`; a folder that holds files cannot be renamed over, so it steps aside first."""
+    asides: list[Path] = []
+    try:
+        while True:
+            try:
+                os.rename(scratch, target)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            asides.append(_make_folder(target.parent, target.name, "old"))
+            with contextlib.suppress(FileNotFoundError):  # another writer moved it aside in this moment
+                os.rename(target, asides[-1])
+    except OSError:
+        with contextlib.suppress(OSError, IndexError):
+            os.rename(asides[-1], target)
+        raise
+    finally:
+        for aside in asides:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_files(scratch: Path, target: Path) -> None:
+    files = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
+    for file in files:
+        _check_regular_file(target / file)
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(scratch / file, target / file)
+    for folder in {(target / file).parent for file in files}:
+        _flush_folder(folder)
+
+
+def _flush(scratch: Path) -> None:
+    """Bring all files to disk: a rename is only safe once what it names is there.
+
+    Some writers make private files; all get the permissions that a file newly made here has.
+    """
+    mode = stat.S_IMODE(scratch.stat().st_mode) & 0o666
+    for path in scratch.rglob("*"):
+        if path.is_dir():
+            _flush_folder(path)
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
+    _flush_folder(scratch)
+
+
+def _flush_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

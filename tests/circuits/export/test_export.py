@@ -194,8 +194,11 @@ def test_folder_that_cannot_be_written(small, tmp_path) -> None:
 
 
 def test_folder_without_permission(small, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ValueError, match=r"expected a folder that can be written to \(permission denied\)"):
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.mkdir", refuse)
+    with pytest.raises(ValueError, match=r"expected a folder that can be written to, but .*\(Permission denied\)"):
         small.export("svg", tmp_path / "circuit.svg")
     assert not list(tmp_path.iterdir())
 
