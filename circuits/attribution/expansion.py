@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.attribution.columns import source_table
+from circuits.attribution.identity import check_identity
 from circuits.attribution.readers import head_reads, logit_reads, stream_reads
 from circuits.attribution.residual_transport import ResidualTransport
 from circuits.attribution.targets import LogitTarget
@@ -26,9 +28,6 @@ FIRST_ROUND = 128
 """Features expanded in the first round; every further round doubles, so early rounds stay selective and late ones
 fast."""
 LARGEST_ROUND = 1024
-CANCELLATION = 0.01
-"""A gap is measured against the value, or against this part of the summed magnitudes where the value is a small
-remainder."""
 
 Progress = Callable[[int, float], None]
 """Called after every round with the number of features expanded and the unexpanded share of influence."""
@@ -71,15 +70,10 @@ class Attribution:
         self.value, self.bias, self.inflow = (np.zeros(self.n_nodes) for _ in range(3))
         self.expanded = np.zeros(self.n_nodes, dtype=bool)
 
-    def add(self, depth: int, node_N: Tensor, effects_NC: Tensor, bias_N: Tensor, value_N: Tensor) -> None:
-        """Store the rows of nodes that read at one depth, and check the identity on each."""
-        inflow_N = effects_NC.abs().sum(1)
-        gap_N = (value_N - effects_NC.sum(1) - bias_N).abs()
-        scale_N = torch.maximum(value_N.abs(), CANCELLATION * (inflow_N + bias_N.abs()))
-        gap = float((gap_N / scale_N.clamp(min=1e-30)).max())
-        if not gap < float("inf"):
-            raise ValueError("attribution met NaN or infinity: the model's activations on this prompt are not finite")
-        self.identity_error = max(self.identity_error, gap)
+    def add(
+        self, depth: int, node_N: Tensor, effects_NC: Tensor, inflow_N: Tensor, bias_N: Tensor, value_N: Tensor
+    ) -> None:
+        """Store the rows of nodes that read at one depth."""
         node = node_N.cpu().numpy()
         self.value[node], self.bias[node] = value_N.cpu().numpy(), bias_N.cpu().numpy()
         self.inflow[node], self.expanded[node] = inflow_N.cpu().numpy(), True
@@ -147,6 +141,28 @@ class Attributor:
             self.expand_features(np.sort(chosen[:room]))
             n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, LARGEST_ROUND)
 
+    def _add(self, depth: int, node_N: Tensor, effects_NC: Tensor, bias_N: Tensor, value_N: Tensor) -> None:
+        """Check the identity on the rows of nodes that read at one depth, and store them."""
+        inflow_N = effects_NC.abs().sum(1)
+        gap = check_identity(
+            value_N,
+            effects_NC.sum(1) + bias_N,
+            inflow_N + bias_N.abs(),
+            dtype=effects_NC.dtype,
+            n_layers=self.local.shape.n_layers,
+            name=lambda row: self._name(int(node_N[row])),
+        )
+        self.rows.identity_error = max(self.rows.identity_error, gap)
+        self.rows.add(depth, node_N, effects_NC, inflow_N, bias_N, value_N)
+
+    def _name(self, node: int) -> str:
+        """Readable name of a node that has a row: of a feature or a logit target."""
+        if node >= self.columns.n_columns:
+            return f'output "{self.logits[node - self.columns.n_columns].label.strip()}"'
+        table = source_table(self.local)
+        part, layer, index, position = (int(table[name][node]) for name in ("part", "layer", "index", "position"))
+        return f"{'attention ' if part else ''}feature {layer}/{index} at {position}"
+
     def expand_logits(self) -> None:
         """Rows of the logit targets."""
         direction_ND = torch.stack([target.direction_D for target in self.logits])
@@ -156,7 +172,7 @@ class Attributor:
         bias_N = bias_N + constant_N + direction_ND.new_tensor([target.bias for target in self.logits])
         value_N = direction_ND.new_tensor([target.value for target in self.logits])
         node_N = self.rows.n_columns + torch.arange(len(self.logits))
-        self.rows.add(2 * self.local.shape.n_layers, node_N, effects_NC, bias_N, value_N)
+        self._add(2 * self.local.shape.n_layers, node_N, effects_NC, bias_N, value_N)
 
     def expand_features(self, chosen: np.ndarray) -> None:
         """Rows of the chosen active features (numbers among those of all parts, rising)."""
@@ -185,7 +201,7 @@ class Attributor:
             targets = head_reads(part, own_S, group)
             effects_SC, bias_S = self.transport.attribute_heads(targets)
             bias_S = bias_S + part.crosscoder.b_enc[group][part.features.index[own_S]]
-            self.rows.add(2 * targets.layer, first + own_S, effects_SC, bias_S, part.pre_activation_S[own_S])
+            self._add(2 * targets.layer, first + own_S, effects_SC, bias_S, part.pre_activation_S[own_S])
 
     def _add_features(
         self, own_N: Tensor, depth_N: Tensor, effects_NC: Tensor, bias_S: Tensor, value_S: Tensor, node_S: Tensor
@@ -199,7 +215,7 @@ class Attributor:
             rows = effects_NC[entries]
             if len(entries) != len(own) or not torch.equal(own_N[entries], own):
                 rows = rows.new_zeros(len(own), rows.shape[1]).index_add(0, place[own_N[entries]], rows)
-            self.rows.add(depth, node_S[own], rows, bias_S[own], value_S[own])
+            self._add(depth, node_S[own], rows, bias_S[own], value_S[own])
 
 
 def _smallest_set(held: np.ndarray, enough: float) -> np.ndarray:

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution.columns import source_table
-from circuits.attribution.expansion import CANCELLATION
+from circuits.attribution.identity import CANCELLATION
 from circuits.attribution.labels import node_labels
 from circuits.attribution.readers import Targets
 from circuits.attribution.residual_transport import ResidualTransport

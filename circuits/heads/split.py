@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.expansion import CANCELLATION
 from circuits.attribution.grounding import Grounding
+from circuits.attribution.identity import CANCELLATION
 from circuits.attribution.transport import ROWS_PER_CHUNK
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.expansion import CANCELLATION
+from circuits.attribution.identity import CANCELLATION
 from circuits.attribution.readers import head_reads, stream_reads
 from circuits.attribution.targets import FeatureTarget, active_feature
 from circuits.heads.credit import Credit, credit

@@ -1,0 +1,177 @@
+"""A sum that does not add up is never returned as a graph, and rounding is never mistaken for one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from circuits import trace
+from circuits.attribution import expansion
+from circuits.attribution.identity import IdentityError, check_identity, identity_tolerance
+from circuits.attribution.sources import LayerSources, PartSources
+from replacement import LanguageModel, ReplacementModel, Wiring
+
+Fault = Callable[[Any], None]
+BOTH_PARTS = pytest.mark.parametrize("attention", [False, True], ids=["linear", "attention"])
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+
+
+def model_of(lm: Any, *, attention: bool, **options: Any) -> ReplacementModel:
+    """A replacement model with random crosscoders."""
+    of_attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm)) if attention else None
+    return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention_crosscoder=of_attention)
+
+
+def with_vectors(part: PartSources, layer: int, change: Callable[[torch.Tensor], torch.Tensor]) -> PartSources:
+    """The sources of a part with those of one layer changed."""
+    written: list[LayerSources] = list(part.layers)
+    written[layer] = dataclasses.replace(written[layer], vectors_SD=change(written[layer].vectors_SD.clone()))
+    return dataclasses.replace(part, layers=tuple(written))
+
+
+def forget_an_mlp(transport: Any) -> None:
+    """What layer 1 writes is met by no target."""
+    mlp = with_vectors(transport.sources.mlp, 1, torch.zeros_like)
+    transport.sources = dataclasses.replace(transport.sources, mlp=mlp)
+
+
+def forget_an_error_term(transport: Any) -> None:
+    """The error of layer 1 at position 6."""
+
+    def change(vectors_SD: torch.Tensor) -> torch.Tensor:
+        vectors_SD[transport.sources.mlp.layers[1].offsets[6]] = 0
+        return vectors_SD
+
+    transport.sources = dataclasses.replace(transport.sources, mlp=with_vectors(transport.sources.mlp, 1, change))
+
+
+def forget_attention(transport: Any) -> None:
+    """What attention of layer 1 writes or moves reaches no target."""
+    if transport.sources.attention is not None:
+        attention = with_vectors(transport.sources.attention, 1, torch.zeros_like)
+        transport.sources = dataclasses.replace(transport.sources, attention=attention)
+        return
+    attentions = list(transport.local.frozen.attentions)
+    attentions[1] = dataclasses.replace(attentions[1], kernel_HTT=torch.zeros_like(attentions[1].kernel_HTT))
+    frozen = dataclasses.replace(transport.local.frozen, attentions=tuple(attentions))
+    transport.local = dataclasses.replace(transport.local, frozen=frozen)
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    """Let every transport that is made from now on have a fault."""
+    for name in ("Transport", "ResidualTransport"):
+        right = getattr(expansion, name)
+
+        class Faulty(right):  # type: ignore[misc, valid-type]
+            def __init__(self, local: Any) -> None:
+                super().__init__(local)
+                fault(self)
+
+        monkeypatch.setattr(expansion, name, Faulty)
+
+
+@BOTH_PARTS
+@PRECISIONS
+@pytest.mark.parametrize("fault", [forget_an_mlp, forget_an_error_term, forget_attention])
+def test_a_faulty_transport_makes_no_graph(
+    language_model: Any, monkeypatch: pytest.MonkeyPatch, fault: Fault, dtype: torch.dtype, attention: bool
+) -> None:
+    model, tokens = model_of(language_model("gpt2", dtype), attention=attention), tiny.random_tokens()
+    right = trace(model, tokens, targets=["w5@6"], coverage=1.0)
+    inject(monkeypatch, fault)
+    with pytest.raises(IdentityError, match=r'the parts of output "w5" sum to .*, but its value is') as raised:
+        trace(model, tokens, targets=["w5@6"], coverage=1.0)
+    error = raised.value
+    assert error.node == 'output "w5"'
+    assert error.expected == pytest.approx(right.nodes.value[-1], rel=1e-5)
+    assert error.gap > 100 * error.tolerance
+    assert error.tolerance == identity_tolerance(dtype, 3)
+
+
+@BOTH_PARTS
+@pytest.mark.parametrize("part", ["feature", "attention"])
+def test_the_error_names_the_feature(
+    language_model: Any, monkeypatch: pytest.MonkeyPatch, attention: bool, part: str
+) -> None:
+    if part == "attention" and not attention:
+        pytest.skip("there are no attention features")
+    model, tokens = model_of(language_model("gpt2"), attention=attention), tiny.random_tokens()
+    local = model.localize(tokens)
+    features = local.decompositions[part == "attention"].features.of(2)
+    index, position = int(features.index[-1]), int(features.row[-1])
+    inject(monkeypatch, forget_an_mlp)
+    expected = f"the parts of {'attention ' if part == 'attention' else ''}feature 2/{index} at {position} sum to"
+    with pytest.raises(IdentityError, match=expected):
+        trace(model, tokens, targets=f"{part}:2/{index}@{position}")
+
+
+@BOTH_PARTS
+def test_nan_makes_no_graph(language_model: Any, monkeypatch: pytest.MonkeyPatch, attention: bool) -> None:
+    def spoil(transport: Any) -> None:
+        transport.sources.mlp.layers[0].vectors_SD[-1] = float("nan")
+
+    inject(monkeypatch, spoil)
+    with pytest.raises(IdentityError, match='NaN or infinity at output "w5": the model\'s activations'):
+        trace(model_of(language_model("gpt2"), attention=attention), tiny.random_tokens(), targets=["w5"])
+
+
+@PRECISIONS
+def test_tolerances_are_near_what_rounding_makes(dtype: torch.dtype) -> None:
+    largest_seen = 0.06 * torch.finfo(dtype).eps * 30 / 0.01
+    assert 10 * largest_seen < identity_tolerance(dtype, 30) < 40 * largest_seen
+    assert identity_tolerance(dtype, 30) < {torch.float32: 3e-3, torch.float64: 1e-11}[dtype]
+
+
+@BOTH_PARTS
+@PRECISIONS
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+@pytest.mark.parametrize("place", [0, 4])
+def test_massive_activations_are_not_mistaken_for_a_fault(
+    tmp_path: Any, attention: bool, dtype: torch.dtype, skip: bool, place: int
+) -> None:
+    """One token whose embedding is 1,000 times larger than the others, as in models with attention sinks."""
+    import transformers
+
+    folder = tiny.save_model("llama", tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] *= 1000
+    model.save_pretrained(folder)
+    lm, tokens = LanguageModel.from_pretrained(folder, dtype=dtype), tiny.random_tokens(12)
+    tokens[place] = 5
+    graph = trace(model_of(lm, attention=attention, skip=skip), tokens, coverage=1.0)
+    assert graph.identity_error < identity_tolerance(dtype, 3) / 10
+
+
+@pytest.mark.parametrize("convert", [torch.tensor, np.array], ids=["torch", "numpy"])
+def test_gaps_are_relative_to_values_or_to_terms_that_cancel(convert: Any) -> None:
+    def check(values: Any, sums: Any, magnitudes: Any) -> float:
+        numbers = (convert(x) for x in (values, sums, magnitudes))
+        return check_identity(*numbers, dtype=torch.float32, n_layers=1, name="row {}".format)
+
+    assert check([2.0, 0.0], [2.0, 0.0], [2.0, 0.0]) == 0
+    assert check([2.0, 1.0], [2.0, 1.00001], [2.0, 1.0]) == pytest.approx(1e-5, rel=0.05)
+    assert check([0.01], [0.01001], [100.0]) == pytest.approx(1e-5, rel=0.05)  # of 1 % of 100
+    assert check([], [], []) == 0
+    with pytest.raises(
+        IdentityError, match=r"the parts of row 1 sum to 1\.01, but its value is 1: a relative gap of 1\.0e-02"
+    ):
+        check([2.0, 1.0], [2.0, 1.01], [2.0, 1.0])
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(IdentityError, match="NaN or infinity at row 0"):
+            check([wrong, 1.0], [1.0, 1.0], [1.0, 1.0])
+        with pytest.raises(IdentityError, match="NaN or infinity at row 1"):
+            check([1.0, 1.0], [1.0, wrong], [1.0, 1.0])
+
+
+def test_one_number_alone() -> None:
+    found = check_identity(1.0, 1.0 + 1e-14, 1.0, dtype=torch.float64, n_layers=30, name=lambda _: "head 2.3")
+    assert found == pytest.approx(1e-14, rel=0.1)
+    with pytest.raises(IdentityError, match=r"the parts of head 2\.3 sum to 1\.5"):
+        check_identity(1.0, 1.5, 2.0, dtype=torch.float64, n_layers=30, name=lambda _: "head 2.3")
