@@ -74,8 +74,8 @@ def answer_after_swap(
     """Next token and its probability with one state's features off and another's on, errors kept."""
     settings = {**dict.fromkeys(off, 0.0), **on}
     interventions = [
-        Intervention(group=group, position=position, index=index, activation=value)
-        for (group, position, index), value in settings.items()
+        Intervention(layer=layer, index=index, position=position, activation=value)
+        for (layer, position, index), value in settings.items()
     ]
     lm = model.language_model
     tokens = lm.tokenize(PROMPT.format(city=city))

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from replacement.crosscoder.wiring import Wiring
     from replacement.language_model.language_model import LanguageModel
     from replacement.loading import load
-    from replacement.splicing.interventions import Intervened, Intervention, UnknownFeatureError, swap
+    from replacement.splicing.feature_changes import swap
+    from replacement.splicing.intervention import Intervention, UnknownFeatureError
     from replacement.splicing.local_replacement import Decomposition, LocalReplacement
-    from replacement.splicing.replacement_model import ReplacementModel
+    from replacement.splicing.replacement_model import Intervened, ReplacementModel
 
 __all__ = [
     "BatchTopK",
@@ -55,8 +56,8 @@ _LAZY = {
     "CrosscoderOutput": "replacement.crosscoder.crosscoder",
     "Decomposition": "replacement.splicing.local_replacement",
     "Features": "replacement.crosscoder.features",
-    "Intervened": "replacement.splicing.interventions",
-    "Intervention": "replacement.splicing.interventions",
+    "Intervened": "replacement.splicing.replacement_model",
+    "Intervention": "replacement.splicing.intervention",
     "JumpReLU": "replacement.crosscoder.activation",
     "LanguageModel": "replacement.language_model.language_model",
     "LocalReplacement": "replacement.splicing.local_replacement",
@@ -65,10 +66,10 @@ _LAZY = {
     "ReplacementModel": "replacement.splicing.replacement_model",
     "Site": "replacement.crosscoder.sites",
     "TopK": "replacement.crosscoder.activation",
-    "UnknownFeatureError": "replacement.splicing.interventions",
+    "UnknownFeatureError": "replacement.splicing.intervention",
     "Wiring": "replacement.crosscoder.wiring",
     "load": "replacement.loading",
-    "swap": "replacement.splicing.interventions",
+    "swap": "replacement.splicing.feature_changes",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from replacement import LanguageModel, LocalReplacement
-from replacement.splicing.interventions import PARTS
+from replacement.splicing.intervention import PARTS
 
 TOP_PROBABILITY = 0.95
 TOP_LOGITS = 10
@@ -71,6 +71,11 @@ class LogitTarget:
     """Probability of the token; 0 for a difference."""
     token_ids: tuple[int, int] | None = None
     """Both tokens of a difference."""
+
+    def read(self, logits_BV: Tensor) -> Tensor:
+        """The target's value in rows of logits: of the token above their mean, or the difference of two tokens, `[B]`."""
+        plus, minus = self.token_ids or (self.token_id, None)
+        return logits_BV[:, plus] - (logits_BV.mean(-1) if minus is None else logits_BV[:, minus])
 
 
 def parse_target(text: str) -> Target:

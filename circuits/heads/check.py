@@ -30,7 +30,7 @@ from circuits.heads.credit import RULES
 from circuits.heads.view import HeadView, HeadViews
 from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel, Site
 from replacement.language_model.language_model import EnoughSeen, Hook, Prompt
-from replacement.splicing.interventions import PARTS
+from replacement.splicing.intervention import PARTS
 
 RUNGS: tuple[str, ...] = ("direct", "frozen", "live")
 NON_TRIVIAL = 0.1

@@ -38,7 +38,7 @@ from circuits.heads.qk_attribution import QKAttribution, SourceNode, summed_magn
 from replacement import ReplacementModel
 from replacement.language_model.language_model import Prompt
 from replacement.language_model.queries_and_keys import FrozenQueryKey
-from replacement.splicing.interventions import PARTS
+from replacement.splicing.intervention import PARTS
 
 NUMBERS_AT_ONCE = 2**24
 """Effects held at once: channels x positions x sources (128 MiB in float64)."""

@@ -32,7 +32,7 @@ from circuits.heads.credit import Credit, credit
 from circuits.heads.thresholds import feature_threshold
 from replacement import Decomposition, LocalReplacement, ReplacementModel, Site
 from replacement.language_model.language_model import Prompt
-from replacement.splicing.interventions import PARTS
+from replacement.splicing.intervention import PARTS
 from replacement.splicing.skip import read_depth
 
 

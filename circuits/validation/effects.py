@@ -1,18 +1,18 @@
-"""Measured effects: features of a graph are scaled in the model, and everything the graph speaks of is looked at.
+"""Measured effects: features of a graph are scaled in the model, and everything the graph speaks of is measured.
 
-| patching      | what reacts to the change                                                            | predicted by   |
-|---------------|--------------------------------------------------------------------------------------|----------------|
-| `constrained` | nothing writes but the changed feature; attention moves what it wrote, norms rescale | direct effects |
-| `propagated`  | every feature of the replacement model, errors kept; attention; norms                | total effects  |
-| `original`    | behind the feature's layer the original model's own MLPs; up to it as `constrained`  | total effects  |
+| patching      | what reacts to the change                                                             | predicted by   |
+|---------------|---------------------------------------------------------------------------------------|----------------|
+| `constrained` | nothing but attention and norms: every output is clean plus what the feature writes   | direct effects |
+| `propagated`  | every feature of the replacement model, errors kept; attention; norms                 | total effects  |
+| `original`    | above the feature's layer the original model's MLPs; up to it as `constrained`        | total effects  |
 | `window`      | as `original`, but held from the feature's layer to two layers on                     | influence      |
 
-Each with attention patterns frozen or live. B changes, T tokens, N nodes.
+Each with attention patterns frozen or live. B changed features, one copy of the prompt each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +22,16 @@ from torch import Tensor
 from circuits.attribution.grounding import Grounding
 from circuits.graph.nodes import NodeKind
 from replacement import Features, Intervention, ReplacementModel
-from replacement.splicing.interventions import difference
-from replacement.splicing.patching import Conditions, Patched, Patcher, changes_of, copies_of
+from replacement.splicing.clean_run import CleanRun, Conditions, SplicedRun
+from replacement.splicing.feature_changes import activations_at, change_of, difference, repeat_prompt
+from replacement.splicing.intervention import PARTS
 
 PATCHING = ("constrained", "propagated", "original")
-"""How the real tests patch; `window` is for influence among features alone."""
+"""How features are patched where predictions are tested; `window` is for influence among features alone."""
 WINDOW = 3
 """Layers that `window` holds: the feature's and the next two, as published (Ameisen et al. 2025)."""
-OWN_MLPS = ("original", "window")
-"""The original model's MLPs run wherever outputs are not held."""
+ORIGINAL_MLPS = ("original", "window")
+"""Patching in which the original model's MLPs run wherever outputs are not held."""
 ATTENTION = ("live", "frozen")
 TOKENS_AT_ONCE = 4096
 """Tokens of all copies of a prompt that run together: bounds memory."""
@@ -49,14 +50,14 @@ class Measured:
 
 
 class Effects:
-    """Changes of features of one graph."""
+    """Changes of features of one graph, all compared with one clean run of its prompt."""
 
     def __init__(self, model: ReplacementModel, grounding: Grounding) -> None:
         self.model, self.grounding = model, grounding
         self.nodes = grounding.graph.nodes
         self.n_layers = model.language_model.shape.n_layers
         self.tokens_T = grounding.local.frozen.tokens_T
-        self._patchers: dict[Conditions, Patcher] = {}
+        self.clean = CleanRun(model.language_model, model.crosscoders, self.tokens_T[None])
 
     def measure(
         self, changed: np.ndarray, scale: float, patching: str, attention: str, *, norms: str = "live"
@@ -70,129 +71,117 @@ class Effects:
             attention: `live` or `frozen` patterns.
             norms: `live` or `frozen` scales.
         """
-        found = Measured(
-            np.zeros((len(changed), len(self.nodes))), np.zeros(len(changed)), np.zeros((len(changed), self.n_layers))
-        )
+        B = len(changed)
+        measured = Measured(np.zeros((B, len(self.nodes))), np.zeros(B), np.zeros((B, self.n_layers)))
         layers = self.nodes.layer[changed]
-        for layer in np.unique(layers).tolist() if patching in OWN_MLPS else [None]:
-            own = np.arange(len(changed)) if layer is None else np.flatnonzero(layers == layer)
-            patcher = self.patcher(patching, attention, layer, norms=norms)
-            for some, patched in self._passes(patcher, changed, own, scale):
-                change_BN, size_BL = self._feature_changes(patcher, patched, len(some))
-                logits_BTV = patched.logits_BTV
-                found.kl_B[some] = self._logit_changes(patcher.original_logits_TV, logits_BTV, change_BN)
-                change_BN[np.arange(len(some)), changed[some]] = (scale - 1) * self.nodes.activation[changed[some]]
-                found.change_BN[some], found.size_BL[some] = change_BN, size_BL
-        return found
+        for layer in np.unique(layers).tolist() if patching in ORIGINAL_MLPS else [0]:
+            rows_B = np.flatnonzero(layers == layer) if patching in ORIGINAL_MLPS else np.arange(B)
+            conditions = self.conditions(patching, attention, layer, norms=norms)
+            for rows, run in self._passes(conditions, changed, rows_B, scale):
+                change_BN, measured.size_BL[rows] = self._feature_changes(run, len(rows))
+                measured.kl_B[rows] = self._logit_changes(run.logits_BTV, change_BN)
+                change_BN[np.arange(len(rows)), changed[rows]] = (scale - 1) * self.nodes.activation[changed[rows]]
+                measured.change_BN[rows] = change_BN
+        return measured
 
-    def patcher(self, patching: str, attention: str, layer: int | None = None, *, norms: str = "live") -> Patcher:
-        """The prompt under the conditions of one row of the table; `original` and `window` depend on the feature's layer."""
-        own, n = int(layer or 0), self.n_layers
+    def conditions(self, patching: str, attention: str, layer: int = 0, *, norms: str = "live") -> Conditions:
+        """One row of the module's table; `original` and `window` depend on the changed feature's layer."""
         held = {
-            "constrained": range(n),
+            "constrained": range(self.n_layers),
             "propagated": None,
-            "original": range(own + 1),
-            "window": range(own, min(own + WINDOW, n)),
+            "original": range(layer + 1),
+            "window": range(layer, min(layer + WINDOW, self.n_layers)),
         }[patching]
-        mlps = "original" if patching in OWN_MLPS else "replaced"
-        conditions = Conditions(patterns=attention, norms=norms, mlps=mlps, constrained_layers=held)
-        if conditions not in self._patchers:
-            lm = self.model.language_model
-            self._patchers[conditions] = Patcher(lm, self.model.crosscoders, self.tokens_T, conditions)
-        return self._patchers[conditions]
+        mlps = "original" if patching in ORIGINAL_MLPS else "replaced"
+        return Conditions(patterns=attention, norms=norms, mlps=mlps, constrained_layers=held)
 
     def self_check(self, changed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Direct edges, predicted and measured: with everything frozen, true by construction (float64[P] each).
 
         Every feature is suppressed by itself; what its targets' pre-activations lose is compared with the edges.
         """
-        patcher = self.patcher("constrained", "frozen", norms="frozen")
+        conditions = self.conditions("constrained", "frozen", norms="frozen")
         edges = self.grounding.graph.edges
         target_E, predicted, measured = edges.target, [], []
-        for some, patched in self._passes(patcher, changed, np.arange(len(changed)), 0.0):
-            for copy, node in enumerate(changed[some]):
-                own = np.flatnonzero((edges.source == node) & self.nodes.mask(NodeKind.FEATURE)[target_E])
-                predicted.append(-edges.weight[own].astype(np.float64))
-                measured.append(self._pre_activation_changes(patcher, patched, copy, target_E[own]))
+        for rows, run in self._passes(conditions, changed, np.arange(len(changed)), 0.0):
+            for copy, node in enumerate(changed[rows]):
+                outgoing = np.flatnonzero((edges.source == node) & self.nodes.mask(NodeKind.FEATURE)[target_E])
+                predicted.append(-edges.weight[outgoing].astype(np.float64))
+                measured.append(self._pre_activation_changes(run, copy, target_E[outgoing]))
         return np.concatenate([np.zeros(0), *predicted]), np.concatenate([np.zeros(0), *measured])
 
     def _passes(
-        self, patcher: Patcher, changed: np.ndarray, own: np.ndarray, scale: float
-    ) -> Iterator[tuple[np.ndarray, Patched]]:
-        size = max(1, TOKENS_AT_ONCE // len(self.tokens_T))
-        for begin in range(0, len(own), size):
-            some = own[begin : begin + size]
-            copies = [self._intervention(int(node), scale) for node in changed[some]]
-            by_part = {part: [[one] if one.part == part else [] for one in copies] for part in self.model.crosscoders}
-            yield some, patcher.run(changes_of(by_part, patcher), n_copies=len(some))
+        self, conditions: Conditions, changed: np.ndarray, rows_B: np.ndarray, scale: float
+    ) -> Iterator[tuple[np.ndarray, SplicedRun]]:
+        """Runs of some rows of `changed` at a time, one copy of the prompt for each."""
+        T = len(self.tokens_T)
+        size = max(1, TOKENS_AT_ONCE // T)
+        for begin in range(0, len(rows_B), size):
+            rows = rows_B[begin : begin + size]
+            # Nothing below the feature changes: its current activation is the clean one.
+            copies = [self._intervention(int(node), scale) for node in changed[rows]]
+            changes = {
+                part: change_of([[i] if i.part == part else [] for i in copies], crosscoder, n_positions=T)
+                for part, crosscoder in self.model.crosscoders.items()
+            }
+            yield rows, self.clean.run(conditions, changes, n_copies=len(rows))
 
     def _intervention(self, node: int, scale: float) -> Intervention:
-        nodes, part = self.nodes, "attention" if self.nodes.of_attention[node] else "mlp"
-        group = self._groups(part)[int(nodes.layer[node])]
-        place = {"group": group, "position": int(nodes.position[node]), "index": int(nodes.index[node])}
-        return Intervention(
-            **place, scale=scale, part=part
-        )  # nothing below it changes: its current activation is the clean one
+        nodes = self.nodes
+        layer, index, position = (int(column[node]) for column in (nodes.layer, nodes.index, nodes.position))
+        return Intervention(layer=layer, index=index, position=position, scale=scale, part=PARTS[int(nodes.part[node])])
 
-    def _groups(self, part: str) -> dict[int, int]:
-        """Group of each layer."""
-        wiring = self.model.crosscoders[part].wiring
-        return {wiring.group_layer(group): group for group in range(wiring.n_groups)}
-
-    def _feature_changes(self, patcher: Patcher, patched: Patched, n_copies: int) -> tuple[np.ndarray, np.ndarray]:
+    def _feature_changes(self, run: SplicedRun, n_copies: int) -> tuple[np.ndarray, np.ndarray]:
+        T = len(self.tokens_T)
         change_BN, power_BL = np.zeros((n_copies, len(self.nodes))), np.zeros((n_copies, self.n_layers))
-        for part, features in patched.features.items():
-            mine = self.nodes.mask(NodeKind.FEATURE) & (self.nodes.of_attention == (part == "attention"))
-            for layer, group in self._groups(part).items():
-                clean = copies_of(patcher.clean_features[part].of(group), n_copies)
+        for part, features in run.features.items():
+            of_part = self.nodes.mask(NodeKind.FEATURE) & (self.nodes.part == PARTS.index(part))
+            wiring = self.model.crosscoders[part].wiring
+            for layer in wiring.layers:
+                group = wiring.group_of(layer)
+                clean = repeat_prompt(self.clean.features[part].of(group), n_copies)
                 changes = difference(features.of(group), clean, group=group)
-                own = np.flatnonzero(mine & (self.nodes.layer == layer))
-                change_BN[:, own] = self._at(changes, own, n_copies)
-                copy = (changes.row // len(self.tokens_T)).cpu().numpy()
+                nodes = np.flatnonzero(of_part & (self.nodes.layer == layer))
+                change_BN[:, nodes] = self._at(changes, nodes, n_copies)
+                copy = (changes.row // T).cpu().numpy()
                 power_BL[:, layer] += np.bincount(
                     copy, weights=changes.activation.double().cpu().numpy() ** 2, minlength=n_copies
                 )
         return change_BN, np.sqrt(power_BL)
 
-    def _at(self, changes: Features, own: np.ndarray, n_copies: int) -> np.ndarray:
-        """float64[B, own], entries of a sparse table at nodes of its group."""
-        T, F = len(self.tokens_T), changes.n_features
-        known = (changes.row * F + changes.index).cpu().numpy()
-        rows = np.arange(n_copies)[:, None] * T + self.nodes.position[own]
-        wanted = rows * F + self.nodes.index[own]
-        if not len(known):
-            return np.zeros(wanted.shape)
-        place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        return np.where(known[place] == wanted, changes.activation.double().cpu().numpy()[place], 0.0)
+    def _at(self, changes: Features, nodes: np.ndarray, n_copies: int) -> np.ndarray:
+        """float64[B, len(nodes)], entries of a table of one group at nodes of that group."""
+        rows_BN = np.arange(n_copies)[:, None] * len(self.tokens_T) + self.nodes.position[nodes]
+        index_BN = np.broadcast_to(self.nodes.index[nodes], rows_BN.shape)
+        row, index = (torch.tensor(column, device=changes.row.device) for column in (rows_BN, index_BN))
+        return activations_at(changes, row, index).double().cpu().numpy()
 
-    def _logit_changes(self, clean_TV: Tensor, logits_BTV: Tensor, change_BN: np.ndarray) -> np.ndarray:
+    def _logit_changes(self, logits_BTV: Tensor, change_BN: np.ndarray) -> np.ndarray:
         """Fill in the logit nodes' changes; return the KL at the last target's position."""
-        targets = self.grounding.logits
+        targets, clean_TV = self.grounding.logits, self.clean.logits[0]
         if not targets:
             return np.zeros(len(change_BN))
-        before = self.model.language_model.parts.before_soft_cap  # graphs explain logits in front of a soft-cap
-        change_BTV = (before(logits_BTV) - before(clean_TV)).double()
+        before_cap = self.model.language_model.parts.before_soft_cap  # graphs explain logits in front of a soft-cap
+        change_BTV = (before_cap(logits_BTV) - before_cap(clean_TV)).double()
         for node, target in zip(np.flatnonzero(self.nodes.mask(NodeKind.LOGIT)), targets, strict=True):
-            at_BV = change_BTV[:, target.position]
-            plus, minus = target.token_ids or (target.token_id, None)
-            base_B = at_BV.mean(-1) if minus is None else at_BV[:, minus]
-            change_BN[:, node] = (at_BV[:, plus] - base_B).cpu().numpy()
+            change_BN[:, node] = target.read(change_BTV[:, target.position]).cpu().numpy()
         position = targets[-1].position
         return kl(clean_TV[position], logits_BTV[:, position])
 
-    def _pre_activation_changes(self, patcher: Patcher, patched: Patched, copy: int, targets: np.ndarray) -> np.ndarray:
+    def _pre_activation_changes(self, run: SplicedRun, copy: int, targets: np.ndarray) -> np.ndarray:
+        """float64[targets], change of each target feature's pre-activation in one copy."""
         change, T = np.zeros(len(targets)), len(self.tokens_T)
         for part, crosscoder in self.model.crosscoders.items():
-            for layer, group in self._groups(part).items():
-                attention = part == "attention"
-                own = np.flatnonzero(
-                    (self.nodes.layer[targets] == layer) & (self.nodes.of_attention[targets] == attention)
-                )
-                index = torch.from_numpy(self.nodes.index[targets[own]]).to(crosscoder.device)
-                row = torch.from_numpy(self.nodes.position[targets[own]].astype(np.int64)).to(crosscoder.device)
+            for layer in crosscoder.wiring.layers:
+                group = crosscoder.wiring.group_of(layer)
+                is_here = (self.nodes.layer[targets] == layer) & (self.nodes.part[targets] == PARTS.index(part))
+                chosen = np.flatnonzero(is_here)
+                index = torch.from_numpy(self.nodes.index[targets[chosen]]).to(crosscoder.device)
+                row = torch.from_numpy(self.nodes.position[targets[chosen]].astype(np.int64)).to(crosscoder.device)
                 for site in crosscoder.wiring.reads[group]:
-                    moved_PD = patched.inputs[site][copy * T + row] - patcher.clean[site][row]
-                    change[own] += (moved_PD * crosscoder.encoder(group, site)[index]).sum(-1).double().cpu().numpy()
+                    moved_PD = run.inputs[site][copy * T + row] - self.clean.activations[site][row]
+                    read_P = (moved_PD * crosscoder.encoder(group, site)[index]).sum(-1)
+                    change[chosen] += read_P.double().cpu().numpy()
         return change
 
 
@@ -206,13 +195,14 @@ def sample_features(grounding: Grounding, n_features: int, *, seed: int) -> np.n
     """int[B], features drawn uniformly among the graph's, targets left out; all of them where there are fewer.
 
     Raises:
-        ValueError: fewer than one feature asked for, or none in the graph.
+        ValueError: fewer than one feature asked for, a negative seed, or no feature in the graph.
     """
     if n_features < 1:
         raise ValueError(f"features: expected at least 1, given {n_features}")
+    if seed < 0:
+        raise ValueError(f"seed: expected 0 or more, given {seed}")
     nodes = grounding.graph.nodes
-    known: Sequence[int] = np.flatnonzero(nodes.mask(NodeKind.FEATURE) & ~nodes.is_target).tolist()
-    if not known:
+    candidates = np.flatnonzero(nodes.mask(NodeKind.FEATURE) & ~nodes.is_target)
+    if not len(candidates):
         raise ValueError("the graph has no features to change")
-    chosen = np.random.default_rng(seed).permutation(known)[:n_features]
-    return np.sort(chosen)
+    return np.sort(np.random.default_rng(seed).permutation(candidates)[:n_features])

@@ -35,7 +35,7 @@ from circuits.validation.agreement import cosine
 from circuits.validation.effects import ATTENTION, TOKENS_AT_ONCE
 from replacement import ReplacementModel, Site
 from replacement.language_model.language_model import Hook
-from replacement.splicing.patching import WRITES, Conditions, Patcher
+from replacement.splicing.clean_run import WRITES, CleanRun, Conditions
 from replacement.splicing.skip import read_depth
 
 RISE = 0.1
@@ -88,7 +88,7 @@ class _Streams:
     ) -> None:
         """Run the prompt; in the local replacement model (`local`) outputs that no crosscoder writes are errors, and stay."""
         self.shape, tokens_T = model.language_model.shape, grounding.local.frozen.tokens_T
-        self._patcher = Patcher(model.language_model, model.crosscoders, tokens_T, conditions)
+        self._original, self._conditions = CleanRun(model.language_model, model.crosscoders, tokens_T[None]), conditions
         self._unwritten = [
             site
             for part, crosscoder in (model.crosscoders if local else {}).items()
@@ -115,11 +115,11 @@ class _Streams:
         seen: dict[int, Tensor] = {}
         hooks = {self._site(depth): self._hook(depth, perturbations, seen) for depth in self._depths()}
         hooks |= {site: self._keep(site) for site in self._unwritten}
-        self._patcher.run({}, n_copies=len(perturbations), hooks=hooks)
+        self._original.run(self._conditions, n_copies=len(perturbations), hooks=hooks)
         return seen
 
     def _keep(self, site: Site) -> Hook:
-        return lambda x_BTD: self._patcher.clean[site].to(x_BTD).expand_as(x_BTD)
+        return lambda x_BTD: self._original.activations[site].to(x_BTD).expand_as(x_BTD)
 
     def _hook(self, depth: int, perturbations: Sequence[Perturbation | None], seen: dict[int, Tensor]) -> Hook:
         def hook(x_BTD: Tensor) -> Tensor:

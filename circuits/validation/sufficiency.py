@@ -32,8 +32,9 @@ from circuits.attribution.grounding import Grounding
 from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind
 from circuits.validation.agreement import area
-from replacement import Features, ReplacementModel, Site
-from replacement.splicing.patching import Change, Conditions, Patcher
+from replacement import Features, ReplacementModel
+from replacement.splicing.clean_run import CleanRun, Conditions
+from replacement.splicing.feature_changes import Change
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -88,13 +89,11 @@ class Resampler:
             lengths = sorted({len(other) for other in others})
             raise ValueError(f"expected other prompts of {len(tokens_T)} tokens, given {lengths or 'none'}")
         self.model, self.grounding, self.n_others = model, grounding, len(others)
-        lm, conditions = model.language_model, Conditions()
-        self.patcher = Patcher(lm, model.crosscoders, tokens_T, conditions)
-        runs = [Patcher(lm, model.crosscoders, lm.tokens(other), conditions) for other in others]
-        self.other_features = {part: _stack([run.clean_features[part] for run in runs]) for part in model.crosscoders}
-        self.errors: dict[Site, Tensor] | None = None
-        if errors == "resample":
-            self.errors = {site: torch.cat([run.errors[site] for run in runs]) for site in runs[0].errors}
+        lm = model.language_model
+        self.clean = CleanRun(lm, model.crosscoders, tokens_T[None])
+        other_runs = CleanRun(lm, model.crosscoders, lm.batch(torch.stack([lm.tokens(other) for other in others])))
+        self.other_features = other_runs.features
+        self.errors = other_runs.errors if errors == "resample" else None
 
     def logits(self, kept_S: np.ndarray, *, keep_errors: bool = False) -> Tensor:
         """`[B, T, V]`, one run per other prompt in which only some features follow the stream.
@@ -109,7 +108,7 @@ class Resampler:
             for number, (part, own) in enumerate(zip(self.model.crosscoders, starts, strict=True))
         }
         errors = None if keep_errors else self.errors
-        return self.patcher.run(changes, n_copies=self.n_others, errors=errors).logits_BTV
+        return self.clean.run(Conditions(), changes, n_copies=self.n_others, errors=errors).logits_BTV
 
     def output(self, logits_BTV: Tensor) -> float:
         """m, averaged over the runs."""
@@ -117,14 +116,11 @@ class Resampler:
         logits_BTV = self.model.language_model.parts.before_soft_cap(logits_BTV)  # as the graph explains them
         weights = nodes.output_weight[nodes.mask(NodeKind.LOGIT)]
         for weight, target in zip(weights.tolist(), self.grounding.logits, strict=True):
-            at_BV = logits_BTV[:, target.position].double()
-            plus, minus = target.token_ids or (target.token_id, None)
-            base_B = at_BV.mean(-1) if minus is None else at_BV[:, minus]
-            total += weight * float((at_BV[:, plus] - base_B).mean())
+            total += weight * float(target.read(logits_BTV[:, target.position].double()).mean())
         return total
 
     def _change(self, part: str, active: Features, kept: Tensor) -> Change:
-        T, F = len(self.patcher.tokens_T), active.n_features
+        T, F = self.clean.tokens_BT.shape[1], active.n_features
         inside = torch.zeros(len(active), dtype=torch.bool, device=active.row.device)
         inside[kept.to(inside.device)] = True
         removed = 1 - float(inside.double().mean()) if len(active) else 1.0
@@ -156,7 +152,7 @@ def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[
     ranked = np.argsort(-influence_S, kind="stable")
     nothing = np.zeros(len(ranked), dtype=bool)
     none = resampler.output(resampler.logits(nothing))
-    clean = resampler.output(resampler.patcher.original_logits_TV[None])
+    clean = resampler.output(resampler.clean.logits)
     scale = clean - none
 
     def both(kept_S: np.ndarray) -> tuple[float, float]:
@@ -216,21 +212,6 @@ def _largest(features: Features, share_T: Tensor) -> Tensor:
     mask = torch.zeros(len(row), dtype=torch.bool, device=row.device)
     mask[order] = rank < wanted
     return mask
-
-
-def _stack(parts: Sequence[Features]) -> Features:
-    """Features of several prompts as those of one batch."""
-    first = parts[0]
-    rows = [part.row + number * first.n_rows for number, part in enumerate(parts)]
-    return Features.from_unsorted(
-        torch.cat([part.group for part in parts]),
-        torch.cat(rows),
-        torch.cat([part.index for part in parts]),
-        torch.cat([part.activation for part in parts]),
-        n_rows=first.n_rows * len(parts),
-        n_groups=first.n_groups,
-        n_features=first.n_features,
-    )
 
 
 def _join(one: Features, other: Features) -> Features:

@@ -108,6 +108,22 @@ class Wiring:
         """Layer a group belongs to: the lowest layer it reads."""
         return min(site.layer for site in self.reads[group])
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that groups belong to, in order and each once."""
+        return tuple(sorted({self.group_layer(group) for group in range(self.n_groups)}))
+
+    def group_of(self, layer: int) -> int:
+        """The group that belongs to a layer.
+
+        Raises:
+            ValueError: no group, or several.
+        """
+        groups = [group for group in range(self.n_groups) if self.group_layer(group) == layer]
+        if len(groups) != 1:
+            raise ValueError(f"expected one group of features in layer {layer}, the crosscoder has {len(groups)}")
+        return groups[0]
+
     def writers(self, site: Site) -> tuple[int, ...]:
         """Groups that write a site, in order."""
         return tuple(group for group, sites in enumerate(self.writes) if site in sites)

@@ -1,23 +1,48 @@
-"""The replacement model: a language model whose MLP outputs (and attention outputs) are overwritten by crosscoders.
-
-Letters: B batch, T tokens, V vocabulary.
-"""
+"""The replacement model: a language model whose MLP outputs (and attention outputs) are overwritten by crosscoders."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from replacement.crosscoder.checkpoint import check_fits
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel, Prompt, is_batch
-from replacement.splicing.interventions import PARTS, Intervened, Intervention, check_interventions
+from replacement.splicing.clean_run import WRITES, CleanRun, Conditions
+from replacement.splicing.feature_changes import Change, change_of
+from replacement.splicing.intervention import PARTS, Intervention, check_interventions
 from replacement.splicing.local_replacement import LocalReplacement, localize
-from replacement.splicing.patching import WRITES, Conditions, Patcher, changes_of
-from replacement.splicing.splice import Splice, check_together, read_rows, run_together
+from replacement.splicing.splice import check_together
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Intervened:
+    """A run with interventions, and the same run without them.
+
+    Features are those that the crosscoder reads off the run's stream, with the interventions applied; row = position in
+    `tokens`. At constrained layers they are counterfactual: what is written there are the clean features.
+    """
+
+    tokens: Tensor
+    """`[T]`, the prompt and the tokens generated."""
+    logits: Tensor
+    """`[T, V]`."""
+    clean_logits: Tensor
+    """`[T, V]`, of the same tokens without interventions."""
+    features: Features
+    """Of the MLPs' crosscoder."""
+    clean_features: Features
+    attention_features: Features | None = None
+    """Of the attention crosscoder; None where attention is not replaced."""
+    clean_attention_features: Features | None = None
+
+    def __repr__(self) -> str:
+        return f"Intervened({len(self.tokens)} tokens, {len(self.features)} features)"
 
 
 class ReplacementModel:
@@ -27,7 +52,7 @@ class ReplacementModel:
     >>> model(tokens)                                           # every MLP replaced, errors propagate
     >>> model(tokens, errors="keep")                            # equals the original model
     >>> model(tokens, layers=[2], reads="clean")                # one layer, reading the original activations
-    >>> model = ReplacementModel(lm, crosscoder, attention_crosscoder=attention_crosscoder)    # doctest: +SKIP
+    >>> model = ReplacementModel(lm, crosscoder, attention_crosscoder=other)    # doctest: +SKIP
     >>> model(tokens, parts=["attention"])                      # attention replaced, MLPs left as they are
 
     Attributes:
@@ -40,8 +65,8 @@ class ReplacementModel:
     ) -> None:
         """Splice a crosscoder that writes MLP outputs into a language model.
 
-        The crosscoders themselves are used, not copies: they are moved to the model's dtype and device, set to evaluation
-        mode, and their gradients are switched off.
+        The crosscoders given are left as they are: the model holds views of them in its own dtype and on its device, in
+        evaluation mode and without gradients, which share their memory where nothing had to be converted.
 
         Args:
             attention_crosscoder: one that reads `attn_z` and writes attention outputs, such as `Wiring.attention`.
@@ -52,17 +77,13 @@ class ReplacementModel:
                 both use one site; or the architecture cannot be linearised exactly.
         """
         crosscoders = [crosscoder] if attention_crosscoder is None else [crosscoder, attention_crosscoder]
-        for part, each in zip(PARTS, crosscoders, strict=False):
-            _check(each, language_model, part)
+        for part, given in zip(PARTS, crosscoders, strict=False):
+            _check(given, language_model, part)
         check_together(crosscoders)
         language_model.check_linearisable()
-        for each in crosscoders:
-            each.to(dtype=language_model.dtype, device=language_model.device).eval().requires_grad_(False)
-        self.language_model, self.crosscoder, self.attention_crosscoder = (
-            language_model,
-            crosscoder,
-            attention_crosscoder,
-        )
+        views = [_for_inference(given, language_model) for given in crosscoders]
+        self.language_model, self.crosscoder = language_model, views[0]
+        self.attention_crosscoder = views[1] if attention_crosscoder is not None else None
 
     @property
     def crosscoders(self) -> dict[str, Crosscoder]:
@@ -98,47 +119,32 @@ class ReplacementModel:
             ValueError: a prompt the model cannot read, an option outside its choices, a layer the crosscoders do not write,
                 a part without a crosscoder, an unknown feature or one of a part that is not replaced.
         """
-        if patterns not in ("live", "frozen"):
-            raise ValueError(f"patterns must be 'live' or 'frozen', got {patterns!r}")
         lm = self.language_model
-        batch_BT = lm.batch(prompt)
+        tokens_BT = lm.batch(prompt)
+        conditions = Conditions(errors=errors, reads=reads, patterns=patterns)
         crosscoders = self._chosen(parts)
         sites = _sites_of(crosscoders, layers)
-        by_part = _by_part(interventions, crosscoders)
-        clean = None
-        if len(crosscoders) > 1 and (errors == "keep" or reads == "clean"):  # one run for both
-            read = {site for each in crosscoders.values() for site in each.wiring.read_sites}
-            clean = read_rows(lm, batch_BT, read.union(*sites.values()))[1]
-        splices = [
-            Splice(
-                lm,
-                each,
-                batch_BT,
-                sites=sites[part],
-                reads=reads,
-                errors=errors,
-                interventions=by_part[part],
-                clean=clean,
-            )
-            for part, each in crosscoders.items()
-        ]
-        logits = run_together(splices, patterns=lm.read_patterns(batch_BT) if patterns == "frozen" else None)
-        return logits if is_batch(prompt) else logits[0]
+        by_part = _checked_by_part(interventions, crosscoders, n_positions=tokens_BT.shape[1])
+        for part, crosscoder in crosscoders.items():
+            _check_felt(by_part[part], crosscoder, sites[part])
+        changes = _changes(by_part, crosscoders, tokens_BT)
+        logits_BTV = CleanRun(lm, crosscoders, tokens_BT).run(conditions, changes, sites=sites).logits_BTV
+        return logits_BTV if is_batch(prompt) else logits_BTV[0]
 
     def _chosen(self, parts: Iterable[str] | None) -> dict[str, Crosscoder]:
         """The crosscoders of the parts named."""
-        own = self.crosscoders
-        names = list(own) if parts is None else [parts] if isinstance(parts, str) else list(parts)
+        crosscoders = self.crosscoders
+        names = list(crosscoders) if parts is None else [parts] if isinstance(parts, str) else list(parts)
         for name in names:
             if name not in PARTS:
                 raise ValueError(f"parts must be 'mlp' or 'attention', got {name!r}")
-            if name not in own:
+            if name not in crosscoders:
                 raise ValueError(
                     "this replacement model has no attention crosscoder: give one with attention_crosscoder=..."
                 )
         if not names:
             raise ValueError("parts names nothing to replace: expected 'mlp', 'attention' or both")
-        return {name: own[name] for name in PARTS if name in names}
+        return {name: crosscoders[name] for name in PARTS if name in names}
 
     @torch.no_grad()
     def intervene(
@@ -159,7 +165,7 @@ class ReplacementModel:
         says (in front of a soft-cap, where the model has one).
 
         Args:
-            prompt: text, or a list or 1-D tensor of token ids.
+            prompt: text, or token ids.
             interventions: features to set, scale or add to.
             errors: `keep` adds the clean run's reconstruction errors back, `drop` lets them propagate.
             patterns: attention patterns `live`, or `frozen` at their values in the original model.
@@ -168,16 +174,15 @@ class ReplacementModel:
                 the model's own (`original`), to which the change of the intervened features is added (inside them only).
             constrained_layers: constrained patching (Ameisen et al. 2025): inside this range every replaced output is held at
                 its clean value plus what the change of the intervened features writes there (skip terms follow the stream);
-                behind it the model runs on. Features of these layers have their clean activation as the current one. None
-                for no layer.
+                behind it the model runs on. Multiples and sums refer to the clean activations there. None for no layer.
             generate: tokens to generate greedily, each with the interventions; the errors, patterns and scales kept are
                 those of the original model on the tokens so far.
 
         Raises:
-            UnknownFeatureError: a group, position or index that does not exist.
+            UnknownFeatureError: a layer, index or position that does not exist.
             ValueError: a prompt the model cannot read, an option outside its choices, or more tokens than the context.
         """
-        lm = self.language_model
+        lm, crosscoders = self.language_model, self.crosscoders
         tokens_T = lm.tokens(prompt)
         if not 0 <= generate <= lm.context_length - len(tokens_T):
             room = lm.context_length - len(tokens_T)
@@ -185,24 +190,24 @@ class ReplacementModel:
         conditions = Conditions(
             errors=errors, patterns=patterns, norms=norms, mlps=mlps, constrained_layers=constrained_layers
         )
-        by_part = _by_part(interventions, self.crosscoders)
-        for part, each in self.crosscoders.items():
-            by_part[part] = _checked(by_part[part], each, len(tokens_T))
-        copies = {part: [own] for part, own in by_part.items()}
+        by_part = _checked_by_part(interventions, crosscoders, n_positions=len(tokens_T))
         for step in range(generate + 1):
-            patcher = Patcher(lm, self.crosscoders, tokens_T, conditions)
-            patched = patcher.run(changes_of(copies, patcher))
+            original = CleanRun(lm, crosscoders, tokens_T[None])
+            changed = original.run(conditions, _changes(by_part, crosscoders, tokens_T[None]))
             if step < generate:
-                tokens_T = torch.cat([tokens_T, patched.logits_BTV[0, -1:].argmax(-1)])
-        reference = None if errors == "keep" or mlps == "original" else patcher.run({})
-        clean = patcher.clean_features if reference is None else reference.features
+                tokens_T = torch.cat([tokens_T, changed.logits_BTV[0, -1:].argmax(-1)])
+        # With errors kept, or the model's own MLPs, the run without interventions is the original model's.
+        is_original = errors == "keep" or mlps == "original"
+        reference = None if is_original else original.run(conditions)
+        clean_logits_BTV = original.logits if reference is None else reference.logits_BTV
+        clean = original.features if reference is None else reference.features
         return Intervened(
             tokens=tokens_T,
-            logits=patched.logits_BTV[0],
-            clean_logits=patcher.original_logits_TV if reference is None else reference.logits_BTV[0],
-            features=patched.features["mlp"],
+            logits=changed.logits_BTV[0],
+            clean_logits=clean_logits_BTV[0],
+            features=changed.features["mlp"],
             clean_features=clean["mlp"],
-            attention_features=patched.features.get("attention"),
+            attention_features=changed.features.get("attention"),
             clean_attention_features=clean.get("attention"),
         )
 
@@ -210,10 +215,9 @@ class ReplacementModel:
         """The local replacement model of one prompt.
 
         Raises:
-            ValueError: a prompt the model cannot read.
+            ValueError: a prompt the model cannot read, or a crosscoder that is no affine function of the frozen stream.
         """
-        lm = self.language_model
-        attention = self.attention_crosscoder
+        lm, attention = self.language_model, self.attention_crosscoder
         sites = set(self.crosscoder.wiring.read_sites)
         if attention is not None:
             sites |= {*attention.wiring.read_sites, *(Site(layer, "attn_out") for layer in range(lm.shape.n_layers))}
@@ -221,7 +225,7 @@ class ReplacementModel:
             shape=lm.shape,
             crosscoder=self.crosscoder,
             attention=attention,
-            frozen=lm.freeze(prompt, sites=sites),
+            frozen=lm.freeze(lm.tokens(prompt), sites=sites),
             unembedding=lm.parts.unembedding(),
         )
 
@@ -252,7 +256,7 @@ def _check(crosscoder: Crosscoder, language_model: LanguageModel, part: str) -> 
 
 def _sites_of(crosscoders: Mapping[str, Crosscoder], layers: Iterable[int] | None) -> dict[str, tuple[Site, ...]]:
     """Written sites at the layers named, by part."""
-    written = {part: each.wiring.write_sites for part, each in crosscoders.items()}
+    written = {part: crosscoder.wiring.write_sites for part, crosscoder in crosscoders.items()}
     if layers is None:
         return written
     chosen = set(layers)
@@ -262,24 +266,50 @@ def _sites_of(crosscoders: Mapping[str, Crosscoder], layers: Iterable[int] | Non
     return {part: tuple(site for site in sites if site.layer in chosen) for part, sites in written.items()}
 
 
-def _by_part(
-    interventions: Iterable[Intervention], crosscoders: Mapping[str, Crosscoder]
-) -> dict[str, list[Intervention]]:
-    """Interventions on the features of each crosscoder."""
+def _checked_by_part(
+    interventions: Iterable[Intervention], crosscoders: Mapping[str, Crosscoder], *, n_positions: int
+) -> dict[str, tuple[Intervention, ...]]:
+    """Interventions on the features of each crosscoder, checked."""
     by_part: dict[str, list[Intervention]] = {part: [] for part in crosscoders}
-    for one in interventions:
-        if one.part not in by_part:
-            raise ValueError(f"an intervention sets a feature of {one.part}, which is not replaced in this call")
-        by_part[one.part].append(one)
-    return by_part
+    for intervention in interventions:
+        if intervention.part not in by_part:
+            raise ValueError(
+                f"an intervention sets a feature of {intervention.part}, which is not replaced in this call"
+            )
+        by_part[intervention.part].append(intervention)
+    return {
+        part: check_interventions(
+            by_part[part],
+            crosscoder.wiring,
+            n_features=crosscoder.n_features,
+            n_positions=n_positions,
+            first_position=crosscoder.undecomposed_positions,
+        )
+        for part, crosscoder in crosscoders.items()
+    }
 
 
-def _checked(interventions: Sequence[Intervention], crosscoder: Crosscoder, n_positions: int) -> list[Intervention]:
-    checked = check_interventions(
-        interventions,
-        n_groups=crosscoder.n_groups,
-        n_positions=n_positions,
-        n_features=crosscoder.n_features,
-        first_position=crosscoder.undecomposed_positions,
-    )
-    return list(checked)
+def _check_felt(interventions: Iterable[Intervention], crosscoder: Crosscoder, sites: tuple[Site, ...]) -> None:
+    """An intervention on features that write none of the replaced sites would do nothing."""
+    for intervention in interventions:
+        if not set(crosscoder.wiring.writes[crosscoder.wiring.group_of(intervention.layer)]) & set(sites):
+            replaced = ", ".join(map(str, sites)) or "no site"
+            raise ValueError(
+                f"intervention on layer {intervention.layer} would do nothing: only {replaced} is replaced"
+            )
+
+
+def _changes(
+    by_part: Mapping[str, Sequence[Intervention]], crosscoders: Mapping[str, Crosscoder], tokens_BT: Tensor
+) -> dict[str, Change | None]:
+    """The same interventions in every prompt, as changes of features."""
+    B, T = tokens_BT.shape
+    return {part: change_of([by_part[part]] * B, crosscoder, n_positions=T) for part, crosscoder in crosscoders.items()}
+
+
+def _for_inference(crosscoder: Crosscoder, lm: LanguageModel) -> Crosscoder:
+    with torch.device("meta"):
+        view = Crosscoder.like(crosscoder, device="meta")
+    tensors = {name: value.detach().to(lm.device, lm.dtype) for name, value in crosscoder.state_dict().items()}
+    view.load_state_dict(tensors, assign=True)
+    return view.eval().requires_grad_(False)

@@ -1,15 +1,15 @@
-"""The splice: one forward pass of a language model with a crosscoder's reconstructions in place of the sites it writes.
+"""The splice: hooks that put a crosscoder's reconstructions in the place of the sites it writes, in one forward pass.
 
-It serves every wiring of one model: transcoders, autoencoders (the hook that reads a site returns its reconstruction),
-weakly causal and attention crosscoders; with and without gradients to the crosscoder's weights.
-
-Letters: B batch, T tokens, R = B T rows, D site width, S active features.
+This is the one engine for running a model with crosscoders in place. It serves every wiring of one model: transcoders,
+autoencoders (the hook that reads a site returns its reconstruction), weakly causal and attention crosscoders; with and without
+gradients to the crosscoder's weights. `clean_run.py` makes many passes over one prompt with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +19,20 @@ from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 from replacement.language_model.language_model import EnoughSeen, Hook, LanguageModel
-from replacement.splicing.interventions import Intervention, check_interventions, intervene
+from replacement.splicing.feature_changes import Change, difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldLayers:
+    """Layers whose outputs are held at their clean values plus what changed features write there (constrained patching)."""
+
+    layers: frozenset[int]
+    sites: tuple[Site, ...]
+    """The held outputs; among them those of layers that the crosscoder does not write."""
+    clean: Mapping[Site, Tensor]
+    """Activations `[R, D]` of the original run at these sites and at all read sites."""
+    features: Features
+    """What the crosscoder reads there: the activations that features of held layers have."""
 
 
 class Splice:
@@ -32,9 +45,10 @@ class Splice:
     The weights get gradients unless they are frozen or gradients are off; clean activations and error terms are constants.
 
     Attributes:
-        inputs: after the run, what each read site showed, raw, `[R, D]`.
-        features: after the run, the active features of each group that writes a replaced site, by group number; row =
-            prompt * T + position. Tokens that keep their own output have none.
+        inputs: after the run, what each read site showed, unscaled, `[R, D]`.
+        features: after the run, the active features of each group that writes a replaced site, by group number, with changes
+            applied; row = prompt * T + position. Tokens that keep their own output have none. At held layers these are the
+            counterfactual features of the run's stream, not the clean ones that are written.
     """
 
     def __init__(
@@ -45,21 +59,26 @@ class Splice:
         *,
         sites: Iterable[Site] | None = None,
         reads: str = "propagated",
-        errors: str = "drop",
-        interventions: Iterable[Intervention] = (),
+        errors: str | Mapping[Site, Tensor] = "drop",
+        mlps: str = "replaced",
+        change: Change | None = None,
+        held: HeldLayers | None = None,
         scales: Mapping[Site, float] | None = None,
         keep_BT: Tensor | None = None,
         clean: Mapping[Site, Tensor] | None = None,
     ) -> None:
-        """Prepare the pass; reads the original model where the options need it.
+        """Prepare the pass; runs the original model where the options need it and `clean` is not given.
 
         Args:
             tokens_BT: token ids.
             sites: written sites to replace; all by default, none is allowed.
             reads: `propagated` encodes the stream that the replaced sites produced; `clean` encodes the original one.
             errors: `drop` lets reconstruction errors propagate; `keep` adds the error of the clean run back to every
-                replaced site, which gives the original logits when there are no interventions.
-            interventions: features to change, the same in every prompt of the batch.
+                replaced site, which gives the original logits where no feature is changed; or error terms `[R, D]` by site.
+            mlps: `replaced` overwrites the sites; `original` leaves the model's own outputs and adds only what changed
+                features write (at held layers alone, where there are some).
+            change: changes features after they are read, such as `change_of(interventions, ...)`.
+            held: layers whose outputs are held.
             scales: for a crosscoder that lives in scaled activations, as while training: it reads `scale * x`, and what
                 it writes is divided by the site's scale. 1 where absent.
             keep_BT: bool mask of the tokens to replace; the others keep their own output, as do positions before
@@ -67,42 +86,30 @@ class Splice:
             clean: activations `[R, D]` of the original run at all read and written sites, if they are known already.
 
         Raises:
-            ValueError: an option outside its choices, a site the crosscoder does not write, an unknown feature, a mask of
-                another shape, or a wiring that cannot be spliced that way.
+            ValueError: an option outside its choices, a site the crosscoder does not write, a mask of another shape, or a
+                wiring that cannot be spliced that way.
         """
-        for name, given, choices in (("errors", errors, ("drop", "keep")), ("reads", reads, ("propagated", "clean"))):
-            if given not in choices:
-                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {given!r}")
+        check_choice("reads", reads, ("propagated", "clean"))
+        if isinstance(errors, str):
+            check_choice("errors", errors, ("drop", "keep"))
         _check_wiring(crosscoder.wiring, reads)
         self.language_model, self.crosscoder, self.tokens_BT = language_model, crosscoder, tokens_BT
         self.written = _written_sites(crosscoder.wiring, sites)
-        self.interventions = check_interventions(
-            interventions,
-            n_groups=crosscoder.n_groups,
-            n_positions=tokens_BT.shape[1],
-            n_features=crosscoder.n_features,
-            first_position=crosscoder.undecomposed_positions,
-        )
-        self._check_reached()
         self.inputs: dict[Site, Tensor] = {}
         self.features: dict[int, Features] = {}
+        self._change, self._held, self._keeps_mlps = change, held, mlps == "original"
         self._scales = dict(scales or {})
         self._replaced_BT = replaced_tokens(tokens_BT, crosscoder.undecomposed_positions, keep_BT)
         self._sums: dict[Site, Tensor] = {}
-        self._errors: dict[Site, Tensor] = {}
+        self._added: dict[Site, Tensor] = {}
+        self._errors = {} if isinstance(errors, str) else errors
         self._reads_clean = reads == "clean"
         if errors == "keep" or self._reads_clean:
-            known = clean or read_rows(language_model, tokens_BT, {*crosscoder.wiring.read_sites, *self.written})[1]
-            self._errors = self._clean_errors(known) if errors == "keep" else {}
+            sites_needed = {*crosscoder.wiring.read_sites, *self.written}
+            activations = clean or read_rows(language_model, tokens_BT, sites_needed)[1]
+            self._errors = self._clean_errors(activations) if errors == "keep" else self._errors
             for site in crosscoder.wiring.read_sites if self._reads_clean else ():
-                self._take(site, known[site])
-
-    def _check_reached(self) -> None:
-        """An intervention on features that write none of the replaced sites would do nothing."""
-        for one in self.interventions:
-            if not set(self.crosscoder.wiring.writes[one.group]) & set(self.written):
-                replaced = ", ".join(map(str, self.written)) or "no site"
-                raise ValueError(f"intervention on group {one.group} would do nothing: only {replaced} is replaced")
+                self._receive(site, activations[site])
 
     def run(self) -> Tensor:
         """Logits `[B, T, V]` of the spliced model; call it once, or any number of times where reads are clean."""
@@ -110,9 +117,8 @@ class Splice:
 
     def read(self) -> dict[Site, Tensor]:
         """What every read site shows with the sites replaced, `[R, D]`; runs no further than the last of them."""
-        hooks = self.hooks()
 
-        def stopping(hook: Hook) -> Hook:
+        def stop_after_last_read(hook: Hook) -> Hook:
             def run(x_BTD: Tensor) -> Tensor | None:
                 replacement = hook(x_BTD)
                 if len(self.inputs) == len(self.crosscoder.wiring.read_sites):
@@ -121,7 +127,8 @@ class Splice:
 
             return run
 
-        self.language_model.run_to(self.tokens_BT, {site: stopping(hook) for site, hook in hooks.items()})
+        hooks = {site: stop_after_last_read(hook) for site, hook in self.hooks().items()}
+        self.language_model.run_to(self.tokens_BT, hooks)
         return self.inputs
 
     def hooks(self) -> dict[Site, Hook]:
@@ -129,8 +136,8 @@ class Splice:
 
         Where reads are clean the hooks do not depend on each other, and any part of them is a splice of fewer sites.
         """
-        hooks: dict[Site, Hook] = {}
-        for site in self.written:
+        hooks: dict[Site, Hook] = {site: self._writer(site) for site in self.written}
+        for site in self._held.sites if self._held is not None else ():
             hooks[site] = self._writer(site)
         for site in () if self._reads_clean else self.crosscoder.wiring.read_sites:
             hooks[site] = self._reader(site)
@@ -140,15 +147,21 @@ class Splice:
         write = self._writer(site) if site in self.written else None
 
         def hook(x_BTD: Tensor) -> Tensor | None:
-            self._take(site, _rows(x_BTD))
+            self._receive(site, _rows(x_BTD))
             return None if write is None else write(x_BTD)
 
         return hook
 
     def _writer(self, site: Site) -> Hook:
+        if self._is_held(site):
+            return self._held_writer(site)
+        return self._adder(site) if self._keeps_mlps else self._replacer(site)
+
+    def _replacer(self, site: Site) -> Hook:
+        """Overwrite a site with its reconstruction, and the error term where there is one."""
+
         def hook(x_BTD: Tensor) -> Tensor:
-            y_RD = self._sums[site] if self._reads_clean else self._sums.pop(site)
-            y_RD = self._finish(site, y_RD)
+            y_RD = self._finish(site, self._sums[site] if self._reads_clean else self._sums.pop(site))
             if site in self._errors:
                 y_RD = y_RD + self._errors[site]
             y_BTD = y_RD.to(x_BTD).view_as(x_BTD)
@@ -159,27 +172,69 @@ class Splice:
 
         return hook
 
-    def _take(self, site: Site, x_RD: Tensor) -> None:
-        """Receive one read site; encode and add up every group whose reads are now complete."""
+    def _held_writer(self, site: Site) -> Hook:
+        """Hold a site at its clean value plus what changes write there."""
+        held = self._held
+        assert held is not None
+
+        def hook(x_BTD: Tensor) -> Tensor:
+            return (held.clean[site] + self._added.pop(site, 0)).to(x_BTD).view_as(x_BTD)
+
+        return hook
+
+    def _adder(self, site: Site) -> Hook:
+        """Leave a site as the model computes it, plus what changes write there."""
+
+        def hook(x_BTD: Tensor) -> Tensor | None:
+            added_RD = self._added.pop(site, None)
+            return None if added_RD is None else x_BTD + added_RD.to(x_BTD).view_as(x_BTD)
+
+        return hook
+
+    def _is_held(self, site: Site) -> bool:
+        return self._held is not None and site in self._held.sites
+
+    def _receive(self, site: Site, x_RD: Tensor) -> None:
+        """Take in one read site; encode and add up every group whose reads are now complete."""
         self.inputs[site] = x_RD
-        wiring, written = self.crosscoder.wiring, set(self.written)
-        for group, group_reads in enumerate(wiring.reads):
-            if not written.intersection(wiring.writes[group]):
-                continue  # nothing of this group is asked for
-            if site in group_reads and all(read in self.inputs for read in group_reads):
+        written = set(self.written)
+        for group, reads in enumerate(self.crosscoder.wiring.reads):
+            if not written.intersection(self.crosscoder.wiring.writes[group]):
+                continue  # it writes no site that is replaced
+            if site in reads and all(read in self.inputs for read in reads):
                 inputs = self._scaled(group, self.inputs)
                 self._respond(group, self._encode(group, inputs), inputs)
 
     def _respond(self, group: int, read: Features, inputs: Mapping[Site, Tensor]) -> None:
-        """Apply the interventions to the features that one group read, and add up what they write."""
-        self.features[group] = intervene(
-            read,
-            [self.interventions] * len(self.tokens_BT),
-            group=group,
-            n_positions=self.tokens_BT.shape[1],
-            first_position=self.crosscoder.undecomposed_positions,
-        )
-        self._add(self._sums, group, self.features[group], inputs)
+        """Apply the change to the features that one group read, and add up what they write.
+
+        Features of held layers keep their clean activations, but for those that are changed.
+        """
+        current = read
+        if self._held is not None and self.crosscoder.wiring.group_layer(group) in self._held.layers:
+            current = self._held.features.of(group)
+        written = current if self._change is None else self._change(group, current, current)
+        self.features[group] = read if self._change is None else self._change(group, read, current)
+        self._add_changes(group, current, written, inputs)
+        if not self._keeps_mlps:
+            self._add(self._sums, group, written, inputs)
+
+    def _add_changes(self, group: int, current: Features, written: Features, inputs: Mapping[Site, Tensor]) -> None:
+        """What changed features write at sites that are not replaced, and what skip terms add at held ones."""
+        writes = [site for site in self.crosscoder.wiring.writes[group] if site in self.written]
+        held = self._held
+        if held is not None:
+            writes = [site for site in writes if site in held.sites]
+            if self.crosscoder.skip and writes:  # skip terms are linear, so they follow the stream
+                clean = self._scaled(group, held.clean)
+                changes = {site: x_RD - clean[site] for site, x_RD in inputs.items()}
+                _add_sites(self._added, self.crosscoder.skip_contribution(changes, groups=[group]), writes)
+        elif not self._keeps_mlps:
+            return
+        changed = difference(written, current, group=group) if written is not current else None
+        if changed is not None and len(changed) and writes:
+            contribution = self.crosscoder.decode_contribution(changed, groups=[group], sites=writes)
+            _add_sites(self._added, contribution, writes)
 
     def _scaled(self, group: int, inputs: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """What the crosscoder reads for one group: scaled, in its own dtype."""
@@ -194,23 +249,18 @@ class Splice:
         """Features of the replaced tokens alone: a choice over the whole batch (BatchTopK) must not see the others."""
         if self._replaced_BT is None:
             return self.crosscoder.encode_group(group, inputs)
-        row_K = self._replaced_BT.to(self.crosscoder.device).flatten().nonzero()[:, 0]
-        kept = {site: x_RD[row_K] for site, x_RD in inputs.items()}
-        features = self.crosscoder.encode_group(group, kept, positions=row_K % self.tokens_BT.shape[1])
-        return dataclasses.replace(features, row=row_K[features.row], n_rows=self.tokens_BT.numel())
+        row_P = self._replaced_BT.to(self.crosscoder.device).flatten().nonzero()[:, 0]
+        replaced = {site: x_RD[row_P] for site, x_RD in inputs.items()}
+        features = self.crosscoder.encode_group(group, replaced, positions=row_P % self.tokens_BT.shape[1])
+        return dataclasses.replace(features, row=row_P[features.row], n_rows=self.tokens_BT.numel())
 
     def _add(self, sums: dict[Site, Tensor], group: int, features: Features, inputs: Mapping[Site, Tensor]) -> None:
         """Add what one group writes to the replaced sites, skip terms included, in the crosscoder's scale."""
-        sites = [site for site in self.crosscoder.wiring.writes[group] if site in self.written]
-        if not sites:
-            return
-        for part in (
-            self.crosscoder.skip_contribution(inputs, groups=[group]),
-            self.crosscoder.decode_contribution(features, groups=[group], sites=sites),
-        ):
-            for site in sites:
-                if site in part:
-                    sums[site] = sums[site] + part[site] if site in sums else part[site]
+        writes = self.crosscoder.wiring.writes[group]
+        sites = [site for site in writes if site in self.written and not self._is_held(site)]
+        if sites:
+            _add_sites(sums, self.crosscoder.skip_contribution(inputs, groups=[group]), sites)
+            _add_sites(sums, self.crosscoder.decode_contribution(features, groups=[group], sites=sites), sites)
 
     def _finish(self, site: Site, sum_RD: Tensor) -> Tensor:
         """Reconstruction of a site from its sum: the bias added, in the model's scale."""
@@ -240,37 +290,12 @@ def run_together(
         patterns: attention patterns to hold; see `LanguageModel.run`.
         norm_scales: scales of norms to hold; see `LanguageModel.run`.
     """
-    every = dict(hooks or {})
+    all_hooks = dict(hooks or {})
     for splice in splices:
         for site, hook in splice.hooks().items():
-            every[site] = in_turn(every[site], hook) if site in every else hook
+            all_hooks[site] = _in_turn(all_hooks[site], hook) if site in all_hooks else hook
     lm = splices[0].language_model
-    return lm.run(splices[0].tokens_BT, every, patterns=patterns, norm_scales=norm_scales)
-
-
-def in_turn(first: Hook, second: Hook) -> Hook:
-    """One hook of two: the second sees what the first returns."""
-
-    def hook(x_BTD: Tensor) -> Tensor | None:
-        changed_BTD = first(x_BTD)
-        returned_BTD = second(x_BTD if changed_BTD is None else changed_BTD)
-        return changed_BTD if returned_BTD is None else returned_BTD
-
-    return hook
-
-
-def check_together(crosscoders: Sequence[Crosscoder]) -> None:
-    """Check that crosscoders can be spliced into one pass.
-
-    Raises:
-        ValueError: two use one site.
-    """
-    seen: set[Site] = set()
-    for crosscoder in crosscoders:
-        own = {*crosscoder.wiring.read_sites, *crosscoder.wiring.write_sites}
-        if own & seen:
-            raise ValueError(f"two crosscoders spliced together must not share a site: both use {min(own & seen)}")
-        seen |= own
+    return lm.run(splices[0].tokens_BT, all_hooks, patterns=patterns, norm_scales=norm_scales)
 
 
 @torch.no_grad()
@@ -278,16 +303,16 @@ def read_rows(
     language_model: LanguageModel, tokens_BT: Tensor, sites: Iterable[Site]
 ) -> tuple[Tensor, dict[Site, Tensor]]:
     """Logits `[B, T, V]` and activations `[R, D]` at sites, of one run of the original model."""
-    seen: dict[Site, Tensor] = {}
+    activations: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Hook:
         def hook(x_BTD: Tensor) -> None:
-            seen[site] = _rows(x_BTD)
+            activations[site] = _rows(x_BTD)
 
         return hook
 
     logits_BTV = language_model.run(tokens_BT, {site: keep(site) for site in sites})
-    return logits_BTV, seen
+    return logits_BTV, activations
 
 
 def possible_reads(wiring: Wiring) -> tuple[str, ...]:
@@ -319,6 +344,41 @@ def replaced_tokens(tokens_BT: Tensor, undecomposed_positions: int, keep_BT: Ten
     return mask_BT & (torch.arange(tokens_BT.shape[1], device=tokens_BT.device) >= undecomposed_positions)
 
 
+def check_together(crosscoders: Sequence[Crosscoder]) -> None:
+    """Check that crosscoders can be spliced into one pass.
+
+    Raises:
+        ValueError: two use one site.
+    """
+    seen: set[Site] = set()
+    for crosscoder in crosscoders:
+        sites = {*crosscoder.wiring.read_sites, *crosscoder.wiring.write_sites}
+        if sites & seen:
+            raise ValueError(f"two crosscoders spliced together must not share a site: both use {min(sites & seen)}")
+        seen |= sites
+
+
+def check_choice(name: str, given: str, choices: tuple[str, str]) -> None:
+    """Check an option that has two values.
+
+    Raises:
+        ValueError: names the option, its values and what was given.
+    """
+    if given not in choices:
+        raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {given!r}")
+
+
+def _in_turn(first: Hook, second: Hook) -> Hook:
+    """One hook of two: the second sees what the first returns."""
+
+    def hook(x_BTD: Tensor) -> Tensor | None:
+        changed_BTD = first(x_BTD)
+        returned_BTD = second(x_BTD if changed_BTD is None else changed_BTD)
+        return changed_BTD if returned_BTD is None else returned_BTD
+
+    return hook
+
+
 def _check_wiring(wiring: Wiring, reads: str) -> None:
     possible = possible_reads(wiring)
     if not possible:
@@ -335,6 +395,12 @@ def _written_sites(wiring: Wiring, sites: Iterable[Site] | None) -> tuple[Site, 
         known = ", ".join(map(str, wiring.write_sites))
         raise ValueError(f"the crosscoder writes {known}, not {min(chosen - set(wiring.write_sites))}")
     return tuple(sorted(chosen))
+
+
+def _add_sites(sums: dict[Site, Tensor], terms: Mapping[Site, Tensor], sites: Iterable[Site]) -> None:
+    for site in sites:
+        if site in terms:
+            sums[site] = sums[site] + terms[site] if site in sums else terms[site]
 
 
 def _rows(x_BTD: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from circuits.validation import perturbations
 from circuits.validation.effects import sample_features
 from circuits.validation.perturbations import Perturbation, compare_perturbations
 from replacement import ReLU, ReplacementModel, Site, Wiring
-from replacement.splicing.patching import Conditions
+from replacement.splicing.clean_run import Conditions
 
 
 def traced(lm: Any, *, wiring: Wiring | None = None, **options: Any) -> tuple[ReplacementModel, Grounding]:

@@ -105,7 +105,7 @@ def test_measured_effects_equal_single_interventions(
         layer, place = int(nodes.layer[node]), {"position": int(nodes.position[node]), "index": int(nodes.index[node])}
         held = {"propagated": None, "original": range(layer + 1), "window": range(layer, min(layer + 2, 3))}[patching]
         options: Any = {} if held is None else {"mlps": "original", "constrained_layers": held}
-        alone = model.intervene(tokens, [Intervention(group=layer, scale=0.0, **place)], **options)
+        alone = model.intervene(tokens, [Intervention(layer=layer, scale=0.0, **place)], **options)
         divergence = kl(alone.clean_logits[-1], alone.logits[-1:])[0]
         assert found.kl_B[number] == pytest.approx(divergence, rel=1e-5, abs=1e-9)  # activations are float32 in graphs
         for target in np.flatnonzero(nodes.mask(NodeKind.FEATURE))[::7].tolist():

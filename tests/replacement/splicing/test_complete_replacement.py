@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from replacement import Intervention, LanguageModel, ReLU, ReplacementModel, Site, Wiring
-from replacement.splicing.interventions import PARTS
+from replacement.splicing.intervention import PARTS
 from replacement.splicing.splice import Splice
 from replacement.validation.fidelity import measure_fidelity
 from replacement.validation.fidelity_parts import fidelity_by_parts
@@ -146,7 +146,7 @@ def test_frozen_patterns_stay_under_interventions(language_model: Any, architect
 
     change = torch.randn(10, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     embeddings = {Site(0, "resid_pre"): lambda x: x + change}
-    features = [Intervention(group=0, position=4, index=i, activation=9.0, part=part) for i in (0, 1) for part in PARTS]
+    features = [Intervention(layer=0, index=i, position=4, activation=9.0, part=part) for i in (0, 1) for part in PARTS]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm.parts, "run", spy)
         for patterns in (None, clean):
@@ -168,7 +168,7 @@ def test_an_attention_feature_of_the_last_layer_adds_its_vector(language_model: 
     """With errors kept, setting it changes what attention writes by its decoder vector times the change, and nothing else."""
     lm = language_model("gpt2", torch.float64)
     model, tokens = complete(lm), tiny.random_tokens()[None]
-    on = Intervention(group=2, position=3, index=7, activation=2.0, part="attention")
+    on = Intervention(layer=2, index=7, position=3, activation=2.0, part="attention")
     site = Site(2, "attn_out")
     assert model.attention_crosscoder is not None
     local = model.attention_crosscoder.encode_group(
@@ -198,13 +198,13 @@ def test_an_attention_feature_of_the_last_layer_adds_its_vector(language_model: 
         ({"parts": []}, "parts names nothing to replace: expected 'mlp', 'attention' or both"),
         ({"layers": [3]}, "the crosscoder writes layers [0, 1, 2], not layer 3"),
         (
-            {"interventions": [Intervention(group=0, position=0, index=48, activation=0.0, part="attention")]},
+            {"interventions": [Intervention(layer=0, index=48, position=0, activation=0.0, part="attention")]},
             "intervention on index 48: expected 0 to 47",
         ),
         (
             {
                 "parts": ["mlp"],
-                "interventions": [Intervention(group=0, position=0, index=0, activation=0.0, part="attention")],
+                "interventions": [Intervention(layer=0, index=0, position=0, activation=0.0, part="attention")],
             },
             "an intervention sets a feature of attention, which is not replaced in this call",
         ),
@@ -223,7 +223,7 @@ def test_attention_is_asked_of_a_model_that_leaves_it_alone(language_model: Any)
     ):
         model(tiny.random_tokens(), parts=["attention"])
     with pytest.raises(ValueError, match="the part of an intervention must be 'mlp' or 'attention', got 'head'"):
-        Intervention(group=0, position=0, index=0, activation=0.0, part="head")
+        Intervention(layer=0, index=0, position=0, activation=0.0, part="head")
 
 
 def test_crosscoders_that_cannot_replace_attention(language_model: Any) -> None:

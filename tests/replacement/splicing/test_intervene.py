@@ -29,7 +29,7 @@ def three_changes(local: LocalReplacement, wiring: Any) -> tuple[list[Interventi
     ):
         number = int(torch.nonzero(local.features.group == group)[4 + 3 * len(interventions), 0])
         place = {
-            "group": group,
+            "layer": group,
             "position": int(local.features.row[number]),
             "index": int(local.features.index[number]),
         }
@@ -83,7 +83,7 @@ def test_the_same_where_attention_has_features_too(language_model: Any) -> None:
     assert local.attention is not None
     head = local.attention.features
     off = [
-        Intervention(group=2, position=int(row), index=int(index), scale=0.0, part="attention")
+        Intervention(layer=2, index=int(index), position=int(row), scale=0.0, part="attention")
         for group, row, index in zip(head.group, head.row, head.index, strict=True)
         if group == 2
     ]
@@ -119,7 +119,7 @@ def test_own_mlps_are_steered(language_model: Any, architecture: str) -> None:
 
         return lm.run(tokens, {site: (lambda x, site=site: hook(x, site)) for site in clean})
 
-    double = Intervention(group=1, position=position, index=index, scale=2.0)
+    double = Intervention(layer=1, index=index, position=position, scale=2.0)
     for held, layers in ((None, (1, 2)), ([0, 1], (1,))):
         found = model.intervene(tokens, [double], mlps="original", constrained_layers=held)
         torch.testing.assert_close(found.logits, steer(layers), rtol=0, atol=1e-9)
@@ -128,7 +128,7 @@ def test_own_mlps_are_steered(language_model: Any, architecture: str) -> None:
 def test_propagated_with_errors_equals_the_replacement_model(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     model, tokens = model_of(lm, undecomposed_positions=1), tiny.random_tokens()
-    on = [Intervention(group=0, position=4, index=3, activation=2.0)]
+    on = [Intervention(layer=0, index=3, position=4, activation=2.0)]
     for errors in ("keep", "drop"):
         for patterns in ("live", "frozen"):
             found = model.intervene(tokens, on, errors=errors, patterns=patterns)
@@ -143,13 +143,13 @@ def test_propagated_with_errors_equals_the_replacement_model(language_model: Any
 def test_a_feature_can_be_changed_everywhere_also_while_generating(language_model: Any) -> None:
     lm = language_model("llama", torch.float64)
     model, tokens = model_of(lm, undecomposed_positions=1), tiny.random_tokens(6)
-    steer = [Intervention(group=1, position=None, index=7, add=3.0)]
+    steer = [Intervention(layer=1, index=7, position=None, add=3.0)]
     found = model.intervene(tokens, steer, generate=3)
     assert found.tokens.shape == (9,)
     assert torch.equal(found.tokens[:6], tokens)
     assert found.logits.shape == found.clean_logits.shape == (9, 97)
     for length in range(6, 9):  # every new token is the best one of a single pass over those before
-        every = [Intervention(group=1, position=p, index=7, add=3.0) for p in range(1, length)]
+        every = [Intervention(layer=1, index=7, position=p, add=3.0) for p in range(1, length)]
         single = model.intervene(found.tokens[:length], every)
         assert int(single.logits[-1].argmax()) == int(found.tokens[length])
         torch.testing.assert_close(found.logits[:length], single.logits, rtol=0, atol=1e-9)
@@ -162,19 +162,32 @@ def test_a_feature_can_be_changed_everywhere_also_while_generating(language_mode
 def test_swap_exchanges_activations(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     model, tokens = model_of(lm), tiny.random_tokens()
-    features = model.localize(tokens).features
-    own = features.of(0)
-    first = (0, int(own.row[3]), int(own.index[3]))
-    second = (
-        2,
-        5,
-        next(i for i in range(48) if not ((features.group == 2) & (features.row == 5) & (features.index == i)).any()),
-    )
-    found = model.intervene(tokens, swap(features, first, second)).features
-    at_first = (found.group == 0) & (found.row == first[1]) & (found.index == first[2])
-    at_second = (found.group == 2) & (found.row == 5) & (found.index == second[2])
+    local = model.localize(tokens)
+    features, active = local.features, local.features.of(0)
+    index, position = int(active.index[3]), int(active.row[3])
+    known = features.index[(features.group == 2) & (features.row == 5)].tolist()
+    inactive = next(i for i in range(48) if i not in known)
+    changed = model.intervene(tokens, swap(local, (0, index, position), (2, inactive, 5))).features
+    at_first = (changed.group == 0) & (changed.row == position) & (changed.index == index)
+    at_second = (changed.group == 2) & (changed.row == 5) & (changed.index == inactive)
     assert not at_first.any()
-    assert found.activation[at_second].tolist() == [float(own.activation[3])]
+    assert changed.activation[at_second].tolist() == [float(active.activation[3])]
+
+
+def test_layers_name_features_of_a_single_transcoder_and_positions_count_from_the_end(language_model: Any) -> None:
+    """The only group of a transcoder of layer 1 has number 0: interventions speak of the layer."""
+    lm = language_model("gpt2", torch.float64)
+    model, tokens = model_of(lm, wiring=Wiring.transcoder(lm, layer=1)), tiny.random_tokens()
+    from_start, from_end = (
+        model.intervene(tokens, [Intervention(layer=1, index=3, position=position, activation=2.0)]).logits
+        for position in (9, -1)
+    )
+    assert torch.equal(from_start, from_end)
+    assert float((from_start - lm(tokens)).abs().max()) > 1e-3
+    with pytest.raises(UnknownFeatureError, match="layer 0: the crosscoder has features in layers 1"):
+        model.intervene(tokens, [Intervention(layer=0, index=3, position=9, activation=2.0)])
+    with pytest.raises(UnknownFeatureError, match="position -11: expected 0 to 9"):
+        model.intervene(tokens, [Intervention(layer=1, index=3, position=-11, activation=2.0)])
 
 
 def test_text_prompts_and_layers_without_a_crosscoder(language_model: Any) -> None:
@@ -187,7 +200,7 @@ def test_text_prompts_and_layers_without_a_crosscoder(language_model: Any) -> No
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ({"group": 3}, "group 3: expected 0 to 2"),
+        ({"layer": 3}, "layer 3: the crosscoder has features in layers 0, 1, 2"),
         ({"position": 10}, "position 10: expected 1 to 9"),
         ({"position": 0}, "position 0: expected 1 to 9"),
         ({"index": 48}, "index 48: expected 0 to 47"),
@@ -195,7 +208,7 @@ def test_text_prompts_and_layers_without_a_crosscoder(language_model: Any) -> No
 )
 def test_features_that_do_not_exist(language_model: Any, place: dict[str, int], message: str) -> None:
     model = model_of(language_model("gpt2"), undecomposed_positions=1)
-    one = Intervention(**{"group": 0, "position": 2, "index": 1, **place}, activation=1.0)
+    one = Intervention(**{"layer": 0, "position": 2, "index": 1, **place}, activation=1.0)
     for run in (model.intervene, lambda tokens, given: model(tokens, interventions=given)):
         with pytest.raises(UnknownFeatureError, match=message):
             run(tiny.random_tokens(), [one])
@@ -204,24 +217,27 @@ def test_features_that_do_not_exist(language_model: Any, place: dict[str, int], 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"errors": "add"}, "errors must be 'keep' or 'drop', got 'add'"),
+        ({"errors": "add"}, "errors must be 'drop' or 'keep', got 'add'"),
         ({"patterns": "held"}, "patterns must be 'live' or 'frozen', got 'held'"),
         ({"norms": "held"}, "norms must be 'live' or 'frozen', got 'held'"),
         ({"mlps": "none"}, "mlps must be 'replaced' or 'original', got 'none'"),
         ({"constrained_layers": [1, 3]}, "constrained_layers holds 3: the model has layers 0 to 2"),
         ({"generate": 23}, "generate must be 0 to 22 after 10 tokens, got 23"),
-        ({"interventions": [Intervention(group=0, position=1, index=1, scale=float("inf"))]}, "scales .* by inf"),
+        (
+            {"interventions": [Intervention(layer=0, index=1, position=1, scale=float("inf"))]},
+            "scale=inf is not a finite number",
+        ),
         (
             {
                 "interventions": [
-                    Intervention(group=0, position=1, index=1, scale=0.0),
-                    Intervention(group=0, position=None, index=1, add=1.0),
+                    Intervention(layer=0, index=1, position=1, scale=0.0),
+                    Intervention(layer=0, index=1, position=None, add=1.0),
                 ]
             },
             "set the same feature",
         ),
         (
-            {"interventions": [Intervention(group=0, position=1, index=1, scale=0.0, part="attention")]},
+            {"interventions": [Intervention(layer=0, index=1, position=1, scale=0.0, part="attention")]},
             "a feature of attention, which is not replaced",
         ),
     ],
@@ -234,8 +250,8 @@ def test_bad_options(language_model: Any, options: dict[str, Any], message: str)
 
 def test_an_intervention_changes_a_feature_in_exactly_one_way() -> None:
     with pytest.raises(ValueError, match="exactly one of activation, scale and add, got none"):
-        Intervention(group=0, position=0, index=0)
+        Intervention(layer=0, index=0, position=0)
     with pytest.raises(ValueError, match="exactly one of activation, scale and add, got activation, scale"):
-        Intervention(group=0, position=0, index=0, activation=1.0, scale=2.0)
+        Intervention(layer=0, index=0, position=0, activation=1.0, scale=2.0)
     with pytest.raises(ValueError, match="part of an intervention must be 'mlp' or 'attention', got 'heads'"):
-        Intervention(group=0, position=0, index=0, add=1.0, part="heads")
+        Intervention(layer=0, index=0, position=0, add=1.0, part="heads")

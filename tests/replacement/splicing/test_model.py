@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 
-from replacement import Crosscoder, Intervention, LanguageModel, ReLU, ReplacementModel, Site, TopK, Wiring
+from replacement import Crosscoder, Intervention, JumpReLU, LanguageModel, ReLU, ReplacementModel, Site, TopK, Wiring
+from replacement.splicing.clean_run import CleanRun, Conditions
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 WIRINGS = ["strictly_causal", "per_layer", "transcoder"]
@@ -39,6 +40,43 @@ def test_every_wiring_keeps_errors_and_localizes_exactly(language_model: Any, wi
     torch.testing.assert_close(model(tokens, errors="keep"), lm(tokens), rtol=0, atol=1e-12)
     local = model.localize(tokens)
     torch.testing.assert_close(local.logits(), local.frozen.logits_TV, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["same", "converted"])
+def test_the_crosscoder_given_is_left_as_it_was(language_model: Any, dtype: torch.dtype) -> None:
+    lm = language_model("gpt2", torch.float32)
+    crosscoder = tiny.crosscoder_for(lm, activation=JumpReLU()).to(dtype).train().requires_grad_(True)
+    attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm)).to(dtype).train()
+    before = {name: value.clone() for name, value in crosscoder.state_dict().items()}
+    model = ReplacementModel(lm, crosscoder, attention_crosscoder=attention)
+    model(tiny.random_tokens(), errors="keep")
+    model.localize(tiny.random_tokens())
+    for given in (crosscoder, attention):
+        assert given.training
+        assert given.dtype == dtype
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in given.parameters())
+    for name, value in crosscoder.state_dict().items():
+        assert torch.equal(value, before[name])
+    held = model.crosscoder
+    assert not held.training
+    assert held.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in held.parameters())
+    shares = held.b_enc[0].data_ptr() == crosscoder.b_enc[0].data_ptr()
+    assert shares == (dtype == torch.float32), "memory is shared where nothing had to be converted"
+
+
+def test_all_passes_over_a_prompt_share_one_clean_run(language_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm))
+    runs: list[int] = []
+    run = type(lm).run
+    monkeypatch.setattr(type(lm), "run", lambda *args, **options: (runs.append(1), run(*args, **options))[1])
+    clean = CleanRun(lm, model.crosscoders, tiny.random_tokens()[None])
+    assert not runs, "nothing was asked for yet"
+    conditions = [Conditions(constrained_layers=layers, mlps="original") for layers in (None, [0], range(3))]
+    for options in (*conditions, Conditions(), Conditions(errors="drop")):
+        clean.run(options, n_copies=2)
+    assert len(runs) == 1 + 5
 
 
 def test_replaced_reads_equal_a_splice_written_by_hand(language_model: Any) -> None:
@@ -92,10 +130,10 @@ def test_intervention_sets_what_it_names(language_model: Any) -> None:
     features = model.localize(tokens).features
     last = features.of(2)
     group, position, index = 2, int(last.row[-1]), int(last.index[-1])
-    own = Intervention(group=group, position=position, index=index, activation=float(last.activation[-1]))
+    own = Intervention(layer=group, index=index, position=position, activation=float(last.activation[-1]))
     torch.testing.assert_close(model(tokens, errors="keep", interventions=[own]), lm(tokens), rtol=0, atol=1e-12)
     # The last layer's features reach the logits through the final norm alone: add the vector by hand.
-    off = Intervention(group=group, position=position, index=index, activation=0.0)
+    off = Intervention(layer=group, index=index, position=position, activation=0.0)
     site = Site(2, "mlp_out")
     vector = model.crosscoder.decoder(2, site)[index] * last.activation[-1]
 
@@ -112,7 +150,7 @@ def test_intervention_switches_an_inactive_feature_on_in_every_prompt_of_a_batch
     lm = language_model("gpt2", torch.float64)
     model = ReplacementModel(lm, tiny.crosscoder_for(lm))
     tokens = torch.stack([tiny.random_tokens(seed=seed) for seed in range(2)])
-    on = [Intervention(group=0, position=4, index=i, activation=2.0) for i in range(3)]
+    on = [Intervention(layer=0, index=i, position=4, activation=2.0) for i in range(3)]
     together = model(tokens, interventions=on)
     alone = torch.stack([model(row, interventions=on) for row in tokens])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
@@ -126,17 +164,23 @@ def test_intervention_switches_an_inactive_feature_on_in_every_prompt_of_a_batch
         ({"errors": "add"}, "errors must be 'drop' or 'keep', got 'add'"),
         ({"reads": "dirty"}, "reads must be 'propagated' or 'clean', got 'dirty'"),
         ({"layers": [1, 7]}, r"the crosscoder writes layers \[0, 1, 2\], not layer 7"),
-        ({"interventions": [Intervention(group=5, position=0, index=0, activation=0.0)]}, "group 5: expected 0 to 2"),
         (
-            {"interventions": [Intervention(group=0, position=10, index=0, activation=0.0)]},
+            {"interventions": [Intervention(layer=5, index=0, position=0, activation=0.0)]},
+            "layer 5: the crosscoder has features in layers 0, 1, 2",
+        ),
+        (
+            {"interventions": [Intervention(layer=0, index=0, position=10, activation=0.0)]},
             "position 10: expected 0 to 9",
         ),
         (
-            {"interventions": [Intervention(group=0, position=0, index=48, activation=0.0)]},
+            {"interventions": [Intervention(layer=0, index=48, position=0, activation=0.0)]},
             "index 48: expected 0 to 47",
         ),
-        ({"interventions": [Intervention(group=0, position=0, index=1, activation=float("nan"))]}, "to nan"),
-        ({"interventions": [Intervention(group=0, position=0, index=1, activation=1.0)] * 2}, "set the same feature"),
+        (
+            {"interventions": [Intervention(layer=0, index=1, position=0, activation=float("nan"))]},
+            "activation=nan is not a finite",
+        ),
+        ({"interventions": [Intervention(layer=0, index=1, position=0, activation=1.0)] * 2}, "set the same feature"),
     ],
 )
 def test_bad_options(language_model: Any, options: dict[str, Any], message: str) -> None:
@@ -215,8 +259,8 @@ def test_localize_refuses_what_the_model_cannot_read(language_model: Any) -> Non
 def test_an_intervention_that_nothing_would_feel_is_a_mistake(language_model: Any) -> None:
     lm = language_model("llama", torch.float32)
     model = ReplacementModel(lm, tiny.crosscoder_for(lm))
-    late = Intervention(group=2, position=3, index=1, activation=1.0)
-    with pytest.raises(ValueError, match=r"intervention on group 2 would do nothing: only mlp_out\.0 is replaced"):
+    late = Intervention(layer=2, index=1, position=3, activation=1.0)
+    with pytest.raises(ValueError, match=r"intervention on layer 2 would do nothing: only mlp_out\.0 is replaced"):
         model(tiny.random_tokens(6), layers=[0], interventions=[late])
 
 

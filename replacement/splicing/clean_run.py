@@ -1,0 +1,212 @@
+"""`CleanRun`: the original model's run over some tokens, shared by all passes with crosscoders in place.
+
+The original model runs once. What it showed (activations, features, error terms, attention patterns, norm scales) is computed
+when it is first needed, and serves any number of passes under any `Conditions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.features import Features
+from replacement.crosscoder.sites import Site
+from replacement.language_model.language_model import Hook, LanguageModel
+from replacement.splicing.feature_changes import Change, repeat_prompt
+from replacement.splicing.splice import HeldLayers, Splice, check_choice, read_rows, run_together
+
+WRITES = {"mlp": "mlp_out", "attention": "attn_out"}
+"""Kind of site that the crosscoder of each part writes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What reacts to a change of features, and what is held at its value in the original model's run.
+
+    Raises:
+        ValueError: an option outside its choices.
+    """
+
+    reads: str = "propagated"
+    """`propagated` encodes the stream that the replaced outputs produced; `clean` the original one."""
+    errors: str = "keep"
+    """`keep` adds the clean run's reconstruction errors back; `drop` leaves them out."""
+    patterns: str = "live"
+    """Attention patterns: `live` or `frozen`."""
+    norms: str = "live"
+    """Scales of the residual stream's norms: `live` or `frozen`."""
+    mlps: str = "replaced"
+    """Outputs outside `constrained_layers`: `replaced` by the crosscoder, whose features react; or the model's own
+    (`original`), to which the changed features' change is added (only inside them, where they are given: what the model's
+    own later MLPs make of it need not be added once more)."""
+    constrained_layers: Collection[int] | None = None
+    """Constrained patching: at these layers every output is held at its clean value plus what the change of the changed
+    features writes there, and no feature reacts (skip terms, which are linear, follow the stream); None for no layer."""
+
+    def __post_init__(self) -> None:
+        check_choice("reads", self.reads, ("propagated", "clean"))
+        check_choice("errors", self.errors, ("drop", "keep"))
+        check_choice("patterns", self.patterns, ("live", "frozen"))
+        check_choice("norms", self.norms, ("live", "frozen"))
+        check_choice("mlps", self.mlps, ("replaced", "original"))
+
+
+@dataclass(frozen=True, slots=True)
+class SplicedRun:
+    """What one pass with crosscoders in place showed."""
+
+    logits_BTV: Tensor
+    features: Mapping[str, Features]
+    """By part: what the crosscoder reads off the streams of this run, changed features at their new values; row =
+    prompt * T + position. At held layers these are counterfactual: they are read, but not written."""
+    inputs: Mapping[Site, Tensor]
+    """Every read site, `[R, D]`."""
+
+
+class CleanRun:
+    """Tokens run through the original model, and any number of times with crosscoders in place."""
+
+    def __init__(self, language_model: LanguageModel, crosscoders: Mapping[str, Crosscoder], tokens_BT: Tensor) -> None:
+        """Prepare the run; the original model runs when something of it is first needed.
+
+        Args:
+            crosscoders: by part, those that are put in place.
+            tokens_BT: token ids `[B, T]` that the model can read.
+        """
+        self.language_model, self.crosscoders, self.tokens_BT = language_model, dict(crosscoders), tokens_BT
+        layers = range(language_model.shape.n_layers)
+        self._sites = {site for crosscoder in self.crosscoders.values() for site in crosscoder.wiring.read_sites}
+        self._sites |= {Site(layer, WRITES[part]) for part in self.crosscoders for layer in layers}
+
+    @cached_property
+    def _logits_and_activations(self) -> tuple[Tensor, dict[Site, Tensor]]:
+        return read_rows(self.language_model, self.tokens_BT, self._sites)
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits `[B, T, V]` of the original model."""
+        return self._logits_and_activations[0]
+
+    @property
+    def activations(self) -> dict[Site, Tensor]:
+        """Activations `[R, D]` of the original model at every read site and at the output of every layer."""
+        return self._logits_and_activations[1]
+
+    @cached_property
+    def features(self) -> dict[str, Features]:
+        """By part: the features that the crosscoder reads off the original run; row = prompt * T + position."""
+        B, T = self.tokens_BT.shape
+        positions_R = torch.arange(T, device=self.language_model.device).repeat(B)
+        with torch.no_grad():
+            return {
+                part: crosscoder.encode(self._inputs(crosscoder), positions=positions_R)
+                for part, crosscoder in self.crosscoders.items()
+            }
+
+    @cached_property
+    def errors(self) -> dict[Site, Tensor]:
+        """Error term `[R, D]` of every written site: output minus reconstruction, in the original run."""
+        errors = {}
+        with torch.no_grad():
+            for part, crosscoder in self.crosscoders.items():
+                skipped = crosscoder.skip_contribution(self._inputs(crosscoder))
+                for site, y_RD in crosscoder.decode(self.features[part]).items():
+                    errors[site] = self.activations[site] - y_RD - skipped.get(site, 0)
+        return errors
+
+    @cached_property
+    def patterns(self) -> list[Tensor]:
+        """Attention patterns `[B, H, T, T]` of every layer."""
+        return self.language_model.read_patterns(self.tokens_BT)
+
+    @cached_property
+    def norm_scales(self) -> dict[str, Tensor]:
+        """Scale `[T, 1]` of every norm of the residual stream, for a run of one prompt."""
+        assert len(self.tokens_BT) == 1, "norm scales are frozen for one prompt"
+        return self.language_model.read_norm_scales(self.tokens_BT[0])
+
+    def _inputs(self, crosscoder: Crosscoder) -> dict[Site, Tensor]:
+        return {site: self.activations[site] for site in crosscoder.wiring.read_sites}
+
+    @torch.no_grad()
+    def run(
+        self,
+        conditions: Conditions,
+        changes: Mapping[str, Change | None] | None = None,
+        *,
+        n_copies: int = 1,
+        sites: Mapping[str, tuple[Site, ...]] | None = None,
+        errors: Mapping[Site, Tensor] | None = None,
+        hooks: Mapping[Site, Hook] | None = None,
+    ) -> SplicedRun:
+        """One pass with the crosscoders in place.
+
+        Args:
+            changes: by part, how features are changed after they are read.
+            n_copies: copies of the (single) prompt that run together, each with changes of its own.
+            sites: by part, the written sites that are replaced; all by default.
+            errors: error terms `[R, D]` of written sites, instead of the run's own.
+            hooks: see `[B, T, D]` at their sites and may change it, before features are read there.
+
+        Raises:
+            ValueError: a layer to hold that the model does not have, or a wiring that cannot be spliced that way.
+        """
+        held_layers = self._held_layers(conditions)
+        tokens_BT = self.tokens_BT.repeat(n_copies, 1)
+        needs_clean = bool(held_layers) or conditions.reads == "clean"
+        clean = self._copies(self.activations, n_copies) if needs_clean else None
+        if errors is None and conditions.errors == "keep":
+            errors = self._copies(self.errors, n_copies)
+        splices = {
+            part: Splice(
+                self.language_model,
+                crosscoder,
+                tokens_BT,
+                sites=None if sites is None else sites[part],
+                reads=conditions.reads,
+                errors=errors or "drop",
+                mlps=conditions.mlps,
+                change=(changes or {}).get(part),
+                held=self._hold(part, held_layers, clean, n_copies) if held_layers and clean is not None else None,
+                clean=clean,
+            )
+            for part, crosscoder in self.crosscoders.items()
+        }
+        logits_BTV = run_together(
+            list(splices.values()),
+            hooks=hooks,
+            patterns=self.patterns if conditions.patterns == "frozen" else None,
+            norm_scales=self.norm_scales if conditions.norms == "frozen" else None,
+        )
+        features = {
+            part: Features.concatenate([splice.features[group] for group in sorted(splice.features)])
+            for part, splice in splices.items()
+            if splice.features
+        }
+        inputs = {site: x_RD for splice in splices.values() for site, x_RD in splice.inputs.items()}
+        return SplicedRun(logits_BTV, features, inputs)
+
+    def _held_layers(self, conditions: Conditions) -> frozenset[int]:
+        n_layers = self.language_model.shape.n_layers
+        layers = frozenset(conditions.constrained_layers or ())
+        if wrong := [layer for layer in layers if not 0 <= layer < n_layers]:
+            raise ValueError(f"constrained_layers holds {min(wrong)}: the model has layers 0 to {n_layers - 1}")
+        return layers
+
+    def _hold(self, part: str, layers: frozenset[int], clean: Mapping[Site, Tensor], n_copies: int) -> HeldLayers:
+        sites = tuple(Site(layer, WRITES[part]) for layer in sorted(layers))
+        features = self.features[part]
+        return HeldLayers(
+            layers=layers,
+            sites=sites,
+            clean=clean,
+            features=features if n_copies == 1 else repeat_prompt(features, n_copies),
+        )
+
+    def _copies(self, rows: Mapping[Site, Tensor], n_copies: int) -> dict[Site, Tensor]:
+        return {site: x_RD if n_copies == 1 else x_RD.repeat(n_copies, 1) for site, x_RD in rows.items()}
