@@ -64,18 +64,18 @@ def print_report(found: Sequence[Facts]) -> None:
     print_rows(
         "Influence against KL when ablated, Spearman",
         found,
-        lambda facts: keyed(facts["influence_against_ablation"], ("patching", "attention"), "spearman"),
+        lambda facts: keyed(facts["influence_against_ablation"], ("patching", "patterns"), "spearman"),
     )
     print_rows(
         "Influence among features, Spearman",
         found,
-        lambda facts: keyed(facts["influence_among_features"], ("attention",), "spearman"),
+        lambda facts: keyed(facts["influence_among_features"], ("patterns",), "spearman"),
     )
     for value in ("cosine", "nmse", "cosine_added"):
         print_rows(
             f"Perturbed streams, {value}",
             found,
-            lambda facts, value=value: keyed(facts["perturbations"], ("kind", "attention", "distance"), value),  # type: ignore[misc]
+            lambda facts, value=value: keyed(facts["perturbations"], ("kind", "patterns", "distance"), value),  # type: ignore[misc]
         )
     titles = {
         "cosine": "One layer downstream, cosine: mean of features",
@@ -87,7 +87,7 @@ def print_report(found: Sequence[Facts]) -> None:
         print_rows(
             title,
             found,
-            lambda facts, value=value: keyed(facts["one_layer_cosine"], ("change", "attention", "norms"), value),  # type: ignore[misc]
+            lambda facts, value=value: keyed(facts["one_layer_cosine"], ("change", "patterns", "norms"), value),  # type: ignore[misc]
         )
     for value in ("spearman", "pearson", "cosine", "nmse"):
         print_rows(
@@ -95,7 +95,7 @@ def print_report(found: Sequence[Facts]) -> None:
             found,
             lambda facts, value=value: keyed(  # type: ignore[misc]
                 [row for row in facts["effects"] if row["change"] == "ablated"],
-                ("patching", "attention", "distance"),
+                ("patching", "patterns", "distance"),
                 value,
             ),
         )
@@ -109,7 +109,7 @@ def circuit(facts: Facts, errors: str) -> dict[tuple[str, ...], float | None]:
     """Figures of resampled ablation."""
     own = facts["circuit"][errors]
     figures: dict[tuple[str, ...], float | None] = {("CPR",): own["cpr"], ("CMD",): own["cmd"]}
-    for name in ("faithfulness", "completeness"):
+    for name in ("faithfulness", "necessity"):
         figures[("pruned", name)] = own["pruned"][name]
         figures |= {(f"share {row['share']:g}", name): row[name] for row in own["sizes"]}
     return figures

@@ -1,4 +1,4 @@
-"""How well predicted numbers agree with measured ones. P pairs."""
+"""How well predicted numbers agree with measured ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Agreement:
 
     @classmethod
     def of(cls, predicted: np.ndarray, measured: np.ndarray) -> Agreement:
-        """All figures of P pairs."""
+        """All figures of"""
         power = float((measured**2).sum())
         return cls(
             pairs=len(predicted),

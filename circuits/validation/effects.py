@@ -32,7 +32,8 @@ WINDOW = 3
 """Layers that `window` holds: the feature's and the next two, as published (Ameisen et al. 2025)."""
 ORIGINAL_MLPS = ("original", "window")
 """Patching in which the original model's MLPs run wherever outputs are not held."""
-ATTENTION = ("live", "frozen")
+PATTERNS = ("live", "frozen")
+"""Attention patterns: computed again in every run, or held at those of the clean run."""
 TOKENS_AT_ONCE = 4096
 """Tokens of all copies of a prompt that run together: bounds memory."""
 
@@ -60,7 +61,7 @@ class Effects:
         self.clean = CleanRun(model.language_model, model.crosscoders, self.tokens_T[None])
 
     def measure(
-        self, changed: np.ndarray, scale: float, patching: str, attention: str, *, norms: str = "live"
+        self, changed: np.ndarray, scale: float, patching: str, patterns: str, *, norms: str = "live"
     ) -> Measured:
         """Scale each of the changed features by itself.
 
@@ -68,7 +69,7 @@ class Effects:
             changed: int[B], feature nodes.
             scale: multiple of the activation they are held at; 0 suppresses, 2 doubles them.
             patching: one of `PATCHING`, or `window`.
-            attention: `live` or `frozen` patterns.
+            patterns: attention patterns, one of `PATTERNS`.
             norms: `live` or `frozen` scales.
         """
         B = len(changed)
@@ -76,7 +77,7 @@ class Effects:
         layers = self.nodes.layer[changed]
         for layer in np.unique(layers).tolist() if patching in ORIGINAL_MLPS else [0]:
             rows_B = np.flatnonzero(layers == layer) if patching in ORIGINAL_MLPS else np.arange(B)
-            conditions = self.conditions(patching, attention, layer, norms=norms)
+            conditions = self.conditions(patching, patterns, layer, norms=norms)
             for rows, run in self._passes(conditions, changed, rows_B, scale):
                 change_BN, measured.size_BL[rows] = self._feature_changes(run, len(rows))
                 measured.kl_B[rows] = self._logit_changes(run.logits_BTV, change_BN)
@@ -84,7 +85,7 @@ class Effects:
                 measured.change_BN[rows] = change_BN
         return measured
 
-    def conditions(self, patching: str, attention: str, layer: int = 0, *, norms: str = "live") -> Conditions:
+    def conditions(self, patching: str, patterns: str, layer: int = 0, *, norms: str = "live") -> Conditions:
         """One row of the module's table; `original` and `window` depend on the changed feature's layer."""
         held = {
             "constrained": range(self.n_layers),
@@ -93,7 +94,7 @@ class Effects:
             "window": range(layer, min(layer + WINDOW, self.n_layers)),
         }[patching]
         mlps = "original" if patching in ORIGINAL_MLPS else "replaced"
-        return Conditions(patterns=attention, norms=norms, mlps=mlps, constrained_layers=held)
+        return Conditions(patterns=patterns, norms=norms, mlps=mlps, constrained_layers=held)
 
     def self_check(self, changed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Direct edges, predicted and measured: with everything frozen, true by construction (float64[P] each).

@@ -15,8 +15,7 @@ What changes in the streams behind the next layers is compared.
 | `random`   | a random vector of the same norm                                                                           |
 | `upstream` | what is missing in front of the next layer's MLP when a feature is ablated                                 |
 
-T tokens, L layers, D d_model, B perturbations. Points of the stream are numbered by depth, as in
-`circuits.attribution.readers`.
+B perturbations. Points of the stream are numbered by depth, as in `replacement.splicing.skip`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from torch import Tensor
 from circuits.attribution.grounding import Grounding
 from circuits.attribution.readers import stream_reads
 from circuits.validation.agreement import cosine
-from circuits.validation.effects import ATTENTION, TOKENS_AT_ONCE
+from circuits.validation.effects import PATTERNS, TOKENS_AT_ONCE
 from replacement import ReplacementModel, Site
 from replacement.language_model.language_model import Hook
 from replacement.splicing.clean_run import WRITES, CleanRun, Conditions
@@ -63,20 +62,21 @@ def compare_perturbations(
         seed: of the random vectors.
 
     Returns:
-        One row per kind, attention of the original, and distance in layers: mean over perturbations of the `cosine` between the
-        two changes of the stream, `nmse` (`sum |local - original|^2 / sum |original|^2`), and `cosine_added` of what is left of
-        the changes without the vector itself, which both models pass on. Rows that nothing falls into are left out.
+        One row per kind, attention patterns of the original model, and distance in layers: mean over perturbations of the
+        `cosine` between the two changes of the stream, `nmse` (`sum |local - original|^2 / sum |original|^2`), and
+        `cosine_added`, the cosine after the perturbation itself, which both models pass on, is subtracted. Rows without
+        perturbations are left out.
     """
     perturbations = _perturbations(model, grounding, changed, seed=seed)
     if not perturbations:
         return []
     local = _Streams(model, grounding, Conditions(patterns="frozen", norms="frozen"), local=True)
     rows = []
-    for attention in reversed(ATTENTION):  # as published first
-        original = _Streams(model, grounding, Conditions(patterns=attention, mlps="original"))
-        for kind in dict.fromkeys(each.kind for each in perturbations):
-            own = [each for each in perturbations if each.kind == kind]
-            rows += _rows(own, local.changes(own), original.changes(own), kind=kind, attention=attention)
+    for patterns in reversed(PATTERNS):  # as published first
+        original = _Streams(model, grounding, Conditions(patterns=patterns, mlps="original"))
+        for kind in dict.fromkeys(perturbation.kind for perturbation in perturbations):
+            chosen = [perturbation for perturbation in perturbations if perturbation.kind == kind]
+            rows += _rows(chosen, local.changes(chosen), original.changes(chosen), kind=kind, patterns=patterns)
     return rows
 
 
@@ -101,33 +101,35 @@ class _Streams:
     def changes(self, perturbations: Sequence[Perturbation]) -> list[dict[int, Tensor]]:
         """For each perturbation the change `[T, D]` of the stream at every depth behind it."""
         size = max(1, TOKENS_AT_ONCE // self._n_tokens)
-        found = []
+        changes = []
         for begin in range(0, len(perturbations), size):
-            some = perturbations[begin : begin + size]
-            seen = self._run(some)
-            for number, each in enumerate(some):
-                found.append(
-                    {depth: x[number] - self._clean[depth][0] for depth, x in seen.items() if depth > each.depth}
-                )
-        return found
+            batch = perturbations[begin : begin + size]
+            streams = self._run(batch)
+            for copy, perturbation in enumerate(batch):
+                later = {depth: x_BTD for depth, x_BTD in streams.items() if depth > perturbation.depth}
+                changes.append({depth: x_BTD[copy] - self._clean[depth][0] for depth, x_BTD in later.items()})
+        return changes
 
     def _run(self, perturbations: Sequence[Perturbation | None]) -> dict[int, Tensor]:
-        seen: dict[int, Tensor] = {}
-        hooks = {self._site(depth): self._hook(depth, perturbations, seen) for depth in self._depths()}
+        """Stream `[B, T, D]` at every depth, one copy of the prompt for each perturbation."""
+        streams: dict[int, Tensor] = {}
+        hooks = {self._site(depth): self._hook(depth, perturbations, streams) for depth in self._depths()}
         hooks |= {site: self._keep(site) for site in self._unwritten}
         self._original.run(self._conditions, n_copies=len(perturbations), hooks=hooks)
-        return seen
+        return streams
 
     def _keep(self, site: Site) -> Hook:
         return lambda x_BTD: self._original.activations[site].to(x_BTD).expand_as(x_BTD)
 
-    def _hook(self, depth: int, perturbations: Sequence[Perturbation | None], seen: dict[int, Tensor]) -> Hook:
+    def _hook(self, depth: int, perturbations: Sequence[Perturbation | None], streams: dict[int, Tensor]) -> Hook:
+        """Add the perturbations of one depth, and keep the stream there."""
+
         def hook(x_BTD: Tensor) -> Tensor:
             x_BTD = x_BTD.clone()
-            for copy, each in enumerate(perturbations):
-                if each is not None and each.depth == depth:
-                    x_BTD[copy, each.position] += each.vector_D
-            seen[depth] = x_BTD
+            for copy, perturbation in enumerate(perturbations):
+                if perturbation is not None and perturbation.depth == depth:
+                    x_BTD[copy, perturbation.position] += perturbation.vector_D
+            streams[depth] = x_BTD
             return x_BTD
 
         return hook
@@ -151,17 +153,17 @@ def _perturbations(
     if not len(chosen_S):
         return []
     features, generator = local.features, torch.Generator().manual_seed(seed)
-    owner_N, targets, _ = stream_reads(local, local.mlp, chosen_S)
-    found = []
-    for owner, vector_D, depth in zip(owner_N.tolist(), targets.vectors_ND, targets.depth_N.tolist(), strict=True):
-        number = int(chosen_S[owner])
+    place_N, targets, _ = stream_reads(local, local.mlp, chosen_S)
+    perturbations = []
+    for place, vector_D, depth in zip(place_N.tolist(), targets.vectors_ND, targets.depth_N.tolist(), strict=True):
+        number = int(chosen_S[place])
         position, activation = int(features.row[number]), features.activation[number]
         raised_D = vector_D * (RISE * activation / (vector_D @ vector_D))
         random_D = torch.randn(len(vector_D), generator=generator).to(raised_D)
-        found.append(Perturbation("encoder", depth, position, raised_D))
-        found.append(Perturbation("random", depth, position, random_D * (raised_D.norm() / random_D.norm())))
+        perturbations.append(Perturbation("encoder", depth, position, raised_D))
+        perturbations.append(Perturbation("random", depth, position, random_D * (raised_D.norm() / random_D.norm())))
     upstream = (_ablated(model, grounding, number) for number in chosen_S.tolist())
-    return [*found, *(each for each in upstream if each is not None)]
+    return [*perturbations, *(perturbation for perturbation in upstream if perturbation is not None)]
 
 
 def _ablated(model: ReplacementModel, grounding: Grounding, number: int) -> Perturbation | None:
@@ -185,30 +187,30 @@ def _rows(
     original: Sequence[dict[int, Tensor]],
     *,
     kind: str,
-    attention: str,
+    patterns: str,
 ) -> list[dict[str, Any]]:
     cosines: dict[int, list[tuple[float, float]]] = {}
     powers: dict[int, list[tuple[float, float]]] = {}
-    for each, by_depth, found in zip(perturbations, local, original, strict=True):
-        last, distance, depth = max(found), 1, each.depth
+    for perturbation, local_change, original_change in zip(perturbations, local, original, strict=True):
+        last, distance, depth = max(original_change), 1, perturbation.depth
         while depth < last:
             depth = min(depth + 2, last)
-            predicted, measured = _flat(by_depth[depth]), _flat(found[depth])
-            given_TD = torch.zeros_like(found[depth])
-            given_TD[each.position] = each.vector_D
+            predicted, measured = _flat(local_change[depth]), _flat(original_change[depth])
+            given_TD = torch.zeros_like(original_change[depth])
+            given_TD[perturbation.position] = perturbation.vector_D
             given = _flat(given_TD)
             cosines.setdefault(distance, []).append(
                 (cosine(predicted, measured), cosine(predicted - given, measured - given))
             )
-            power = (float(((predicted - measured) ** 2).sum()), float((measured**2).sum()))
-            powers.setdefault(distance, []).append(power)
+            squares = (float(((predicted - measured) ** 2).sum()), float((measured**2).sum()))
+            powers.setdefault(distance, []).append(squares)
             distance += 1
     rows = []
     for distance in sorted(cosines):
         whole, added = np.array(cosines[distance]).T
-        missed, all_of_it = np.array(powers[distance]).sum(0)
-        figures = {"cosine": _mean(whole), "nmse": float(missed / all_of_it) if all_of_it else np.nan}
-        setting = {"kind": kind, "attention": attention, "distance": distance, "perturbations": len(whole)}
+        error, power = np.array(powers[distance]).sum(0)
+        figures = {"cosine": _mean(whole), "nmse": float(error / power) if power else np.nan}
+        setting = {"kind": kind, "patterns": patterns, "distance": distance, "perturbations": len(whole)}
         rows.append({**setting, **figures, "cosine_added": _mean(added)})
     return rows
 

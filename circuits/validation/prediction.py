@@ -1,16 +1,16 @@
 """What a graph predicts when one of its features is scaled: direct effects, total ones through all paths, and influence.
 
-N nodes, B changes (one scaled feature each), E edges.
+B changes, one scaled feature each.
 
 With `r[s]` the relative change of a source's activation, the frozen linear model changes a target's pre-activation (or
 logit) by
 
     dh[t] = sum_s A[t, s] r[s]
 
-The total effect follows the change through features, sources first: `r[s] = da[s] / a[s]`. Thresholds are not applied:
-an active feature's activation is taken to change by as much as its pre-activation, however far down; features that were not
-active stay so, as they are not in the graph. `clipped` stops an activation at zero, which is all of its threshold that a graph
-knows.
+The total effect follows the change through features, sources first: `r[s] = da[s] / a[s]`. Thresholds are not applied: an
+active feature's activation is taken to change by as much as its pre-activation, even below zero, and inactive features, which
+the graph does not hold, are taken to stay inactive. `clipped` stops activations at zero, the only part of a threshold that a
+graph knows.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def predicted_changes(
     if not nodes.mask(NodeKind.FEATURE)[changed].all():
         raise ValueError("expected features to change, given a node of another kind")
     levels = _forward(edges)
-    found = np.zeros((len(changed), len(nodes)))
+    predicted_BN = np.zeros((len(changed), len(nodes)))
     size = max(1, EDGES_AT_ONCE // max(1, len(edges)))
     for begin in range(0, len(changed), size):
-        part = slice(begin, begin + size)
-        found[part] = _changes(graph, levels, changed[part], relative, total=total, clipped=clipped)
-    return found
+        rows = slice(begin, begin + size)
+        predicted_BN[rows] = _changes(graph, levels, changed[rows], relative, total=total, clipped=clipped)
+    return predicted_BN
 
 
 def _changes(
@@ -70,7 +70,7 @@ def _changes(
         if total:
             inside = is_feature[batch] & (activation[batch] != 0)
             relative_BN[:, batch[inside]] = change[:, inside] / activation[batch[inside]]
-            relative_BN[copies, changed] = relative  # held where it was put
+            relative_BN[copies, changed] = relative  # the scaled feature is held, whatever flows into it
     change_BN[copies, changed] = relative * activation[changed]
     return change_BN
 
@@ -81,15 +81,15 @@ def influence_among(graph: GraphData, sources: np.ndarray) -> np.ndarray:
     `B = M + M^2 + ...` of Ameisen et al. 2025 for M as in `circuits.graph.influence`; unsigned, and 0 on the node itself.
     """
     edges, shares, copies = graph.edges, row_shares(graph), np.arange(len(sources))
-    found_BN = np.zeros((len(sources), len(graph.nodes)))
-    found_BN[copies, sources] = 1.0
+    influence_BN = np.zeros((len(sources), len(graph.nodes)))
+    influence_BN[copies, sources] = 1.0
     for batch in _forward(edges):
         numbers = edges.into(batch)
-        flow_BE = found_BN[:, edges.source[numbers]] * shares[numbers]
-        found_BN[:, batch] = np.add.reduceat(flow_BE, _starts(edges, batch), axis=1)
-        found_BN[copies, sources] = 1.0  # paths begin here, whatever flows into it
-    found_BN[copies, sources] = 0.0
-    return found_BN
+        flow_BE = influence_BN[:, edges.source[numbers]] * shares[numbers]
+        influence_BN[:, batch] = np.add.reduceat(flow_BE, _starts(edges, batch), axis=1)
+        influence_BN[copies, sources] = 1.0  # paths begin here, whatever flows into it
+    influence_BN[copies, sources] = 0.0
+    return influence_BN
 
 
 def _forward(edges: Edges) -> list[np.ndarray]:

@@ -56,52 +56,52 @@ def page(facts: dict[str, Any]) -> Group:
 
 
 def _ablation(rows: list[dict[str, Any]]) -> Table:
-    table = _table("patching", "attention", "Spearman")
+    table = _table("patching", "patterns", "Spearman")
     for row in rows:
-        table.add_row(row["patching"], row["attention"], _number(row["spearman"]))
+        table.add_row(row["patching"], row["patterns"], _number(row["spearman"]))
     return table
 
 
 def _among_features(rows: list[dict[str, Any]]) -> Table:
-    table = _table("attention", "pairs", "Spearman")
+    table = _table("patterns", "pairs", "Spearman")
     for row in rows:
-        table.add_row(row["attention"], f"{row['pairs']:,}", _number(row["spearman"]))
+        table.add_row(row["patterns"], f"{row['pairs']:,}", _number(row["spearman"]))
     return table
 
 
 def _perturbations(rows: list[dict[str, Any]]) -> Table:
-    table = _table("kind", "attention", "layers", "perturbations", "cosine", "NMSE", "cosine of what layers add")
+    table = _table("kind", "patterns", "layers", "perturbations", "cosine", "NMSE", "cosine of what layers add")
     for row in rows:
         figures = (_number(row[name]) for name in ("cosine", "nmse", "cosine_added"))
-        table.add_row(row["kind"], row["attention"], str(row["distance"]), str(row["perturbations"]), *figures)
+        table.add_row(row["kind"], row["patterns"], str(row["distance"]), str(row["perturbations"]), *figures)
     return table
 
 
 def _one_layer(rows: list[dict[str, Any]]) -> Table:
-    table = _table("change", "attention", "norms", "features", "cosine", "median", "larger half", "all of the layer")
+    table = _table("change", "patterns", "norms", "features", "cosine", "median", "larger half", "all of the layer")
     for row in rows:
         figures = (_number(row[name]) for name in ("cosine", "median", "larger_half", "all_features"))
-        table.add_row(row["change"], row["attention"], row["norms"], str(row["features"]), *figures)
+        table.add_row(row["change"], row["patterns"], row["norms"], str(row["features"]), *figures)
     return table
 
 
 def _effects(rows: list[dict[str, Any]]) -> Table:
-    table = _table("patching", "attention", "layers", "pairs", "Spearman", "Pearson", "cosine", "NMSE")
+    table = _table("patching", "patterns", "layers", "pairs", "Spearman", "Pearson", "cosine", "NMSE")
     for row in rows:
         if row["change"] == "ablated":
             figures = (_number(row[name]) for name in ("spearman", "pearson", "cosine", "nmse"))
-            table.add_row(row["patching"], row["attention"], row["distance"], f"{row['pairs']:,}", *figures)
+            table.add_row(row["patching"], row["patterns"], row["distance"], f"{row['pairs']:,}", *figures)
     return table
 
 
 def _circuit(circuit: dict[str, Any]) -> Group:
-    table = _table("share", "features", "faithfulness", "completeness")
+    table = _table("share", "features", "faithfulness", "necessity")
     for row in circuit["sizes"]:
         table.add_row(
-            f"{row['share']:g}", str(row["features"]), *(_number(row[n]) for n in ("faithfulness", "completeness"))
+            f"{row['share']:g}", str(row["features"]), *(_number(row[n]) for n in ("faithfulness", "necessity"))
         )
     pruned = circuit["pruned"]
-    table.add_row("pruned", str(pruned["features"]), *(_number(pruned[n]) for n in ("faithfulness", "completeness")))
+    table.add_row("pruned", str(pruned["features"]), *(_number(pruned[n]) for n in ("faithfulness", "necessity")))
     return Group(table, Text(f"CPR {_number(circuit['cpr'])}, CMD {_number(circuit['cmd'])}"))
 
 
@@ -116,6 +116,6 @@ def _section(title: str, body: RenderableType) -> Group:
 def _table(*names: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in names:
-        left = name in ("patching", "attention", "norms", "change", "kind")
+        left = name in ("patching", "patterns", "norms", "change", "kind")
         table.add_column(name, justify="left" if left else "right")
     return table

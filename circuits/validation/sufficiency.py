@@ -1,22 +1,22 @@
-"""Is a circuit enough, and is it needed? Features outside it (or inside it) give way to those of other prompts.
+"""Is a circuit sufficient, and is it necessary? Features outside it, or inside it, are resampled from other prompts.
 
-    faithfulness(C)  = (m(C) - m(none)) / (m(all) - m(none))            1: the circuit alone does what the model does
-    completeness(C)  = 1 - (m(all but C) - m(none)) / (m(all) - m(none))  1: without it nothing is left
+    faithfulness(C) = (m(C) - m(none)) / (m(all) - m(none))              1: the circuit alone does what the model does
+    necessity(C)    = 1 - (m(all but C) - m(none)) / (m(all) - m(none))  1: without the circuit nothing is left
 
 `m` is the output the graph explains: its logits above the mean logit (or differences), weighted with their output weights,
-averaged over runs of the prompt with features of one other prompt each. In `m(C)` the features of C follow the stream, and no
-others do; in the place of those left out come features of the other prompt, of the same layer and position with the
-activations they have there, the largest first and the same share of them: all of them where everything is left out (then
-what features write is what they write in the other prompt), none where nothing is. Other activations than zero must stand
-there, or the model would be asked about streams it never sees. Attention and norms are live, embeddings are the prompt's own,
-as tokens belong to every circuit.
+averaged over runs of the prompt, each with the features of one other prompt. In `m(C)` only the features of C follow the
+stream. The features left out are replaced by features of the other prompt at the same layer and position, with the activations
+they have there: the largest ones, and as large a share of the other prompt's features as was left out. So `m(none)` writes what
+the other prompt's features write, and `m(all)` is the clean run. Features are resampled and not set to zero, because zero would
+show the model streams that it never sees. Attention and norms are live; embeddings are the prompt's own, as tokens belong to
+every circuit.
 
 A circuit of share k holds that share of the prompt's active features, the most influential in the graph first. Over shares
 (Mueller et al. 2025, "MIB: A Mechanistic Interpretability Benchmark", whose circuits are of edges; these are of features):
 
     CPR = area under faithfulness(k)           CMD = area under |1 - faithfulness(k)|        0.001 <= k <= 1
 
-S active features of all parts, K shares, B other prompts, T tokens, V vocabulary.
+B other prompts, P circuit sizes.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sufficiency:
-    """Faithfulness and completeness by circuit size."""
+    """Faithfulness and necessity by circuit size."""
 
     features: np.ndarray
-    """int[K], features in the circuit of each share of `SHARES`."""
+    """int[P], features in the circuit of each share of `SHARES`."""
     faithfulness: np.ndarray
-    """float64[K]."""
-    completeness: np.ndarray
-    """float64[K]."""
+    """float64[P]."""
+    necessity: np.ndarray
+    """float64[P]."""
     pruned: tuple[int, float, float]
-    """Features, faithfulness and completeness of the pruned graph."""
+    """Features, faithfulness and necessity of the pruned graph."""
     clean: float
     """m(all)."""
     resampled: float
@@ -102,10 +102,12 @@ class Resampler:
             kept_S: mask over the active features of all parts.
             keep_errors: keep the prompt's own error terms, whatever `errors` said.
         """
-        starts = self.grounding.columns.split(np.flatnonzero(kept_S))
+        by_part = self.grounding.columns.split(np.flatnonzero(kept_S))
         changes = {
-            part: self._change(part, self.grounding.local.decompositions[number].features, torch.from_numpy(own))
-            for number, (part, own) in enumerate(zip(self.model.crosscoders, starts, strict=True))
+            part: self._change(part, decomposition.features, torch.from_numpy(numbers))
+            for part, decomposition, numbers in zip(
+                self.model.crosscoders, self.grounding.local.decompositions, by_part, strict=True
+            )
         }
         errors = None if keep_errors else self.errors
         return self.clean.run(Conditions(), changes, n_copies=self.n_others, errors=errors).logits_BTV
@@ -126,21 +128,21 @@ class Resampler:
         removed = 1 - float(inside.double().mean()) if len(active) else 1.0
 
         def change(group: int, features: Features, current: Features) -> Features:
-            own = active.group == group
-            known = (active.row * F + active.index)[own & inside]
-            here = features.row % T * F + features.index
-            n_active, n_kept = (torch.bincount(active.row[mask], minlength=T) for mask in (own, own & inside))
-            # Where the prompt has no feature to leave out, as much of the other prompt comes in as elsewhere.
+            in_group = active.group == group
+            kept_keys = (active.row * F + active.index)[in_group & inside]
+            n_active, n_kept = (torch.bincount(active.row[mask], minlength=T) for mask in (in_group, in_group & inside))
+            # Positions without active features take the share that is resampled on average.
             share_T = torch.where(n_active > 0, 1 - n_kept / n_active.clamp(min=1), removed)
             other = self.other_features[part].of(group)
-            new = _largest(other, share_T) & ~torch.isin(other.row % T * F + other.index, known)
-            return _join(features.select(torch.isin(here, known)), other.select(new))
+            resampled = _largest(other, share_T) & ~torch.isin(other.row % T * F + other.index, kept_keys)
+            kept_features = features.select(torch.isin(features.row % T * F + features.index, kept_keys))
+            return _join(kept_features, other.select(resampled))
 
         return change
 
 
 def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], *, errors: str) -> Sufficiency:
-    """Faithfulness and completeness of circuits of every size, and of the pruned graph; see `Resampler`.
+    """Faithfulness and necessity of circuits of every size, and of the pruned graph; see `Resampler`.
 
     Raises:
         ValueError: the graph explains no logits, or see `Resampler`.
@@ -157,9 +159,8 @@ def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[
 
     def both(kept_S: np.ndarray) -> tuple[float, float]:
         alone = resampler.output(resampler.logits(kept_S))
-        without = resampler.output(
-            resampler.logits(~kept_S, keep_errors=True)
-        )  # no circuit holds errors: they are left
+        # Error terms belong to no circuit: they stay when the circuit is resampled.
+        without = resampler.output(resampler.logits(~kept_S, keep_errors=True))
         if not scale:
             return float("nan"), float("nan")
         return (alone - none) / scale, 1 - (without - none) / scale
@@ -175,7 +176,7 @@ def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[
     return Sufficiency(
         features=counts,
         faithfulness=np.array([alone for alone, _ in curve]),
-        completeness=np.array([needed for _, needed in curve]),
+        necessity=np.array([needed for _, needed in curve]),
         pruned=(int(pruned_S.sum()), *both(pruned_S)),
         clean=clean,
         resampled=none,
@@ -191,7 +192,7 @@ def _pruned_features(grounding: Grounding) -> np.ndarray:
     """bool[S], features that pruning keeps."""
     graph = grounding.graph
     kept = set(graph.prune().nodes.ids())
-    return _over_features(grounding, np.array([one in kept for one in graph.nodes.ids()], dtype=np.float64)) > 0
+    return _over_features(grounding, np.array([name in kept for name in graph.nodes.ids()], dtype=np.float64)) > 0
 
 
 def _over_features(grounding: Grounding, value_N: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind
 from circuits.graph.paths import average_path_length
 from circuits.validation.agreement import Agreement, cosine, spearman
-from circuits.validation.effects import ATTENTION, PATCHING, Effects, Measured, sample_features
+from circuits.validation.effects import PATCHING, PATTERNS, Effects, Measured, sample_features
 from circuits.validation.hops import hop_fidelity
 from circuits.validation.perturbations import compare_perturbations
 from circuits.validation.prediction import influence_among, predicted_changes
@@ -50,9 +50,9 @@ def validate(
         seed: of the draw.
 
     Returns:
-        `features`, `seed`, `sampling`; `self_check`; `effects`, one row per patching, attention, change and layer distance (or
-        `logits`); `one_layer_cosine`; `influence_against_ablation`; `influence_among_features`; `perturbations`; `circuit` by
-        treatment of error terms; `average_path_length`, `hop_fidelity`.
+        `features`, `seed`, `sampling`; `self_check`; `effects`, one row per patching, attention patterns, change and distance
+        in layers (or `logits`); `one_layer_cosine`; `influence_against_ablation`; `influence_among_features`;
+        `perturbations`; `circuit` by treatment of error terms; `average_path_length`, `hop_fidelity`.
 
     Raises:
         ValueError: a graph of another model or without features, or other prompts of another length.
@@ -91,7 +91,7 @@ def _self_check(effects: Effects, changed: np.ndarray) -> Facts:
 
 
 def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[Facts], list[Facts]]:
-    """Predicted against measured, in every setting."""
+    """Predicted against measured effects, in every setting."""
     graph = effects.grounding.graph
     influence_B = node_influence(graph)[changed]
     rows, one_layer, ablation = [], [], []
@@ -99,17 +99,17 @@ def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[F
         predictions = {total: predicted_changes(graph, changed, scale - 1, total=total) for total in (False, True)}
         for patching in PATCHING:
             predicted_BN = predictions[patching != "constrained"]
-            for attention in ATTENTION:
-                measured = effects.measure(changed, scale, patching, attention)
-                setting = {"patching": patching, "attention": attention, "change": change}
-                for distance, (predicted, found) in pairs_by_distance(graph, changed, predicted_BN, measured).items():
-                    agreement = dataclasses.asdict(Agreement.of(predicted, found))
+            for patterns in PATTERNS:
+                measured = effects.measure(changed, scale, patching, patterns)
+                setting = {"patching": patching, "patterns": patterns, "change": change}
+                for distance, pairs in pairs_by_distance(graph, changed, predicted_BN, measured).items():
+                    agreement = dataclasses.asdict(Agreement.of(*pairs))
                     rows.append({**setting, "distance": distance, **agreement})
                 if patching == "constrained":
                     one_layer += _one_layer(effects, changed, predicted_BN, setting, measured)
                 if change == "ablated" and effects.grounding.logits:
                     rho = spearman(influence_B, measured.kl_B)
-                    ablation.append({"patching": patching, "attention": attention, "spearman": rho})
+                    ablation.append({"patching": patching, "patterns": patterns, "spearman": rho})
     return rows, one_layer, ablation
 
 
@@ -124,11 +124,11 @@ def _among_features(effects: Effects, changed: np.ndarray) -> list[Facts]:
     later_BN = nodes.layer[None, :] > nodes.layer[changed][:, None]
     pairs = target & later_BN & (nodes.position[None, :] >= nodes.position[changed][:, None])
     rows = []
-    for attention in ATTENTION:
-        change_BN = np.abs(effects.measure(changed, 0.0, "window", attention).change_BN)
+    for patterns in PATTERNS:
+        change_BN = np.abs(effects.measure(changed, 0.0, "window", patterns).change_BN)
         share_BN = np.divide(change_BN, nodes.activation, out=np.zeros_like(change_BN), where=nodes.activation > 0)
-        found = {"pairs": int(pairs.sum()), "spearman": spearman(influence_BN[pairs], share_BN[pairs])}
-        rows.append({"attention": attention, **found})
+        rho = spearman(influence_BN[pairs], share_BN[pairs])
+        rows.append({"patterns": patterns, "pairs": int(pairs.sum()), "spearman": rho})
     return rows
 
 
@@ -136,11 +136,11 @@ def _one_layer(
     effects: Effects, changed: np.ndarray, predicted_BN: np.ndarray, setting: dict[str, str], live: Measured
 ) -> list[Facts]:
     """Constrained patching: one layer downstream nothing else has reacted yet, whatever the patching."""
-    attention, change = setting["attention"], setting["change"]
-    frozen = effects.measure(changed, SCALES[change], "constrained", attention, norms="frozen")
+    patterns, change = setting["patterns"], setting["change"]
+    frozen = effects.measure(changed, SCALES[change], "constrained", patterns, norms="frozen")
     return [
         {
-            **{"attention": attention, "norms": norms, "change": change},
+            **{"patterns": patterns, "norms": norms, "change": change},
             **one_layer_cosine(effects.grounding.graph, changed, predicted_BN, measured),
         }
         for norms, measured in (("live", live), ("frozen", frozen))
@@ -159,15 +159,15 @@ def pairs_by_distance(
     target = nodes.mask(NodeKind.FEATURE) & nodes.expanded
     distance_BN = nodes.layer[None, :] - nodes.layer[changed][:, None]
     after_BN = nodes.position[None, :] >= nodes.position[changed][:, None]
-    found = {}
+    by_distance = {}
     for distance in range(1, int(distance_BN[:, target].max(initial=0)) + 1):
         chosen = target & (distance_BN == distance) & after_BN
         if chosen.any():
-            found[str(distance)] = predicted_BN[chosen], measured.change_BN[chosen]
+            by_distance[str(distance)] = predicted_BN[chosen], measured.change_BN[chosen]
     if logits.any():
         chosen = logits & after_BN
-        found["logits"] = predicted_BN[chosen], measured.change_BN[chosen]
-    return found
+        by_distance["logits"] = predicted_BN[chosen], measured.change_BN[chosen]
+    return by_distance
 
 
 def one_layer_cosine(graph: CircuitGraph, changed: np.ndarray, predicted_BN: np.ndarray, measured: Measured) -> Facts:
@@ -180,14 +180,14 @@ def one_layer_cosine(graph: CircuitGraph, changed: np.ndarray, predicted_BN: np.
     nodes, inside, sizes, everything = graph.nodes, [], [], []
     for number, node in enumerate(changed.tolist()):
         layer = int(nodes.layer[node]) + 1
-        own = nodes.mask(NodeKind.FEATURE) & nodes.expanded & (nodes.layer == layer)
-        predicted, found = predicted_BN[number, own], measured.change_BN[number, own]
+        below = nodes.mask(NodeKind.FEATURE) & nodes.expanded & (nodes.layer == layer)
+        predicted, change = predicted_BN[number, below], measured.change_BN[number, below]
         if not predicted.any():
-            continue  # nothing of that layer is said to depend on it
+            continue  # the graph has no edge from the feature into that layer
         size = float(np.linalg.norm(predicted)) * measured.size_BL[number, layer]
-        inside.append(cosine(predicted, found))
+        inside.append(cosine(predicted, change))
         sizes.append(float(np.linalg.norm(predicted)))
-        everything.append(float(predicted @ found) / size if size else float("nan"))
+        everything.append(float(predicted @ change) / size if size else float("nan"))
     cosines, size = np.array(inside), np.array(sizes)
     known = np.isfinite(cosines)
     larger = known & (size > np.median(size)) if len(size) else known
@@ -205,19 +205,19 @@ def _mean(x: np.ndarray) -> float:
 
 
 def _circuit_facts(model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], errors: str) -> Facts:
-    found = sufficiency(model, grounding, others, errors=errors)
-    curve = zip(SHARES, found.features.tolist(), found.faithfulness.tolist(), found.completeness.tolist(), strict=True)
-    features, faithful, complete = found.pruned
+    result = sufficiency(model, grounding, others, errors=errors)
+    columns = (result.features.tolist(), result.faithfulness.tolist(), result.necessity.tolist())
+    features, alone, needed = result.pruned
     return {
         "other_prompts": len(others),
-        "cpr": found.cpr,
-        "cmd": found.cmd,
-        "clean": found.clean,
-        "resampled": found.resampled,
-        "pruned": {"features": features, "faithfulness": faithful, "completeness": complete},
+        "cpr": result.cpr,
+        "cmd": result.cmd,
+        "clean": result.clean,
+        "resampled": result.resampled,
+        "pruned": {"features": features, "faithfulness": alone, "necessity": needed},
         "sizes": [
-            {"share": share, "features": count, "faithfulness": alone, "completeness": needed}
-            for share, count, alone, needed in curve
+            {"share": share, "features": count, "faithfulness": alone, "necessity": needed}
+            for share, count, alone, needed in zip(SHARES, *columns, strict=True)
         ],
     }
 

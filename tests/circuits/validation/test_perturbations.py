@@ -130,7 +130,7 @@ def test_what_is_added(language_model: Any) -> None:
 def test_rows(language_model: Any) -> None:
     model, grounding = traced(language_model("gpt2", torch.float64))
     rows = compare_perturbations(model, grounding, sample_features(grounding, 8, seed=0), seed=0)
-    assert [row["attention"] for row in rows] == sorted(row["attention"] for row in rows)  # frozen before live
+    assert [row["patterns"] for row in rows] == sorted(row["patterns"] for row in rows)  # frozen before live
     for row in rows:
         assert -1 <= row["cosine_added"] <= 1
         assert -1 <= row["cosine"] <= 1

@@ -163,7 +163,7 @@ def test_faithfulness_ends_at_one(language_model: Any, skip: bool) -> None:
     model, grounding = traced(language_model("gpt2", torch.float64), skip=skip)
     found = sufficiency(model, grounding, OTHERS, errors="keep")
     assert found.faithfulness[-1] == pytest.approx(1)
-    assert found.completeness[-1] == pytest.approx(1)
+    assert found.necessity[-1] == pytest.approx(1)
     assert found.features[-1] == len(grounding.local.features)
     assert (np.diff(found.features) >= 0).all()
     assert found.cmd >= abs(0.999 - found.cpr) - 1e-12
@@ -214,7 +214,7 @@ def test_the_command(saved: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert facts["self_check"]["relative_error"] < 1e-4
     assert len(facts["influence_against_ablation"]) == 6
     assert min(row["spearman"] for row in facts["influence_against_ablation"]) > 0.7
-    exact = [row for row in facts["one_layer_cosine"] if (row["attention"], row["norms"]) == ("frozen", "frozen")]
+    exact = [row for row in facts["one_layer_cosine"] if (row["patterns"], row["norms"]) == ("frozen", "frozen")]
     assert min(row["cosine"] for row in exact) > 0.9
     assert {row["distance"] for row in facts["effects"]} == {"1", "2", "3", "logits"}
     assert set(facts["circuit"]) == {"keep", "resample"}
