@@ -13,10 +13,10 @@ def hop_fidelity(graph: GraphData, *, sources: np.ndarray | None = None, via: np
     """Share of the influence of `sources` on the output whose paths pass through at least one node of `via`.
 
     `1 - I'(sources) / I(sources)`, where I is the summed influence (see `circuits.graph.influence`), and I' the same with every
-    edge out of an intermediate node ablated without renormalising the rest: what is left reaches the output directly. A path ends at the
-    first source it meets, seen from the output. Edges always lead from earlier layers to later ones (attention carries them
-    to later positions too), so intermediate nodes lie between. Near 0 the sources reach the output directly, as cross-layer
-    crosscoders are suspected to do where the model takes steps; 1 means always through an intermediate node.
+    edge out of an intermediate node ablated without renormalising the rest: what is left reaches the output directly. A path
+    ends at the first source it meets, seen from the output. Edges always lead from earlier layers to later ones (attention
+    carries them to later positions too), so intermediate nodes lie between. Near 0 the sources reach the output directly, as
+    cross-layer crosscoders are suspected to do where the model takes steps; 1 means always through an intermediate node.
 
     Args:
         graph: a graph, full or pruned.
