@@ -60,7 +60,7 @@ def ship(folder: Path, out: Path) -> Fidelity:
     crosscoder = checkpoint.load(folder / "crosscoder")
     lm.name = crosscoder.model_name = "demo"
     # A run on other weights is not shipped.
-    checkpoint.check_fits(crosscoder, lm.shape, model_name=lm.name, model_fingerprint=lm.fingerprint)
+    checkpoint.check_fits(crosscoder, lm)
     if isinstance(crosscoder.activation, BatchTopK):
         crosscoder = calibrated(crosscoder, lm)
     prefix = "attention_" if crosscoder.wiring.name == "attention" else ""

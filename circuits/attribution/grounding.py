@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.columns import Columns, source_table
-from circuits.attribution.metadata import crosscoder_fingerprint
+from circuits.attribution.metadata import crosscoder_fingerprint, legacy_crosscoder_fingerprint
 from circuits.attribution.sources import Sources
 from circuits.attribution.targets import DifferenceTarget, LogitTarget, TokenTarget, resolve_logit
 from circuits.graph.circuit_graph import CircuitGraph
@@ -52,8 +52,8 @@ class Grounding:
         if linear != (model.attention_crosscoder is None):
             has, load = ("no ", "without") if linear else ("", "with")
             raise ValueError(f"the graph has {has}attention features: load the model {load} its attention crosscoder")
-        traced = facts.get("crosscoder_fingerprint")  # graphs of earlier versions have none
-        if traced not in (None, crosscoder_fingerprint(model)):
+        traced = facts.get("crosscoder_fingerprint")  # graphs of earlier versions have none, or one of the legacy form
+        if traced not in (None, crosscoder_fingerprint(model), legacy_crosscoder_fingerprint(model)):
             raise ValueError(
                 "the graph was traced with another crosscoder: its weights are not those of the model given"
             )

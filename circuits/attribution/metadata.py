@@ -8,7 +8,6 @@ from circuits.attribution.columns import source_table
 from circuits.attribution.expansion import Attribution
 from circuits.attribution.targets import LogitTarget
 from replacement import Crosscoder, LocalReplacement, ReplacementModel
-from replacement.language_model.boot import fingerprint
 
 
 def trace_facts(
@@ -44,8 +43,13 @@ def trace_facts(
 
 
 def crosscoder_fingerprint(model: ReplacementModel) -> str:
-    """Digest of the weights of every crosscoder of a model."""
-    return "+".join(fingerprint(crosscoder) for crosscoder in model.crosscoders.values())
+    """Digest of what every crosscoder of a model computes (`Crosscoder.fingerprint`)."""
+    return "+".join(crosscoder.fingerprint for crosscoder in model.crosscoders.values())
+
+
+def legacy_crosscoder_fingerprint(model: ReplacementModel) -> str:
+    """What `crosscoder_fingerprint` was when earlier versions wrote their graphs."""
+    return "+".join(crosscoder.legacy_fingerprint for crosscoder in model.crosscoders.values())
 
 
 def _describe(crosscoder: Crosscoder) -> str:

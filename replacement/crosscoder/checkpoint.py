@@ -131,28 +131,28 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def check_fits(
-    crosscoder: Crosscoder, shape: ModelShape | HasShape, *, model_name: str = "", model_fingerprint: str = ""
-) -> None:
-    """Check that a crosscoder belongs to a model of these sizes, weights and name.
+def check_fits(crosscoder: Crosscoder, model: ModelShape | HasShape) -> None:
+    """Check that a crosscoder belongs to a model.
 
     Args:
-        model_name: name of the model; compared only where a fingerprint is missing, for folders get renamed.
-        model_fingerprint: digest of the model's weights (`LanguageModel.fingerprint`).
+        model: a language model, whose sizes and weights are compared (its name only where a fingerprint is missing, because
+            folders get renamed), or a `ModelShape`, for the sizes alone.
 
     Raises:
         ValueError: another width, depth or model, with both values.
     """
-    crosscoder.wiring.check_fits(shape)
-    ours, theirs = (crosscoder.model_name, crosscoder.model_fingerprint), (model_name, model_fingerprint)
-    if ours[1] and theirs[1]:
-        if ours[1] != theirs[1]:
+    crosscoder.wiring.check_fits(model)
+    # Earlier versions recorded another digest of the same weights.
+    known = [digest for kind in ("fingerprint", "legacy_fingerprint") if (digest := getattr(model, kind, ""))]
+    name, recorded = getattr(model, "name", ""), crosscoder.model_fingerprint
+    if recorded and known:
+        if recorded not in known:
             raise ValueError(
-                f"this crosscoder was trained on another model: on {ours[0]!r} with weights {ours[1]}, "
-                f"the model is {theirs[0]!r} with weights {theirs[1]}"
+                f"this crosscoder was trained on another model: on {crosscoder.model_name!r} with weights {recorded}, "
+                f"the model is {name!r} with weights {known[0]}"
             )
-    elif ours[0] and theirs[0] and ours[0] != theirs[0]:
-        raise ValueError(f"this crosscoder was trained on {ours[0]!r}, the model is {theirs[0]!r}")
+    elif crosscoder.model_name and name and crosscoder.model_name != name:
+        raise ValueError(f"this crosscoder was trained on {crosscoder.model_name!r}, the model is {name!r}")
 
 
 def _config(crosscoder: Crosscoder, dtype: torch.dtype, training: dict[str, Any]) -> dict[str, Any]:
@@ -161,12 +161,7 @@ def _config(crosscoder: Crosscoder, dtype: torch.dtype, training: dict[str, Any]
         "version": VERSION,
         "model_name": crosscoder.model_name,
         "model_fingerprint": crosscoder.model_fingerprint,
-        "wiring": crosscoder.wiring.to_dict(),
-        "n_features": crosscoder.n_features,
-        "activation": crosscoder.activation.to_dict(),
-        "tied": crosscoder.tied,
-        "skip": crosscoder.skip,
-        "undecomposed_positions": crosscoder.undecomposed_positions,
+        **crosscoder.settings(),
         "dtype": str(dtype).removeprefix("torch."),
         "training": training,
     }

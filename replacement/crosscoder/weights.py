@@ -5,14 +5,16 @@ B rows, D site width, F features per group, G groups, W written sites of a group
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from replacement.crosscoder.activation import Activation, TopK
+from replacement.crosscoder.fingerprint import fingerprint, legacy_fingerprint
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 
@@ -67,6 +69,7 @@ class CrosscoderWeights(nn.Module):
         self.tied, self.skip = tied, skip
         self.model_name, self.model_fingerprint = model_name, model_fingerprint
         self.undecomposed_positions = undecomposed_positions
+        self._fingerprint: tuple[object, str] = (None, "")
         self._allocate(dtype)
         self.initialise(seed)
 
@@ -137,20 +140,73 @@ class CrosscoderWeights(nn.Module):
         Raises:
             ValueError: the activation keeps more features than there are.
         """
+        made = cls._without_memory(other, n_features=n_features, activation=activation)
+        made.to_empty(device=other.device if device is None else device)
+        return made.train(other.training)
+
+    @classmethod
+    def _without_memory(
+        cls: type[Kind],
+        other: CrosscoderWeights,
+        *,
+        n_features: int | None = None,
+        activation: Activation | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Kind:
         with torch.device("meta"):
-            made = cls(
+            return cls(
                 other.wiring,
                 n_features=other.n_features if n_features is None else n_features,
                 activation=other.activation if activation is None else activation,
                 tied=other.tied,
                 skip=other.skip,
-                dtype=other.dtype,
+                dtype=other.dtype if dtype is None else dtype,
                 model_name=other.model_name,
                 model_fingerprint=other.model_fingerprint,
                 undecomposed_positions=other.undecomposed_positions,
             )
-        made.to_empty(device=other.device if device is None else device)
-        return made.train(other.training)
+
+    def to_inference(self: Kind, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Kind:
+        """A frozen copy in evaluation mode, for splicing into a model; this crosscoder is left as it is.
+
+        Tensors that already have the dtype and device (by default those of this crosscoder) are shared, not copied: the
+        copy then takes no memory, and follows later changes of these weights in place.
+        """
+        tensors = {name: value.detach().to(device=device, dtype=dtype) for name, value in self.state_dict().items()}
+        made = self._without_memory(self, dtype=dtype)
+        made.load_state_dict(tensors, assign=True)
+        return made.eval().requires_grad_(False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that decides what this crosscoder computes: settings, weights and thresholds.
+
+        Equal for every dtype from bfloat16 on that the weights are loaded in; see `fingerprint.fingerprint`. It is
+        computed again only after a change that autograd could see (not through `.data`).
+        """
+        tensors, settings = self.state_dict(), json.dumps(self.settings(), sort_keys=True)
+        if any(value.is_inference() for value in tensors.values()):  # torch does not count changes of these
+            return fingerprint(tensors.items(), settings)
+        state = (settings, [(value.data_ptr(), value._version) for value in tensors.values()])
+        if self._fingerprint[0] != state:
+            self._fingerprint = (state, fingerprint(tensors.items(), settings))
+        return self._fingerprint[1]
+
+    @property
+    def legacy_fingerprint(self) -> str:
+        """What `fingerprint` was in earlier versions, for comparison with their graphs: a sample of the parameters alone."""
+        return legacy_fingerprint(self.named_parameters())
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the function besides the tensors, as plain JSON values."""
+        return {
+            "wiring": self.wiring.to_dict(),
+            "n_features": self.n_features,
+            "activation": self.activation.to_dict(),
+            "tied": self.tied,
+            "skip": self.skip,
+            "undecomposed_positions": self.undecomposed_positions,
+        }
 
     @property
     def n_groups(self) -> int:

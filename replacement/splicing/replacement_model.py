@@ -232,12 +232,7 @@ class ReplacementModel:
 
 def _check(crosscoder: Crosscoder, language_model: LanguageModel, part: str) -> None:
     """Check that a crosscoder can stand in for a part of this model."""
-    check_fits(
-        crosscoder,
-        language_model.shape,
-        model_name=language_model.name,
-        model_fingerprint=language_model.fingerprint,
-    )
+    check_fits(crosscoder, language_model)
     wiring, writes = crosscoder.wiring, WRITES[part]
     whose = "a replacement model needs" if part == "mlp" else "attention needs"
     for site in wiring.write_sites:

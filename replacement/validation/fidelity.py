@@ -205,12 +205,7 @@ def _check(crosscoders: Sequence[Crosscoder], language_model: LanguageModel) -> 
     if not crosscoders:
         raise ValueError("expected at least one crosscoder to measure, got none")
     for each in crosscoders:
-        check_fits(
-            each,
-            language_model.shape,
-            model_name=language_model.name,
-            model_fingerprint=language_model.fingerprint,
-        )
+        check_fits(each, language_model)
     check_together(crosscoders)
     alone = [each.wiring.name for each in crosscoders if not possible_reads(each.wiring)]
     if alone and len(crosscoders) > 1:

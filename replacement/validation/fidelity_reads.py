@@ -47,12 +47,7 @@ def fidelity_by_reads(
     Raises:
         ValueError: what `measure_fidelity` raises, or a crosscoder that involves a second model.
     """
-    check_fits(
-        crosscoder,
-        language_model.shape,
-        model_name=language_model.name,
-        model_fingerprint=language_model.fingerprint,
-    )
+    check_fits(crosscoder, language_model)
     possible = possible_reads(crosscoder.wiring)
     if not possible:
         raise ValueError(f"a {crosscoder.wiring.name} crosscoder involves a second model: it has no spliced output")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +170,25 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "nowhere")
 
 
+@dataclass
+class Model:
+    """What of a language model is compared with a crosscoder."""
+
+    shape: ModelShape
+    name: str = ""
+    fingerprint: str = ""
+    legacy_fingerprint: str = ""
+
+
 def test_check_fits_compares_shape_then_weights_then_names(shape: ModelShape) -> None:
     crosscoder = Crosscoder(Wiring.per_layer(shape), n_features=16, model_name="gpt2", model_fingerprint="aa", seed=0)
-    checkpoint.check_fits(crosscoder, shape, model_name="gpt2")
+    checkpoint.check_fits(crosscoder, Model(shape, "gpt2"))
     checkpoint.check_fits(crosscoder, shape)
-    checkpoint.check_fits(crosscoder, shape, model_name="renamed", model_fingerprint="aa")
+    checkpoint.check_fits(crosscoder, Model(shape, "renamed", "aa"))
+    checkpoint.check_fits(crosscoder, Model(shape, "renamed", "2:bb", legacy_fingerprint="aa"))
     with pytest.raises(ValueError, match="trained on 'gpt2', the model is 'pythia'"):
-        checkpoint.check_fits(crosscoder, shape, model_name="pythia")
-    with pytest.raises(ValueError, match="on 'gpt2' with weights aa, the model is 'gpt2' with weights bb"):
-        checkpoint.check_fits(crosscoder, shape, model_name="gpt2", model_fingerprint="bb")
+        checkpoint.check_fits(crosscoder, Model(shape, "pythia"))
+    with pytest.raises(ValueError, match="on 'gpt2' with weights aa, the model is 'gpt2' with weights 2:bb"):
+        checkpoint.check_fits(crosscoder, Model(shape, "gpt2", "2:bb", legacy_fingerprint="cc"))
     with pytest.raises(ValueError, match="has width 8 at mlp_out, the model has 4"):
-        checkpoint.check_fits(crosscoder, ModelShape(3, 4, 2, 2), model_name="gpt2")
+        checkpoint.check_fits(crosscoder, Model(ModelShape(3, 4, 2, 2), "gpt2"))

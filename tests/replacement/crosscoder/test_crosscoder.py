@@ -235,6 +235,26 @@ def test_one_like_another_shares_everything_but_memory(shape: ModelShape) -> Non
         Crosscoder.like(first, n_features=8)
 
 
+def test_a_copy_for_inference_shares_what_it_can_and_leaves_the_original_alone(
+    wiring: Wiring, random_crosscoder: Any, random_inputs: Any
+) -> None:
+    original = random_crosscoder(wiring, activation=BatchTopK(3), skip=True, model_name="m").train()
+    original.b_enc[0].requires_grad_(False)
+    before = [(name, value.dtype, value.requires_grad, value.data_ptr()) for name, value in original.named_parameters()]
+    copied, rounded = original.to_inference(), original.to_inference(dtype=torch.float32)
+    assert original.training
+    assert before == [(n, v.dtype, v.requires_grad, v.data_ptr()) for n, v in original.named_parameters()]
+    for made, dtype, shared in ((copied, torch.float64, True), (rounded, torch.float32, False)):
+        assert (made.training, made.dtype, made.model_name) == (False, dtype, "m")
+        assert not any(value.requires_grad for value in made.parameters())
+        for name, value in original.state_dict().items():
+            assert torch.equal(made.state_dict()[name], value.to(dtype))
+            assert (made.state_dict()[name].data_ptr() == value.data_ptr()) == shared
+    inputs = random_inputs(wiring)
+    expected = original.eval()(inputs).reconstructions
+    assert all(torch.equal(y_BD, expected[site]) for site, y_BD in copied(inputs).reconstructions.items())
+
+
 CLT_INPUTS = {Site(layer, "resid_mid"): torch.zeros(2, 8) for layer in range(3)}
 OUTSIDE = Site(0, "mlp_out")
 MISTAKES: list[tuple[Callable[[Crosscoder], object], str]] = [

@@ -1,13 +1,14 @@
-"""All families are one class: special cases of one another give the same numbers."""
+"""All families are one class: special cases of one another, and features by other names, give the same numbers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import ReLU, TopK
+from replacement.crosscoder.activation import BatchTopK, JumpReLU, ReLU, TopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import Wiring
@@ -86,6 +87,57 @@ def test_weakly_causal_top_group_is_an_autoencoder(
     features = crosscoder.encode(inputs)
     top = crosscoder.decode_contribution(features, groups=[2])
     assert_same_outputs(sae.decode_contribution(sae.encode(inputs)), top)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("activation", [ReLU(), JumpReLU(), TopK(3), BatchTopK(3)], ids=lambda a: a.name)
+def test_the_order_of_features_does_not_matter(
+    wiring: Wiring, activation: Any, tied: bool, random_crosscoder: Any, random_inputs: Any
+) -> None:
+    """Tied groups share one order, because their features write through one decoder."""
+    first, second = (random_crosscoder(wiring, activation=activation, tied=tied, skip=True) for _ in range(2))
+    generator = torch.Generator().manual_seed(5)
+    orders = [torch.randperm(16, generator=generator) for _ in range(wiring.n_groups)]
+    orders = [orders[0]] * wiring.n_groups if tied else orders
+    with torch.no_grad():
+        for group, order_F in enumerate(orders):
+            for encoder_FD in second.encoders(group):
+                encoder_FD.copy_(encoder_FD[order_F])
+            second.b_enc[group].copy_(second.b_enc[group][order_F])
+            if isinstance(activation, JumpReLU):
+                second.threshold[group] = second.threshold[group, order_F]
+        for decoder, order_F in zip(second.W_dec, [orders[0]] * len(second.W_dec) if tied else orders, strict=True):
+            decoder.copy_(decoder[order_F])
+    inputs = random_inputs(wiring)
+    expected, found = first(inputs), second(inputs)
+    for group, order_F in enumerate(orders):
+        expected_BF = expected.features.dense(group)[:, order_F]
+        torch.testing.assert_close(found.features.dense(group), expected_BF, rtol=1e-12, atol=1e-12)
+    assert_same_outputs(found.reconstructions, expected.reconstructions)
+
+
+@pytest.mark.parametrize("activation", [ReLU(), JumpReLU(), BatchTopK(3)], ids=lambda a: a.name)
+def test_a_feature_split_into_two_equal_halves_writes_the_same(
+    wiring: Wiring, activation: Any, random_crosscoder: Any, random_inputs: Any
+) -> None:
+    """Every feature is given a twin: both fire as it did, and each writes half of what it wrote."""
+    whole = random_crosscoder(wiring, activation=activation, skip=True)
+    halves = Crosscoder.like(whole, n_features=32)
+    tensors = {}
+    for name, value in whole.state_dict().items():
+        kind = name.split(".")[0]
+        if kind in ("W_enc", "b_enc"):
+            value = torch.cat([value, value])
+        elif kind == "W_dec":
+            value = torch.cat([value, value]) / 2
+        elif isinstance(activation, JumpReLU) and kind == "threshold":
+            value = torch.cat([value, value], dim=1)
+        tensors[name] = value
+    halves.load_state_dict(tensors)
+    inputs = random_inputs(wiring)
+    expected, found = whole(inputs), halves(inputs)
+    assert len(found.features) == 2 * len(expected.features) > 0
+    assert_same_outputs(found.reconstructions, expected.reconstructions)
 
 
 def test_a_transcoder_computes_the_textbook_formula() -> None:
