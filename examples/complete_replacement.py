@@ -19,7 +19,7 @@ import replacement
 from circuits.graph.paths import average_path_length
 from replacement import ReplacementModel
 from replacement.demo.corpus import behaviours, held_out_rows
-from replacement.validation.fidelity_parts import fidelity_by_parts
+from replacement.validation.fidelity import fidelity_by_parts
 
 NAMES = {"mlp": "MLPs", "attention": "attention", "both": "both"}
 COLUMNS = {

@@ -9,6 +9,7 @@ every mode: all MLPs replaced with clean reads, all replaced with errors propaga
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -19,8 +20,9 @@ from replacement.loading import ARTIFACTS
 from replacement.training.config import READS
 from replacement.training.run import run
 from replacement.training.run_config import read_config
-from replacement.validation.fidelity import measure_fidelity
-from replacement.validation.fidelity_reads import fidelity_by_reads
+from replacement.validation.measure import measure
+from replacement.validation.protocols import CLEAN, PROPAGATED, protocols, single
+from replacement.validation.slices import batches_of
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
 SETTINGS = ('crosscoder.activation={name="topk",k=[19,7,7,7]}', 'training.losses=[{name="auxiliary"}]')
@@ -35,12 +37,20 @@ def train_and_measure(reads: str, out: Path, n_tokens: int, lm: LanguageModel) -
         run(config, folder, resume=True, progress=lambda _: bar.update())  # a finished run is left as it is
     rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=HELD_OUT_ROWS, context=lm.context_length, seed=0))
     crosscoder = checkpoint.load(folder / "crosscoder")
-    change = fidelity_by_reads(lm, crosscoder, rows)
-    return {
-        "unexplained": measure_fidelity(lm, crosscoder, rows).mean_unexplained,
-        **{f"kl_{name}": value.kl for name, value in change.items()},
-        **{f"loss_{name}": value.cross_entropy_increase for name, value in change.items()},
+    known = protocols([crosscoder])
+    groups = {
+        CLEAN: [CLEAN],
+        PROPAGATED: [PROPAGATED],
+        "single_layer": [single(site) for site in crosscoder.wiring.write_sites],
     }
+    chosen = [known[name] for names in groups.values() for name in names]
+    measured = measure(lm, [crosscoder], batches_of(rows, lm), chosen)
+    facts = measured.facts()
+    row = {"unexplained": facts["reconstruction"]["unexplained_mean"]}
+    outputs = {group: [facts["protocols"][name] for name in names] for group, names in groups.items()}
+    row |= {f"kl_{group}": fmean(output["kl"]["mean"] for output in some) for group, some in outputs.items()}
+    row |= {f"loss_{group}": fmean(o["cross_entropy_increase"] for o in some) for group, some in outputs.items()}
+    return row
 
 
 def main() -> None:
@@ -52,15 +62,7 @@ def main() -> None:
     lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model")
     lm.name = "demo"
     table = {reads: train_and_measure(reads, arguments.out, arguments.tokens, lm) for reads in READS}
-    columns = [
-        "unexplained",
-        "kl_clean",
-        "kl_replaced",
-        "kl_single_layer",
-        "loss_clean",
-        "loss_replaced",
-        "loss_single_layer",
-    ]
+    columns = list(next(iter(table.values())))
     print(f"{'trained on':12}" + "".join(f"{column:>19}" for column in columns))
     for reads, row in table.items():
         print(f"{reads:12}" + "".join(f"{row[column]:19.4f}" for column in columns))

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from replacement.language_model.language_model import LanguageModel
+
 _PIECE_CHARACTERS = 1 << 18  # a long file is tokenised in pieces of about this size, cut at line ends
 _PIECES_PER_CALL = 32
 
@@ -32,6 +34,19 @@ def special_id(tokenizer: PreTrainedTokenizerBase, role: Literal["bos", "eos"], 
     if number is None or number >= vocabulary_size:
         return None
     return None if number == tokenizer.unk_token_id and token != tokenizer.unk_token else int(number)
+
+
+def special_ids(lm: LanguageModel) -> frozenset[int]:
+    """Ids of the special and padding tokens, which no crosscoder is trained on or measured on.
+
+    The unknown token stands for a word and is not among them, unless it doubles as BOS, EOS or PAD (GPT-2 has one special
+    token for everything).
+    """
+    tokenizer = lm.tokenizer
+    if tokenizer is None:
+        return frozenset()
+    roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return frozenset(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - roles)
 
 
 def pack(

@@ -10,6 +10,7 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import WHOLE_DEPTH, Wiring
+from replacement.data.documents import special_ids
 from replacement.data.open_tokens import open_source
 from replacement.data.token_sources import TokenSource
 from replacement.language_model.language_model import LanguageModel
@@ -90,18 +91,6 @@ def open_tokens(config: DataConfig, lm: LanguageModel) -> TokenSource:
         n_held_out=config.held_out_rows,
         text_field=config.text_field,
     )
-
-
-def special_ids(lm: LanguageModel) -> frozenset[int]:
-    """Ids of the special and padding tokens, which no crosscoder is trained on.
-
-    An unknown word is a word, unless its token has another office too (GPT-2 has one special token for everything).
-    """
-    tokenizer = lm.tokenizer
-    if tokenizer is None:
-        return frozenset()
-    offices = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return frozenset(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - offices)
 
 
 def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, *, seed: int) -> Crosscoder:

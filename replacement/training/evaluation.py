@@ -13,9 +13,6 @@ from replacement.crosscoder.sites import Site
 from replacement.training.build import Models
 from replacement.validation.fidelity import measure_fidelity
 
-LOGITS_PER_PASS = 2**26
-"""Logits of one pass, 256 MiB in float32; several such tensors are compared at a time."""
-
 
 def evaluate(
     crosscoder: Crosscoder,
@@ -32,7 +29,6 @@ def evaluate(
         scales: of the activations the crosscoder lives in.
     """
     device = models.first.device
-    n_logits = rows_RT.shape[1] * models.first.vocabulary_size
     fidelity = measure_fidelity(
         models.first,
         crosscoder,
@@ -40,7 +36,6 @@ def evaluate(
         keep_RT=keep_RT.to(device),
         scales=scales,
         second_model=models.second,
-        rows_per_pass=max(1, min(64, LOGITS_PER_PASS // n_logits)),
     )
     sites = crosscoder.wiring.write_sites
     return {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from replacement.splicing.splice import Splice
 from replacement.training.losses import Loss, StepState
-from replacement.validation.fidelity_metrics import kl_divergence
+from replacement.validation.metrics import kl_divergence
 
 
 @dataclass(frozen=True)
@@ -43,4 +43,4 @@ class OutputKL(Loss):
             threshold.copy_(before)  # the step itself has measured BatchTopK's running threshold
         with torch.no_grad():
             original_KV = lm(tokens_RT)[keep_RT]
-        return self.coefficient * kl_divergence(original_KV, spliced_KV).sum() / state.n_rows
+        return self.coefficient * kl_divergence(original_KV, spliced_KV, dtype=spliced_KV.dtype).sum() / state.n_rows

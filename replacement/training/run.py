@@ -28,8 +28,9 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.data.activation_cache import ActivationCache
 from replacement.data.activation_stream import ActivationStream
+from replacement.data.documents import special_ids
 from replacement.training import snapshots
-from replacement.training.build import build_crosscoder, load_models, open_tokens, special_ids
+from replacement.training.build import build_crosscoder, load_models, open_tokens
 from replacement.training.evaluation import evaluate
 from replacement.training.metrics_log import MetricsLog
 from replacement.training.parallel import Parallel, connect

@@ -14,7 +14,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from replacement.loading import DEMO, load
-from replacement.validation.protocols import crosscoders_of, protocols
+from replacement.validation.protocols import protocols
 from replacement.validation.tables import Table, tables
 from replacement.validation.validate import ValidationConfig, curve_of, expected_tokens, validate
 
@@ -72,7 +72,7 @@ def validate_with_bar(request: Request) -> dict[str, Any]:
         dtype=DTYPES[request.dtype],
         device=request.device,
     )
-    total = expected_tokens(model.language_model, config, len(protocols(crosscoders_of(model))))
+    total = expected_tokens(model.language_model, config, len(protocols(list(model.crosscoders.values()))))
     with tqdm(total=total, desc="validate", unit="tok", unit_scale=True, disable=None) as bar:
         facts = validate(model, config, progress=bar.update)
         bar.update(max(0, bar.total - bar.n))

@@ -1,8 +1,6 @@
-"""What any crosscoder has to beat at its own number of active features, and what it must not do as well.
+"""Controls: what any crosscoder has to beat at its number of active features, and where it must not do as well.
 
-N tokens, M neurons, F dictionary vectors, D width, R = B T rows of activations.
-
-- thresholded neurons: the MLPs' own neurons, all but the k largest contributions set to 0 (Ameisen et al. 2025, "Circuit
+- thresholded neurons: the MLPs' neurons, all but the k largest contributions set to 0 (Ameisen et al. 2025, "Circuit
   Tracing", compare the same way);
 - random dictionary: k of as many random unit vectors as the crosscoder has features (4,096 at most), never trained. Its codes
   are found by matching pursuit on the very output that is replaced, which the crosscoder never sees;
@@ -10,14 +8,13 @@ N tokens, M neurons, F dictionary vectors, D width, R = B T rows of activations.
   2025, "Sparse autoencoders can interpret randomly initialized transformers"). If it were as good there, it would have learnt
   the data and not the model.
 
-k is the crosscoder's own mean number of active features of every layer, rounded.
+k is the crosscoder's mean number of active features in every layer, rounded. F dictionary vectors, M neurons, P tokens.
 """
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,43 +24,26 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
-from replacement.validation.measure import Measured, Progress, measure_slice, no_progress, site_means
-from replacement.validation.outputs import OutputSums, compare, read_original
-from replacement.validation.protocols import MEAN, PROPAGATED, ZERO, Run
-from replacement.validation.reconstruction import SiteErrors
+from replacement.validation.measure import Measured, Progress, measure, no_progress, site_means
+from replacement.validation.protocols import MEAN, PROPAGATED, ZERO, BatchRun, Protocol, protocols
 from replacement.validation.slices import Slice
 
 MAX_DICTIONARY = 4096
-"""Most vectors of the random dictionary; more would need a table of their products too large to hold."""
+"""Most vectors of the random dictionary; more would need too large a table of their products."""
 _ROWS_AT_ONCE = 128  # their products with every vector stay in a cache
 
 
-class Control(ABC):
-    """A stand-in for the MLPs with k active features in every layer."""
-
-    name: str
-    about: str
-
-    @abstractmethod
-    def logits(self, run: Run) -> Tensor:
-        """Logits with every layer's stand-in in place, errors propagating."""
-
-    @abstractmethod
-    def reconstructions(self, run: Run) -> dict[Site, tuple[Tensor, Tensor]]:
-        """Of every site its clean target and its reconstruction, `[R, D]`."""
-
-
-def keep_largest(acts_NM: Float[Tensor, "*N M"], output_norms_M: Float[Tensor, " M"], k: int) -> Float[Tensor, "*N M"]:
+def keep_largest(acts: Float[Tensor, "*P M"], output_norms_M: Float[Tensor, " M"], k: int) -> Float[Tensor, "*P M"]:
     """Neuron activations with all but the k largest `|activation| * ||output weights||` of each token set to 0."""
-    index_NK = (acts_NM.abs() * output_norms_M).topk(min(k, acts_NM.shape[-1]), dim=-1).indices
-    return torch.zeros_like(acts_NM).scatter(-1, index_NK, acts_NM.gather(-1, index_NK))
+    index = (acts.abs() * output_norms_M).topk(min(k, acts.shape[-1]), dim=-1).indices
+    return torch.zeros_like(acts).scatter(-1, index, acts.gather(-1, index))
 
 
 class Neurons:
     """The inputs of every MLP's output matrix, in any architecture: `output = acts @ W_out + b_out` (before a post-norm)."""
 
-    def __init__(self, lm: LanguageModel, layers: list[int]) -> None:
-        self.lm, self.layers = lm, layers
+    def __init__(self, lm: LanguageModel, layers: Iterable[int]) -> None:
+        self._parts = lm.parts
         mlps = {layer: lm.parts.bridge.blocks[layer].mlp for layer in layers}
         self.weights: dict[int, Tensor] = {layer: mlp.W_out.detach() for layer, mlp in mlps.items()}
         self.biases = {layer: getattr(mlp, "b_out", None) for layer, mlp in mlps.items()}
@@ -73,9 +53,9 @@ class Neurons:
         """Logits with a hook on every layer's neuron activations `[B, T, M]`."""
         named = [
             (f"blocks.{layer}.mlp.out.hook_in", lambda x, hook, layer=layer, call=hook: call(x, layer))
-            for layer in self.layers
+            for layer in self.weights
         ]
-        return self.lm.parts.run(tokens_BT, named)
+        return self._parts.run(tokens_BT, named)
 
     def output(self, acts: Tensor, layer: int) -> Tensor:
         """What the MLP writes, `[R, D]`."""
@@ -84,46 +64,43 @@ class Neurons:
         return y_RD if bias_D is None else y_RD + bias_D.detach()
 
 
-class ThresholdedNeurons(Control):
-    """The MLPs' own neurons, the k largest contributions of each token kept."""
-
-    name, about = "thresholded neurons", "the MLPs' own neurons, all but the largest contributions set to 0"
+class ThresholdedNeurons(Protocol):
+    """A protocol in which every MLP computes with its neurons of largest contribution alone."""
 
     def __init__(self, lm: LanguageModel, k: Mapping[Site, int]) -> None:
-        self._neurons = Neurons(lm, [site.layer for site in k])
+        about = "the MLPs' neurons, all but the largest contributions set to 0"
+        super().__init__(name="thresholded neurons", about=about, sites=frozenset(k))
         self._k = {site.layer: count for site, count in k.items()}
+        self._neurons = Neurons(lm, self._k)
 
     def _kept(self, acts: Tensor, layer: int) -> Tensor:
         return keep_largest(acts, self._neurons.norms[layer], self._k[layer])
 
-    def logits(self, run: Run) -> Tensor:
+    def logits(self, run: BatchRun, means: Mapping[Site, Tensor]) -> Tensor:
         """Logits with every layer's neurons thresholded at once."""
-        mask_BT1 = run.replaced_BT[0][..., None]
+        mask_BT1 = run.replaced_BT[..., None]
         return self._neurons.run(
             run.tokens_BT, lambda acts, layer: torch.where(mask_BT1, self._kept(acts, layer).view_as(acts), acts)
         )
 
-    def reconstructions(self, run: Run) -> dict[Site, tuple[Tensor, Tensor]]:
+    def stand_ins(self, run: BatchRun) -> dict[Site, tuple[Tensor, Tensor]]:
         """Outputs of all neurons and of those kept, on clean activations."""
-        found = {}
+        outputs: dict[Site, tuple[Tensor, Tensor]] = {}
 
         def see(acts: Tensor, layer: int) -> None:
-            both = (self._neurons.output(x, layer) for x in (acts, self._kept(acts, layer)))
-            found[Site(layer, "mlp_out")] = (next(both), next(both))
+            all_RD, kept_RD = (self._neurons.output(x, layer) for x in (acts, self._kept(acts, layer)))
+            outputs[Site(layer, "mlp_out")] = all_RD, kept_RD
 
         self._neurons.run(run.tokens_BT, see)
-        return found
+        return outputs
 
 
-class RandomDictionary(Control):
-    """k of F random unit vectors with non-negative coefficients, added to the site's mean."""
-
-    name, about = (
-        "random dictionary",
-        "random vectors, never trained, codes by matching pursuit on the replaced output itself",
-    )
+class RandomDictionary(Protocol):
+    """A protocol that sets every site to its mean plus k of F random unit vectors with non-negative coefficients."""
 
     def __init__(self, k: Mapping[Site, int], means: Mapping[Site, Tensor], n_features: int, *, seed: int = 0) -> None:
+        about = "random vectors, never trained, codes by matching pursuit on the replaced output itself"
+        super().__init__(name="random dictionary", about=about, sites=frozenset(k))
         self._k, self._means = k, {site: mean_D.float() for site, mean_D in means.items()}
         generator = torch.Generator().manual_seed(seed)
         self._vectors: dict[Site, Tensor] = {}
@@ -131,16 +108,16 @@ class RandomDictionary(Control):
             w_FD = torch.randn(min(n_features, MAX_DICTIONARY), len(means[site]), generator=generator)
             self._vectors[site] = (w_FD / w_FD.norm(dim=1, keepdim=True)).to(means[site].device)
 
-    def logits(self, run: Run) -> Tensor:
+    def logits(self, run: BatchRun, means: Mapping[Site, Tensor]) -> Tensor:
         """Logits with every MLP output replaced by its sparse code, layer after layer."""
-        mask_BT1 = run.replaced_BT[0][..., None]
+        mask_BT1 = run.replaced_BT[..., None]
 
         def hook(site: Site) -> Callable[[Tensor], Tensor]:
             return lambda x_BTD: torch.where(mask_BT1, self._coded(site, x_BTD.flatten(0, 1)).view_as(x_BTD), x_BTD)
 
-        return run.lm.run(run.tokens_BT, {site: hook(site) for site in self._k})
+        return run.language_model.run(run.tokens_BT, {site: hook(site) for site in self._k})
 
-    def reconstructions(self, run: Run) -> dict[Site, tuple[Tensor, Tensor]]:
+    def stand_ins(self, run: BatchRun) -> dict[Site, tuple[Tensor, Tensor]]:
         """Clean outputs and their codes."""
         return {site: (run.clean[site], self._coded(site, run.clean[site])) for site in self._k}
 
@@ -149,22 +126,22 @@ class RandomDictionary(Control):
         return (matching_pursuit(centred_RD, self._vectors[site], self._k[site]) + self._means[site]).to(y_RD)
 
 
-def matching_pursuit(y_ND: Float[Tensor, "N D"], w_FD: Float[Tensor, "F D"], k: int) -> Float[Tensor, "N D"]:
+def matching_pursuit(y_PD: Float[Tensor, "P D"], w_FD: Float[Tensor, "F D"], k: int) -> Float[Tensor, "P D"]:
     """Greedy sparse code with unit vectors: k times, take the largest positive product with what is left over.
 
     Mallat and Zhang 1993, "Matching pursuits with time-frequency dictionaries", without negative coefficients.
     """
     gram_FF = w_FD @ w_FD.T
     parts = []
-    for some_ND in y_ND.split(_ROWS_AT_ONCE):
-        product_NF, coefficient_NF = some_ND @ w_FD.T, torch.zeros(len(some_ND), len(w_FD), device=y_ND.device)
+    for some_PD in y_PD.split(_ROWS_AT_ONCE):
+        product_PF, coefficient_PF = some_PD @ w_FD.T, torch.zeros(len(some_PD), len(w_FD), device=y_PD.device)
         for _ in range(k):
-            best_N1, index_N1 = product_NF.max(dim=1, keepdim=True)
-            best_N1 = best_N1.clamp(min=0)
-            coefficient_NF.scatter_add_(1, index_N1, best_N1)
-            product_NF -= best_N1 * gram_FF[index_N1[:, 0]]
-        parts.append(coefficient_NF @ w_FD)
-    return torch.cat(parts) if parts else torch.zeros_like(y_ND)
+            best_P1, index_P1 = product_PF.max(dim=1, keepdim=True)
+            best_P1 = best_P1.clamp(min=0)
+            coefficient_PF.scatter_add_(1, index_P1, best_P1)
+            product_PF -= best_P1 * gram_FF[index_P1[:, 0]]
+        parts.append(coefficient_PF @ w_FD)
+    return torch.cat(parts) if parts else torch.zeros_like(y_PD)
 
 
 def random_weights(lm: LanguageModel, *, seed: int = 0) -> LanguageModel:
@@ -179,36 +156,40 @@ def random_weights(lm: LanguageModel, *, seed: int = 0) -> LanguageModel:
     return LanguageModel(bridge, name=f"{lm.name}, random weights")
 
 
-def matched(crosscoder: Crosscoder, l0: list[float]) -> dict[Site, int]:
+def matched_counts(crosscoder: Crosscoder, l0: Sequence[float]) -> dict[Site, int]:
     """Active features of every written site's stand-in: those of the groups that belong to its layer, at least 1."""
-    own = {site: 0.0 for site in crosscoder.wiring.write_sites}
+    counts = {site: 0.0 for site in crosscoder.wiring.write_sites}
     for group, count in enumerate(l0):
         layer = crosscoder.wiring.group_layer(group)
-        nearest = min(own, key=lambda site: abs(site.layer - layer))
-        own[nearest] += count
-    return {site: max(1, round(count)) for site, count in own.items()}
+        nearest = min(counts, key=lambda site: abs(site.layer - layer))
+        counts[nearest] += count
+    return {site: max(1, round(count)) for site, count in counts.items()}
 
 
 @torch.no_grad()
 def measure_controls(
     lm: LanguageModel,
     crosscoder: Crosscoder,
-    part: Slice,
+    sample: Slice,
     means: Mapping[Site, Tensor],
     *,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
     """The crosscoder of MLP outputs and every control on the same tokens, as plain JSON values."""
-    names = (PROPAGATED, ZERO, MEAN)
-    own = measure_slice(lm, [crosscoder], part, means, names=names, progress=progress)
-    k = matched(crosscoder, own.activity[0].l0)
-    stand_ins = [ThresholdedNeurons(lm, k), RandomDictionary(k, means, crosscoder.n_features)]
-    rows = [_row("this crosscoder", "errors propagating", own)]
-    l0 = float(sum(k.values()))
-    rows += [_measure(lm, crosscoder, part, control, own, l0, progress) for control in stand_ins]
+    known = protocols([crosscoder])
+    chosen = [known[name] for name in (PROPAGATED, ZERO, MEAN)]
+    measured = measure(lm, [crosscoder], sample.batches(), chosen, means=means, progress=progress)
+    k = matched_counts(crosscoder, measured.activity[0].l0)
+    rows = [_row("this crosscoder", "errors propagating", measured)]
+    controls: list[Protocol] = [ThresholdedNeurons(lm, k), RandomDictionary(k, means, crosscoder.n_features)]
+    stand_ins = measure(lm, [crosscoder], sample.batches(), controls, progress=progress)
+    for control in controls:
+        errors = stand_ins.stand_ins[control.name].facts()
+        output = stand_ins.outputs[control.name].facts({name: measured.outputs[name] for name in (ZERO, MEAN)})
+        rows.append(_facts(control.name, control.about, float(sum(k.values())), errors, output))
     other = random_weights(lm)
-    other_means = site_means(other, [crosscoder], part, progress)
-    there = measure_slice(other, [crosscoder], part, other_means, names=names, progress=progress)
+    other_means = site_means(other, [crosscoder], sample.batches(), progress=progress)
+    there = measure(other, [crosscoder], sample.batches(), chosen, means=other_means, progress=progress)
     about = "the same crosscoder in a model of random weights, against that model's own output"
     # What a random model says of the next token is no yardstick; that the crosscoder says the same would be.
     last = _row("random weights", about, there)
@@ -216,36 +197,13 @@ def measure_controls(
     return [*rows, last]
 
 
-def _measure(
-    lm: LanguageModel,
-    crosscoder: Crosscoder,
-    part: Slice,
-    control: Control,
-    own: Measured,
-    l0: float,
-    progress: Progress,
-) -> dict[str, Any]:
-    """One stand-in."""
-    errors, sums = SiteErrors(crosscoder.wiring.write_sites), OutputSums()
-    for batch in part.batches():
-        run = Run(lm, [crosscoder], batch)
-        original = read_original(run.logits_BTV, run.tokens_BT, run.asked_BT, run.keep_BT)
-        asked_R = run.asked_BT.flatten()
-        for site, (target_RD, output_RD) in control.reconstructions(run).items():
-            errors.add(site, target_RD[asked_R], output_RD[asked_R])
-        sums.add(original, compare(original, control.logits(run)), batch.answers)
-        progress(batch.tokens_BT.numel())
-    facts = sums.facts({name: own.outputs[name] for name in (ZERO, MEAN)})
-    return _flat(control.name, control.about, l0, errors.facts(), facts)
-
-
 def _row(name: str, about: str, measured: Measured) -> dict[str, Any]:
     facts = measured.facts()
     reconstruction = facts["reconstruction"]
-    return _flat(name, about, reconstruction["l0"], reconstruction, facts["protocols"][PROPAGATED])
+    return _facts(name, about, reconstruction["l0"], reconstruction, facts["protocols"][PROPAGATED])
 
 
-def _flat(name: str, about: str, l0: float, reconstruction: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
+def _facts(name: str, about: str, l0: float, reconstruction: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "about": about,

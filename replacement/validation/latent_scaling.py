@@ -23,7 +23,7 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
-from replacement.validation.passes import evaluating
+from replacement.validation.measure import evaluating
 
 MAX_NU_ERROR, MAX_NU_RECONSTRUCTION = 0.2, 0.5
 """Ratios below which Minder et al. call a feature exclusive."""

@@ -1,8 +1,9 @@
-"""One slice measured: its tokens are passed over once, and every protocol's sums grow. R = B T rows of activations."""
+"""The one engine that measures fidelity: one pass over batches of token rows, in which every sum grows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,124 +12,182 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
-from replacement.validation.outputs import OriginalSums, OutputSums, compare, read_original
-from replacement.validation.protocols import ERRORS_KEPT, MEAN, PROPAGATED, ZERO, Protocol, Run, protocols
-from replacement.validation.reconstruction import Activity, SiteErrors, SiteMeans
-from replacement.validation.slices import Slice
-from replacement.validation.worst import WorstTokens
+from replacement.splicing.splice import check_together, possible_reads
+from replacement.validation.outputs import OriginalOutput, OriginalSums, OutputSums, WorstTokens, compare
+from replacement.validation.protocols import ERRORS_KEPT, MEAN, PROPAGATED, ZERO, BatchRun, Protocol
+from replacement.validation.reconstruction import Activity, SiteErrors
+from replacement.validation.slices import Batch
 
 Progress = Callable[[int], None]
-"""Told how many tokens were run since it was last told, once for every forward pass."""
+"""Called after every forward pass with the number of tokens it ran."""
 
 SELF_CHECK_TOKENS = 4096
 """Tokens after which `errors kept`, which equals the original whatever the tokens, is not run any more."""
 
 
 def no_progress(n_tokens: int) -> None:
-    """Tell nobody."""
-
-
-@torch.no_grad()
-def site_means(
-    lm: LanguageModel, crosscoders: Sequence[Crosscoder], part: Slice, progress: Progress = no_progress
-) -> dict[Site, Tensor]:
-    """Mean of every written site over the tokens its crosscoder replaces.
-
-    Raises:
-        ValueError: the slice has no such token.
-    """
-    all_means: dict[Site, Tensor] = {}
-    sums = [SiteMeans() for _ in crosscoders]
-    for batch in part.batches():
-        run = Run(lm, crosscoders, batch)
-        for each, mask_BT, own in zip(crosscoders, run.replaced_BT, sums, strict=True):
-            asked_R = mask_BT.flatten()
-            own.add({site: run.clean[site][asked_R] for site in each.wiring.write_sites})
-        progress(batch.tokens_BT.numel())
-    for own in sums:
-        all_means |= own.value()
-    return all_means
+    """No-op callback."""
 
 
 class Measured:
-    """Everything one pass over a slice adds up."""
+    """Everything one pass over batches adds up.
 
-    def __init__(self, crosscoders: Sequence[Crosscoder], chosen: Iterable[Protocol], *, n_worst: int = 0) -> None:
-        sites = [site for each in crosscoders for site in each.wiring.write_sites]
-        self.chosen = tuple(chosen)
-        self.errors = SiteErrors(sites)
-        self.activity = [Activity(each) for each in crosscoders]
+    Attributes:
+        errors: reconstruction of the sites that the crosscoders write, on clean activations.
+        activity: firing of the features, one per crosscoder.
+        original: the original model's loss and accuracy.
+        outputs: of every protocol, by name.
+        stand_ins: reconstruction by protocols that use no crosscoder (controls), by name.
+        worst: tokens of largest KL with errors propagating.
+    """
+
+    def __init__(self, crosscoders: Sequence[Crosscoder], protocols: Iterable[Protocol], *, n_worst: int = 0) -> None:
+        self.protocols = tuple(protocols)
+        self.errors = SiteErrors(site for crosscoder in crosscoders for site in crosscoder.wiring.write_sites)
+        self.activity = [Activity(crosscoder) for crosscoder in crosscoders]
         self.original = OriginalSums()
-        self.outputs = {protocol.name: OutputSums() for protocol in self.chosen}
+        self.outputs = {protocol.name: OutputSums() for protocol in self.protocols}
+        self.stand_ins = {protocol.name: SiteErrors() for protocol in self.protocols}
         self.worst = WorstTokens(n_worst) if n_worst else None
 
     def facts(self) -> dict[str, Any]:
         """Plain JSON value of reconstruction, original and protocols."""
         ablated = {name: self.outputs[name] for name in (ZERO, MEAN) if name in self.outputs}
-        parts = [activity.facts() for activity in self.activity]
+        crosscoders = [activity.facts() for activity in self.activity]
         return {
             "n_tokens": self.original.n_tokens,
             "reconstruction": {
                 **self.errors.facts(),
-                "crosscoders": parts,
-                **{key: sum(part[key] for part in parts) for key in ("l0", "dead", "dense")},
+                "crosscoders": crosscoders,
+                **{key: sum(facts[key] for facts in crosscoders) for key in ("l0", "dead", "dense")},
             },
             "original": self.original.facts(),
             "protocols": {name: sums.facts(ablated) for name, sums in self.outputs.items() if sums.kl.count},
         }
 
 
-@torch.no_grad()
-def measure_slice(
-    lm: LanguageModel,
+def measure(
+    language_model: LanguageModel,
     crosscoders: Sequence[Crosscoder],
-    part: Slice,
-    means: Mapping[Site, Tensor],
+    batches: Iterable[Batch],
+    protocols: Iterable[Protocol],
     *,
-    names: Iterable[str] | None = None,
+    means: Mapping[Site, Tensor] | None = None,
+    scales: Mapping[Site, float] | None = None,
+    second_model: LanguageModel | None = None,
     n_worst: int = 0,
     progress: Progress = no_progress,
 ) -> Measured:
-    """Run the original and every protocol named over a slice.
+    """Run the original model and every protocol over batches of rows, and add up how far they are apart.
 
     Args:
-        means: of every written site, for mean ablation.
-        names: protocols; all by default.
-        n_worst: tokens of largest KL kept, with errors propagating.
+        crosscoders: of any wiring; measured in evaluation mode and left in the mode they came in. Several are spliced into
+            one pass: reconstruction is measured on the tokens that each decomposes, outputs on all that some crosscoder does.
+        batches: best held out from training.
+        protocols: such as some of `protocols(crosscoders)`; none for a model-diffing crosscoder, which no one model can hold.
+        means: of every written site, for mean ablation; see `site_means`.
+        scales: scale of each site, for a crosscoder that lives in scaled activations, as while training: it reads
+            `scale * x`, and what it writes is divided by the site's scale. 1 where absent.
+        second_model: the second model of a model-diffing crosscoder.
+        n_worst: number of tokens of largest KL to keep, with errors propagating.
 
     Raises:
-        ValueError: the slice has no token that a crosscoder decomposes.
+        ValueError: crosscoders that share a site, rows or masks of a wrong shape, a
+            model-diffing crosscoder without its second model, or no token to measure.
     """
-    known = protocols(crosscoders)
-    measured = Measured(crosscoders, [known[name] for name in names or known], n_worst=n_worst)
-    for batch in part.batches():
-        run = Run(lm, crosscoders, batch)
-        progress(batch.tokens_BT.numel())
-        original = read_original(run.logits_BTV, run.tokens_BT, run.asked_BT, run.keep_BT)
-        if not len(original.best_K):
-            continue
-        measured.original.add(original, batch.answers)
-        _reconstruct(run, measured)
-        for protocol in measured.chosen:
-            sums = measured.outputs[protocol.name]
-            if protocol.name == ERRORS_KEPT and sums.kl.count >= SELF_CHECK_TOKENS:
-                continue
-            changed = compare(original, run.logits(protocol, means))
-            sums.add(original, changed, batch.answers)
-            if measured.worst is not None and protocol.name == PROPAGATED:
-                measured.worst.add(original, changed)
-            progress(batch.tokens_BT.numel())
-    if not measured.original.n_tokens:
-        raise ValueError(f"{part.name}: no token to measure: expected at least one that the crosscoder decomposes")
+    protocols = tuple(protocols)
+    _check(crosscoders, protocols)
+    measured = Measured(crosscoders, protocols, n_worst=n_worst)
+    n_positions = 0
+    with evaluating(*crosscoders):
+        for batch in batches:
+            run = BatchRun(language_model, crosscoders, batch, scales=scales, second_model=second_model)
+            n_positions = max(n_positions, run.tokens_BT.shape[1])
+            progress(run.tokens_BT.numel())
+            _add(measured, run, batch, means or {}, progress)
+    if not measured.original.n_tokens or not all(activity.n_tokens for activity in measured.activity):
+        skipped = max((crosscoder.undecomposed_positions for crosscoder in crosscoders), default=0)
+        raise ValueError(
+            "no token to measure: expected one that is kept and that the crosscoder decomposes "
+            f"(it leaves {skipped} positions of every row undecomposed, the rows have {n_positions})"
+        )
     return measured
 
 
-def _reconstruct(run: Run, measured: Measured) -> None:
-    """Clean reads of one pass: errors of every site and firing of every feature, at the tokens asked about."""
-    for each, splice, replaced_BT, activity in zip(
-        run.crosscoders, run.clean_splices(), run.replaced_BT, measured.activity, strict=True
-    ):
-        asked_R = (run.asked_BT & replaced_BT).flatten()
-        activity.add(splice.features, asked_R)
-        for site in each.wiring.write_sites:
-            measured.errors.add(site, run.clean[site][asked_R], run.reconstruction(site)[asked_R])
+def _check(crosscoders: Sequence[Crosscoder], protocols: Sequence[Protocol]) -> None:
+    """Check that crosscoders can be measured together and in these protocols."""
+    check_together(crosscoders)
+    for crosscoder in crosscoders:
+        if not possible_reads(crosscoder.wiring):
+            involved = f"a {crosscoder.wiring.name} crosscoder involves a second model"
+            if len(crosscoders) > 1:
+                raise ValueError(f"{involved}: it cannot be measured with others")
+            if protocols:
+                raise ValueError(f"{involved}: it has no spliced output")
+
+
+def _add(measured: Measured, run: BatchRun, batch: Batch, means: Mapping[Site, Tensor], progress: Progress) -> None:
+    """Add one batch."""
+    if not bool(run.measured_BT.any()):
+        return
+    original = OriginalOutput(run.logits_BTV, run.tokens_BT, run.measured_BT, run.keep_BT, batch.answers)
+    measured.original.add(original)
+    for activity, mask_BT, reconstruction in zip(measured.activity, run.masks, run.reconstructions, strict=True):
+        measured_P = run.measured_BT[mask_BT]
+        activity.add(reconstruction.features, measured_P)
+        for site, y_PD in reconstruction.outputs.items():
+            measured.errors.add(site, run.clean[site][mask_BT.flatten()][measured_P], y_PD[measured_P])
+    for protocol in measured.protocols:
+        sums = measured.outputs[protocol.name]
+        if protocol.name == ERRORS_KEPT and sums.kl.count >= SELF_CHECK_TOKENS:
+            continue
+        changed = compare(original, protocol.logits(run, means))
+        sums.add(original, changed)
+        if measured.worst is not None and protocol.name == PROPAGATED:
+            measured.worst.add(original, changed)
+        measured_R = run.measured_BT.flatten()
+        for site, (target_RD, output_RD) in protocol.stand_ins(run).items():
+            measured.stand_ins[protocol.name].add(site, target_RD[measured_R], output_RD[measured_R])
+        progress(run.tokens_BT.numel())
+
+
+@torch.no_grad()
+def site_means(
+    language_model: LanguageModel,
+    crosscoders: Sequence[Crosscoder],
+    batches: Iterable[Batch],
+    *,
+    progress: Progress = no_progress,
+) -> dict[Site, Tensor]:
+    """Mean `[D]` of every written site over the tokens its crosscoder replaces, in float64.
+
+    Raises:
+        ValueError: there is no such token.
+    """
+    sums: dict[Site, Tensor] = {}
+    counts: dict[Site, int] = {site: 0 for crosscoder in crosscoders for site in crosscoder.wiring.write_sites}
+    for batch in batches:
+        run = BatchRun(language_model, crosscoders, batch)
+        for crosscoder, mask_BT in zip(crosscoders, run.masks, strict=True):
+            for site in crosscoder.wiring.write_sites:
+                replaced_PD = run.clean[site][mask_BT.flatten()].double()
+                sums[site] = sums.get(site, 0.0) + replaced_PD.sum(dim=0)
+                counts[site] += len(replaced_PD)
+        progress(run.tokens_BT.numel())
+    if not all(counts.values()):
+        raise ValueError("no token to measure: expected at least one that the crosscoder decomposes")
+    return {site: sum_D / counts[site] for site, sum_D in sums.items()}
+
+
+@contextmanager
+def evaluating(*crosscoders: Crosscoder) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; afterwards every crosscoder is back in the mode it came in."""
+    were_training = [crosscoder.training for crosscoder in crosscoders]
+    for crosscoder in crosscoders:
+        crosscoder.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for crosscoder, was_training in zip(crosscoders, were_training, strict=True):
+            crosscoder.train(was_training)

@@ -1,108 +1,108 @@
-"""How far a changed model's next-token distributions are from the original's: sums over tokens, in fp64.
+"""How far the next-token distributions of a changed model are from the original's: sums over tokens, in float64.
 
-B rows, T tokens per row, K measured tokens, V vocabulary. For a token with original distribution p and changed one q
-
-    KL = sum_v p_v log p_v - sum_v p_v z_v + log sum_v exp z_v        (z: logits of q)
-
-where log p is computed once and serves every change.
+P measured tokens of a batch.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from replacement.validation.fidelity_metrics import Mean
-from replacement.validation.histogram import LogHistogram
+from replacement.language_model.language_model import LanguageModel
+from replacement.validation.metrics import LogHistogram, Mean, ReferenceDistribution
 
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 UNSURE_BELOW = 0.8
 """Agreement is also counted where the original is right with less probability than this: its easy tokens say little."""
+CONFIDENT_FROM = 0.5
+"""Agreement is also counted where the original's top token has this probability: disagreement says little elsewhere."""
+CONTEXT_BEFORE = 10
+"""Tokens listed before one of the worst tokens."""
 
-_IMPOSSIBLE = 1e300
-"""A larger KL comes from a token that was ruled out, with the lowest number in place of its logit."""
 
+class OriginalOutput:
+    """The original model's output at the measured tokens of one batch.
 
-class Original(NamedTuple):
-    """The original model's output at the measured tokens of one pass."""
+    Attributes:
+        tokens_BT, measured_BT: the batch and which of its tokens are measured.
+        reference: next-token distributions `[P, V]`.
+        best_P: most likely next token.
+        next_P: the token that follows; -1 where none does, or none that is kept.
+        loss_P: loss on it; NaN where there is none.
+        probability_P: probability of the most likely token.
+    """
 
-    tokens_BT: Tensor
-    asked_BT: Tensor
-    p_KV: Tensor
-    """Probabilities, fp64."""
-    negative_entropy_K: Tensor
-    best_K: Tensor
-    """Most likely token."""
-    next_K: Tensor
-    """Token that follows; -1 where none does, or none that counts."""
-    loss_K: Tensor
-    """Loss on it; NaN where there is none."""
+    def __init__(
+        self,
+        logits_BTV: Tensor,
+        tokens_BT: Tensor,
+        measured_BT: Tensor,
+        keep_BT: Tensor | None = None,
+        answers: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self.tokens_BT, self.measured_BT, self._answers = tokens_BT, measured_BT, answers
+        self.reference = ReferenceDistribution(logits_BTV[measured_BT])
+        following_BT = torch.full_like(tokens_BT, -1)
+        following_BT[:, :-1] = tokens_BT[:, 1:] if keep_BT is None else tokens_BT[:, 1:].where(keep_BT[:, 1:], -1)
+        self.next_P = following_BT[measured_BT]
+        loss_P = -self.reference.log_p.gather(1, self.next_P.clamp(min=0)[:, None])[:, 0]
+        self.loss_P = loss_P.where(self.next_P >= 0, torch.nan)
+        self.probability_P, self.best_P = self.reference.p.max(dim=-1)
 
     @property
     def unsure(self) -> Tensor:
-        """`[K]`: where the original is right, with probability below `UNSURE_BELOW`."""
-        return (self.best_K == self.next_K) & (torch.exp(-self.loss_K) < UNSURE_BELOW)
+        """`[P]`: where the original is right, with probability below `UNSURE_BELOW`."""
+        return (self.best_P == self.next_P) & (torch.exp(-self.loss_P) < UNSURE_BELOW)
 
-    def right(self, best_K: Tensor, answers: Sequence[Sequence[int]] | None) -> Tensor:
+    def right(self, best_P: Tensor) -> Tensor:
         """Whether a prediction is the next token, or one of the row's answers; over the tokens that have one."""
-        if answers is None:
-            return (best_K == self.next_K)[self.next_K >= 0]
-        row_K = self.asked_BT.nonzero()[:, 0].tolist()
-        return torch.tensor([int(best) in answers[row] for row, best in zip(row_K, best_K.tolist(), strict=True)])
+        if self._answers is None:
+            return (best_P == self.next_P)[self.next_P >= 0]
+        row_P = self.measured_BT.nonzero()[:, 0].tolist()
+        return torch.tensor([int(best) in self._answers[row] for row, best in zip(row_P, best_P.tolist(), strict=True)])
 
 
-class Compared(NamedTuple):
-    """One pass of a changed model, by measured token."""
+class ChangedOutput(NamedTuple):
+    """A changed model's output at the same tokens."""
 
-    kl_K: Tensor
-    loss_K: Tensor
-    best_K: Tensor
-
-
-def read_original(logits_BTV: Tensor, tokens_BT: Tensor, asked_BT: Tensor, keep_BT: Tensor | None) -> Original:
-    """What every comparison needs of the original's logits."""
-    log_p_KV = logits_BTV[asked_BT].double().log_softmax(dim=-1)
-    p_KV = log_p_KV.exp()
-    following_BT = torch.full_like(tokens_BT, -1)
-    following_BT[:, :-1] = tokens_BT[:, 1:] if keep_BT is None else tokens_BT[:, 1:].where(keep_BT[:, 1:], -1)
-    next_K = following_BT[asked_BT]
-    loss_K = -log_p_KV.gather(1, next_K.clamp(min=0)[:, None])[:, 0]
-    entropy_K = torch.where(p_KV > 0, p_KV * log_p_KV, 0.0).sum(dim=-1)
-    loss_K = loss_K.where(next_K >= 0, torch.nan)
-    return Original(tokens_BT, asked_BT, p_KV, entropy_K, p_KV.argmax(dim=-1), next_K, loss_K)
+    kl_P: Tensor
+    """KL from the original's distribution, nats."""
+    loss_P: Tensor
+    """Loss on the next token; NaN where there is none."""
+    best_P: Tensor
+    """Most likely next token."""
 
 
-def compare(original: Original, logits_BTV: Tensor) -> Compared:
-    """KL, loss and prediction of a changed model at the same tokens."""
-    # A token that q rules out (logit -inf) costs nothing where p rules it out too, and an infinite KL elsewhere.
-    z_KV = logits_BTV[original.asked_BT].double().clamp(min=torch.finfo(torch.float64).min)
-    log_sum_K = z_KV.logsumexp(dim=-1)
-    kl_K = original.negative_entropy_K - torch.einsum("kv,kv->k", original.p_KV, z_KV) + log_sum_K
-    kl_K = kl_K.masked_fill(kl_K > _IMPOSSIBLE, torch.inf)
-    loss_K = log_sum_K - z_KV.gather(1, original.next_K.clamp(min=0)[:, None])[:, 0]
-    return Compared(kl_K, loss_K.where(original.next_K >= 0, torch.nan), z_KV.argmax(dim=-1))
+def compare(original: OriginalOutput, logits_BTV: Tensor) -> ChangedOutput:
+    """KL, loss and prediction of a changed model."""
+    z_PV = logits_BTV[original.measured_BT].double()
+    loss_P = z_PV.logsumexp(dim=-1) - z_PV.gather(1, original.next_P.clamp(min=0)[:, None])[:, 0]
+    loss_P = loss_P.where(original.next_P >= 0, torch.nan)
+    return ChangedOutput(original.reference.kl(z_PV), loss_P, z_PV.argmax(dim=-1))
 
 
 class OutputSums:
     """What the passes of one changed model add up to."""
 
     def __init__(self) -> None:
-        self.kl, self.loss, self.increase = LogHistogram(), Mean(), Mean()
-        self._agreed, self._agreed_unsure, self._right = Mean(), Mean(), Mean()
+        self.kl, self.loss, self.increase, self.right = LogHistogram(), Mean(), Mean(), Mean()
+        self.agreed, self.agreed_confident, self.agreed_unsure = Mean(), Mean(), Mean()
 
-    def add(self, original: Original, changed: Compared, answers: Sequence[Sequence[int]] | None = None) -> None:
+    def add(self, original: OriginalOutput, changed: ChangedOutput) -> None:
         """Add one pass."""
-        self.kl.update(changed.kl_K)
-        has_next_K = original.next_K >= 0
-        self.loss.update(changed.loss_K[has_next_K])
-        self.increase.update((changed.loss_K - original.loss_K)[has_next_K])
-        agreed_K = (changed.best_K == original.best_K).double()
-        self._agreed.update(agreed_K)
-        self._agreed_unsure.update(agreed_K[original.unsure])
-        self._right.update(original.right(changed.best_K, answers).double())
+        self.kl.update(changed.kl_P)
+        has_next_P = original.next_P >= 0
+        self.loss.update(changed.loss_P[has_next_P])
+        self.increase.update((changed.loss_P - original.loss_P)[has_next_P])
+        agreed_P = (changed.best_P == original.best_P).double()
+        self.agreed.update(agreed_P)
+        self.agreed_confident.update(agreed_P[original.probability_P >= CONFIDENT_FROM])
+        self.agreed_unsure.update(agreed_P[original.unsure])
+        self.right.update(original.right(changed.best_P).double())
 
     def facts(self, ablated: Mapping[str, OutputSums]) -> dict[str, Any]:
         """Plain JSON value.
@@ -110,15 +110,15 @@ class OutputSums:
         Args:
             ablated: sums with the sites set to 0 and to their mean, by those names.
         """
-        increase = value_of(self.increase)
+        increase = self.increase.value()
         recovered = {}
         for name, sums in ablated.items():
-            gap = value_of(sums.increase)
+            gap = sums.increase.value()
             # (ablated - changed) / (ablated - original)
             recovered[name] = 1 - increase / gap if gap and increase is not None else None
         return {
             "n_tokens": self.kl.count,
-            "cross_entropy": value_of(self.loss),
+            "cross_entropy": self.loss.value(),
             "cross_entropy_increase": increase,
             "cross_entropy_recovered": recovered,
             "kl": {
@@ -126,36 +126,73 @@ class OutputSums:
                 **{name: self.kl.quantile(share) for name, share in QUANTILES.items()},
                 "max": self.kl.maximum,
             },
-            "agreement": {"all": value_of(self._agreed), "right_but_unsure": value_of(self._agreed_unsure)},
-            "accuracy": value_of(self._right),
+            "agreement": {"all": self.agreed.value(), "right_but_unsure": self.agreed_unsure.value()},
+            "accuracy": self.right.value(),
         }
 
 
 class OriginalSums:
-    """The original model's own loss and accuracy."""
+    """The original model's loss and accuracy over the passes."""
 
     def __init__(self) -> None:
-        self.loss, self._right, self._unsure = Mean(), Mean(), Mean()
+        self.loss, self.right, self.unsure = Mean(), Mean(), Mean()
         self.n_tokens = 0
 
-    def add(self, original: Original, answers: Sequence[Sequence[int]] | None = None) -> None:
+    def add(self, original: OriginalOutput) -> None:
         """Add one pass."""
-        self.n_tokens += len(original.best_K)
-        self.loss.update(original.loss_K[original.next_K >= 0])
-        self._right.update(original.right(original.best_K, answers).double())
-        self._unsure.update(original.unsure.double())
+        self.n_tokens += len(original.best_P)
+        self.loss.update(original.loss_P[original.next_P >= 0])
+        self.right.update(original.right(original.best_P).double())
+        self.unsure.update(original.unsure.double())
 
     def facts(self) -> dict[str, Any]:
         """Plain JSON value."""
-        share = value_of(self._unsure)
         return {
             "n_tokens": self.n_tokens,
-            "cross_entropy": value_of(self.loss),
-            "accuracy": value_of(self._right),
-            "right_but_unsure": round(share * self.n_tokens) if share is not None else 0,
+            "cross_entropy": self.loss.value(),
+            "accuracy": self.right.value(),
+            "right_but_unsure": round((self.unsure.value() or 0) * self.n_tokens),
         }
 
 
-def value_of(mean: Mean) -> float | None:
-    """The mean, or None where nothing was counted."""
-    return mean.value() if mean.count else None
+class WorstTokens:
+    """The n tokens of largest KL of a stream, with the text before them."""
+
+    def __init__(self, n: int) -> None:
+        self._n, self._n_rows = n, 0
+        self._heap: list[tuple[float, tuple[int, int], dict[str, Any]]] = []
+
+    def add(self, original: OriginalOutput, changed: ChangedOutput) -> None:
+        """Look at one pass."""
+        first_row = self._n_rows
+        self._n_rows += len(original.tokens_BT)
+        kl_P, place_P = changed.kl_P.topk(min(self._n, len(changed.kl_P)))
+        where_P2 = original.measured_BT.nonzero()
+        for kl, place in zip(kl_P.tolist(), place_P.tolist(), strict=True):
+            row, position = where_P2[place].tolist()
+            facts = {
+                "kl": kl,
+                "row": first_row + row,
+                "position": position,
+                "ids": original.tokens_BT[row, max(0, position - CONTEXT_BEFORE) : position + 1].tolist(),
+                "next": int(original.next_P[place]),
+                "original": int(original.best_P[place]),
+                "original_probability": float(original.probability_P[place]),
+                "replacement": int(changed.best_P[place]),
+            }
+            # Of equal KLs the earliest token wins.
+            heapq.heappush(self._heap, (kl, (-first_row - row, -position), facts))
+            if len(self._heap) > self._n:
+                heapq.heappop(self._heap)
+
+    def facts(self, lm: LanguageModel) -> list[dict[str, Any]]:
+        """Plain JSON values, the largest KL first."""
+        rows = []
+        for _, _, facts in sorted(self._heap, key=lambda entry: entry[:2], reverse=True):
+            words = lm.token_strings(facts["ids"])
+            row = {name: value for name, value in facts.items() if name != "ids"}
+            row |= {"before": words[:-1], "token": words[-1]}
+            for name in ("next", "original", "replacement"):
+                row[name] = None if facts[name] < 0 else lm.token_strings([facts[name]])[0]
+            rows.append(row)
+        return rows

@@ -1,7 +1,7 @@
-"""Ways of putting a crosscoder into a model, each one forward pass. B rows, T tokens per row, R = B T, D width.
+"""Protocols, the ways of putting something in the place of the sites that crosscoders write, each one forward pass.
 
 - `clean`: every written site replaced, features read from the original activations;
-- `propagated`: every written site replaced, features read from the stream the replacement itself produces;
+- `propagated`: every written site replaced, features read from the stream that the replacement itself produces;
 - `single SITE`: one site replaced (nothing before it is, so what it reads is clean either way);
 - `first K layers`: the sites of layers below K replaced, features read from the replacement's own stream;
 - `errors kept`: as `propagated`, with the error terms of the original run added back; equals the original model;
@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import Hook, LanguageModel
-from replacement.splicing.replacement_model import ReplacementModel
-from replacement.splicing.splice import Splice, read_rows, replaced_tokens, run_together
+from replacement.splicing.splice import Splice, possible_reads, read_rows, replaced_tokens, run_together
 from replacement.validation.slices import Batch
 
 CLEAN, PROPAGATED, ERRORS_KEPT, ZERO, MEAN = "clean", "propagated", "errors kept", "zero", "mean"
@@ -29,13 +32,41 @@ BASIC = (CLEAN, PROPAGATED, ZERO, MEAN)
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """One way of replacing sites."""
+    """One way of replacing sites.
+
+    Where reads are propagated, a crosscoder whose wiring allows clean reads only (acausal) reads clean.
+    """
 
     name: str
-    reads: str
-    """`clean`, `propagated`, or `constant` for ablations."""
+    about: str = ""
     sites: frozenset[Site]
+    reads: str = "clean"
+    """`clean` or `propagated`."""
     errors: str = "drop"
+    """`keep` adds the error terms of the original run back."""
+    value: str = "reconstruction"
+    """What the sites are set to: `reconstruction`, `zero` or `mean`."""
+
+    def logits(self, run: BatchRun, means: Mapping[Site, Tensor]) -> Tensor:
+        """Logits `[B, T, V]` of the model with the sites replaced."""
+        hooks: dict[Site, Hook] = {}
+        splices: list[Splice] = []
+        for number, crosscoder in enumerate(run.crosscoders):
+            sites = [site for site in crosscoder.wiring.write_sites if site in self.sites]
+            if sites and self.reads == "propagated" and "propagated" in possible_reads(crosscoder.wiring):
+                splices.append(run.splice(crosscoder, sites, errors=self.errors))
+                continue
+            for site in sites:
+                if self.value == "reconstruction":
+                    value = run.reconstructions[number].outputs[site]
+                else:
+                    value = means[site] if self.value == "mean" else torch.zeros(())
+                hooks[site] = overwrite(run.masks[number], value)
+        return run_together(splices, hooks=hooks) if splices else run.language_model.run(run.tokens_BT, hooks)
+
+    def stand_ins(self, run: BatchRun) -> Mapping[Site, tuple[Tensor, Tensor]]:
+        """Targets and reconstructions `[R, D]` of what is put in the place of sites, where crosscoders do not make them."""
+        return {}
 
 
 def protocols(crosscoders: Sequence[Crosscoder]) -> dict[str, Protocol]:
@@ -43,19 +74,19 @@ def protocols(crosscoders: Sequence[Crosscoder]) -> dict[str, Protocol]:
 
     All K layers are `propagated`, and are not run a second time.
     """
-    sites = sorted({site for each in crosscoders for site in each.wiring.write_sites})
-    everything = frozenset(sites)
+    sites = sorted({site for crosscoder in crosscoders for site in crosscoder.wiring.write_sites})
+    every_site = frozenset(sites)
     plan = [
-        Protocol(name=CLEAN, reads="clean", sites=everything),
-        Protocol(name=PROPAGATED, reads="propagated", sites=everything),
-        *(Protocol(name=single(site), reads="clean", sites=frozenset([site])) for site in sites),
+        Protocol(name=CLEAN, sites=every_site),
+        Protocol(name=PROPAGATED, sites=every_site, reads="propagated"),
+        *(Protocol(name=single(site), sites=frozenset([site])) for site in sites),
         *(
-            Protocol(name=first(k), reads="propagated", sites=frozenset(site for site in sites if site.layer < k))
+            Protocol(name=first(k), sites=frozenset(site for site in sites if site.layer < k), reads="propagated")
             for k in cumulative(sites)[:-1]
         ),
-        Protocol(name=ERRORS_KEPT, reads="propagated", sites=everything, errors="keep"),
-        Protocol(name=ZERO, reads="constant", sites=everything),
-        Protocol(name=MEAN, reads="constant", sites=everything),
+        Protocol(name=ERRORS_KEPT, sites=every_site, reads="propagated", errors="keep"),
+        Protocol(name=ZERO, sites=every_site, value="zero"),
+        Protocol(name=MEAN, sites=every_site, value="mean"),
     ]
     return {protocol.name: protocol for protocol in plan}
 
@@ -75,97 +106,93 @@ def cumulative(sites: Sequence[Site]) -> list[int]:
     return sorted({site.layer + 1 for site in sites})
 
 
-class Run:
-    """The original model's pass over one batch, and everything that is replaced in it.
+class Reconstruction(NamedTuple):
+    """What one crosscoder makes of the original activations, at the P tokens it replaces."""
+
+    outputs: dict[Site, Tensor]
+    """Reconstruction `[P, D]` of every written site, in the model's scale."""
+    features: Features
+    """Active features; row is the number of the replaced token."""
+
+
+class BatchRun:
+    """The original model's run over one batch, and what crosscoders make of it.
 
     Attributes:
         logits_BTV: of the original model.
         clean: original activations `[R, D]` of every read and written site.
-        replaced_BT: tokens whose output is replaced, by crosscoder.
-        asked_BT: tokens that are measured: those asked for that some crosscoder decomposes.
+        masks: for every crosscoder the tokens `[B, T]` whose output it replaces.
+        replaced_BT: tokens that some crosscoder replaces; without crosscoders all that are kept.
+        measured_BT: tokens that are measured, those of `replaced_BT` that are asked about.
     """
 
-    def __init__(self, lm: LanguageModel, crosscoders: Sequence[Crosscoder], batch: Batch) -> None:
-        self.lm, self.crosscoders = lm, crosscoders
-        self.tokens_BT = lm.batch(batch.tokens_BT)
-        self.keep_BT = None if batch.keep_BT is None else batch.keep_BT.to(lm.device)
-        sites = {site for each in crosscoders for site in (*each.wiring.read_sites, *each.wiring.write_sites)}
-        self.logits_BTV, self.clean = read_rows(lm, self.tokens_BT, sites)
-        everything_BT = torch.ones_like(self.tokens_BT, dtype=torch.bool)
-        self.replaced_BT: list[Tensor] = []
-        for each in crosscoders:
-            mask_BT = replaced_tokens(self.tokens_BT, each.undecomposed_positions, self.keep_BT)
-            self.replaced_BT.append(everything_BT if mask_BT is None else mask_BT)
-        self.asked_BT = torch.stack(self.replaced_BT).any(dim=0)
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        crosscoders: Sequence[Crosscoder],
+        batch: Batch,
+        *,
+        scales: Mapping[Site, float] | None = None,
+        second_model: LanguageModel | None = None,
+    ) -> None:
+        """Run the original model; see `measure` for the arguments."""
+        self.language_model, self.crosscoders, self.scales = language_model, crosscoders, scales or {}
+        self.tokens_BT = language_model.batch(batch.tokens_BT)
+        self.keep_BT = None if batch.keep_BT is None else batch.keep_BT.to(language_model.device)
+        sites = {
+            s for crosscoder in crosscoders for s in (*crosscoder.wiring.read_sites, *crosscoder.wiring.write_sites)
+        }
+        self.logits_BTV, self.clean = read_rows(language_model, self.tokens_BT, {s for s in sites if s.model == 0})
+        second_sites = {Site(site.layer, site.kind): site for site in sites if site.model == 1}
+        if second_sites and second_model is None:
+            raise ValueError(f"this {crosscoders[0].wiring.name} crosscoder reads a second model: give second_model")
+        if second_sites and second_model is not None:
+            activations = read_rows(second_model, self.tokens_BT, second_sites)[1]
+            self.clean |= {second_sites[site]: x_RD.to(self.logits_BTV.device) for site, x_RD in activations.items()}
+        self.masks = [self._mask(crosscoder.undecomposed_positions) for crosscoder in crosscoders]
+        self.replaced_BT = torch.stack(self.masks).any(dim=0) if self.masks else self._mask(0)
+        self.measured_BT = self.replaced_BT
         if batch.asked_BT is not None:
-            self.asked_BT = self.asked_BT & batch.asked_BT.to(lm.device)
-        self._clean_splices: list[Splice] = []
-        self._clean_hooks: dict[Site, Hook] = {}
+            self.measured_BT = self.measured_BT & batch.asked_BT.to(language_model.device)
 
-    def logits(self, protocol: Protocol, means: Mapping[Site, Tensor]) -> Tensor:
-        """Logits `[B, T, V]` of one protocol."""
-        if protocol.reads == "constant":
-            return self.lm.run(self.tokens_BT, self._constants(None if protocol.name == ZERO else means))
-        if protocol.reads == "clean" and protocol.errors == "drop":
-            hooks = self.clean_hooks()
-            return self.lm.run(self.tokens_BT, {site: hooks[site] for site in protocol.sites})
-        splices = [
-            self._splice(each, sites, protocol)
-            for each in self.crosscoders
-            if (sites := protocol.sites.intersection(each.wiring.write_sites))
-        ]
-        return run_together(splices)
+    def _mask(self, undecomposed_positions: int) -> Tensor:
+        mask_BT = replaced_tokens(self.tokens_BT, undecomposed_positions, self.keep_BT)
+        return torch.ones_like(self.tokens_BT, dtype=torch.bool) if mask_BT is None else mask_BT
 
-    def clean_splices(self) -> list[Splice]:
-        """One splice of all sites per crosscoder that reads the original activations; its features are known."""
-        if not self._clean_splices:
-            plan = Protocol(name=CLEAN, reads="clean", sites=frozenset())
-            self._clean_splices = [self._splice(each, each.wiring.write_sites, plan) for each in self.crosscoders]
-        return self._clean_splices
+    @cached_property
+    def reconstructions(self) -> list[Reconstruction]:
+        """One per crosscoder."""
+        return [self._reconstruct(*pair) for pair in zip(self.crosscoders, self.masks, strict=True)]
 
-    def clean_hooks(self) -> dict[Site, Hook]:
-        """Hooks that replace each site from clean reads; any part of them is a splice of fewer sites."""
-        if not self._clean_hooks:
-            self._clean_hooks = {s: hook for splice in self.clean_splices() for s, hook in splice.hooks().items()}
-        return self._clean_hooks
+    def _reconstruct(self, crosscoder: Crosscoder, mask_BT: Tensor) -> Reconstruction:
+        row_P = mask_BT.flatten().nonzero()[:, 0]
+        inputs = {
+            site: self.clean[site][row_P].to(crosscoder.device, crosscoder.dtype) * self.scales.get(site, 1.0)
+            for site in crosscoder.wiring.read_sites
+        }
+        outputs, features = crosscoder(inputs, positions=row_P.to(crosscoder.device) % mask_BT.shape[1])
+        return Reconstruction({site: y_PD / self.scales.get(site, 1.0) for site, y_PD in outputs.items()}, features)
 
-    def reconstruction(self, site: Site) -> Tensor:
-        """Reconstruction `[R, D]` of a written site from clean reads; tokens not replaced keep their own."""
-        x_BTD = self.clean[site].view(*self.tokens_BT.shape, -1)
-        y_BTD = self.clean_hooks()[site](x_BTD)
-        assert y_BTD is not None
-        return y_BTD.flatten(0, 1)
-
-    def _splice(self, crosscoder: Crosscoder, sites: frozenset[Site] | tuple[Site, ...], protocol: Protocol) -> Splice:
+    def splice(self, crosscoder: Crosscoder, sites: Sequence[Site], *, errors: str) -> Splice:
+        """A splice that reads the stream which it makes itself."""
         return Splice(
-            self.lm,
+            self.language_model,
             crosscoder,
             self.tokens_BT,
             sites=sites,
-            reads=protocol.reads,
-            errors=protocol.errors,
+            errors=errors,
+            scales=self.scales,
             keep_BT=self.keep_BT,
             clean=self.clean,
         )
 
-    def _constants(self, means: Mapping[Site, Tensor] | None) -> dict[Site, Hook]:
-        """Hooks that set every written site to its mean, or to 0."""
-        hooks: dict[Site, Hook] = {}
-        for each, mask_BT in zip(self.crosscoders, self.replaced_BT, strict=True):
-            for site in each.wiring.write_sites:
-                hooks[site] = _constant(mask_BT, None if means is None else means[site])
-        return hooks
 
+def overwrite(mask_BT: Bool[Tensor, "B T"], value: Tensor) -> Hook:
+    """A hook that sets the P tokens of a mask to a value `[P, D]`, or all of them to one of `[D]` or `[]`."""
 
-def crosscoders_of(model: ReplacementModel) -> list[Crosscoder]:
-    """The one or two crosscoders of a replacement model."""
-    return list(model.crosscoders.values())
-
-
-def _constant(mask_BT: Tensor, value_D: Tensor | None) -> Hook:
     def hook(x_BTD: Tensor) -> Tensor:
-        flat_BTD = x_BTD.flatten(2)
-        new_D = torch.zeros_like(flat_BTD[0, 0]) if value_D is None else value_D.to(flat_BTD)
-        return torch.where(mask_BT[..., None], new_D, flat_BTD).view_as(x_BTD)
+        changed_BTD = x_BTD.flatten(2).clone()
+        changed_BTD[mask_BT.to(x_BTD.device)] = value.to(changed_BTD)
+        return changed_BTD.view_as(x_BTD)
 
     return hook

@@ -1,8 +1,8 @@
-"""How well the written sites are reconstructed from clean activations, and how the features fire. N rows, D width, G groups."""
+"""How well the written sites are reconstructed from clean activations, and how the features fire: sums over tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
-from replacement.validation.fidelity_metrics import Mean, VarianceUnexplained
+from replacement.validation.metrics import Mean, VarianceUnexplained
 
 DENSE_ABOVE = 0.1
 """A feature that fires on a larger share of the tokens is called dense."""
@@ -21,57 +21,50 @@ DENSE_ABOVE = 0.1
 class SiteErrors:
     """Fraction of variance unexplained and mean cosine of every written site."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self._errors = {site: VarianceUnexplained() for site in sites}
-        self._cosines = {site: Mean() for site in sites}
+    def __init__(self, sites: Iterable[Site] = ()) -> None:
+        self.errors = {site: VarianceUnexplained() for site in sites}
+        self._cosines = {site: Mean() for site in self.errors}
 
-    def add(self, site: Site, target_ND: Tensor, output_ND: Tensor) -> None:
+    def add(self, site: Site, target_PD: Tensor, reconstruction_PD: Tensor) -> None:
         """Add some tokens of one site."""
-        if not len(target_ND):
-            return
-        target_ND, output_ND = target_ND.double(), output_ND.double()
-        self._errors[site].update(target_ND, output_ND)
-        self._cosines[site].update(functional.cosine_similarity(target_ND, output_ND, dim=-1))
-
-    @property
-    def total(self) -> float | None:
-        """Squared error of all sites over the variance of all sites; None if nothing varies."""
-        variance = sum(each.variance for each in self._errors.values())
-        return sum(each.error for each in self._errors.values()) / variance if variance > 0 else None
+        target_PD, reconstruction_PD = target_PD.double(), reconstruction_PD.to(target_PD.device).double()
+        self.errors.setdefault(site, VarianceUnexplained()).update(target_PD, reconstruction_PD)
+        cosine_P = functional.cosine_similarity(target_PD, reconstruction_PD, dim=-1)
+        self._cosines.setdefault(site, Mean()).update(cosine_P)
 
     def facts(self) -> dict[str, Any]:
-        """Plain JSON value."""
-        sites = [
-            {
-                "site": str(site),
-                "layer": site.layer,
-                "unexplained": error.error / error.variance if error.variance > 0 else None,
-                "cosine": self._cosines[site].value() if self._cosines[site].count else None,
-            }
-            for site, error in self._errors.items()
-        ]
-        known = [error.error / error.variance for error in self._errors.values() if error.variance > 0]
+        """Plain JSON value; over all sites, sums are taken before the ratio."""
+        values = [error.value() for error in self.errors.values()]
+        known = [value for value in values if value is not None]
+        variance = sum(error.variance for error in self.errors.values())
         return {
-            "sites": sites,
-            "unexplained": self.total,
+            "sites": [
+                {"site": str(site), "layer": site.layer, "unexplained": value, "cosine": self._cosines[site].value()}
+                for site, value in zip(self.errors, values, strict=True)
+            ],
+            "unexplained": sum(error.error for error in self.errors.values()) / variance if variance > 0 else None,
             "unexplained_mean": sum(known) / len(known) if known else None,
         }
 
 
 class Activity:
-    """On how many tokens each feature of a crosscoder fires."""
+    """On how many tokens each feature of a crosscoder fires.
+
+    Attributes:
+        n_tokens: tokens seen.
+    """
 
     def __init__(self, crosscoder: Crosscoder) -> None:
         self.wiring, self.n_features = crosscoder.wiring, crosscoder.n_features
         self.n_tokens = 0
         self._fired_GF = torch.zeros(crosscoder.n_groups, crosscoder.n_features, dtype=torch.int64)
 
-    def add(self, features: Mapping[int, Features], asked_R: Tensor) -> None:
-        """Add the features of one pass, counting the rows asked about."""
-        self.n_tokens += int(asked_R.sum())
-        for group, own in features.items():
-            counted = asked_R.to(own.row.device)[own.row] & (own.activation != 0)
-            self._fired_GF[group] += torch.bincount(own.index[counted], minlength=self.n_features).cpu()
+    def add(self, features: Features, measured_P: Tensor) -> None:
+        """Add the features of P tokens, counting those that are measured."""
+        self.n_tokens += int(measured_P.sum())
+        counted = measured_P.to(features.row.device)[features.row] & (features.activation != 0)
+        place = features.group[counted] * self.n_features + features.index[counted]
+        self._fired_GF += torch.bincount(place, minlength=self._fired_GF.numel()).view_as(self._fired_GF).cpu()
 
     @property
     def l0(self) -> list[float]:
@@ -94,28 +87,3 @@ class Activity:
             for group, l0 in enumerate(self.l0)
         ]
         return {"groups": groups, "l0": sum(self.l0), "dead": sum(dead_G), "dense": sum(dense_G)}
-
-
-class SiteMeans:
-    """Mean activation of every site, in fp64."""
-
-    def __init__(self) -> None:
-        self._sums: dict[Site, Tensor] = {}
-        self._n_tokens = 0
-
-    def add(self, activations: Mapping[Site, Tensor]) -> None:
-        """Add activations `[N, D]`, the same tokens of every site."""
-        for site, x_ND in activations.items():
-            sum_D = x_ND.double().sum(dim=0)
-            self._sums[site] = self._sums[site] + sum_D if site in self._sums else sum_D
-        self._n_tokens += len(next(iter(activations.values())))
-
-    def value(self) -> dict[Site, Tensor]:
-        """The means `[D]`.
-
-        Raises:
-            ValueError: no token was seen.
-        """
-        if not self._n_tokens:
-            raise ValueError("no token to measure: expected at least one that the crosscoder decomposes")
-        return {site: sum_D / self._n_tokens for site, sum_D in self._sums.items()}

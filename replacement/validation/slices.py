@@ -1,6 +1,6 @@
 """The token rows a replacement is measured on: a stream, the demo's behaviours, one template, shuffled words.
 
-B rows of one pass, T tokens per row. A slice yields its batches afresh at every iteration and never holds more than a few.
+A slice yields its batches afresh at every iteration and never holds more than a few.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from replacement.data.documents import special_ids
 from replacement.data.token_sources import DEMO_HELD_OUT_SEED, DemoRows, TokenSource
 from replacement.language_model.language_model import LanguageModel
-from replacement.training.build import special_ids
 
 DEMO_ROWS_PER_SEED = 512
 LOGITS_PER_PASS = 2**23
-"""Logits of one pass, 64 MiB in float64; a few such tensors exist at a time."""
+"""Logits of one forward pass, 64 MiB in float64; a few such tensors exist at a time."""
 MAX_ROWS_PER_PASS = 64
 _SHUFFLE_SEED = 0
 _PROMPTS_PER_PROBE = 5
 
 
 class Batch(NamedTuple):
-    """Rows of one length."""
+    """Rows of token ids, all of one length, that run together."""
 
     tokens_BT: Int[Tensor, "B T"]
-    keep_BT: Bool[Tensor, "B T"] | None
-    """Tokens that may be replaced; None for all."""
-    asked_BT: Bool[Tensor, "B T"] | None
+    keep_BT: Bool[Tensor, "B T"] | None = None
+    """Tokens that may be replaced; None for all. The others (padding, special tokens) keep the model's own output."""
+    asked_BT: Bool[Tensor, "B T"] | None = None
     """Tokens that are measured, of those replaced; None for all."""
     answers: Sequence[Sequence[int]] | None = None
-    """For every row, the token ids that are right after its one measured token; None where only the next token is."""
+    """For every row the token ids that are right after its one measured token; None where only the next token is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """A named part of what a model may be asked."""
+    """A named set of rows."""
 
     name: str
     about: str
@@ -51,9 +51,28 @@ class Slice:
     """About how many tokens an iteration runs, for a progress bar."""
 
 
-def rows_per_pass(lm: LanguageModel, context: int) -> int:
-    """Rows of one pass, few enough for their logits to stay small."""
+def rows_that_fit(lm: LanguageModel, context: int) -> int:
+    """Rows of one forward pass, few enough for their logits to stay small."""
     return max(1, min(MAX_ROWS_PER_PASS, LOGITS_PER_PASS // (context * lm.vocabulary_size)))
+
+
+def batches_of(
+    rows_RT: Tensor, lm: LanguageModel, *, keep_RT: Tensor | None = None, rows_per_pass: int | None = None
+) -> Iterator[Batch]:
+    """Rows and the mask of their tokens that may be replaced, some rows at a time.
+
+    Raises:
+        ValueError: no token, or a mask of another shape or dtype.
+    """
+    if rows_RT.ndim != 2 or not rows_RT.numel():
+        raise ValueError(f"expected token rows [R, T] with at least one token, got {list(rows_RT.shape)}")
+    if keep_RT is not None and (keep_RT.shape != rows_RT.shape or keep_RT.dtype != torch.bool):
+        got = f"{keep_RT.dtype} of {list(keep_RT.shape)}"
+        raise ValueError(f"the mask must be bool of shape {list(rows_RT.shape)}, got {got}")
+    size = rows_per_pass or rows_that_fit(lm, rows_RT.shape[1])
+    for first in range(0, len(rows_RT), size):
+        some = slice(first, first + size)
+        yield Batch(rows_RT[some], None if keep_RT is None else keep_RT[some])
 
 
 def stream(name: str, about: str, source: TokenSource, lm: LanguageModel, *, n_tokens: int) -> Slice:
@@ -61,7 +80,7 @@ def stream(name: str, about: str, source: TokenSource, lm: LanguageModel, *, n_t
 
     Special tokens after a row's first keep their own output and are not measured, as in training: they separate documents.
     """
-    size, special = rows_per_pass(lm, source.context), torch.tensor(sorted(special_ids(lm)))
+    size, special = rows_that_fit(lm, source.context), torch.tensor(sorted(special_ids(lm)))
     n_rows = max(1, n_tokens // source.context)
 
     def batches() -> Iterator[Batch]:
@@ -123,7 +142,7 @@ def _prompts(
         by_length.setdefault(len(ids), []).append((ids, right))
     parts: list[Batch] = []
     for length, rows in sorted(by_length.items()):
-        size = rows_per_pass(lm, length + 1)
+        size = rows_that_fit(lm, length + 1)
         for some in (rows[first : first + size] for first in range(0, len(rows), size)):
             tokens_BT = torch.tensor([[*ids, right[0]] for ids, right in some])
             asked_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)

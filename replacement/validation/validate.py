@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.replacement_model import ReplacementModel
 from replacement.validation.compute import compute_equivalent
 from replacement.validation.controls import measure_controls
-from replacement.validation.measure import Measured, Progress, measure_slice, no_progress, site_means
-from replacement.validation.protocols import BASIC, CLEAN, PROPAGATED, crosscoders_of, cumulative, first, single
+from replacement.validation.measure import Measured, Progress, measure, no_progress, site_means
+from replacement.validation.protocols import BASIC, CLEAN, PROPAGATED, cumulative, first, protocols, single
 from replacement.validation.slices import Slice, demo_slices, shuffled, stream
 
 FORMAT = "crosstrace validation"
@@ -77,14 +78,17 @@ def validate(
         ValueError: a source that cannot be opened or has no token to measure.
     """
     config = config or ValidationConfig()
-    lm, crosscoders = model.language_model, crosscoders_of(model)
+    lm, crosscoders = model.language_model, list(model.crosscoders.values())
+    known = protocols(crosscoders)
+    basic = [known[name] for name in BASIC]
     whole, others = slices_of(lm, config)
-    means = site_means(lm, crosscoders, whole, progress)
-    measured = measure_slice(lm, crosscoders, whole, means, n_worst=config.n_worst, progress=progress)
+    means = site_means(lm, crosscoders, whole.batches(), progress=progress)
+    measure_rows = partial(measure, lm, crosscoders, means=means, progress=progress)
+    measured = measure_rows(whole.batches(), known.values(), n_worst=config.n_worst)
     facts = measured.facts()
     rows = [_slice_row(whole, facts, facts)]
     for other in others:
-        part = measure_slice(lm, crosscoders, other, means, names=BASIC, progress=progress)
+        part = measure_rows(other.batches(), basic)
         rows.append(_slice_row(other, part.facts(), facts))
     controls = []
     if config.controls:

@@ -13,7 +13,7 @@ import replacement
 from replacement.demo.corpus import held_out_rows
 from replacement.demo.report import measure_demo
 from replacement.loading import ARTIFACTS
-from replacement.validation.fidelity_parts import fidelity_by_parts
+from replacement.validation.fidelity import fidelity_by_parts
 
 TARGET = 0.98
 NO_TARGET = {"two-hop, held-out states"}

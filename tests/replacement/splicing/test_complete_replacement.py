@@ -13,8 +13,7 @@ from torch import Tensor
 from replacement import Intervention, LanguageModel, ReLU, ReplacementModel, Site, Wiring
 from replacement.splicing.intervention import PARTS
 from replacement.splicing.splice import Splice
-from replacement.validation.fidelity import measure_fidelity
-from replacement.validation.fidelity_parts import fidelity_by_parts
+from replacement.validation.fidelity import fidelity_by_parts, measure_fidelity
 
 EVERYWHERE = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 

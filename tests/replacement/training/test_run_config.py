@@ -21,7 +21,8 @@ from replacement import checkpoint
 from replacement.cli import main
 from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, TopK
 from replacement.crosscoder.wiring import Wiring
-from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens, special_ids
+from replacement.data.documents import special_ids
+from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens
 from replacement.training.config import CrosscoderConfig, DataConfig, TrainingConfig
 from replacement.training.losses import Auxiliary, Tanh
 from replacement.training.metrics_log import MetricsLog, read_metrics

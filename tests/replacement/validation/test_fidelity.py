@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from replacement import Crosscoder, ReLU, Site, TopK, Wiring
+from replacement import Crosscoder, ReLU, TopK, Wiring
 from replacement.crosscoder.activation import BatchTopK
 from replacement.validation.fidelity import measure_fidelity
-from replacement.validation.fidelity_reads import fidelity_by_reads
+from replacement.validation.measure import measure
+from replacement.validation.protocols import protocols
+from replacement.validation.slices import batches_of
 
 WIRINGS = {
     "autoencoder": lambda lm: Wiring.autoencoder(lm),
@@ -131,10 +133,16 @@ def test_a_training_crosscoder_is_measured_as_it_will_be_used(language_model: An
     folded.fold_input_scale(scales, scales)
     before = {name: value.clone() for name, value in scaled.state_dict().items()}
     ours = measure_fidelity(lm, scaled.train(), prompts(), scales=scales)
-    for measure, theirs in zip(ours, measure_fidelity(lm, folded.eval(), prompts()), strict=True):
-        assert measure == pytest.approx(theirs, rel=1e-9)
-    by_reads = fidelity_by_reads(lm, scaled, prompts(), scales=scales)
-    assert by_reads["propagated"].kl == pytest.approx(ours.kl, rel=1e-9)
+    for value, theirs in zip(ours, measure_fidelity(lm, folded.eval(), prompts()), strict=True):
+        assert value == pytest.approx(theirs, rel=1e-9)
+    everything = [protocols([crosscoder]).values() for crosscoder in (scaled, folded)]
+    options = [{"means": dict.fromkeys(scales, torch.zeros(32)), "scales": s} for s in (scales, None)]
+    for_scaled, for_folded = (
+        measure(lm, [crosscoder], batches_of(prompts(), lm), chosen, **option).facts()["protocols"]
+        for crosscoder, chosen, option in zip((scaled, folded), everything, options, strict=True)
+    )
+    for name, facts in for_scaled.items():
+        assert facts["kl"] == pytest.approx(for_folded[name]["kl"], rel=1e-8, abs=1e-13), name
     assert scaled.training
     for name, value in scaled.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -149,28 +157,18 @@ def test_one_run_of_the_original_per_pass(language_model: Any, monkeypatch: pyte
     assert len(runs) == 3  # original, spliced, zeroed
 
 
-def test_the_modes_of_reading_equal_hooks_by_hand(language_model: Any) -> None:
+def test_an_acausal_crosscoder_reads_clean(language_model: Any) -> None:
+    """It cannot read the stream that it replaces, so the spliced model holds its reconstructions of the original one."""
     lm = language_model("gpt2", torch.float64)
-    crosscoder, tokens = tiny.crosscoder_for(lm), prompts()
-    clean = lm.read(tokens, crosscoder.wiring.read_sites)
-    outputs = crosscoder({site: x.flatten(0, 1) for site, x in clean.items()}).reconstructions
-
-    def change(sites: list[Site]) -> tuple[float, float]:
-        logits = lm.run(tokens, {site: (lambda x, site=site: outputs[site].detach().view_as(x)) for site in sites})
-        p, q = (torch.distributions.Categorical(logits=z) for z in (lm(tokens), logits))
-        kl = float(torch.distributions.kl_divergence(p, q).mean())
-        return kl, mean_loss(logits, tokens) - mean_loss(lm(tokens), tokens)
-
-    by_reads = fidelity_by_reads(lm, crosscoder, tokens, rows_per_pass=2)
-    sites = list(crosscoder.wiring.write_sites)
-    assert by_reads["clean"] == pytest.approx(change(sites), rel=1e-9)
-    alone = torch.tensor([change([site]) for site in sites], dtype=torch.float64).mean(0)
-    assert by_reads["single_layer"] == pytest.approx(tuple(alone.tolist()), rel=1e-9)
-    whole = measure_fidelity(lm, crosscoder, tokens)
-    assert by_reads["propagated"].kl == pytest.approx(whole.kl, rel=1e-9)
-    increase = (whole.cross_entropy or 0) - (whole.cross_entropy_original or 0)
-    assert by_reads["propagated"].cross_entropy_increase == pytest.approx(increase, rel=1e-9)
-    assert set(fidelity_by_reads(lm, identity_crosscoder(Wiring.acausal(lm)), tokens)) == {"clean", "single_layer"}
+    crosscoder, tokens = tiny.crosscoder_for(lm, wiring=Wiring.acausal(lm, site="resid_mid")), prompts()
+    sites = crosscoder.wiring.write_sites
+    clean = {site: x.flatten(0, 1) for site, x in lm.read(tokens, crosscoder.wiring.read_sites).items()}
+    outputs = {site: y.detach() for site, y in crosscoder(clean).reconstructions.items()}
+    spliced = lm.run(tokens, {site: (lambda x, site=site: outputs[site].view_as(x)) for site in sites})
+    fidelity = measure_fidelity(lm, crosscoder, tokens, rows_per_pass=2)
+    p, q = (torch.distributions.Categorical(logits=z) for z in (lm(tokens), spliced))
+    assert fidelity.kl == pytest.approx(float(torch.distributions.kl_divergence(p, q).mean()), rel=1e-9)
+    assert fidelity.cross_entropy == pytest.approx(mean_loss(spliced, tokens), rel=1e-10)
 
 
 def test_rows_of_one_token_have_no_loss(language_model: Any) -> None:
@@ -178,27 +176,27 @@ def test_rows_of_one_token_have_no_loss(language_model: Any) -> None:
     fidelity = measure_fidelity(lm, tiny.crosscoder_for(lm), prompts()[:, :1])
     assert fidelity.cross_entropy is fidelity.cross_entropy_recovered is None
     assert fidelity.kl is not None
-    by_reads = fidelity_by_reads(lm, tiny.crosscoder_for(lm), prompts()[:, :1])
-    assert by_reads["clean"].cross_entropy_increase is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rows_RT": torch.ones(3, dtype=torch.int64)}, "expected token rows [R, T] with at least one token, got [3]"),
-        ({"rows_RT": torch.ones(3, 1, dtype=torch.int64)}, "leaves 1 positions undecomposed, the rows have 1"),
+        (
+            {"rows_RT": torch.ones(3, 1, dtype=torch.int64)},
+            "leaves 1 positions of every row undecomposed, the rows have 1",
+        ),
         ({"rows_RT": torch.full((3, 4), 97)}, "token ids must lie in [0, 97)"),
         ({"keep_RT": torch.ones(5, 7, dtype=torch.bool)}, "bool of shape [5, 8], got torch.bool of [5, 7]"),
         ({"keep_RT": torch.ones(5, 8)}, "bool of shape [5, 8], got torch.float32 of [5, 8]"),
-        ({"keep_RT": torch.zeros(5, 8, dtype=torch.bool)}, "the mask keeps no token"),
+        ({"keep_RT": torch.zeros(5, 8, dtype=torch.bool)}, "no token to measure: expected one that is kept"),
     ],
 )
 def test_bad_rows_and_masks(language_model: Any, options: dict[str, Any], message: str) -> None:
     lm = language_model("gpt2")
     crosscoder = tiny.crosscoder_for(lm, undecomposed_positions=1)
-    for function in (measure_fidelity, fidelity_by_reads):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            function(lm, crosscoder, **{"rows_RT": prompts(), **options})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        measure_fidelity(lm, crosscoder, **{"rows_RT": prompts(), **options})
 
 
 def test_crosscoders_of_other_models(language_model: Any) -> None:
@@ -207,7 +205,6 @@ def test_crosscoders_of_other_models(language_model: Any) -> None:
     with pytest.raises(ValueError, match="model_diffing crosscoder reads a second model: give second_model"):
         measure_fidelity(lm, diffing, prompts())
     with pytest.raises(ValueError, match="involves a second model: it has no spliced output"):
-        fidelity_by_reads(lm, diffing, prompts())
-    for function in (measure_fidelity, fidelity_by_reads):
-        with pytest.raises(ValueError, match="trained on another model: on 'tiny-gpt2'"):
-            function(language_model("llama"), tiny.crosscoder_for(lm), prompts())
+        measure(lm, [diffing], batches_of(prompts(), lm), protocols([diffing]).values(), second_model=lm)
+    with pytest.raises(ValueError, match="trained on another model: on 'tiny-gpt2'"):
+        measure_fidelity(language_model("llama"), tiny.crosscoder_for(lm), prompts())

@@ -16,13 +16,13 @@ from replacement.validation.controls import (
     Neurons,
     RandomDictionary,
     ThresholdedNeurons,
-    matched,
+    matched_counts,
     matching_pursuit,
     measure_controls,
     random_weights,
 )
 from replacement.validation.measure import site_means
-from replacement.validation.protocols import Run
+from replacement.validation.protocols import BatchRun
 from replacement.validation.slices import Batch, Slice
 
 
@@ -33,7 +33,7 @@ def tokens() -> torch.Tensor:
 
 def part() -> Slice:
     """The prompts as a slice."""
-    return Slice(name="rows", about="", batches=lambda: [Batch(tokens(), None, None)], n_tokens=32)
+    return Slice(name="rows", about="", batches=lambda: [Batch(tokens())], n_tokens=32)
 
 
 def test_matching_pursuit_takes_the_largest_products_one_by_one() -> None:
@@ -57,22 +57,22 @@ def test_an_orthonormal_dictionary_is_exact_where_coefficients_are_positive() ->
 def test_all_neurons_are_the_model_and_none_but_one_is_not(language_model: Any, architecture: str) -> None:
     lm = language_model(architecture, torch.float64)
     crosscoder = tiny.crosscoder_for(lm, wiring=Wiring.per_layer(lm, read="mlp_in"))
-    run = Run(lm, [crosscoder], Batch(tokens(), None, None))
+    run = BatchRun(lm, [crosscoder], Batch(tokens()))
     sites = crosscoder.wiring.write_sites
     width = len(Neurons(lm, [0]).norms[0])
     everything = ThresholdedNeurons(lm, dict.fromkeys(sites, width))
-    torch.testing.assert_close(everything.logits(run), run.logits_BTV)
-    for site, (target, output) in everything.reconstructions(run).items():
+    torch.testing.assert_close(everything.logits(run, {}), run.logits_BTV)
+    for site, (target, output) in everything.stand_ins(run).items():
         torch.testing.assert_close(target, run.clean[site])
         torch.testing.assert_close(output, target)
     one = ThresholdedNeurons(lm, dict.fromkeys(sites, 1))
-    target, output = one.reconstructions(run)[sites[0]]
+    target, output = one.stand_ins(run)[sites[0]]
     neurons = Neurons(lm, [0])
     rank_one = [output[i] - (neurons.biases[0] if neurons.biases[0] is not None else 0) for i in range(len(output))]
     directions = torch.nn.functional.normalize(neurons.weights[0], dim=1)
     for y_D in rank_one:
         assert float((directions @ y_D).abs().max()) == pytest.approx(float(y_D.norm()), rel=1e-6)
-    assert not torch.allclose(one.logits(run), run.logits_BTV)
+    assert not torch.allclose(one.logits(run, {}), run.logits_BTV)
 
 
 def test_random_dictionary_replaces_only_what_it_may(language_model: Any) -> None:
@@ -81,8 +81,8 @@ def test_random_dictionary_replaces_only_what_it_may(language_model: Any) -> Non
     means = {site: torch.zeros(32, dtype=torch.float64) for site in crosscoder.wiring.write_sites}
     control = RandomDictionary(dict.fromkeys(means, 2), means, 16)
     crosscoder.undecomposed_positions = 7
-    run = Run(lm, [crosscoder], Batch(tokens(), None, None))
-    logits = control.logits(run)
+    run = BatchRun(lm, [crosscoder], Batch(tokens()))
+    logits = control.logits(run, {})
     torch.testing.assert_close(logits[:, :7], run.logits_BTV[:, :7])
     assert not torch.allclose(logits[:, 7], run.logits_BTV[:, 7])
 
@@ -107,7 +107,7 @@ def test_controls_are_matched_and_measured_on_the_same_tokens(language_model: An
     lm = language_model("llama", torch.float64)
     crosscoder = tiny.crosscoder_for(lm, wiring=Wiring.strictly_causal(lm, read="mlp_in"), activation=TopK((7, 2, 4)))
     model = ReplacementModel(lm, crosscoder)
-    means = site_means(lm, [crosscoder], part())
+    means = site_means(lm, [crosscoder], part().batches())
     rows = {row["name"]: row for row in measure_controls(lm, model.crosscoder, part(), means)}
     assert list(rows) == ["this crosscoder", "thresholded neurons", "random dictionary", "random weights"]
     assert all(row["n_tokens"] == 32 for row in rows.values())
@@ -120,7 +120,7 @@ def test_controls_are_matched_and_measured_on_the_same_tokens(language_model: An
 def test_matched_counts_go_to_the_layer_of_the_group(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     clt = tiny.crosscoder_for(lm)
-    assert matched(clt, [3.4, 0.2, 1.6]) == {Site(0, "mlp_out"): 3, Site(1, "mlp_out"): 1, Site(2, "mlp_out"): 2}
+    assert matched_counts(clt, [3.4, 0.2, 1.6]) == {Site(0, "mlp_out"): 3, Site(1, "mlp_out"): 1, Site(2, "mlp_out"): 2}
 
 
 def test_compute_is_interpolated_in_its_logarithm() -> None:

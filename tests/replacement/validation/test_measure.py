@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from replacement import ReplacementModel, Site, TopK, Wiring
 from replacement.validation import ValidationConfig, validate
-from replacement.validation.histogram import RELATIVE_ERROR, LogHistogram
-from replacement.validation.measure import measure_slice, site_means
-from replacement.validation.outputs import OutputSums, compare, read_original
+from replacement.validation.measure import Measured, measure, site_means
+from replacement.validation.outputs import OriginalOutput, OutputSums, compare
+from replacement.validation.protocols import protocols
 from replacement.validation.slices import Batch, Slice, shuffled
 
 N_ROWS, T = 9, 12
@@ -39,9 +39,16 @@ def in_batches(tokens_RT: Tensor, size: int, **options: Any) -> Slice:
     """A slice of rows, a few at a time."""
 
     def batches() -> Any:
-        return (Batch(some, None, None, **options) for some in tokens_RT.split(size))
+        return (Batch(some, **options) for some in tokens_RT.split(size))
 
     return Slice(name="rows", about="", batches=batches, n_tokens=tokens_RT.numel())
+
+
+def measure_slice(lm: Any, crosscoders: Any, part: Slice, means: Any, names: Any = None, **options: Any) -> Measured:
+    """Measure a slice in the protocols named; all by default."""
+    known = protocols(crosscoders)
+    chosen = [known[name] for name in names or known]
+    return measure(lm, crosscoders, part.batches(), chosen, means=means, **options)
 
 
 def dense_kl(original_BTV: Tensor, changed_BTV: Tensor) -> Tensor:
@@ -62,7 +69,7 @@ def test_every_protocol_equals_the_model_run_by_hand(language_model: Any, archit
     model, tokens = replacement_model(language_model, architecture, attention=attention), rows()
     lm, crosscoders = model.language_model, list(model.crosscoders.values())
     part = in_batches(tokens, 4)
-    means = site_means(lm, crosscoders, part)
+    means = site_means(lm, crosscoders, part.batches())
     sites = [site for each in crosscoders for site in each.wiring.write_sites]
     clean = lm.read(tokens, sites)
     for site in sites:
@@ -107,7 +114,9 @@ def test_reconstruction_and_firing_equal_dense_formulas(language_model: Any) -> 
     model, tokens = replacement_model(language_model, "llama", undecomposed_positions=1, activation=TopK(1)), rows()
     lm, crosscoder = model.language_model, model.crosscoder
     part = in_batches(tokens, 2)
-    facts = measure_slice(lm, [crosscoder], part, site_means(lm, [crosscoder], part), names=["propagated"]).facts()
+    facts = measure_slice(
+        lm, [crosscoder], part, site_means(lm, [crosscoder], part.batches()), names=["propagated"]
+    ).facts()
     wiring = crosscoder.wiring
     clean = {s: x[:, 1:].flatten(0, 1) for s, x in lm.read(tokens, [*wiring.read_sites, *wiring.write_sites]).items()}
     outputs, features = crosscoder(clean, positions=torch.ones(N_ROWS * (T - 1), dtype=torch.int64))
@@ -139,7 +148,7 @@ def test_agreement_where_the_original_is_right_but_unsure() -> None:
     changed_BTV[::2] = original_BTV[::2] + 0.5 * changed_BTV[::2]
     tokens_BT = torch.randint(0, 4, (6, 30))
     everything = torch.ones_like(tokens_BT, dtype=torch.bool)
-    sums, read = OutputSums(), read_original(original_BTV, tokens_BT, everything, None)
+    sums, read = OutputSums(), OriginalOutput(original_BTV, tokens_BT, everything)
     sums.add(read, compare(read, changed_BTV))
     p, best = original_BTV[:, :-1].softmax(-1).max(-1)
     counted = (best == tokens_BT[:, 1:]) & (p < 0.8)
@@ -152,23 +161,11 @@ def test_infinite_logits_cost_nothing_where_both_rule_a_token_out() -> None:
     tokens_BT = torch.zeros(1, 2, dtype=torch.int64)
     p = torch.tensor([[[0.0, 1.0, -torch.inf], [0.0, 1.0, -torch.inf]]])
     q = torch.tensor([[[1.0, 0.0, -torch.inf], [0.0, -torch.inf, 0.0]]])
-    original = read_original(p, tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), None)
-    kl_K = compare(original, q).kl_K
+    original = OriginalOutput(p, tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+    kl_P = compare(original, q).kl_P
     a, b = math.exp(0) / (1 + math.e), math.e / (1 + math.e)
-    assert float(kl_K[0]) == pytest.approx(a * math.log(a / b) + b * math.log(b / a))
-    assert float(kl_K[1]) == math.inf
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.95, 0.99, 1.0])
-def test_quantiles_equal_numpy_to_a_bin(share: float) -> None:
-    values = np.random.default_rng(0).lognormal(-6, 3, 5000)
-    histogram = LogHistogram()
-    for some in np.array_split(values, 7):
-        histogram.update(torch.from_numpy(some))
-    expected = np.quantile(values, share, method="inverted_cdf")
-    assert histogram.quantile(share) == pytest.approx(expected, rel=RELATIVE_ERROR)
-    assert histogram.mean == pytest.approx(values.mean())
-    assert histogram.maximum == values.max()
+    assert float(kl_P[0]) == pytest.approx(a * math.log(a / b) + b * math.log(b / a))
+    assert float(kl_P[1]) == math.inf
 
 
 def test_what_is_kept_does_not_grow_with_the_tokens(language_model: Any) -> None:
@@ -184,12 +181,12 @@ def test_what_is_kept_does_not_grow_with_the_tokens(language_model: Any) -> None
         if isinstance(value, Tensor):
             return value.numel()
         inner = value if isinstance(value, list | tuple | dict) else getattr(value, "__dict__", {})
-        return 1 + sum(numbers_held(one, seen) for one in (inner.values() if isinstance(inner, dict) else inner))
+        return 1 + sum(numbers_held(value, seen) for value in (inner.values() if isinstance(inner, dict) else inner))
 
     held = []
     for repeats in (1, 3):
         part = in_batches(rows().repeat(repeats, 1), 3)
-        means = site_means(lm, crosscoders, part)
+        means = site_means(lm, crosscoders, part.batches())
         measured = measure_slice(lm, crosscoders, part, means, n_worst=5)
         assert len(measured.worst.facts(lm)) == 5
         measured.worst = None
@@ -238,7 +235,7 @@ def test_tokens_that_are_not_kept_keep_their_output_and_do_not_count(language_mo
     lm = model.language_model
     keep = torch.ones_like(tokens, dtype=torch.bool)
     keep[:, 4] = False
-    part = Slice(name="kept", about="", batches=lambda: [Batch(tokens, keep, None)], n_tokens=tokens.numel())
+    part = Slice(name="kept", about="", batches=lambda: [Batch(tokens, keep)], n_tokens=tokens.numel())
     facts = measure_slice(lm, [model.crosscoder], part, {}, names=["clean"]).facts()
     wiring = model.crosscoder.wiring
     clean = {s: x.flatten(0, 1) for s, x in lm.read(tokens, [*wiring.read_sites, *wiring.write_sites]).items()}
@@ -291,8 +288,3 @@ def test_summary_is_made_of_the_protocols(language_model: Any, tmp_path: Any) ->
     assert sum(done) > 9 * T * len(protocols)
     equivalent = facts["compute_equivalent"]
     assert equivalent["target_loss"] == pytest.approx(1 + max(0, whole["cross_entropy_increase"]))
-
-
-def test_a_divergence_that_is_no_number_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match="logits that are not finite on this data"):
-        LogHistogram().update(torch.tensor([0.1, float("nan")]))
