@@ -99,12 +99,7 @@ def measure_fidelity(
     if not crosscoders:
         raise ValueError("expected at least one crosscoder to measure, got none")
     for each in crosscoders:
-        check_fits(
-            each,
-            language_model.shape,
-            model_name=language_model.name,
-            model_fingerprint=language_model.fingerprint,
-        )
+        check_fits(each, language_model)
     has_output = not any(site.model for each in crosscoders for site in each.wiring.read_sites)
     chosen = [protocols(crosscoders)[name] for name in (PROPAGATED, ZERO)] if has_output else []
     batches = batches_of(rows_RT, language_model, keep_RT=keep_RT, rows_per_pass=rows_per_pass)
