@@ -10,13 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from circuits.graph.circuit_graph import CircuitGraph
-from circuits.graph.nodes import NodeKind, NodeTable
-from circuits.graph.scores import Scores
-
 if TYPE_CHECKING:
     from circuits.attribution.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.attribution.trace import trace
+    from circuits.graph.circuit_graph import CircuitGraph
+    from circuits.graph.nodes import NodeKind, NodeTable
+    from circuits.graph.scores import Scores
     from circuits.heads.qk import QKAttributor, attribute_score
     from circuits.heads.qk_attribution import QKAttribution
     from circuits.heads.source_credit import source_credit
@@ -42,13 +41,17 @@ __all__ = [
     "with_heads",
 ]
 
-# What needs a model is imported on first use: reading, pruning and drawing a saved graph must not wait for torch.
+# Imported on first use: a command that is interrupted must not be importing yet, and a saved graph needs no torch.
 _LAZY = {
+    "CircuitGraph": "circuits.graph.circuit_graph",
     "DifferenceTarget": "circuits.attribution.targets",
     "FeatureTarget": "circuits.attribution.targets",
     "HeadView": "circuits.heads.view",
+    "NodeKind": "circuits.graph.nodes",
+    "NodeTable": "circuits.graph.nodes",
     "QKAttribution": "circuits.heads.qk_attribution",
     "QKAttributor": "circuits.heads.qk",
+    "Scores": "circuits.graph.scores",
     "TokenTarget": "circuits.attribution.targets",
     "attribute_score": "circuits.heads.qk",
     "head_view": "circuits.heads.view",
@@ -61,5 +64,6 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        importlib.import_module("circuits.export")  # graphs find their exporters, however they were made
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'circuits' has no attribute {name!r}")

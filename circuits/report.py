@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.paths import average_path_length, describe_path, strongest_path
 from circuits.graph.text import printable
+from replacement.console import pairs, section, table
 
 
 def summary(graph: CircuitGraph, circuit: CircuitGraph, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -49,31 +49,13 @@ def page(graphs: Mapping[str, CircuitGraph], files: Mapping[str, Path]) -> Group
     parts: list[RenderableType] = [Text(printable(first.metadata["prompt"]), style="bold"), Text()]
     parts += _tokens(first.metadata)
     parts += [
-        _section("Strongest path from a token", Text(describe_path(last, strongest_path(last)))),
-        _section("Graph", _comparison(graphs)),
-        _section("Run", Text(_run(first.metadata))),
+        section("Strongest path from a token", Text(describe_path(last, strongest_path(last)))),
+        section("Graph", _comparison(graphs)),
+        section("Run", Text(_run(first.metadata))),
     ]
     if files:
-        parts += [_section("Files", _files(files))]
+        parts += [section("Files", pairs(files.items(), width=14))]
     return Group(*parts)
-
-
-def show(console: Console, graphs: Mapping[str, CircuitGraph], files: Mapping[str, Path]) -> None:
-    """Print `page`."""
-    console.print(page(graphs, files), highlight=False, markup=False, soft_wrap=False)
-
-
-def _section(title: str, body: RenderableType) -> Group:
-    return Group(Text(title, style="bold blue"), Padding(body, (0, 0, 1, 2), expand=False))
-
-
-def _grid(*, numbers: int, width: int) -> Table:
-    """A table without lines: one column of names, then `numbers` columns of figures."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(min_width=width)
-    for _ in range(numbers):
-        table.add_column(justify="right")
-    return table
 
 
 def _tokens(facts: Mapping[str, Any]) -> list[RenderableType]:
@@ -84,32 +66,27 @@ def _tokens(facts: Mapping[str, Any]) -> list[RenderableType]:
         position = targets[0].get("position") if targets else None
         inside = position is not None and position + 1 < len(tokens)
         title = f"Token after position {position} ({printable(tokens[position])})" if inside else "Next token"
-        parts.append(_section(title, _likely(likely)))
+        parts.append(section(title, _likely(likely)))
     if targets and not {target.get("token") for target in targets} <= {one.get("token") for one in likely}:
-        parts.append(_section("Targets", _likely(targets)))
+        parts.append(section("Targets", _likely(targets)))
     return parts
 
 
 def _likely(tokens: list[dict[str, Any]]) -> Table:
-    table = _grid(numbers=1, width=12)
-    for fact in tokens:
-        probability = fact.get("probability")
-        table.add_row(Text(repr(fact.get("token", ""))), f"{100 * probability:.1f} %" if probability else "")
-    return table
+    chances = ((repr(fact.get("token", "")), fact.get("probability")) for fact in tokens)
+    return pairs([(token, f"{100 * chance:5.1f} %" if chance else "") for token, chance in chances], width=12)
 
 
 def _comparison(graphs: Mapping[str, CircuitGraph]) -> Table:
-    table = _grid(numbers=len(graphs), width=14)
-    table.add_row("", *(Text(name, style="bold") for name in graphs))
     counts = [graph.counts() for graph in graphs.values()]
-    names = {"total": "nodes", "features": "features", "errors": "errors", "edges": "edges"}
-    for key, name in names.items():
-        table.add_row(name, *(f"{count[key]:,}" for count in counts))
     scores = [graph.scores() for graph in graphs.values()]
-    table.add_row("replacement", *(f"{score.replacement:.3f}" for score in scores))
-    table.add_row("completeness", *(f"{score.completeness:.3f}" for score in scores))
-    table.add_row("path length", *(f"{average_path_length(graph):.2f}" for graph in graphs.values()))
-    return table
+    result = table("", *graphs)
+    for key, name in {"total": "nodes", "features": "features", "errors": "errors", "edges": "edges"}.items():
+        result.add_row(name, *(f"{count[key]:,}" for count in counts))
+    result.add_row("replacement", *(f"{score.replacement:.3f}" for score in scores))
+    result.add_row("completeness", *(f"{score.completeness:.3f}" for score in scores))
+    result.add_row("path length", *(f"{average_path_length(graph):.2f}" for graph in graphs.values()))
+    return result
 
 
 def _run(facts: Mapping[str, Any]) -> str:
@@ -121,11 +98,3 @@ def _run(facts: Mapping[str, Any]) -> str:
     if "seconds" in facts:
         parts.append(f"{facts['seconds']:.2f} s")
     return ", ".join(parts)
-
-
-def _files(files: Mapping[str, Path]) -> Table:
-    table = _grid(numbers=0, width=14)
-    table.add_column(overflow="fold")
-    for name, path in files.items():
-        table.add_row(name, Text(str(path)))
-    return table

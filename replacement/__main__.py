@@ -2,7 +2,13 @@
 
 import sys
 
-from replacement.cli import main
+from replacement.start import start
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    return start("replacement.cli")
+
 
 if __name__ == "__main__":
     sys.exit(main())

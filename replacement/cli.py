@@ -6,7 +6,6 @@ them.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Crosscoders, and the replacement model that a crosscoder makes of a language model.",
-)
+from replacement.command_line import DEMO, AsJson, ModelOptions, model_options, new_app, run
+from replacement.console import PIPE_WIDTH, add_row, pairs, section, show_json, table
+from replacement.console import show as show_page
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+app = new_app("Crosscoders, and the replacement model that a crosscoder makes of a language model.")
 
 
 @app.command()
@@ -38,11 +35,10 @@ def demo(
 
     facts = measure_demo(n_rows=rows)
     if as_json:
-        typer.echo(json.dumps(facts))
+        show_json(facts)
         return
-    console = Console()
-    console.print(_accuracy_table(facts["behaviours"]))
-    console.print(_fidelity_table(facts["fidelity"]))
+    show_page(_accuracy(facts["behaviours"]))
+    show_page(section(f"Fidelity on {facts['fidelity']['n_tokens']:,} held-out tokens", _fidelity(facts["fidelity"])))
 
 
 @app.command()
@@ -84,24 +80,16 @@ def train(
     if not is_first_process():
         return
     if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    table = _table("held-out rows", f"after {facts['step']:,} steps")
-    for name, value in _training_summary(facts).items():
-        table.add_row(name, value)
-    Console().print(table)
+        show_json(facts)
+    else:
+        show_page(section(f"Held-out rows after {facts['step']:,} steps", _training_summary(facts)))
 
 
 @app.command()
+@model_options
 def validate(
     *,
-    model: Annotated[str, typer.Option(help="`demo`, a hub name or a Hugging Face folder.")] = "demo",
-    crosscoder: Annotated[
-        str | None, typer.Option(help="`demo` or a checkpoint folder; the demo's for the demo.", show_default=False)
-    ] = None,
-    attention_crosscoder: Annotated[
-        str | None, typer.Option(help="A second one that replaces attention: `demo` or a checkpoint folder.")
-    ] = None,
+    options: ModelOptions,
     data: Annotated[
         str | None,
         typer.Option(help="Text files, a dataset, token ids or `demo`, not used in training.", show_default=False),
@@ -115,8 +103,6 @@ def validate(
         Path | None, typer.Option(help="JSON list of (compute, loss) pairs of the original's training.")
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens per row; the data's own by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     controls: Annotated[bool, typer.Option(help="Measure what the crosscoder has to beat.")] = True,
     report: Annotated[
         Path | None, typer.Option(help="Folder for a page, plots, tables and facts.", show_default=False)
@@ -132,37 +118,43 @@ def validate(
         check_folder(report)
     facts = validate_with_bar(
         Request(
-            model=model,
-            crosscoder=crosscoder,
-            attention_crosscoder=attention_crosscoder,
+            model=options.model or DEMO,
+            crosscoder=options.crosscoder,
+            attention_crosscoder=options.attention_crosscoder,
             data=data,
             n_tokens=tokens,
             slices=slices or [],
             training_curve=training_curve,
             context=context,
-            dtype=dtype,
-            device=device,
+            dtype=options.dtype,
+            device=options.device,
             controls=controls,
         )
     )
     if report is not None:
         write_report(facts, report)
     if as_json:
-        typer.echo(json.dumps(facts, allow_nan=False))
+        show_json(facts)
     else:
-        # A pipe has no width of its own, and the tables are wide.
-        show_tables(facts, Console() if sys.stdout.isatty() else Console(width=120))
+        show_tables(facts, Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH))
 
 
 @app.command()
-def show(folder: Annotated[Path, typer.Argument(help="A crosscoder checkpoint folder.", show_default=False)]) -> None:
-    """Describe a crosscoder checkpoint."""
+def show(
+    crosscoder: Annotated[
+        str,
+        typer.Argument(help="`demo`, the folder of a training run or of a crosscoder.", show_default=False),
+    ],
+) -> None:
+    """Describe a crosscoder."""
     from replacement.crosscoder.checkpoint import read_config
+    from replacement.loading import crosscoder_folder
 
+    folder = crosscoder_folder(crosscoder)
     config = read_config(folder)
-    table = _table("crosscoder", str(folder))
     wiring = config["wiring"]
     facts = {
+        "folder": folder,
         "model": f"{config['model_name'] or 'not recorded'} {config['model_fingerprint']}".strip(),
         "wiring": f"{wiring['name']}, {len(wiring['reads'])} groups",
         "features per group": config["n_features"],
@@ -173,39 +165,15 @@ def show(folder: Annotated[Path, typer.Argument(help="A crosscoder checkpoint fo
         "stored as": config["dtype"],
         "training": config["training"] or "not recorded",
     }
-    for name, value in facts.items():
-        table.add_row(name, str(value))
-    Console().print(table)
+    show_page(pairs(facts.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = typer.main.get_command(app)
-    try:
-        code = command.main(arguments or ["--help"], prog_name="replacement", standalone_mode=False)
-    except typer.TyperException as error:
-        return _fail(error.format_message())
-    except (ValueError, OSError) as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        return 130
-    return code if isinstance(code, int) else 0
+    return run(app, "replacement", arguments)
 
 
-def _fail(message: str) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return 2
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="bold blue", padding=(0, 2, 0, 0))
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="left" if place == 0 or len(columns) == 2 else "right", overflow="fold")
-    return table
-
-
-def _training_summary(facts: dict[str, Any]) -> dict[str, str]:
+def _training_summary(facts: dict[str, Any]) -> Table:
     unexplained = list(facts["unexplained"].values())
     rows = {
         "active features per token, all groups": f"{facts['l0_total']:.1f}",
@@ -217,23 +185,23 @@ def _training_summary(facts: dict[str, Any]) -> dict[str, str]:
             "cross-entropy recovered": f"{facts['cross_entropy_recovered']:.4f}",
             "top-1 agreement, all tokens": f"{facts['agreement_all']:.4f}",
         }
-    return {**rows, "saved in": facts["crosscoder"]}
+    return pairs([*rows.items(), ("saved in", facts["crosscoder"])])
 
 
-def _accuracy_table(behaviours: list[dict[str, Any]]) -> Table:
-    table = _table("behaviour (held-out probes)", "probes", "top-1", "probability")
+def _accuracy(behaviours: list[dict[str, Any]]) -> Table:
+    result = table("behaviour (held-out probes)", "probes", "top-1", "probability")
     for row in behaviours:
-        table.add_row(row["name"], str(row["n_probes"]), f"{row['top1']:.3f}", f"{row['probability']:.3f}")
-    return table
+        add_row(result, row["name"], row["n_probes"], f"{row['top1']:.3f}", f"{row['probability']:.3f}")
+    return result
 
 
-def _fidelity_table(fidelity: dict[str, Any]) -> Table:
-    table = _table("fidelity (held-out text)", f"{fidelity['n_tokens']:,} tokens")
-    table.add_row("active features per token, all layers", f"{fidelity['total_l0']:.1f}")
-    table.add_row("variance unexplained, mean over layers", f"{fidelity['mean_unexplained']:.4f}")
-    table.add_row("KL, errors propagating", f"{fidelity['kl']:.4f} nats")
-    table.add_row(
-        "top-1 agreement where p >= 0.5", "none" if fidelity["agreement"] is None else f"{fidelity['agreement']:.4f}"
-    )
-    table.add_row("top-1 agreement, all tokens", f"{fidelity['agreement_all']:.4f}")
-    return table
+def _fidelity(fidelity: dict[str, Any]) -> Table:
+    agreement = fidelity["agreement"]
+    rows = {
+        "active features per token, all layers": f"{fidelity['total_l0']:.1f}",
+        "variance unexplained, mean over layers": f"{fidelity['mean_unexplained']:.4f}",
+        "KL, errors propagating": f"{fidelity['kl']:.4f} nats",
+        "top-1 agreement where p >= 0.5": "none" if agreement is None else f"{agreement:.4f}",
+        "top-1 agreement, all tokens": f"{fidelity['agreement_all']:.4f}",
+    }
+    return pairs(rows.items())

@@ -26,7 +26,7 @@ def load(
 
     Args:
         model: `demo`, a hub name, or a local folder in Hugging Face layout.
-        crosscoder: `demo` or a crosscoder checkpoint folder.
+        crosscoder: `demo`, the folder of a training run, or the folder of a crosscoder.
         attention_crosscoder: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
         dtype: dtype both are loaded in.
         device: device both are put on.
@@ -34,17 +34,36 @@ def load(
     Raises:
         ValueError: one of them is missing, damaged or of another model.
     """
-    folders = [_folder(crosscoder, "crosscoder")]
+    folders = [crosscoder_folder(crosscoder)]
     if attention_crosscoder is not None:
-        folders.append(_folder(attention_crosscoder, "attention_crosscoder"))
+        folders.append(crosscoder_folder(attention_crosscoder, shipped="attention_crosscoder"))
     for folder in folders:
         checkpoint.read_config(folder)  # a wrong path should not cost loading the language model
     is_demo = str(model) == DEMO
     lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
     lm.name = DEMO if is_demo else lm.name
     loaded = [checkpoint.load(folder, dtype=dtype, device=device) for folder in folders]
-    return ReplacementModel(lm, loaded[0], attention_crosscoder=loaded[1] if attention_crosscoder is not None else None)
+    result = ReplacementModel(
+        lm, loaded[0], attention_crosscoder=loaded[1] if attention_crosscoder is not None else None
+    )
+    names = {"model": model, "crosscoder": crosscoder, "attention_crosscoder": attention_crosscoder}
+    result.loaded_from = {name: _lasting(given) for name, given in names.items() if given is not None}
+    return result
 
 
-def _folder(given: str | Path, shipped: str) -> Path:
-    return ARTIFACTS / shipped if str(given) == DEMO else Path(given)
+def _lasting(given: str | Path) -> str:
+    """A name that means the same from another working directory: folders become absolute."""
+    is_folder = str(given) != DEMO and Path(given).is_dir()
+    return str(Path(given).resolve()) if is_folder else str(given)
+
+
+def crosscoder_folder(given: str | Path, *, shipped: str = "crosscoder") -> Path:
+    """Folder of a crosscoder named as on the command line: `demo`, the folder of a training run, or its own.
+
+    Args:
+        shipped: name of the demo's crosscoder that `demo` means.
+    """
+    if str(given) == DEMO:
+        return ARTIFACTS / shipped
+    result = Path(given) / "crosscoder"
+    return result if result.is_dir() else Path(given)

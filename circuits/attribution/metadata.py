@@ -29,6 +29,7 @@ def trace_facts(
         "token_ids": token_ids,
         "model": lm.name,
         "model_fingerprint": lm.fingerprint,
+        **({} if model.loaded_from is None else {"loaded_from": dict(model.loaded_from)}),
         "n_layers": lm.shape.n_layers,
         "crosscoder": _describe(model.crosscoder),
         "crosscoder_fingerprint": crosscoder_fingerprint(model),

@@ -8,9 +8,9 @@ import textwrap
 import graphviz
 import numpy as np
 
-from circuits.export.head_tags import head_tags
-from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis, picture_rows, row_title
+from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis, head_tags, picture_rows, row_title
 from circuits.graph.edges import GraphData
+from circuits.graph.exporters import MissingProgramError, register
 from circuits.graph.influence import edge_influence
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import full_name, short_name, shorten
@@ -20,10 +20,7 @@ _MOST_TAGS = 40
 """Edges labelled with their strongest heads: the most influential of those that heads carry."""
 
 
-class GraphvizMissingError(ValueError):
-    """The picture needs Graphviz's `dot` program, which is not installed. The message says what was written instead."""
-
-
+@register("dot", suffix=".dot", description="Graphviz text")
 def to_dot(graph: GraphData) -> str:
     """The graph as DOT: one rank per layer from tokens (bottom) to logits (top), edges by sign and influence."""
     picture = graphviz.Digraph("circuit")
@@ -36,15 +33,30 @@ def to_dot(graph: GraphData) -> str:
     return str(picture.source)
 
 
+def _register_picture(picture_format: str) -> None:
+    @register(
+        f"dot-{picture_format}",
+        suffix=f".{picture_format}",
+        description=f"{picture_format.upper()} drawn by Graphviz",
+        fallback="dot",
+    )
+    def draw(graph: GraphData) -> bytes:
+        return render(to_dot(graph), picture_format)
+
+
+for _format in ("svg", "png", "pdf"):
+    _register_picture(_format)
+
+
 def render(dot: str, picture_format: str) -> bytes:
     """DOT text as `svg`, `png` or `pdf`.
 
-    Raises `GraphvizMissingError` without the `dot` program, and `ValueError` with its words when it fails.
+    Raises `MissingProgramError` without the `dot` program, and `ValueError` with its words when it fails.
     """
     try:
         return bytes(graphviz.Source(dot).pipe(format=picture_format))
     except graphviz.ExecutableNotFound as error:
-        raise GraphvizMissingError(
+        raise MissingProgramError(
             "expected Graphviz's `dot` program on the PATH, given none; install Graphviz or use the `svg` format"
         ) from error
     except graphviz.CalledProcessError as error:

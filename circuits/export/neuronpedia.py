@@ -7,17 +7,16 @@ there), and a target that is a feature stays a feature node, marked as target.
 
 from __future__ import annotations
 
-import json
-import re
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
 from circuits.graph.edges import GraphData
+from circuits.graph.exporters import register
 from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind
-from circuits.graph.text import printable
+from circuits.graph.text import printable, slug
 
 FEATURE, ERROR, EMBEDDING, LOGIT = "cross layer transcoder", "mlp reconstruction error", "embedding", "logit"
 
@@ -37,12 +36,7 @@ def cumulative_influence(influence: np.ndarray) -> np.ndarray:
     return result
 
 
-def slug(text: str) -> str:
-    """A file-name part from any text: lower-case words joined by dashes, at most 48 characters, never empty."""
-    words = "-".join(re.findall(r"[a-z0-9]+", text.lower()))
-    return words[:48].strip("-") or "circuit"
-
-
+@register("neuronpedia", suffix=".neuronpedia.json", description="graph JSON of Neuronpedia and circuit-tracer")
 def to_neuronpedia(graph: GraphData) -> dict[str, Any]:
     """The graph as the JSON object that a Neuronpedia upload expects."""
     host, ids = _hosts(graph)
@@ -67,11 +61,6 @@ def to_neuronpedia(graph: GraphData) -> dict[str, Any]:
         "nodes": [_node(graph, row, ids[row], float(cumulative[row])) for row in shown.tolist()],
         "links": _links(graph, host, ids),
     }
-
-
-def neuronpedia_json(graph: GraphData) -> str:
-    """`to_neuronpedia` as JSON text."""
-    return json.dumps(to_neuronpedia(graph), allow_nan=False)
 
 
 def _pruning_settings(pruning: dict[str, float]) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""Colours shared by every picture of a circuit. Told apart by colour-blind readers and in grey print."""
+"""What all pictures of a circuit share: colours that colour-blind readers and grey print tell apart, rows, names of heads."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from circuits.graph.edges import GraphData
 from circuits.graph.nodes import NodeKind, NodeTable
 
 # kind -> (fill, outline, text)
@@ -14,6 +15,10 @@ NODE_COLOURS: dict[NodeKind, tuple[str, str, str]] = {
     NodeKind.FEATURE: ("#ffffff", "#5b7083", "#1f2933"),
     NodeKind.LOGIT: ("#fdf1cf", "#b98900", "#3d2f00"),
 }
+
+LEAST_SHARE = 0.25
+"""Smallest part of an edge that a head is named for."""
+HEADS_PER_EDGE = 2
 
 # weight > 0 -> colour: Okabe and Ito's blue and vermilion.
 EDGE_COLOURS = {True: "#0072b2", False: "#d55e00"}
@@ -37,3 +42,27 @@ def picture_rows(nodes: NodeTable) -> np.ndarray:
 def row_title(row: int) -> str:
     """What the row of features is called at its left."""
     return "input" if row < 0 else f"layer {row // 2}" if row % 2 else f"attention {row // 2}"
+
+
+def head_tags(graph: GraphData, influence: np.ndarray, *, most: int) -> dict[int, str]:
+    """Edge number -> `L1H3` or `L1H3 L0H2`, the strongest first, for the most influential edges that heads carry.
+
+    Args:
+        influence: float64[E], influence of the edges.
+        most: edges at most.
+    """
+    found: dict[int, str] = {}
+    if graph.heads is None:
+        return found
+    for edge in np.argsort(-influence, kind="stable").tolist():
+        heads = graph.heads.of(edge)
+        total = sum(abs(weight) for _, _, weight in heads) + abs(float(graph.heads.direct[edge]))
+        total += abs(float(graph.heads.rest[edge]))
+        named = [
+            f"L{layer}H{head}" for layer, head, weight in heads[:HEADS_PER_EDGE] if abs(weight) >= LEAST_SHARE * total
+        ]
+        if named and influence[edge] > 0:
+            found[edge] = " ".join(named)
+        if len(found) == most:
+            break
+    return found

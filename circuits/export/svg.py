@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from circuits.export.head_tags import head_tags
-from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis
+from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis, head_tags
 from circuits.export.svg_layout import FONT, LINE, Box, Layout, fit, place, text_width
 from circuits.graph.edges import Edges, GraphData
+from circuits.graph.exporters import register
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.scores import scores
@@ -25,6 +25,7 @@ _FEW_TOKENS = 24
 _MAX_TAGS, _TAG = 24, 9.0
 
 
+@register("svg", suffix=".svg", description="picture, tokens x layers; needs no program")
 def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
     """The circuit drawn on a white card: positions across, layers upwards, edges coloured by sign.
 

@@ -7,25 +7,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 
-from circuits.export.dot import to_dot
-from circuits.export.formats import export
-from circuits.export.neuronpedia import to_neuronpedia
-from circuits.export.node_link import to_networkx, to_node_link
-from circuits.export.svg import to_svg
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import Edges
+from circuits.graph.exporters import export, exporter
 from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.pruning import prune
 from circuits.graph.scores import Scores, scores
 from circuits.graph.storage import load, save
 
-__all__ = ["CircuitGraph", "Edges"]
+if TYPE_CHECKING:
+    import networkx as nx
 
 REQUIRED = ("prompt", "tokens", "n_layers", "identity_error")
 
@@ -124,15 +120,16 @@ class CircuitGraph:
 
     def to_networkx(self) -> nx.DiGraph:
         """A `networkx.DiGraph` from source to target, keyed by node id, with every column as plain attributes."""
-        return to_networkx(self)
+        result: nx.DiGraph = exporter("networkx").convert(self)
+        return result
 
     def to_dot(self) -> str:
         """Graphviz text, one rank per layer."""
-        return to_dot(self)
+        return str(exporter("dot").convert(self))
 
     def to_svg(self, *, max_nodes: int = 80) -> str:
         """The token x layer picture; of a larger graph the most influential nodes, and a caption that says so."""
-        return to_svg(self, max_nodes=max_nodes)
+        return str(exporter("svg").convert(self, max_nodes=max_nodes))
 
     def to_graphml(self, path: str | os.PathLike[str]) -> Path:
         """Write GraphML to `path`, atomically."""
@@ -140,14 +137,14 @@ class CircuitGraph:
 
     def to_json(self) -> dict[str, Any]:
         """Node-link JSON object, as `networkx.node_link_graph` reads it."""
-        return to_node_link(self)
+        return dict(exporter("json").convert(self))
 
     def to_neuronpedia(self) -> dict[str, Any]:
         """The graph JSON object of Neuronpedia and circuit-tracer front ends."""
-        return to_neuronpedia(self)
+        return dict(exporter("neuronpedia").convert(self))
 
     def export(self, name: str, path: str | os.PathLike[str]) -> Path:
-        """Write the graph, atomically, in a format of `circuits.export.formats.FORMATS`; others raise `ValueError`."""
+        """Write the graph, atomically, in a format of `circuits.graph.exporters.file_formats`; others raise `ValueError`."""
         return export(self, name, path)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from safetensors.numpy import save as serialise
 from circuits.graph.edge_heads import COLUMNS as HEAD_COLUMNS
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import Edges, GraphData
+from circuits.graph.exporters import register
 from circuits.graph.nodes import COLUMNS, NodeTable
 from replacement.files import write_atomic
 
@@ -26,6 +27,12 @@ _EDGE_COLUMNS = ("indptr", "source", "weight")
 
 def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
     """Write a graph atomically. Raises `ValueError` when the place cannot be written."""
+    return write_atomic(path, to_bytes(graph))
+
+
+@register("safetensors", suffix=".safetensors", description="the graph itself, which `CircuitGraph.load` reads")
+def to_bytes(graph: GraphData) -> bytes:
+    """Content of the graph file."""
     tensors = {f"nodes.{name}": np.ascontiguousarray(getattr(graph.nodes, name)) for name in COLUMNS}
     tensors |= {f"edges.{name}": np.ascontiguousarray(getattr(graph.edges, name)) for name in _EDGE_COLUMNS}
     if graph.heads is not None:
@@ -36,7 +43,7 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
         "labels": json.dumps(graph.nodes.label),
         "metadata": json.dumps(dict(graph.metadata), allow_nan=False),
     }
-    return write_atomic(path, serialise(tensors, metadata=header))
+    return bytes(serialise(tensors, metadata=header))
 
 
 def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any], EdgeHeads | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 from circuits.graph.nodes import NodeKind, NodeTable
@@ -20,6 +21,12 @@ def printable(text: str) -> str:
 def shorten(text: str, length: int) -> str:
     """At most `length` characters, the last one an ellipsis where something was cut."""
     return text if len(text) <= length else text[: max(length - 1, 0)].rstrip() + "…"
+
+
+def slug(text: str) -> str:
+    """A file-name part from any text: lower-case words joined by dashes, at most 48 characters, never empty."""
+    words = "-".join(re.findall(r"[a-z0-9]+", text.lower()))
+    return words[:48].strip("-") or "circuit"
 
 
 def token_text(text: str) -> str:

@@ -58,7 +58,11 @@ class ReplacementModel:
     Attributes:
         crosscoder: writes the MLP outputs.
         attention_crosscoder: writes the attention outputs; None where attention is left as it is.
+        loaded_from: the arguments `model`, `crosscoder` and `attention_crosscoder` of `replacement.load`; None where the
+            model was put together otherwise.
     """
+
+    loaded_from: dict[str, str] | None = None
 
     def __init__(
         self, language_model: LanguageModel, crosscoder: Crosscoder, *, attention_crosscoder: Crosscoder | None = None

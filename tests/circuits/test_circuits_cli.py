@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from circuits import CircuitGraph
 from circuits.cli import CIRCUIT_FILES, main
 from circuits.graph.edge_heads import EdgeHeads
-from circuits.report import show
+from circuits.report import page
+from replacement.console import show
 
 
 @pytest.fixture
@@ -25,9 +27,10 @@ def tracer(monkeypatch, small) -> list[dict]:
     rooms, tracing = types.ModuleType("replacement"), types.ModuleType("circuits.attribution.trace")
     splitting = types.ModuleType("circuits.heads.split")
 
-    def load(model: str, *, crosscoder: str, attention: str | None) -> str:
+    def load(model: str, *, crosscoder: str, attention_crosscoder: str | None, dtype: object, device: str) -> str:
         sys.stdout.write("a library greets\n")
-        return f"{model} with {crosscoder}" + (f" and {attention}" if attention else "")
+        loaded = [f"{model} with {crosscoder}", *([attention_crosscoder] if attention_crosscoder else [])]
+        return " and ".join(loaded) + ("" if (dtype, device) == (torch.float32, "cpu") else f" as {dtype} on {device}")
 
     def with_heads(model: str, graph: CircuitGraph) -> CircuitGraph:
         """All of every edge through the head 2 of layer 1."""
@@ -76,10 +79,10 @@ def test_trace_writes_every_file(tracer, tmp_path, capsys, small) -> None:
     assert tracer == [
         {"model": "demo with demo", "prompt": "a b", "targets": None, "coverage": 0.99, "max_nodes": None}
     ]
-    page = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for text in ("replacement", "completeness", "Strongest path", "' x'", "60.0 %", "graph.safetensors", "1.0e-06"):
-        assert text in page
-    assert "a library greets" not in page
+        assert text in printed
+    assert "a library greets" not in printed
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_the_page_says_which_token_is_meant(small, position: int, token: str, ti
         "top_tokens": [{"token": " x", "probability": 0.6}],
     }
     console = Console(file=io.StringIO(), width=100)
-    show(console, {"full": dataclasses.replace(small, metadata=facts)}, {})
+    show(page({"full": dataclasses.replace(small, metadata=facts)}, {}), console)
     lines = console.file.getvalue().splitlines()
     assert [line for line in lines if line in ("Next token", "Targets") or line.startswith("Token after")] == titles
 
@@ -105,7 +108,11 @@ def test_trace_passes_options_on(tracer, tmp_path) -> None:
     assert tracer[0]["targets"] == [" x", " y"]
     assert (tracer[0]["model"], tracer[0]["coverage"], tracer[0]["max_nodes"]) == ("gpt2 with here", 0.5, 7)
     assert main(["trace", "hi", "--attention", "features", "--attention-crosscoder", "z", "--out", str(tmp_path)]) == 0
-    assert tracer[1]["model"] == "demo with demo and z"
+    assert main(["trace", "hi", "--attention", "features", "--out", str(tmp_path)]) == 0
+    assert main(["trace", "hi", "--attention-crosscoder", "z", "--dtype", "float64", "--out", str(tmp_path)]) == 0
+    assert [call["model"] for call in tracer[1:]] == [
+        "demo with demo and z", "demo with demo and demo", "demo with demo and z as torch.float64 on cpu"
+    ]  # fmt: skip
 
 
 def test_trace_prunes_by_the_thresholds(tracer, tmp_path, small) -> None:
@@ -158,6 +165,19 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
         (["trace", "  "], "prompt: expected some text, given none"),
         (["trace", "a", "--coverage", "2"], "coverage: expected a share of influence between 0 and 1, given 2.0"),
         (["trace", "a", "--attention", "none"], "attention: expected linear or features, given 'none'"),
+        (
+            ["trace", "a", "--attention", "linear", "--attention-crosscoder", "z"],
+            "expected features with --attention-cr",
+        ),
+        (["trace", "a", "--model", "gpt2"], "crosscoder: expected a crosscoder made for gpt2, given none"),
+        (
+            ["trace", "a", "--model", "gpt2", "--crosscoder", "c", "--attention", "features"],
+            "attention-crosscoder: expected a crosscoder made for gpt2, given none",
+        ),
+        (["trace", "a", "--dtype", "int8"], "dtype: expected one of float32, float64, given 'int8'"),
+        (["trace", "a", "--device", "warp"], "device: 'warp' cannot be used here (Expected one of cpu"),
+        (["trace", "a", "--device", "meta"], "device: 'meta' cannot be used here"),
+        (["trace", "a", "--crosscoder", " "], "crosscoder: expected a name or folder, given ' '"),
         (["trace", "a", "--max-nodes", "0"], "max-nodes: expected at least 1, given 0"),
         (["trace", "a", "--node-threshold", "-1"], "node-threshold: expected a share of influence between 0 and 1"),
         (["trace", "a", "--edge-threshold", "nan"], "edge-threshold: expected a share of influence between 0 and 1"),
@@ -169,7 +189,7 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
         (["show", "missing.safetensors"], "missing.safetensors: expected a circuit file, but there is no such file"),
         (["prune", "missing.safetensors"], "missing.safetensors: expected a circuit file, but there is no such file"),
         (["show", "."], ".: expected a circuit file, given a folder; a traced one holds circuit.safetensors"),
-        (["export", "missing.safetensors", "--format", "gif", "--out", "x"], "expected one of svg, dot"),
+        (["export", "missing.safetensors", "--format", "gif", "--out", "x"], "expected one of dot, dot-pdf"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(tracer, tmp_path, monkeypatch, capsys, arguments, message) -> None:

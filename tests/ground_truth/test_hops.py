@@ -17,7 +17,7 @@ from recovery import auroc
 from trained import Activations, Variables, correlations, identify, measure, train_dictionary
 
 from circuits import CircuitGraph, NodeKind, NodeTable
-from circuits.graph.circuit_graph import Edges
+from circuits.graph.edges import Edges
 from replacement import Wiring
 from replacement.crosscoder.sites import Site
 

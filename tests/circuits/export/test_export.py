@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import networkx as nx
 import numpy as np
@@ -14,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import CircuitGraph, NodeKind
-from circuits.export import formats
-from circuits.export.dot import GraphvizMissingError
+from circuits.export.network import to_graphml
 from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.exporters import MissingProgramError, file_formats
 
 T, P, E, F, L = NodeKind
 NASTY = 'a "quoted" <b>bold</b> back\\slash \\n end\\\n\t\x00 \ud83d {x|y}'
@@ -118,7 +119,7 @@ def test_graphml_is_read_by_networkx(small, nasty, tmp_path) -> None:
 
 def test_graphml_takes_metadata_without_a_value(small) -> None:
     graph = CircuitGraph(small.nodes, small.edges, {**small.metadata, "crosscoder": None})
-    text = formats.to_graphml(graph)
+    text = to_graphml(graph)
     assert nx.read_graphml(io.BytesIO(text.encode())).graph["crosscoder"] == "null"
 
 
@@ -156,7 +157,7 @@ def test_pictures_of_graphviz(small, tmp_path, name, magic) -> None:
 def test_without_graphviz_the_text_is_written(small, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        GraphvizMissingError, match=r"expected Graphviz's `dot` program .* written as text to .*circuit\.dot"
+        MissingProgramError, match=r"expected Graphviz's `dot` program .* written as dot to .*circuit\.dot"
     ):
         small.export("dot-png", tmp_path / "circuit.png")
     assert (tmp_path / "circuit.dot").read_text() == small.to_dot()
@@ -172,15 +173,31 @@ def test_words_of_a_failing_graphviz_are_passed_on(small, tmp_path, monkeypatch)
 
 
 def test_unknown_format_lists_the_known_ones(small, tmp_path) -> None:
-    with pytest.raises(
-        ValueError, match=r"format: expected one of svg, dot, graphml, json, .*safetensors, given 'gif'"
-    ):
+    with pytest.raises(ValueError, match=r"format: expected one of dot, .*safetensors, svg, given 'gif'"):
         small.export("gif", tmp_path / "circuit.gif")
     assert not list(tmp_path.iterdir())
 
 
+def test_without_exporters_the_error_says_where_they_are(tmp_path) -> None:
+    script = (
+        "from circuits.graph.circuit_graph import CircuitGraph\n"
+        "from circuits.graph.exporters import exporter\n"
+        "try:\n    exporter('svg')\nexcept ValueError as error:\n    print(error)\n"
+        "import circuits\nassert circuits.CircuitGraph is CircuitGraph\nassert exporter('svg')"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout == (
+        "format: expected one of safetensors, given 'svg'; `import circuits.export` registers the others\n"
+    )
+
+
+def test_networkx_is_no_file(small, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"format: expected one of dot, .*svg, given 'networkx'"):
+        small.export("networkx", tmp_path / "circuit")
+
+
 def test_every_text_format_is_written_whole(nasty, tmp_path) -> None:
-    for name in formats.FORMATS:
+    for name in file_formats():
         if not name.startswith("dot-"):
             path = nasty.export(name, tmp_path / "new" / f"circuit.{name}")
             assert path.stat().st_size > 0

@@ -1,17 +1,21 @@
-"""networkx graphs, and the node-link JSON that `networkx.node_link_graph` reads back."""
+"""networkx graphs, and what networkx writes: node-link JSON, and GraphML for Gephi, yEd, Cytoscape and igraph."""
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import networkx as nx
 
 from circuits.graph.edges import GraphData
+from circuits.graph.exporters import register
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import COLUMNS, NodeKind, Part
+from circuits.graph.text import printable
 
 
+@register("networkx", suffix=None, description="a `networkx.DiGraph`")
 def to_networkx(graph: GraphData) -> nx.DiGraph:
     """A directed graph from source to target, keyed by node id, with plain Python attributes.
 
@@ -38,6 +42,7 @@ def to_networkx(graph: GraphData) -> nx.DiGraph:
     return result
 
 
+@register("json", suffix=".json", description="node-link JSON, as networkx and d3 read it")
 def to_node_link(graph: GraphData) -> dict[str, Any]:
     """The graph as a JSON object; `networkx.node_link_graph(json.load(file))` reads it.
 
@@ -54,6 +59,18 @@ def to_node_link(graph: GraphData) -> dict[str, Any]:
     return data
 
 
-def node_link_json(graph: GraphData) -> str:
-    """`to_node_link` as JSON text."""
-    return json.dumps(to_node_link(graph), allow_nan=False)
+@register("graphml", suffix=".graphml", description="GraphML, for Gephi, yEd, Cytoscape and igraph")
+def to_graphml(graph: GraphData) -> str:
+    """The graph as GraphML text.
+
+    Metadata that is not a number or text is written as JSON; control characters are dropped.
+    """
+    network = to_networkx(graph)
+    for _, facts in network.nodes(data=True):
+        facts["label"] = printable(facts["label"])
+    network.graph = {
+        name: printable(value if isinstance(value, str) else json.dumps(value)) for name, value in network.graph.items()
+    }
+    buffer = io.BytesIO()
+    nx.write_graphml(network, buffer)
+    return buffer.getvalue().decode("utf-8")

@@ -1,0 +1,88 @@
+"""The exporters by name. Modules of `circuits.export` register theirs on import, so that graphs need not know them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from circuits.graph.edges import GraphData
+from replacement.files import check_folder, write_atomic
+
+Convert = TypeVar("Convert", bound=Callable[..., Any])
+
+
+class MissingProgramError(ValueError):
+    """An exporter needs a program that is not installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporter:
+    """One way to turn a graph into something else."""
+
+    name: str
+    convert: Callable[..., Any]
+    """Called with a graph, and with options by keyword; gives text, bytes, a JSON object, or any other value."""
+    suffix: str | None
+    """How its files end; None for values that are no files, such as a networkx graph."""
+    description: str
+    fallback: str | None = None
+    """Exporter whose file is written instead where a program is missing."""
+
+
+_EXPORTERS: dict[str, Exporter] = {}
+
+
+def register(
+    name: str, *, suffix: str | None, description: str, fallback: str | None = None
+) -> Callable[[Convert], Convert]:
+    """Decorator that registers a conversion of graphs under a name; see `Exporter`."""
+
+    def add(convert: Convert) -> Convert:
+        _EXPORTERS[name] = Exporter(
+            name=name, convert=convert, suffix=suffix, description=description, fallback=fallback
+        )
+        return convert
+
+    return add
+
+
+def file_formats() -> dict[str, Exporter]:
+    """The exporters that write files, by name, in alphabetical order."""
+    return {name: exporter for name, exporter in sorted(_EXPORTERS.items()) if exporter.suffix is not None}
+
+
+def exporter(name: str, *, writes_files: bool = False) -> Exporter:
+    """The exporter of that name; if `writes_files`, one of `file_formats`. Raises `ValueError` where there is none."""
+    known = file_formats() if writes_files else _EXPORTERS
+    if name in known:
+        return known[name]
+    hint = "" if "svg" in _EXPORTERS else "; `import circuits.export` registers the others"
+    raise ValueError(f"format: expected one of {', '.join(known)}, given {name!r}{hint}")
+
+
+def export(graph: GraphData, name: str, path: str | os.PathLike[str]) -> Path:
+    """Write a graph to `path` in the format `name`, atomically, and return the path.
+
+    Raises `ValueError` for an unknown format or a place that cannot be written, before anything is computed, and
+    `MissingProgramError` where a program is missing; the fallback's file is then written beside `path`.
+    """
+    path, chosen = Path(path), exporter(name, writes_files=True)
+    check_folder(path.parent)
+    try:
+        return write_atomic(path, content(graph, chosen))
+    except MissingProgramError as error:
+        if chosen.fallback is None:
+            raise
+        instead = exporter(chosen.fallback)
+        written = write_atomic(path.with_suffix(str(instead.suffix)), content(graph, instead))
+        raise MissingProgramError(f"{error}; the graph was written as {instead.name} to {written}") from error
+
+
+def content(graph: GraphData, chosen: Exporter) -> str | bytes:
+    """What is written to a file: text or bytes as converted, anything else as JSON."""
+    converted = chosen.convert(graph)
+    return converted if isinstance(converted, str | bytes) else json.dumps(converted, allow_nan=False)

@@ -1,0 +1,59 @@
+"""What the commands print: tables without lines, titled sections, one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+PIPE_WIDTH = 120
+"""A pipe has no width of its own, and the tables are wide."""
+
+
+def table(*heads: str, texts: Collection[str] = (), header: bool = True) -> Table:
+    """A table whose first column and those named in `texts` hold text; the others hold numbers, set to the right.
+
+    Cells are shown as they are: give them as `Text` (see `add_row`) where they hold text of others.
+    """
+    result = Table(box=None, padding=(0, 2, 0, 0), header_style="bold blue", show_header=header)
+    for place, head in enumerate(heads):
+        is_text = place == 0 or head in texts
+        result.add_column(Text(head), justify="left" if is_text else "right", vertical="bottom", overflow="fold")
+    return result
+
+
+def add_row(to: Table, *cells: object) -> None:
+    """Add a row of texts, none of which is read as markup."""
+    to.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
+
+
+def pairs(facts: Iterable[tuple[object, object]], *, width: int = 0) -> Table:
+    """Names and values in two columns without heads, the first of at least `width` characters."""
+    result = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    result.add_column(min_width=width)
+    result.add_column(overflow="fold")
+    for name, value in facts:
+        add_row(result, name, value)
+    return result
+
+
+def section(title: str, body: RenderableType) -> Group:
+    """A title with its content indented below, and a blank line."""
+    return Group(Text(title, style="bold blue"), Padding(body, (0, 0, 1, 2), expand=False))
+
+
+def show(page: RenderableType, console: Console | None = None) -> None:
+    """Print to stdout; nothing is read as markup or coloured by guesswork."""
+    console = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console.print(page, highlight=False, markup=False, soft_wrap=False)
+
+
+def show_json(facts: Mapping[str, Any]) -> None:
+    """Print one JSON object on one line of stdout; NaN and infinity are refused."""
+    sys.stdout.write(json.dumps(facts, allow_nan=False) + "\n")

@@ -1,0 +1,28 @@
+"""Entry of the console scripts: imports a command quietly interruptible, then runs it. Imports nothing heavy itself."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+
+
+def start(module: str) -> int:
+    """Import a module and run its `main`; returns the exit code.
+
+    Ctrl-C while modules are imported, or while the interpreter shuts down, ends the process by the signal, as shells expect,
+    because a `KeyboardInterrupt` there would print a traceback of code that is not the user's business. While `main` runs it
+    is an exception again, so that scratch files are removed.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler:  # ignored, as under nohup, or somebody else's
+        return int(importlib.import_module(module).main())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    main = importlib.import_module(module).main
+    try:
+        signal.signal(signal.SIGINT, handler)
+        code = int(main())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:
+        code = 130
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
