@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from circuits.graph.circuit_graph import CircuitGraph
     from circuits.graph.nodes import NodeKind, NodeTable
     from circuits.graph.scores import Scores
-    from circuits.heads.qk import QKAttributor, attribute_score
+    from circuits.heads.qk_attributor import QKAttributor, attribute_score
     from circuits.heads.qk_attribution import QKAttribution
-    from circuits.heads.source_credit import source_credit
-    from circuits.heads.split import split_heads, with_heads
-    from circuits.heads.view import HeadView, head_view
+    from circuits.heads.node_credit import source_credit
+    from circuits.heads.edge_split import split_heads, with_heads
+    from circuits.heads.feature_heads import HeadView, head_view
+    from circuits.heads.heat_map import plot_heads
 
 __all__ = [
     "CircuitGraph",
@@ -35,6 +36,7 @@ __all__ = [
     "TokenTarget",
     "attribute_score",
     "head_view",
+    "plot_heads",
     "source_credit",
     "split_heads",
     "trace",
@@ -46,19 +48,20 @@ _LAZY = {
     "CircuitGraph": "circuits.graph.circuit_graph",
     "DifferenceTarget": "circuits.attribution.targets",
     "FeatureTarget": "circuits.attribution.targets",
-    "HeadView": "circuits.heads.view",
+    "HeadView": "circuits.heads.feature_heads",
     "NodeKind": "circuits.graph.nodes",
     "NodeTable": "circuits.graph.nodes",
     "QKAttribution": "circuits.heads.qk_attribution",
-    "QKAttributor": "circuits.heads.qk",
+    "QKAttributor": "circuits.heads.qk_attributor",
     "Scores": "circuits.graph.scores",
     "TokenTarget": "circuits.attribution.targets",
-    "attribute_score": "circuits.heads.qk",
-    "head_view": "circuits.heads.view",
-    "source_credit": "circuits.heads.source_credit",
-    "split_heads": "circuits.heads.split",
+    "attribute_score": "circuits.heads.qk_attributor",
+    "head_view": "circuits.heads.feature_heads",
+    "plot_heads": "circuits.heads.heat_map",
+    "source_credit": "circuits.heads.node_credit",
+    "split_heads": "circuits.heads.edge_split",
     "trace": "circuits.attribution.trace",
-    "with_heads": "circuits.heads.split",
+    "with_heads": "circuits.heads.edge_split",
 }
 
 

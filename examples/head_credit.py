@@ -2,8 +2,8 @@
 
     python examples/head_credit.py
 
-A head's part of a feature's PRE-activation is exact; its part of the ACTIVATION is a rule's choice (`circuits.heads.credit`).
-On held-out prompts of every behaviour, for features drawn at random, this script shows
+A head's part of a feature's PRE-activation is exact; its part of the ACTIVATION is a rule's choice (see
+`circuits.heads.relu_credit`). On held-out prompts of every behaviour, for features drawn at random, this script shows
 
 1. that inside one feature no rule changes the order of the heads: smallest rank correlation with the exact contributions;
 2. what a rule's credits sum to, beside the activation: `gate` also hands out what the bias takes away;
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 import replacement
-from circuits.heads.credit import RULES
-from circuits.heads.view import HeadView, HeadViews
+from circuits.heads.feature_heads import HeadView, HeadViews
+from circuits.heads.relu_credit import RULES
 from replacement import ReplacementModel
 from replacement.demo.corpus import behaviours
 

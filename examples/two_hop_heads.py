@@ -28,8 +28,8 @@ from two_hop import PROMPT, Key, features_by_city, state_features
 import circuits
 import replacement
 from circuits import CircuitGraph, NodeKind
-from circuits.heads.credit import activation
-from circuits.heads.view import HeadViews
+from circuits.heads.feature_heads import HeadViews
+from circuits.heads.relu_credit import activation
 from replacement import LanguageModel, LocalReplacement, ReplacementModel, Site
 from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, capital_of, state_of
 

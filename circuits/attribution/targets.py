@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from circuits.graph.text import shorten
 from replacement import LanguageModel, LocalReplacement
 from replacement.splicing.intervention import PARTS
 
 TOP_PROBABILITY = 0.95
 TOP_LOGITS = 10
-_FEATURE = re.compile(r"(feature|attention):(\d+)/(\d+)")
+_FEATURE = re.compile(r"(?:(feature|attention):)?(\d+)/(\d+)(?:@(-?\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,10 @@ class FeatureTarget:
     position: int = -1
     part: str = "mlp"
     """Whose feature it is: of the crosscoder for the `mlp`s or of the one for `attention`."""
+
+    def __str__(self) -> str:
+        prefix = "attention:" if self.part == "attention" else ""
+        return f"{prefix}{self.layer}/{self.index}@{self.position}"
 
 
 Target = TokenTarget | DifferenceTarget | FeatureTarget
@@ -93,13 +98,28 @@ def parse_target(text: str) -> Target:
         body, position = match.group(1), int(match.group(2))
     if not body.strip():
         raise ValueError("a target is empty: expected 'token', 'token - token' or 'feature:layer/index'")
-    if match := _FEATURE.fullmatch(body.strip()):
-        kind, layer, index = match.groups()
-        return FeatureTarget(int(layer), int(index), position, part="attention" if kind == "attention" else "mlp")
+    if _FEATURE.fullmatch(body.strip()) and ":" in body:  # `2/345` alone is a text
+        return replace(parse_feature(body), position=position)
     plus, minus_sign, minus = body.partition(" - ")
     if minus_sign and plus.strip() and minus.strip():
         return DifferenceTarget(plus, minus, position)
     return TokenTarget(body, position)
+
+
+def parse_feature(text: str) -> FeatureTarget:
+    """Read the name of a feature: `2/345@7` (layer/index@position), `attention:2/345@7`; without a position, the last one.
+
+    Raises:
+        ValueError: another form.
+    """
+    match = _FEATURE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            f"expected the name of a feature such as 2/345@7 or attention:2/345@7, got {shorten(text, 60)!r}"
+        )
+    kind, layer, index, position = match.groups()
+    part = "attention" if kind == "attention" else "mlp"
+    return FeatureTarget(int(layer), int(index), int(position or -1), part=part)
 
 
 def as_target(target: Target | str | int) -> Target:

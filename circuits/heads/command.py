@@ -20,15 +20,22 @@ from rich.console import Console, RenderableType
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.nodes import NodeKind
-from circuits.heads.credit import RULES
-from circuits.heads.facts import Facts, attends_facts, check_facts, edge_facts, edge_parts, feature_facts, graph_facts
-from circuits.heads.report import attends_page, check_page, edge_page, feature_page, graph_page
+from circuits.heads.json_facts import (
+    Facts,
+    attends_facts,
+    check_facts,
+    edge_facts,
+    edge_parts,
+    feature_facts,
+    graph_facts,
+)
+from circuits.heads.pages import attends_page, check_page, edge_page, feature_page, graph_page
+from circuits.heads.relu_credit import DEFAULT_RULE, RULES
 from circuits.with_model import with_model as with_loaded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from circuits.attribution.targets import FeatureTarget
     from replacement import ReplacementModel
 
 CHECK_PROMPTS, CHECK_TOKENS, CHECK_FEATURES = 20, 32, 4
@@ -60,7 +67,7 @@ def heads(
         bool, typer.Option("--check", help="Remove heads in the model and compare with what every rule predicts.")
     ] = False,
     rule: Annotated[
-        str | None, typer.Option(help=f"Credit with --feature: one of {', '.join(RULES)}; path by default.")
+        str | None, typer.Option(help=f"Credit with --feature: one of {', '.join(RULES)}; {DEFAULT_RULE} by default.")
     ] = None,
     top: Annotated[int, typer.Option(help="Edges, heads or pairs named.")] = 10,
     plot: Annotated[Path | None, typer.Option(help="With --feature: draw heads x tokens, .svg or .png.")] = None,
@@ -96,7 +103,9 @@ def heads(
         number = find_edge(graph, edge)
         facts, page = with_model(lambda loaded: _edge(loaded, graph, number)), edge_page
     elif feature is not None:
-        facts = with_model(lambda loaded: _feature(loaded, graph, feature, rule=rule or "path", top=top, plot=plot))
+        facts = with_model(
+            lambda loaded: _feature(loaded, graph, feature, rule=rule or DEFAULT_RULE, top=top, plot=plot)
+        )
         page = feature_page
     elif attends is not None:
         facts, page = with_model(lambda loaded: _attends(loaded, graph, attends, top)), attends_page
@@ -164,7 +173,7 @@ def _check_options(*, feature: str | None, rule: str | None, top: int, plot: Pat
     if plot is not None:
         if feature is None:
             raise ValueError("plot: expected together with --feature")
-        from circuits.heads.plot import check_picture
+        from circuits.heads.heat_map import check_picture
 
         check_picture(plot)
 
@@ -176,14 +185,14 @@ def _check_attention(graph: CircuitGraph, attention: str) -> None:
 
 
 def _graph(model: ReplacementModel, graph: CircuitGraph, top: int) -> Facts:
-    from circuits.heads.split import with_heads
+    from circuits.heads.edge_split import with_heads
 
     return graph_facts(with_heads(model, graph), top=top)
 
 
 def _edge(model: ReplacementModel, graph: CircuitGraph, number: int) -> Facts:
     """Both hops of one edge, split in a graph of that edge alone."""
-    from circuits.heads.split import split_heads
+    from circuits.heads.edge_split import split_heads
 
     chosen_E = np.zeros(len(graph.edges), dtype=bool)
     chosen_E[number] = True
@@ -202,16 +211,17 @@ def _edge(model: ReplacementModel, graph: CircuitGraph, number: int) -> Facts:
 def _feature(
     model: ReplacementModel, graph: CircuitGraph, text: str, *, rule: str, top: int, plot: Path | None
 ) -> Facts:
-    from circuits.heads.view import head_view
+    from circuits.heads.feature_heads import head_view
+    from circuits.heads.heat_map import plot_heads
 
-    view = head_view(model, _tokens(model, graph), _target(text))
-    files = {} if plot is None else {"plot": str(view.plot(plot))}
+    view = head_view(model, _tokens(model, graph), text)
+    files = {} if plot is None else {"plot": str(plot_heads(view, plot))}
     return {**feature_facts(view, rule, top=top), "files": files}
 
 
 def _attends(model: ReplacementModel, graph: CircuitGraph, text: str, top: int) -> Facts:
     """Against the mean of the other keys, because softmax sees differences only."""
-    from circuits.heads.qk import attribute_score
+    from circuits.heads.qk_attributor import attribute_score
 
     match = _ATTENDS.fullmatch(text.strip())
     assert match is not None  # checked with the options
@@ -232,7 +242,7 @@ def _check(model: ReplacementModel, graph: CircuitGraph | None) -> Facts:
     """Of the graph's own prompt, or of rows of the demo's corpus that it was not trained on."""
     import torch
 
-    from circuits.heads.check import check_heads
+    from circuits.heads.removal_check import check_heads
 
     if graph is not None:
         prompts = [_tokens(model, graph)]
@@ -242,17 +252,6 @@ def _check(model: ReplacementModel, graph: CircuitGraph | None) -> Facts:
     tokenizer = model.language_model.tokenizer
     rows = held_out_rows(tokenizer, n_rows=CHECK_PROMPTS, context=CHECK_TOKENS, seed=0)
     return check_facts(check_heads(model, [torch.from_numpy(row) for row in rows], n_features=CHECK_FEATURES))
-
-
-def _target(text: str) -> FeatureTarget:
-    from circuits.attribution.targets import FeatureTarget
-
-    match = _FEATURE.fullmatch(text.strip())
-    assert match is not None  # checked with the options
-    kind, layer, index, position = match.groups()
-    return FeatureTarget(
-        int(layer), int(index), int(position or -1), part="attention" if kind == "attention" else "mlp"
-    )
 
 
 def _tokens(model: ReplacementModel, graph: CircuitGraph) -> Tensor:

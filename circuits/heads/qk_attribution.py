@@ -1,12 +1,12 @@
-"""One attention score divided among pairs of nodes, as a value: what `circuits.heads.qk` makes.
+"""One attention score divided among pairs of nodes, as a value: what `circuits.heads.qk_attributor` makes.
 
-N query nodes, M key nodes, K d_head. Each side lists its nodes with an effect, then its constants.
+N query nodes, M key nodes. Each side lists its nodes with an effect, then its constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,14 +40,9 @@ class SourceNode:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "kind": "bias" if self.kind is None else self.kind.name.lower(),
-            "part": self.part,
-            "layer": self.layer,
-            "position": self.position,
-            "index": self.index,
-            "label": self.label,
-        }
+        facts = asdict(self)
+        del facts["column"]
+        return {**facts, "kind": "bias" if self.kind is None else self.kind.name.lower()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +73,7 @@ class QKAttribution:
     key_vectors_MK: np.ndarray
     """float64[M, K], what each key node puts into the key (minus its part of the contrast's keys)."""
     identity_error: float
-    """Gap between the sum of all pairs and `value`, relative to it or to 1 % of the pairs' summed magnitudes."""
+    """Gap between the sum of all pairs and `value`, relative to it or to 1 % of the summed magnitudes of pairs and scores."""
     _labels: Labeller = field(repr=False)
 
     @property
@@ -93,15 +88,17 @@ class QKAttribution:
             ValueError: n is below 1.
         """
         _check_count(n)
-        found: list[tuple[float, int, int]] = []
+        pairs: list[tuple[float, int, int]] = []
         for start in range(0, len(self.query_nodes), ROWS_AT_ONCE):
             block = self.query_vectors_NK[start : start + ROWS_AT_ONCE] @ self.key_vectors_MK.T
             for place in _largest(block.ravel(), n):
                 row, column = divmod(int(place), block.shape[1])
-                found.append((float(block[row, column]), start + row, column))
-        found = sorted(found, key=lambda one: -abs(one[0]))[:n]
-        text = self._texts([self.query_nodes[q] for _, q, _ in found] + [self.key_nodes[k] for _, _, k in found])
-        return [(text(self.query_nodes[q]), text(self.key_nodes[k]), value) for value, q, k in found]
+                pairs.append((float(block[row, column]), start + row, column))
+        pairs = sorted(pairs, key=lambda pair: -abs(pair[0]))[:n]
+        label = self._labeller(
+            [node for _, query, key in pairs for node in (self.query_nodes[query], self.key_nodes[key])]
+        )
+        return [(label(self.query_nodes[query]), label(self.key_nodes[key]), value) for value, query, key in pairs]
 
     def by_query(self, n: int = 10) -> list[tuple[SourceNode, float]]:
         """The n query nodes of largest magnitude, each with the sum of its pairs.
@@ -118,13 +115,13 @@ class QKAttribution:
     def to_json(self, n: int = 50) -> dict[str, Any]:
         """What it says, as plain values for JSON: the facts, and the top n pairs and nodes of each side."""
         facts = ("layer", "head", "query", "key", "contrast", "score", "pattern", "value", "identity_error")
-        pairs = [
-            {"query": query.to_json(), "key": key.to_json(), "contribution": value} for query, key, value in self.top(n)
-        ]
         sides = {"by_query": self.by_query(n), "by_key": self.by_key(n)}
         return {
             **{name: getattr(self, name) for name in facts},
-            "pairs": pairs,
+            "pairs": [
+                {"query": query.to_json(), "key": key.to_json(), "contribution": value}
+                for query, key, value in self.top(n)
+            ],
             **{
                 name: [node.to_json() | {"contribution": value} for node, value in side] for name, side in sides.items()
             },
@@ -133,10 +130,10 @@ class QKAttribution:
     def _marginal(self, nodes: tuple[SourceNode, ...], sums: np.ndarray, n: int) -> list[tuple[SourceNode, float]]:
         _check_count(n)
         chosen = _largest(sums, n)
-        text = self._texts([nodes[i] for i in chosen])
-        return [(text(nodes[i]), float(sums[i])) for i in chosen]
+        label = self._labeller([nodes[i] for i in chosen])
+        return [(label(nodes[i]), float(sums[i])) for i in chosen]
 
-    def _texts(self, nodes: Sequence[SourceNode]) -> Callable[[SourceNode], SourceNode]:
+    def _labeller(self, nodes: Sequence[SourceNode]) -> Callable[[SourceNode], SourceNode]:
         """A function that labels these nodes."""
         columns = sorted({node.column for node in nodes if node.kind is not None})
         labels = dict(zip(columns, self._labels(columns), strict=True)) | {-1: "constants"}

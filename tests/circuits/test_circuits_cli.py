@@ -25,7 +25,7 @@ def tracer(monkeypatch, small) -> list[dict]:
     """Stands in for the model rooms: records how it was called and traces the small graph, printing on the way."""
     calls: list[dict] = []
     rooms, tracing = types.ModuleType("replacement"), types.ModuleType("circuits.attribution.trace")
-    splitting = types.ModuleType("circuits.heads.split")
+    splitting = types.ModuleType("circuits.heads.edge_split")
 
     def load(model: str, *, crosscoder: str, attention_crosscoder: str | None, dtype: object, device: str) -> str:
         sys.stdout.write("a library greets\n")
@@ -45,7 +45,7 @@ def tracer(monkeypatch, small) -> list[dict]:
 
     rooms.load, tracing.trace, splitting.with_heads = load, trace, with_heads
     monkeypatch.setitem(sys.modules, "replacement", rooms)
-    monkeypatch.setitem(sys.modules, "circuits.heads.split", splitting)
+    monkeypatch.setitem(sys.modules, "circuits.heads.edge_split", splitting)
     monkeypatch.setitem(sys.modules, "circuits.attribution.trace", tracing)
     return calls
 

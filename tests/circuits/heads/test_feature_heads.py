@@ -12,10 +12,11 @@ import tiny
 import torch
 from torch import Tensor
 
-from circuits import FeatureTarget
-from circuits.heads.plot import drawable
-from circuits.heads.thresholds import feature_threshold
-from circuits.heads.view import HeadView, HeadViews, head_view
+from circuits import FeatureTarget, plot_heads
+from circuits.attribution.identity import IdentityError
+from circuits.heads.feature_heads import HeadView, HeadViews, head_view
+from circuits.heads.heat_map import drawable
+from circuits.heads.node_credit import feature_threshold
 from replacement import BatchTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -145,6 +146,23 @@ def test_source_positions_are_pattern_times_value_times_encoder(language_model: 
     assert len(view.layers) == (1 if attention else 3)
 
 
+def test_a_wrong_kernel_is_refused(language_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The view's own use of the kernel, 1 % too large; the streams are the prompt's own."""
+    model, tokens = model_of(language_model("gpt2"), attention=True), tiny.random_tokens()
+    local = model.localize(tokens)
+    views = HeadViews(local, ("t",) * len(tokens))
+    heads = HeadViews._heads
+    monkeypatch.setattr(HeadViews, "_heads", lambda *arguments: 1.01 * heads(*arguments))
+    assert local.attention is not None
+    for part in local.decompositions:
+        number = int(torch.nonzero((part.features.group == 2) & (part.features.row == 7))[0, 0])
+        layer, index = 2, int(part.features.index[number])
+        name = f"feature {'attention:' if part is local.attention else ''}{layer}/{index}@7, split by heads, sum to"
+        with pytest.raises(IdentityError, match=name) as error:
+            views.of(part, number)
+        assert error.value.expected == pytest.approx(float(part.pre_activation_S[number]))
+
+
 def test_head_view_of_a_prompt(language_model: Any) -> None:
     model, prompt = model_of(language_model("gpt2", torch.float64)), "w5 w9 w3 w5 w7"
     local = model.localize(model.language_model.tokenize(prompt))
@@ -157,6 +175,11 @@ def test_head_view_of_a_prompt(language_model: Any) -> None:
     assert len(view.contributions) == len(view.players) + 1
     found = view.credit("path")
     assert found.residual == pytest.approx(0, abs=1e-12)
+    assert view.credit().rule == "ablation"
+    tokens_T = model.language_model.tokenize(prompt)
+    for same in (tokens_T, tokens_T.tolist()):
+        for name in (f"{target.layer}/{target.index}", f"{target.layer}/{target.index}@5", str(target)):
+            assert head_view(model, same, name).activation == view.activation
     assert found.credit_J.sum() == pytest.approx(view.activation - max(view.bias, 0) * (view.bias > view.threshold))
 
 
@@ -202,14 +225,14 @@ def view(language_model: Any) -> HeadView:
 
 
 def test_pictures(view: HeadView, tmp_path: Path) -> None:
-    svg = view.plot(tmp_path / "new" / "view.svg").read_text()
+    svg = plot_heads(view, tmp_path / "new" / "view.svg").read_text()
     ElementTree.fromstring(svg)
     for text in (">$a 0<", ">b$ 1<", "↵ 3<", "a_b^c 4<", "feature 2/", "to the pre-activation", "L2H"):
         assert text in svg
-    assert view.plot(tmp_path / "again.svg").read_text() == svg
-    assert view.plot(tmp_path / "view.PNG").read_bytes().startswith(b"\x89PNG")
+    assert plot_heads(view, tmp_path / "again.svg").read_text() == svg
+    assert plot_heads(view, tmp_path / "view.PNG").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"view\.gif: expected a file that ends in \.svg or \.png"):
-        view.plot(tmp_path / "view.gif")
+        plot_heads(view, tmp_path / "view.gif")
     assert {path.name for path in tmp_path.iterdir()} == {"new", "again.svg", "view.PNG"}
 
 
@@ -219,11 +242,11 @@ def test_characters_that_fonts_lack(language_model: Any, tmp_path: Path) -> None
     number = int(torch.nonzero((local.features.group == 2) & (local.features.row == 5))[0, 0])
     tokens = ("こ", "a\u0000b", "\ud800", "\U0001f9ff", "e\u200d", "漢")
     view = HeadViews(local, tokens).of(local.mlp, number)
-    svg = view.plot(tmp_path / "view.svg").read_text(encoding="utf-8")
+    svg = plot_heads(view, tmp_path / "view.svg").read_text(encoding="utf-8")
     ElementTree.fromstring(svg)
     for text in (">こ 0<", ">ab 1<", ">␣ 2<", ">漢 5<"):
         assert text in svg
-    assert view.plot(tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_heads(view, tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
     assert drawable("aこ\nß␣ 漢\U000e0001↵…") == "a□\nß␣ □↵…"
 
 
@@ -233,7 +256,7 @@ def test_picture_of_a_feature_below_all_heads(language_model: Any, tmp_path: Pat
     view = views_of(model, tiny.random_tokens())[0]
     assert view.layers == view.players == ()
     assert not view.encoder_share_LH.any()
-    assert "heads +0" in view.plot(tmp_path / "none.svg").read_text()
+    assert "heads +0" in plot_heads(view, tmp_path / "none.svg").read_text()
 
 
 def test_a_threshold_below_zero_is_refused_by_name(language_model: Any) -> None:

@@ -20,10 +20,10 @@ import replacement
 from circuits import CircuitGraph, FeatureTarget, NodeKind
 from circuits.cli import main
 from circuits.graph.influence import edge_influence
-from circuits.heads.check import HeadCheck
-from circuits.heads.report import feature_page
-from circuits.heads.split import split_heads
-from circuits.heads.view import head_view
+from circuits.heads.edge_split import split_heads
+from circuits.heads.feature_heads import head_view
+from circuits.heads.pages import feature_page
+from circuits.heads.removal_check import HeadCheck
 
 SEVERAL = "expected one of --edge, --feature, --attends and --check, given several"
 ATTENDS = "attends: expected layer.head, layer.head@query or layer.head@query<key"
@@ -233,7 +233,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         values = {"path": np.array([1.0, 2.0]), "gate": np.array([1.0, 1.0])}
         return HeadCheck(len(prompts), 2, values, {"direct": np.array([1.0, 3.0]), "live": np.array([2.0, 4.0])})
 
-    monkeypatch.setattr("circuits.heads.check.check_heads", check)
+    monkeypatch.setattr("circuits.heads.removal_check.check_heads", check)
     return calls
 
 

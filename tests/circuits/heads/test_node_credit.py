@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from circuits import NodeKind, trace
-from circuits.heads.source_credit import source_credit
+from circuits.heads.node_credit import source_credit
 from replacement import JumpReLU, ReLU, ReplacementModel, TopK
 
 ACTIVATIONS = {"relu": ReLU(), "jumprelu": JumpReLU(threshold=0.2), "topk": TopK(5)}
@@ -29,7 +29,7 @@ def test_parts_sum_to_what_the_rule_keeps(traced: tuple[ReplacementModel, Any]) 
     chosen = np.flatnonzero(nodes.mask(NodeKind.FEATURE) & nodes.expanded)[::9]
     assert len(chosen) > 3
     for node in chosen.tolist():
-        path = source_credit(model, graph, node)
+        path = source_credit(model, graph, node, rule="path")
         h, b, theta = float(nodes.value[node]), float(nodes.bias[node]), path.threshold
         assert h > theta, "an active feature"
         assert nodes.activation[node] == pytest.approx(h, rel=1e-6)

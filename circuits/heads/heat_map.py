@@ -1,4 +1,4 @@
-"""A head view as a picture: heads x source positions, coloured by what each brings to the feature's pre-activation."""
+"""A head view as a picture: heads x source positions, coloured by what each contributes to the feature's pre-activation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from circuits.graph.text import shorten, token_text
 from replacement.files import write_atomic
 
 if TYPE_CHECKING:
-    from circuits.heads.view import HeadView
+    from circuits.heads.feature_heads import HeadView
 
 FORMATS = (".svg", ".png")
 DPI = 100
@@ -23,7 +23,7 @@ LEAST_ROW = 0.01
 """Heads with less of the summed magnitudes are not drawn."""
 MOST_ROWS = 32
 MOST_COLUMNS = 64
-"""Longer prompts show the positions that bring most."""
+"""Longer prompts show the positions that contribute most."""
 _PLACEHOLDER = "□"
 """Stands in a .png for a character that no font of matplotlib's has; an .svg keeps the character for the viewer's fonts."""
 _CELL = (0.36, 0.27)  # inches
@@ -81,8 +81,8 @@ def drawable(text: str) -> str:
         fonts = [findfont(FontProperties(family=family, weight=weight)) for weight in ("normal", "bold")]
         held |= set.intersection(*(set(get_font(font).get_charmap()) for font in fonts))
     stand_in = _PLACEHOLDER if ord(_PLACEHOLDER) in held else "?"
-    shown = (one for one in text if ord(one) in held or unicodedata.category(one) != "Cf")
-    return "".join(one if ord(one) in held else stand_in for one in shown)
+    shown = (character for character in text if ord(character) in held or unicodedata.category(character) != "Cf")
+    return "".join(character if ord(character) in held else stand_in for character in shown)
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
@@ -101,11 +101,10 @@ def _shown(view: HeadView) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _title(view: HeadView, hidden: float) -> str:
-    one = view.feature
-    name = f"{'attention ' if one.part == 'attention' else ''}feature {one.layer}/{one.index} at {one.position}"
-    token = shorten(token_text(view.tokens[one.position]), 20)
+    feature = view.feature
+    name = f"{'attention ' if feature.part == 'attention' else ''}feature {feature.layer}/{feature.index}"
+    token = shorten(token_text(view.tokens[feature.position]), 20)
     parts = f"heads {view.heads_LH.sum():+.3g}, direct {view.direct:+.3g}, bias {view.bias:+.3g}"
     left_out = f"; {100 * hidden:.1g} % of the heads not drawn" if hidden > 1e-6 else ""
-    return (
-        f'{name} "{token}": pre-activation {view.pre_activation:.3g}, threshold {view.threshold:.3g}\n{parts}{left_out}'
-    )
+    numbers = f"pre-activation {view.pre_activation:.3g}, threshold {view.threshold:.3g}"
+    return f'{name} at {feature.position} "{token}": {numbers}\n{parts}{left_out}'

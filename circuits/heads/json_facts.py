@@ -14,9 +14,9 @@ from circuits.graph.influence import edge_influence
 from circuits.graph.text import full_name
 
 if TYPE_CHECKING:
-    from circuits.heads.check import HeadCheck
+    from circuits.heads.feature_heads import HeadView
     from circuits.heads.qk_attribution import QKAttribution
-    from circuits.heads.view import HeadView
+    from circuits.heads.removal_check import HeadCheck
 
 LEAST = 0.01
 """Heads of an edge are named from this part of its summed magnitudes on."""

@@ -1,4 +1,4 @@
-"""Credit: what share of a feature's ACTIVATION each of its causes has.
+"""Credit through the ReLU: what share of a feature's ACTIVATION each of its causes has.
 
 Contributions are exact for the pre-activation, not for what comes out of the non-linearity:
 
@@ -33,6 +33,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RULES: tuple[str, ...] = ("gate", "path", "shapley", "ablation")
+DEFAULT_RULE = "ablation"
+"""The rule that comes closest to what removing a head in the model does, on every rung of `circuits heads --check`."""
 EXACT_PLAYERS = 16
 """Shapley values of at most this many players (with c_j != 0) are computed from all 2^J coalitions."""
 _CHUNK = 2**19
@@ -64,7 +66,7 @@ def credit(
     *,
     bias: float,
     threshold: float = 0.0,
-    rule: str = "path",
+    rule: str = DEFAULT_RULE,
     samples: int = 2048,
     seed: int = 0,
 ) -> Credit:
@@ -153,8 +155,8 @@ def _exact_shapley(c_J: np.ndarray, *, bias: float, h: float, threshold: float) 
     if n == 0:
         return np.zeros(0)
     sum_S, size_S = np.array([bias]), np.zeros(1, dtype=np.int64)
-    for j, one in enumerate(c_J):
-        sum_S = np.concatenate([sum_S, sum_S + one])
+    for j, contribution in enumerate(c_J):
+        sum_S = np.concatenate([sum_S, sum_S + contribution])
         if j < n - 1:  # sizes of the coalitions of the other n - 1 players
             size_S = np.concatenate([size_S, size_S + 1])
     sum_S[-1] = h

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from circuits.heads.credit import RULES, Credit, activation, credit
+from circuits.heads.relu_credit import DEFAULT_RULE, RULES, Credit, activation, credit
 
-MODULE = importlib.import_module("circuits.heads.credit")
+MODULE = importlib.import_module("circuits.heads.relu_credit")
 EIGHTHS = st.integers(-24, 24).map(lambda n: n / 8)  # sums of these are exact, and often meet a threshold exactly
 THRESHOLDS = st.sampled_from([0.0, 0.0, 0.5, 1.25])
 REALS = st.floats(-1e6, 1e6)
@@ -53,6 +53,10 @@ def test_activation_is_strictly_above_its_threshold() -> None:
     assert activation(2.0, 1.0) == 2.0
 
 
+def test_the_default_is_the_rule_that_predicts_removals_best() -> None:
+    assert DEFAULT_RULE == credit(np.array([1.0]), bias=0.0).rule == "ablation"
+
+
 # path
 
 
@@ -62,7 +66,7 @@ def test_path_is_the_integral_of_the_relu_gradient(c_J, bias) -> None:
     steps = 4096
     midpoints = (np.arange(steps) + 0.5) / steps
     gradient = (bias + midpoints * c_J.sum() > 0).mean()  # the same for every player
-    np.testing.assert_allclose(credit(c_J, bias=bias).credit_J, c_J * gradient, atol=3 / steps)
+    np.testing.assert_allclose(credit(c_J, bias=bias, rule="path").credit_J, c_J * gradient, atol=3 / steps)
 
 
 @settings(max_examples=50)
@@ -76,7 +80,7 @@ def test_path_is_a_stieltjes_sum_along_an_uneven_walk(c_J, bias, threshold, seed
     expected = c_J * (slope_T * np.diff(times)).sum()
     if c_J.sum() == 0:
         expected = c_J * (bias > threshold)
-    np.testing.assert_allclose(credit(c_J, bias=bias, threshold=threshold).credit_J, expected, atol=1e-9)
+    np.testing.assert_allclose(credit(c_J, bias=bias, threshold=threshold, rule="path").credit_J, expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("bias", [-1.0, 0.9, 1.5, 6.0])
@@ -86,19 +90,23 @@ def test_path_with_a_jump_is_the_limit_of_smooth_integrated_gradients(bias) -> N
     h_T = bias + (np.arange(steps) + 0.5) / steps * c_J.sum()
     gate_T = 0.5 * (1 + np.tanh((h_T - threshold) / (2 * width)))
     gradient = (gate_T + h_T * gate_T * (1 - gate_T) / width).mean()
-    np.testing.assert_allclose(credit(c_J, bias=bias, threshold=threshold).credit_J, c_J * gradient, atol=1e-4)
+    np.testing.assert_allclose(
+        credit(c_J, bias=bias, threshold=threshold, rule="path").credit_J, c_J * gradient, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("bias", "factor"), [(2.0, 1), (0.5, 0), (0.25, 0)])
 def test_path_of_players_that_cancel_is_the_gradient_at_the_bias(bias, factor) -> None:
     c_J = np.array([3.0, -1.0, -2.0])
-    np.testing.assert_array_equal(credit(c_J, bias=bias, threshold=0.5).credit_J, factor * c_J)
-    nearly = credit(c_J - 1e-9, bias=bias, threshold=0.5)  # the limit from below: at the threshold, from the off side
+    np.testing.assert_array_equal(credit(c_J, bias=bias, threshold=0.5, rule="path").credit_J, factor * c_J)
+    nearly = credit(
+        c_J - 1e-9, bias=bias, threshold=0.5, rule="path"
+    )  # the limit from below: at the threshold, from the off side
     np.testing.assert_allclose(nearly.credit_J, factor * c_J, atol=1e-8)
 
 
 def test_path_across_a_jump_can_be_large() -> None:
-    found = credit(np.array([1.0, -0.875]), bias=0.9375, threshold=1.0)
+    found = credit(np.array([1.0, -0.875]), bias=0.9375, threshold=1.0, rule="path")
     np.testing.assert_allclose(found.credit_J, [8.5, -7.4375])
     assert found.credit_J.sum() == pytest.approx(1.0625)
 
@@ -230,7 +238,7 @@ def test_rounding_does_not_switch_a_feature_at_its_threshold(rule, n_players) ->
 
 
 def test_path_is_complete_beside_a_large_bias() -> None:
-    found = credit(np.array([0.3]), bias=1e6 - 0.1, threshold=1e6)
+    found = credit(np.array([0.3]), bias=1e6 - 0.1, threshold=1e6, rule="path")
     assert abs(found.residual) < 1e-8
 
 

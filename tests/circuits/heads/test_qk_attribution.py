@@ -16,10 +16,12 @@ import torch
 import transformers
 from torch import Tensor
 
-import circuits.heads.qk
 import circuits.heads.qk_attribution
+import circuits.heads.qk_attributor
 from circuits import NodeKind, QKAttributor, attribute_score
+from circuits.attribution.identity import IdentityError
 from replacement import LanguageModel, LocalReplacement, ReplacementModel, Wiring
+from replacement.language_model.queries_and_keys import FrozenQueryKey
 
 EVERYWHERE = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -212,6 +214,24 @@ def test_nodes_lie_before_what_they_cause(attributor_of: Any, architecture: str)
     assert {node.kind for node in first.query_nodes[:-1]} <= {NodeKind.TOKEN, NodeKind.POSITION}
 
 
+def test_a_wrong_query_gain_is_refused(language_model: Any, monkeypatch: Any) -> None:
+    lm = language_model("qwen3")
+    attributor = QKAttributor(model_of(lm), tiny.random_tokens())
+    query = FrozenQueryKey.query
+
+    def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
+        vectors_KD, constant_K = query(*arguments)
+        return vectors_KD * 1.01, constant_K
+
+    expected = attributor.score(layer=2, head=1, query=8, key=6).value
+    monkeypatch.setattr(FrozenQueryKey, "query", wrong)
+    for contrast in (None, "mean"):
+        with pytest.raises(IdentityError, match=r"the score of head 2\.1 for query 8 and key 6 sum to") as error:
+            attributor.score(layer=2, head=1, query=8, key=6, contrast=contrast)
+        assert error.value.node == "the score of head 2.1 for query 8 and key 6"
+        assert contrast == "mean" or error.value.expected == expected
+
+
 # Contrasts ------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +256,7 @@ def test_contrast_subtracts_what_other_keys_get(attributor_of: Any, architecture
                 sums[node.column] = sums[node.column] + weight * row
         expected = np.stack([sums[node.column] for node in contrasted.key_nodes])
         np.testing.assert_allclose(contrasted.key_vectors_MK, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
-    monkeypatch.setattr(circuits.heads.qk, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(circuits.heads.qk_attributor, "NUMBERS_AT_ONCE", 1)
     np.testing.assert_allclose(attributor.score(**where, key=6, contrast="mean").pairs, mean.pairs, rtol=0, atol=1e-9)
 
 

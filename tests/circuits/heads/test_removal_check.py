@@ -13,9 +13,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import replacement
-from circuits.heads.check import RUNGS, HeadCheck, check_heads, direct_removals, run_without
-from circuits.heads.credit import RULES
-from circuits.heads.view import HeadViews
+from circuits.heads.feature_heads import HeadViews
+from circuits.heads.relu_credit import RULES
+from circuits.heads.removal_check import RUNGS, HeadCheck, check_heads, direct_removals, run_without
 from replacement import BatchTopK, JumpReLU, LanguageModel, ReLU, ReplacementModel, Site, TopK, Wiring
 
 PROMPTS = [tiny.random_tokens(8, seed=seed) for seed in range(2)]

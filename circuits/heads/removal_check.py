@@ -5,15 +5,15 @@ removed at the feature's position, and the loss `a_clean - a_removed` of the fea
 
 | rung   | what is removed from                     | what may react                                                     |
 |--------|------------------------------------------|--------------------------------------------------------------------|
-| direct | the feature's own read, nothing else     | nothing: `ablation` is exact here by construction, a self-check    |
+| direct | what the feature itself reads            | nothing: `ablation` is exact here by construction, a self-check    |
 | frozen | the residual stream behind the head      | MLPs, norms, later heads' values; patterns stay as they were       |
 | live   | the same                                 | everything                                                         |
 
 Removing a head sets its `attn_z` at that position to what biases alone make of it (zero in models without any), which is
-the part of the head that `circuits.heads.view` counts as bias. Activations are those the crosscoder computes on the stream
-that results, in competition with all other features where the activation function is TopK.
+the part of the head that `circuits.heads.feature_heads` counts as bias. Activations are those the crosscoder computes on the
+stream that results, in competition with all other features where the activation function is TopK.
 
-P (feature, head) pairs, J players of one feature, B copies of a prompt, T tokens, X heads x d_head.
+P (feature, head) pairs, B copies of a prompt.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.heads.credit import RULES
-from circuits.heads.view import HeadView, HeadViews
-from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel, Site
+from circuits.heads.feature_heads import HeadView, HeadViews
+from circuits.heads.relu_credit import RULES
+from replacement import Crosscoder, LanguageModel, LocalReplacement, ReplacementModel, Site
 from replacement.language_model.language_model import EnoughSeen, Hook, Prompt
 from replacement.splicing.intervention import PARTS
 
@@ -72,13 +72,17 @@ def check_heads(model: ReplacementModel, prompts: Sequence[Prompt], *, n_feature
     """Remove heads one by one and compare what features lose with each rule's credit.
 
     Args:
-        prompts: texts, or lists or 1-D tensors of token ids.
+        model: language model with a crosscoder spliced in.
+        prompts: several prompts, each a text, a list of token ids or a 1-D tensor of them.
         n_features: features drawn per prompt, behind its first position (which is the same in every prompt).
         seed: of the draw.
 
     Raises:
         ValueError: no prompts, fewer than one feature, a prompt the model cannot read, or no feature that reads heads.
+        IdentityError: the heads, direct stream and bias of a feature do not sum to its pre-activation.
     """
+    if isinstance(prompts, str | Tensor):
+        raise ValueError("expected a list of prompts, given a single one")
     if not prompts:
         raise ValueError("expected at least one prompt, given none")
     if n_features < 1:
@@ -86,20 +90,16 @@ def check_heads(model: ReplacementModel, prompts: Sequence[Prompt], *, n_feature
     lm, rng = model.language_model, np.random.default_rng(seed)
     predicted: dict[str, list[np.ndarray]] = {rule: [] for rule in RULES}
     measured: dict[str, list[np.ndarray]] = {rung: [] for rung in RUNGS}
-    n_drawn = 0
     for prompt in prompts:
-        tokens_T = lm.tokens(prompt)
         with torch.no_grad():
-            local = model.localize(tokens_T)
-            drawn = _draw(local, n_features, rng)
-            removed = _removed_runs(lm, local, drawn)
-        n_drawn += len(drawn)
-        for view in drawn:
-            for rule in RULES:
-                predicted[rule].append(view.credit(rule).credit_J[:-1])
-            measured["direct"].append(view.activation - direct_removals(local, view))
-        for rung, activations in removed.items():
-            measured[rung] += [view.activation - acts for view, acts in zip(drawn, activations, strict=True)]
+            local = model.localize(lm.tokens(prompt))
+            views = _draw(local, n_features, rng)
+            remaining = {"direct": [direct_removals(local, view) for view in views], **_rerun(lm, local, views)}
+        for rule in RULES:
+            predicted[rule] += [view.credit(rule).credit_J[:-1] for view in views]
+        for rung in RUNGS:
+            measured[rung] += [view.activation - acts for view, acts in zip(views, remaining[rung], strict=True)]
+    n_drawn = len(measured["direct"])
     if not n_drawn:
         raise ValueError("no active feature of these prompts reads attention heads behind the first position")
     return HeadCheck(
@@ -113,16 +113,16 @@ def check_heads(model: ReplacementModel, prompts: Sequence[Prompt], *, n_feature
 def _draw(local: LocalReplacement, n_features: int, rng: np.random.Generator) -> list[HeadView]:
     """Views of features drawn at random among those of all parts whose heads are not trivial."""
     views = HeadViews(local, ("",) * local.n_positions)
-    numbers = [
+    candidates = [
         (part, number)
         for part in local.decompositions
         for number in torch.nonzero(part.features.row > 0)[:, 0].tolist()
     ]
     drawn: list[HeadView] = []
-    for place in rng.permutation(len(numbers)):
+    for place in rng.permutation(len(candidates)):
         if len(drawn) == n_features:
             break
-        view = views.of(*numbers[place])
+        view = views.of(*candidates[place])
         size_J = np.abs(view.contributions)
         if size_J[:-1].sum() >= NON_TRIVIAL * max(float(size_J.sum()), 1e-30):
             drawn.append(view)
@@ -130,44 +130,48 @@ def _draw(local: LocalReplacement, n_features: int, rng: np.random.Generator) ->
 
 
 def direct_removals(local: LocalReplacement, view: HeadView) -> np.ndarray:
-    """float64[J - 1], a feature's activation when only its own read loses one head's contribution.
+    """float64[J - 1], a feature's activation when only what it reads itself loses one head's contribution.
 
-    The crosscoder's own activation function chooses anew among all features of the group, the others as they were.
+    The crosscoder's activation function chooses anew among all features of the group; the others stay as they were.
     """
-    part, group = _part(local, view), _group(local, view)
-    crosscoder, position, index = part.crosscoder, view.feature.position, view.feature.index
+    crosscoder, group = _crosscoder_of(local, view)
+    position, index = view.feature.position, view.feature.index
     inputs = {site: local.frozen.activations[site][position : position + 1] for site in crosscoder.wiring.reads[group]}
-    lost_J = torch.from_numpy(view.contributions[:-1]).to(part.pre_activation_S)
-    pre_JF = crosscoder.pre_activations(inputs, group).repeat(len(lost_J), 1)
+    pre_F = crosscoder.pre_activations(inputs, group)[0]
+    lost_J = torch.from_numpy(view.contributions[:-1]).to(pre_F)
+    pre_JF = pre_F.repeat(len(lost_J), 1)
     pre_JF[:, index] = view.pre_activation - lost_J
     threshold_F = None if crosscoder.threshold is None else crosscoder.threshold[group]
     row_S, index_S = crosscoder.activation.select(pre_JF, threshold_F, group=group)
     threshold_S = None if threshold_F is None else threshold_F.expand(crosscoder.n_features)[index_S]
-    acts_S = crosscoder.activation.values(pre_JF[row_S, index_S], threshold_S)
-    mine_S = index_S == index
-    return _by_row(row_S[mine_S], acts_S[mine_S], len(lost_J))
+    activation_S = crosscoder.activation.values(pre_JF[row_S, index_S], threshold_S)
+    return _by_row(row_S[index_S == index], activation_S[index_S == index], len(lost_J))
 
 
-def _removed_runs(lm: LanguageModel, local: LocalReplacement, views: Sequence[HeadView]) -> dict[str, list[np.ndarray]]:
-    """Rung -> per view its activations float64[J - 1] without each head: one copy of the prompt per (view, head)."""
-    found: dict[str, list[np.ndarray]] = {"frozen": [], "live": []}
+def _rerun(lm: LanguageModel, local: LocalReplacement, views: Sequence[HeadView]) -> dict[str, list[np.ndarray]]:
+    """Rung -> for each view its activations float64[J - 1] without each head: one copy of the prompt per (view, head)."""
     heads = [(layer, head, view.feature.position) for view in views for layer, head in view.players]
-    sites = {site for view in views for site in _part(local, view).crosscoder.wiring.reads[_group(local, view)]}
     if not heads:
-        return found
-    clean = lm.read_patterns(local.frozen.tokens_T[None])
-    for rung, patterns in (("frozen", clean), ("live", None)):
+        return {"frozen": [], "live": []}
+    crosscoders = [_crosscoder_of(local, view) for view in views]
+    sites = {site for crosscoder, group in crosscoders for site in crosscoder.wiring.reads[group]}
+    activations: dict[str, list[np.ndarray]] = {}
+    step = max(1, TOKENS_AT_ONCE // local.n_positions)
+    for rung, patterns in (("frozen", lm.read_patterns(local.frozen.tokens_T)), ("live", None)):
         chunks = [
-            run_without(lm, local, heads[begin : begin + max(1, TOKENS_AT_ONCE // local.n_positions)], sites, patterns)
-            for begin in range(0, len(heads), max(1, TOKENS_AT_ONCE // local.n_positions))
+            run_without(lm, local, heads[begin : begin + step], sites, patterns) for begin in range(0, len(heads), step)
         ]
-        rows = {site: torch.cat([chunk[site] for chunk in chunks]) for site in sites}
-        first = 0
-        for view in views:
-            own = slice(first, first + len(view.players))
-            first = own.stop
-            found[rung].append(_activations(local, view, {site: x_BD[own] for site, x_BD in rows.items()}))
-    return found
+        values = {site: torch.cat([chunk[site] for chunk in chunks]) for site in sites}
+        activations[rung], begin = [], 0
+        for view, (crosscoder, group) in zip(views, crosscoders, strict=True):
+            rows = slice(begin, begin + len(view.players))
+            begin = rows.stop
+            inputs = {site: values[site][rows] for site in crosscoder.wiring.reads[group]}
+            positions_B = torch.full((len(view.players),), view.feature.position, device=crosscoder.device)
+            features = crosscoder.encode_group(group, inputs, positions=positions_B)
+            features = features.select(features.index == view.feature.index)
+            activations[rung].append(_by_row(features.row, features.activation, len(view.players)))
+    return activations
 
 
 def run_without(
@@ -177,23 +181,27 @@ def run_without(
     sites: Iterable[Site],
     patterns: Sequence[Tensor] | None,
 ) -> dict[Site, Tensor]:
-    """What sites show, `[B, D]`, in a copy of the prompt for each (layer, head, position), without that head there.
+    """Values of sites, `[B, D]`, in a copy of the prompt for each (layer, head, position), without that head there.
 
     Row b is the site at the b-th position; the other rows of a copy are not returned.
 
     Args:
+        lm: the original model.
+        local: the prompt.
+        heads: what is removed, one from each copy.
+        sites: what is returned.
         patterns: attention patterns `[1, H, T, T]` to hold, one per layer; None lets them react.
     """
     tokens_BT = local.frozen.tokens_T.expand(len(heads), -1)
     position_B = torch.tensor([position for *_, position in heads], device=tokens_BT.device)
-    place_B = torch.arange(len(heads), device=tokens_BT.device)
+    copy_B = torch.arange(len(heads), device=tokens_BT.device)
     wanted, seen = set(sites), {}
 
     def hook_at(site: Site) -> Hook:
         def hook(x: Tensor) -> Tensor | None:
             changed = _without_heads(x, local, heads, site.layer) if site.kind == "attn_z" else None
             if site in wanted:
-                seen[site] = (x if changed is None else changed).flatten(2)[place_B, position_B]
+                seen[site] = (x if changed is None else changed).flatten(2)[copy_B, position_B]
             if len(seen) == len(wanted):
                 raise EnoughSeen
             return changed
@@ -210,38 +218,26 @@ def run_without(
 def _without_heads(
     z: Tensor, local: LocalReplacement, heads: Sequence[tuple[int, int, int]], layer: int
 ) -> Tensor | None:
-    """`attn_z` of one layer with the removed heads' entries at their constants, in any layout of heads."""
-    mine = [(copy, head, position) for copy, (at, head, position) in enumerate(heads) if at == layer]
-    if not mine:
+    """`attn_z` of one layer with the removed heads' entries at their constants, in any layout of heads; None without any."""
+    removed = [(copy, head, position) for copy, (at, head, position) in enumerate(heads) if at == layer]
+    if not removed:
         return None
     z_BTX, width = z.flatten(2).clone(), local.shape.d_head
     constant_TX = local.frozen.attentions[layer].constant_z_TX
-    for copy, head, position in mine:
-        own = slice(head * width, (head + 1) * width)
-        z_BTX[copy, position, own] = constant_TX[position, own]
+    for copy, head, position in removed:
+        of_head = slice(head * width, (head + 1) * width)
+        z_BTX[copy, position, of_head] = constant_TX[position, of_head]
     return z_BTX.view_as(z)
 
 
-def _activations(local: LocalReplacement, view: HeadView, inputs: dict[Site, Tensor]) -> np.ndarray:
-    """float64[B], the view's feature as the crosscoder encodes the given rows."""
-    crosscoder, group = _part(local, view).crosscoder, _group(local, view)
-    rows = {site: inputs[site] for site in crosscoder.wiring.reads[group]}
-    positions_B = torch.full((len(view.players),), view.feature.position, device=crosscoder.device)
-    features = crosscoder.encode_group(group, rows, positions=positions_B)
-    mine = features.select(features.index == view.feature.index)
-    return _by_row(mine.row, mine.activation, len(view.players))
+def _by_row(row_S: Tensor, activation_S: Tensor, n_rows: int) -> np.ndarray:
+    activation_B = np.zeros(n_rows)
+    activation_B[row_S.cpu().numpy()] = activation_S.double().cpu().numpy()
+    return activation_B
 
 
-def _by_row(row_S: Tensor, acts_S: Tensor, n_rows: int) -> np.ndarray:
-    acts_B = np.zeros(n_rows)
-    acts_B[row_S.cpu().numpy()] = acts_S.double().cpu().numpy()
-    return acts_B
-
-
-def _part(local: LocalReplacement, view: HeadView) -> Decomposition:
-    return local.decompositions[PARTS.index(view.feature.part)]
-
-
-def _group(local: LocalReplacement, view: HeadView) -> int:
-    wiring = _part(local, view).crosscoder.wiring
-    return [wiring.group_layer(group) for group in range(wiring.n_groups)].index(view.feature.layer)
+def _crosscoder_of(local: LocalReplacement, view: HeadView) -> tuple[Crosscoder, int]:
+    """The crosscoder of a view's feature, and its group."""
+    crosscoder = local.decompositions[PARTS.index(view.feature.part)].crosscoder
+    wiring = crosscoder.wiring
+    return crosscoder, [wiring.group_layer(group) for group in range(wiring.n_groups)].index(view.feature.layer)

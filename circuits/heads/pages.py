@@ -1,4 +1,4 @@
-"""Pages for people of what the `heads` command says; each takes the facts of `circuits.heads.facts` of the same name."""
+"""Pages for people of what the `heads` command says; each takes the facts of `circuits.heads.json_facts` of the same name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from circuits.graph.text import printable
-from circuits.heads.facts import Facts
+from circuits.heads.json_facts import Facts
 
 _RUNGS = {
     "direct": "only the feature's own read changes (ablation is exact here by construction)",

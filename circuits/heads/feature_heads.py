@@ -1,39 +1,35 @@
-"""Head view: one active feature's pre-activation as a sum over attention heads, exactly.
+"""One active feature's pre-activation as an exact sum over attention heads.
 
     h = bias + direct + sum over (layer, head, position s) of pattern[p, s] v_h[s] . W_enc,h
 
-p is the feature's position, v_h[s] what the head's value map makes of the prompt's own stream at s, and W_enc,h the
-feature's encoder as it is seen at the head: through `W_O` (and the frozen norms and skip matrices in between) for features
-that read the stream, the encoder itself for those that read `attn_z`. Heads count by last hop: what a head writes at p
-belongs to it, wherever that came from. `direct` is the embedding and the MLP outputs at p; `bias` is what no activation
-causes: the encoder's bias, and constants of norms and attention.
+p is the feature's position, v_h[s] the head's value vector of the prompt's residual stream at s, and W_enc,h the feature's
+encoder as it is seen at the head: through `W_O` (and the frozen norms and skip connections in between) for features that read
+the stream, the encoder itself for those that read `attn_z`. Heads count by last hop: what a head writes at p belongs to it,
+wherever that came from. `direct` is the embedding and the MLP outputs at p; `bias` is what no activation causes: the encoder's
+bias, and constants of norms and attention.
 
 The view over heads' concatenated outputs follows Kissane et al. 2024, "Interpreting Attention Layer Outputs with Sparse
 Autoencoders".
-
-T tokens, L layers, H heads, K d_head, X = H K, D d_model, P = 2 L + 1 depths (pre_l = 2 l, mid_l = 2 l + 1).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.identity import CANCELLATION
+from circuits.attribution.identity import check_identity
 from circuits.attribution.readers import head_reads, stream_reads
-from circuits.attribution.targets import FeatureTarget, active_feature
-from circuits.heads.credit import Credit, credit
-from circuits.heads.thresholds import feature_threshold
-from replacement import Decomposition, LocalReplacement, ReplacementModel, Site
+from circuits.attribution.targets import FeatureTarget, active_feature, parse_feature
+from circuits.heads.node_credit import feature_threshold
+from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
+from circuits.heads.writes_and_reads import read_at_own_position
+from replacement import Decomposition, LocalReplacement, ReplacementModel
 from replacement.language_model.language_model import Prompt
 from replacement.splicing.intervention import PARTS
-from replacement.splicing.skip import read_depth
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,13 +43,13 @@ class HeadView:
     layers: tuple[int, ...]
     """Layers whose heads the feature can read; zero in the arrays elsewhere."""
     heads_LHT: np.ndarray
-    """float64[L, H, T], what each head brings from each position; zero behind the feature's own."""
+    """float64[L, H, T], what each head contributes from each position; zero behind the feature's position."""
     heads_LH: np.ndarray
-    """float64[L, H], what each head brings: the sum over positions."""
+    """float64[L, H], what each head contributes: the sum over positions."""
     encoder_share_LH: np.ndarray
     """float64[L, H], norm of the encoder as it is seen at each head, as shares that sum to 1 (zeros without heads)."""
     direct: float
-    """From the embedding and the MLP outputs at the feature's own position; 0 for features of attention."""
+    """From the embedding and the MLP outputs at the feature's position; 0 for features of attention."""
     bias: float
     """From no activation."""
     pre_activation: float
@@ -74,62 +70,72 @@ class HeadView:
         """float64[J], of `players`, then `direct`."""
         return np.append(self.heads_LH[list(self.layers)].ravel(), self.direct)
 
-    def credit(self, rule: str = "path", *, samples: int = 2048, seed: int = 0) -> Credit:
-        """The activation divided among `players` and, last, `direct`; see `circuits.heads.credit`."""
+    def credit(self, rule: str = DEFAULT_RULE, *, samples: int = 2048, seed: int = 0) -> Credit:
+        """The activation divided among `players` and, last, `direct`; see `circuits.heads.relu_credit`."""
         return credit(
             self.contributions, bias=self.bias, threshold=self.threshold, rule=rule, samples=samples, seed=seed
         )
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw heads x source positions as a heat-map (`.svg` or `.png`); see `circuits.heads.plot`."""
-        from circuits.heads.plot import plot_heads
 
-        return plot_heads(self, path)
-
-
-def head_view(model: ReplacementModel, prompt: Prompt, feature: FeatureTarget) -> HeadView:
+def head_view(model: ReplacementModel, prompt: Prompt, feature: FeatureTarget | str) -> HeadView:
     """Split one active feature's pre-activation into heads, the direct stream and a bias.
 
     Args:
-        prompt: text, or a list or 1-D tensor of token ids.
-        feature: `FeatureTarget(layer, index, position)`, of the attention crosscoder where `part` is `attention`.
+        model: language model with a crosscoder spliced in.
+        prompt: text, a list of token ids or a 1-D tensor of them.
+        feature: `FeatureTarget(layer, index, position)`, or its name: `2/345@7`, `attention:2/345@7`.
 
     Raises:
         ValueError: a prompt the model cannot read, or a feature that does not exist or is not active there.
+        IdentityError: the parts do not sum to the pre-activation.
     """
     lm = model.language_model
-    tokens_T = lm.tokens(prompt)
     with torch.no_grad():
-        local = model.localize(tokens_T)
-        number = active_feature(feature, local)
-        part = local.decompositions[PARTS.index(feature.part)]
+        local = model.localize(lm.tokens(prompt))
+        target = parse_feature(feature) if isinstance(feature, str) else feature
+        number = active_feature(target, local)
+        part = local.decompositions[PARTS.index(target.part)]
         tokens = tuple(lm.token_strings(local.frozen.tokens_T.tolist()))
-        return HeadViews(local, tokens).of(part, number - (len(local.features) if feature.part == "attention" else 0))
+        return HeadViews(local, tokens).of(part, number - (len(local.features) if target.part == "attention" else 0))
 
 
 class HeadViews:
-    """Head views of the features of one prompt, whose streams are computed once."""
+    """Head views of the features of one prompt, whose residual streams are computed once."""
 
     def __init__(self, local: LocalReplacement, tokens: tuple[str, ...]) -> None:
         """Of a localized prompt and the text of its tokens."""
         self._local, self._tokens = local, tokens
-        self._streams = local.streams()
+        self._streams, self._mlp_LTD = local.streams(), local.mlp.outputs()
 
     @torch.no_grad()
     def of(self, part: Decomposition, number: int) -> HeadView:
-        """The view of one feature, by its number into `part.features`."""
-        split = self._split_attention if part.kind == "attn_out" else self._split_stream
+        """The view of one feature.
+
+        Args:
+            part: whose feature it is, one of `local.decompositions`.
+            number: number into `part.features`.
+
+        Raises:
+            IdentityError: the parts do not sum to the pre-activation.
+        """
+        of_attention = part.kind == "attn_out"
+        split = self._split_attention if of_attention else self._split_stream
         layers, heads_LHT, norm_LH, direct, bias = split(part, number)
-        pre = float(part.pre_activation_S[number])
-        gap = abs(math.fsum([*heads_LHT.ravel(), direct, bias]) - pre)
-        size = float(np.abs(heads_LHT).sum()) + abs(direct) + abs(bias)
         features = part.features
-        group, position = int(features.group[number]), int(features.row[number])
+        group, row, index = (int(column[number]) for column in (features.group, features.row, features.index))
         layer = part.crosscoder.wiring.group_layer(group)
+        feature = FeatureTarget(layer, index, row, part="attention" if of_attention else "mlp")
+        pre_activation = float(part.pre_activation_S[number])
+        identity_error = check_identity(
+            pre_activation,
+            math.fsum([*heads_LHT.ravel(), direct, bias]),
+            float(np.abs(heads_LHT).sum()) + abs(direct) + abs(bias),
+            dtype=part.pre_activation_S.dtype,
+            n_layers=self._local.shape.n_layers,
+            name=lambda _: f"feature {feature}, split by heads,",
+        )
         return HeadView(
-            feature=FeatureTarget(
-                layer, int(features.index[number]), position, part="attention" if part.kind == "attn_out" else "mlp"
-            ),
+            feature=feature,
             tokens=self._tokens,
             layers=layers,
             heads_LHT=heads_LHT,
@@ -137,10 +143,10 @@ class HeadViews:
             encoder_share_LH=norm_LH / max(float(norm_LH.sum()), 1e-30),
             direct=direct,
             bias=bias,
-            pre_activation=pre,
+            pre_activation=pre_activation,
             activation=float(features.activation[number]),
             threshold=feature_threshold(self._local, part, number),
-            identity_error=gap / max(abs(pre), CANCELLATION * size, 1e-30),
+            identity_error=identity_error,
         )
 
     def _split_stream(
@@ -148,14 +154,18 @@ class HeadViews:
     ) -> tuple[tuple[int, ...], np.ndarray, np.ndarray, float, float]:
         """Layers, heads, encoder norms, direct part and bias of a feature that reads the stream."""
         local, position = self._local, int(part.features.row[number])
-        above_PD, constant = _reads_from(local, part, number)
-        layers = tuple(layer for layer in range(local.shape.n_layers) if bool(above_PD[2 * layer + 1].any()))
+        chosen_S = torch.tensor([number], device=part.features.row.device)
+        target_R, targets, constant_S = stream_reads(local, part, chosen_S)
+        reads = {depth: read_MD[0] for depth, read_MD in read_at_own_position(local, targets, target_R, 1)}
+        layers = tuple(layer for layer in range(local.shape.n_layers) if bool(reads[2 * layer + 1].any()))
         heads_LHT, norm_LH = self._empty()
-        direct = above_PD[0] @ self._streams[0][position]
+        direct, constant = reads[0] @ self._streams[0][position], constant_S[0]
         for layer in range(local.shape.n_layers):
-            direct = direct + above_PD[2 * layer + 2] @ _mlp_write(local, layer, position)
+            read_D = reads[2 * layer + 2]
+            direct = direct + read_D @ self._mlp_LTD[layer, position]
+            constant = constant + (read_D * local.skips.bias(layer)).sum()
         for layer in layers:
-            attention, read_D = local.frozen.attentions[layer], above_PD[2 * layer + 1]
+            attention, read_D = local.frozen.attentions[layer], reads[2 * layer + 1]
             constant = constant + read_D @ attention.constant_TD[position]
             encoder_X = attention.weights.W_O_XD @ read_D  # in front of the output norm's scale, where there is one
             heads_LHT[layer] = self._heads(layer, position, encoder_X)
@@ -166,8 +176,8 @@ class HeadViews:
     def _split_attention(
         self, part: Decomposition, number: int
     ) -> tuple[tuple[int, ...], np.ndarray, np.ndarray, float, float]:
-        """The same for a feature that reads `attn_z` of its own layer."""
-        chosen_S = torch.tensor([number], device=part.features.group.device)
+        """The same for a feature that reads `attn_z` of its layer."""
+        chosen_S = torch.tensor([number], device=part.features.row.device)
         group, position = int(part.features.group[number]), int(part.features.row[number])
         read = head_reads(part, chosen_S, group)
         attention, encoder_X = self._local.frozen.attentions[read.layer], read.vectors_NX[0]
@@ -189,37 +199,6 @@ class HeadViews:
     def _empty(self) -> tuple[np.ndarray, np.ndarray]:
         shape = self._local.shape
         return np.zeros((shape.n_layers, shape.n_heads, len(self._tokens))), np.zeros((shape.n_layers, shape.n_heads))
-
-
-def _reads_from(local: LocalReplacement, part: Decomposition, number: int) -> tuple[Tensor, Tensor]:
-    """`[P, D]`, what a feature reads of a vector that enters the stream of its own position at each depth, through skip
-    matrices where there are any; and the part of its pre-activation that biases of encoder and norms make."""
-    crosscoder, shape = local.crosscoder, local.shape
-    chosen_S = torch.tensor([number], device=part.features.group.device)
-    _, targets, constant_S = stream_reads(local, part, chosen_S)
-    position_N, constant = targets.position_N[:1], constant_S[0]
-    read_PD = targets.vectors_ND.new_zeros(2 * shape.n_layers + 1, shape.d_model)
-    read_PD.index_add_(0, targets.depth_N, targets.vectors_ND)
-    for layer in reversed(range(shape.n_layers)) if crosscoder.skip else ():
-        written, above_D = Site(layer, "mlp_out"), read_PD[2 * layer + 2 :].sum(0)
-        for group in crosscoder.wiring.writers(written):
-            for site in crosscoder.wiring.reads[group]:
-                u_D = above_D @ crosscoder.skip_matrix(group, site, written)
-                if site.kind == "mlp_in":
-                    norm = local.frozen.norms_mlp[site.layer]
-                    constant = constant + u_D @ norm.bias_D
-                    u_D = norm.pull_back(u_D[None], position_N)[0]
-                read_PD[read_depth(site, shape)] += u_D
-    return read_PD.flip(0).cumsum(0).flip(0), constant
-
-
-def _mlp_write(local: LocalReplacement, layer: int, position: int) -> Tensor:
-    """`[D]`, an MLP output at one position, without what skip matrices carry over from the stream."""
-    here, site = slice(position, position + 1), Site(layer, "mlp_out")
-    written_D = local.frozen.activations[site][position]
-    read = {site: local.frozen.activations[site][here] for site in local.crosscoder.wiring.read_sites}
-    skipped = local.crosscoder.skip_contribution(read) if local.crosscoder.skip else {}
-    return written_D - skipped[site][0] if site in skipped else written_D
 
 
 def _norms(encoder_X: Tensor, n_heads: int) -> np.ndarray:

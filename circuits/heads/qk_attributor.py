@@ -1,7 +1,5 @@
 """Why a head attends: the score of one key at one query as an exact sum over pairs of nodes.
 
-N query nodes, M key nodes, K d_head, C source columns, D d_model, T tokens.
-
 With norm scales frozen, query and key are linear in the nodes below their layer, so the score is bilinear:
 
     score(q, k) = scale (R_q query(x_q)) . (R_k key(x_k)) = sum_{n, m} Q_n . K_m
@@ -13,7 +11,7 @@ attributes features.
 
 Frozen are the scales of all norms, also of those of queries and keys (Gemma 3, Qwen 3). The score is the one before a
 soft-cap (Gemma 2). Softmax only sees differences between keys: a contrast subtracts the score at another key, or the mean
-over the other visible keys, and what all keys share cancels.
+over the other visible keys, and what all keys share cancels. N query nodes, M key nodes.
 
 Source: Kamath, Ameisen et al. 2025, Tracing Attention Computation Through Feature Interactions.
 """
@@ -28,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution.columns import source_table
-from circuits.attribution.identity import CANCELLATION
+from circuits.attribution.identity import check_identity
 from circuits.attribution.labels import node_labels
 from circuits.attribution.readers import Targets
 from circuits.attribution.residual_transport import ResidualTransport
@@ -94,8 +92,17 @@ class QKAttributor:
         queries_CK = self._vectors(frozen.query, layer, head, {query: 1.0})
         keys_CK = self._vectors(frozen.key, layer, head, weights)
         scores_T = frozen.scores_HTT[head, query].double()
-        value = sum(weight * float(scores_T[position]) for position, weight in weights.items())
+        parts = [weight * float(scores_T[position]) for position, weight in weights.items()]
+        value = sum(parts)
         (query_nodes, queries_NK), (key_nodes, keys_MK) = self._nodes(queries_CK), self._nodes(keys_CK)
+        identity_error = check_identity(
+            value,
+            float(queries_NK.sum(0) @ keys_MK.sum(0)),
+            summed_magnitudes(queries_NK, keys_MK) + sum(abs(part) for part in parts),
+            dtype=self.local.W_U.dtype,
+            n_layers=self.local.shape.n_layers,
+            name=lambda _: f"the score of head {layer}.{head} for query {query} and key {key}",
+        )
         return QKAttribution(
             layer=layer,
             head=head,
@@ -109,7 +116,7 @@ class QKAttributor:
             key_nodes=key_nodes,
             query_vectors_NK=queries_NK,
             key_vectors_MK=keys_MK,
-            identity_error=_identity_error(queries_NK, keys_MK, value),
+            identity_error=identity_error,
             _labels=self._label,
         )
 
@@ -121,17 +128,14 @@ class QKAttributor:
         weights: dict[int, float],
     ) -> np.ndarray:
         """float64[C + 1, K]: what every source, and last the constants, put into queries or keys at weighted positions."""
-        total_CK: Tensor | None = None
-        positions = list(weights)
+        positions, parts = list(weights), []
         step = max(1, NUMBERS_AT_ONCE // (self.local.shape.d_head * self.transport.sources.columns.n_columns))
         for start in range(0, len(positions), step):
             chosen = positions[start : start + step]
-            both_PKC = self._read_at(read, layer, head, chosen)
-            weight_P = torch.tensor([weights[position] for position in chosen], dtype=torch.float64)
-            part_CK = torch.einsum("p,pkc->ck", weight_P.to(both_PKC.device), both_PKC)
-            total_CK = part_CK if total_CK is None else total_CK + part_CK
-        assert total_CK is not None
-        return total_CK.cpu().numpy()
+            vectors_PKC = self._read_at(read, layer, head, chosen)
+            weight_P = vectors_PKC.new_tensor([weights[position] for position in chosen])
+            parts.append(torch.einsum("p,pkc->ck", weight_P, vectors_PKC))
+        return torch.stack(parts).sum(0).cpu().numpy()
 
     def _read_at(
         self, read: Callable[[int, int], tuple[Tensor, Tensor]], layer: int, head: int, positions: Sequence[int]
@@ -217,14 +221,10 @@ def attribute_score(
     Raises:
         ValueError: a prompt the model cannot read, a layer, head or position it does not have, a key the query does not
             see, or an architecture whose scores are not a product of queries and keys alone (ALiBi).
+        IdentityError: the pairs do not sum to the score.
 
-    >>> found = attribute_score(model, prompt, layer=2, head=3, contrast="mean")        # doctest: +SKIP
-    >>> found.top(3)                                                                   # doctest: +SKIP
+    >>> attribution = attribute_score(model, prompt, layer=2, head=3, contrast="mean")  # doctest: +SKIP
+    >>> attribution.top(3)                                                             # doctest: +SKIP
     """
     attributor = QKAttributor(model, prompt)
     return attributor.score(layer=layer, head=head, query=query, key=key, contrast=contrast)
-
-
-def _identity_error(queries_NK: np.ndarray, keys_MK: np.ndarray, value: float) -> float:
-    total = float(queries_NK.sum(0) @ keys_MK.sum(0))
-    return abs(total - value) / max(abs(value), CANCELLATION * summed_magnitudes(queries_NK, keys_MK), 1e-30)
