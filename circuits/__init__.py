@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from circuits.graph.circuit_graph import CircuitGraph
     from circuits.graph.nodes import NodeKind, NodeTable
     from circuits.graph.scores import Scores
-    from circuits.heads.qk_attributor import QKAttributor, attribute_score
-    from circuits.heads.qk_attribution import QKAttribution
-    from circuits.heads.node_credit import source_credit
     from circuits.heads.edge_split import split_heads, with_heads
     from circuits.heads.feature_heads import HeadView, head_view
     from circuits.heads.heat_map import plot_heads
+    from circuits.heads.node_credit import source_credit
+    from circuits.heads.qk_attribution import QKAttribution
+    from circuits.heads.qk_attributor import QKAttributor, attribute_score
 
 __all__ = [
     "CircuitGraph",

@@ -44,7 +44,12 @@ ROOMS |= {
     },
 }
 PURE_ROOMS = ("circuits.graph.", "circuits.export.")
-PURE_MODULES = ("circuits.heads.relu_credit", "circuits.heads.qk_attribution", "replacement.start", "replacement.console")
+PURE_MODULES = (
+    "circuits.heads.relu_credit",
+    "circuits.heads.qk_attribution",
+    "replacement.start",
+    "replacement.console",
+)
 
 # Imports (importer, imported) against the order that are still to be removed.
 KNOWN: set[tuple[str, str]] = {
