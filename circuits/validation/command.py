@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from circuits.graph.circuit_graph import CircuitGraph
-from circuits.with_model import with_model
+from replacement import console
+from replacement.command_line import AsJson, ModelOptions, model_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,49 +20,43 @@ OTHERS = 8
 """Prompts that features are resampled from."""
 
 
+@model_options
 def validate(
     file: Annotated[Path, typer.Argument(help="A graph saved as .safetensors.", show_default=False)],
     *,
-    features: Annotated[int, typer.Option(help="Features drawn from the graph.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    features: Annotated[int, typer.Option(min=1, help="Features drawn from the graph.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     resample: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, one prompt per line, for resampled ablation: those with as many tokens as the graph's or more "
-            "are used, their first ones. Without it, rows of the demo's corpus, or for other models no resampled ablation."
+            help="Text file with one prompt per line to resample features from. Lines with at least as many tokens as the "
+            "graph's prompt are used, cut to its length. By default rows of the demo's corpus, for the demo; other models "
+            "then have no resampled ablation."
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="`demo`, a hub name or a Hugging Face folder.")] = "demo",
-    crosscoder: Annotated[str, typer.Option(help="`demo` or a crosscoder checkpoint folder.")] = "demo",
-    attention_crosscoder: Annotated[
-        str, typer.Option(help="For graphs traced with `--attention features`: `demo` or a checkpoint folder.")
-    ] = "demo",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
+    options: ModelOptions,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure how far a graph predicts interventions, and whether its circuit is enough and needed."""
-    if features < 1:
-        raise ValueError(f"features: expected at least 1, given {features}")
+    """Measure how far a graph predicts interventions, and whether its circuit is sufficient and necessary."""
     if resample is not None and not resample.is_file():
         raise ValueError(f"{resample}: expected a text file with one prompt per line, but there is no such file")
     lines = None if resample is None else resample.read_text(encoding="utf-8").splitlines()
     graph = CircuitGraph.load(file)
-    linear = graph.metadata.get("attention", "linear") == "linear"
+    options = options.for_graph(graph.metadata)
 
     def work(loaded: ReplacementModel, say: object) -> dict[str, object]:
         from circuits.validation.validate import validate as run
 
-        others = other_prompts(loaded, graph, lines, is_demo=model == "demo")
+        others = other_prompts(loaded, graph, lines, is_demo=options.is_demo)
         return run(loaded, graph, others=others, n_features=features, seed=seed)
 
-    facts = with_model(
-        work, model=model, crosscoder=crosscoder, attention_crosscoder=None if linear else attention_crosscoder
-    )
+    facts = options.use(work)
     if as_json:
-        typer.echo(json.dumps(facts))
+        console.show_json(facts)
     else:
         from circuits.validation.report import page
 
-        Console().print(page(facts), highlight=False, markup=False, soft_wrap=False)
+        console.show(page(facts))
 
 
 def other_prompts(
@@ -78,11 +71,11 @@ def other_prompts(
 
     length, lm = len(graph.metadata["tokens"]), model.language_model
     if lines is not None:
-        tokens = [lm.tokenize(line) for line in lines if line.strip()]
-        found = [one[:length] for one in tokens if len(one) >= length][:OTHERS]
-        if not found:
+        prompts = [lm.tokens(line) for line in lines if line.strip()]
+        long_enough = [tokens_T[:length] for tokens_T in prompts if len(tokens_T) >= length][:OTHERS]
+        if not long_enough:
             raise ValueError(f"resample: expected a prompt of at least {length} tokens, the graph's number; given none")
-        return found
+        return long_enough
     if not is_demo:
         return []
     from replacement.demo.corpus.mixture import held_out_rows

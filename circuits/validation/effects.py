@@ -25,6 +25,7 @@ from replacement import Features, Intervention, ReplacementModel
 from replacement.splicing.clean_run import CleanRun, Conditions, SplicedRun
 from replacement.splicing.feature_changes import activations_at, change_of, difference, repeat_prompt
 from replacement.splicing.intervention import PARTS
+from replacement.validation.metrics import kl_divergence
 
 PATCHING = ("constrained", "propagated", "original")
 """How features are patched where predictions are tested; `window` is for influence among features alone."""
@@ -167,7 +168,7 @@ class Effects:
         for node, target in zip(np.flatnonzero(self.nodes.mask(NodeKind.LOGIT)), targets, strict=True):
             change_BN[:, node] = target.read(change_BTV[:, target.position]).cpu().numpy()
         position = targets[-1].position
-        return kl(clean_TV[position], logits_BTV[:, position])
+        return kl_divergence(clean_TV[position], logits_BTV[:, position]).cpu().numpy()
 
     def _pre_activation_changes(self, run: SplicedRun, copy: int, targets: np.ndarray) -> np.ndarray:
         """float64[targets], change of each target feature's pre-activation in one copy."""
@@ -184,12 +185,6 @@ class Effects:
                     read_P = (moved_PD * crosscoder.encoder(group, site)[index]).sum(-1)
                     change[chosen] += read_P.double().cpu().numpy()
         return change
-
-
-def kl(clean_V: Tensor, logits_BV: Tensor) -> np.ndarray:
-    """float64[B], KL divergence of each row's distribution from the clean one, in nats."""
-    clean, other = clean_V.double().log_softmax(-1), logits_BV.double().log_softmax(-1)
-    return np.asarray((clean.exp() * (clean - other)).sum(-1).clamp(min=0).cpu().numpy())
 
 
 def sample_features(grounding: Grounding, n_features: int, *, seed: int) -> np.ndarray:

@@ -5,13 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from circuits.graph.text import printable
+from replacement import console
 
 _ERRORS = {"keep": "error terms kept", "resample": "error terms resampled too"}
+_TEXTS = ("patching", "patterns", "norms", "change", "kind")
+_ABLATION = {"patching": "patching", "patterns": "patterns", "spearman": "Spearman"}
+_AMONG_FEATURES = {"patterns": "patterns", "pairs": "pairs", "spearman": "Spearman"}
+_STREAMS = {"kind": "kind", "patterns": "patterns", "distance": "layers", "perturbations": "perturbations"}
+_STREAMS |= {"cosine": "cosine", "nmse": "NMSE", "cosine_added": "cosine of what layers add"}
+_ONE_LAYER = {"change": "change", "patterns": "patterns", "norms": "norms", "features": "features", "cosine": "cosine"}
+_ONE_LAYER |= {"median": "median", "larger_half": "larger half", "all_features": "all of the layer"}
+_EFFECTS = {"patching": "patching", "patterns": "patterns", "distance": "layers", "pairs": "pairs"}
+_EFFECTS |= {"spearman": "Spearman", "pearson": "Pearson", "cosine": "cosine", "nmse": "NMSE"}
 
 
 def page(facts: dict[str, Any]) -> Group:
@@ -25,97 +34,59 @@ def page(facts: dict[str, Any]) -> Group:
     sampled = f"{facts['features']} features, {facts['sampling']}, seed {facts['seed']}; {facts['prediction']}"
     parts: list[RenderableType] = [Text(printable(facts["prompt"]), style="bold"), Text(sampled), Text()]
     if facts["is_pruned"]:
-        removed = (
-            "This graph is pruned, and what was removed is predicted to do nothing: the full graph predicts better."
-        )
+        removed = "This graph is pruned, and removed edges are predicted to do nothing: the full graph predicts better."
         parts += [Text(removed, style="bold red"), Text()]
-    parts += [
-        _section("Self-check, true by construction", Text(exact)),
-        _section(
+    ablated = [row for row in facts["effects"] if row["change"] == "ablated"]
+    sections: list[tuple[str, RenderableType]] = [
+        ("Self-check, true by construction", Text(exact)),
+        (
             "Influence against the output's KL when a feature is ablated (Spearman)",
-            _ablation(facts["influence_against_ablation"]),
+            _rows(facts["influence_against_ablation"], _ABLATION),
         ),
-    ]
-    parts += [
-        _section(
+        (
             "Influence of features on features against the share of an activation that ablation moves (Spearman)",
-            _among_features(facts["influence_among_features"]),
+            _rows(facts["influence_among_features"], _AMONG_FEATURES),
         ),
-        _section(
-            "Perturbed streams: local replacement model against the original", _perturbations(facts["perturbations"])
+        (
+            "Perturbed streams: local replacement model against the original",
+            _rows(facts["perturbations"], _STREAMS),
         ),
-        _section(
-            "One layer downstream: cosine of predicted and measured changes", _one_layer(facts["one_layer_cosine"])
+        (
+            "One layer downstream: cosine of predicted and measured changes",
+            _rows(facts["one_layer_cosine"], _ONE_LAYER),
         ),
+        ("Features ablated: predicted against measured", _rows(ablated, _EFFECTS)),
     ]
-    parts += [_section("Features ablated: predicted against measured", _effects(facts["effects"]))]
     for errors, circuit in (facts["circuit"] or {}).items():
         title = f"Circuit alone and model without it, {circuit['other_prompts']} prompts resampled, {_ERRORS[errors]}"
-        parts += [_section(title, _circuit(circuit))]
-    return Group(*parts, _section("Paths", Text(shape)))
+        sections.append((title, _circuit(circuit)))
+    sections.append(("Paths", Text(shape)))
+    return Group(*parts, *(console.section(title, body) for title, body in sections))
 
 
-def _ablation(rows: list[dict[str, Any]]) -> Table:
-    table = _table("patching", "patterns", "Spearman")
+def _rows(rows: list[dict[str, Any]], columns: dict[str, str]) -> Table:
+    """A table with one line per row; `columns` maps keys to heads."""
+    table = console.table(*columns.values(), texts=_TEXTS)
     for row in rows:
-        table.add_row(row["patching"], row["patterns"], _number(row["spearman"]))
-    return table
-
-
-def _among_features(rows: list[dict[str, Any]]) -> Table:
-    table = _table("patterns", "pairs", "Spearman")
-    for row in rows:
-        table.add_row(row["patterns"], f"{row['pairs']:,}", _number(row["spearman"]))
-    return table
-
-
-def _perturbations(rows: list[dict[str, Any]]) -> Table:
-    table = _table("kind", "patterns", "layers", "perturbations", "cosine", "NMSE", "cosine of what layers add")
-    for row in rows:
-        figures = (_number(row[name]) for name in ("cosine", "nmse", "cosine_added"))
-        table.add_row(row["kind"], row["patterns"], str(row["distance"]), str(row["perturbations"]), *figures)
-    return table
-
-
-def _one_layer(rows: list[dict[str, Any]]) -> Table:
-    table = _table("change", "patterns", "norms", "features", "cosine", "median", "larger half", "all of the layer")
-    for row in rows:
-        figures = (_number(row[name]) for name in ("cosine", "median", "larger_half", "all_features"))
-        table.add_row(row["change"], row["patterns"], row["norms"], str(row["features"]), *figures)
-    return table
-
-
-def _effects(rows: list[dict[str, Any]]) -> Table:
-    table = _table("patching", "patterns", "layers", "pairs", "Spearman", "Pearson", "cosine", "NMSE")
-    for row in rows:
-        if row["change"] == "ablated":
-            figures = (_number(row[name]) for name in ("spearman", "pearson", "cosine", "nmse"))
-            table.add_row(row["patching"], row["patterns"], row["distance"], f"{row['pairs']:,}", *figures)
+        console.add_row(table, *_row(row, *columns))
     return table
 
 
 def _circuit(circuit: dict[str, Any]) -> Group:
-    table = _table("share", "features", "faithfulness", "necessity")
-    for row in circuit["sizes"]:
-        table.add_row(
-            f"{row['share']:g}", str(row["features"]), *(_number(row[n]) for n in ("faithfulness", "necessity"))
-        )
-    pruned = circuit["pruned"]
-    table.add_row("pruned", str(pruned["features"]), *(_number(pruned[n]) for n in ("faithfulness", "necessity")))
+    table = console.table("share", "features", "faithfulness", "necessity")
+    for row in [*circuit["sizes"], {**circuit["pruned"], "share": "pruned"}]:
+        share = row["share"] if isinstance(row["share"], str) else f"{row['share']:g}"
+        console.add_row(table, share, *_row(row, "features", "faithfulness", "necessity"))
     return Group(table, Text(f"CPR {_number(circuit['cpr'])}, CMD {_number(circuit['cmd'])}"))
+
+
+def _row(row: dict[str, Any], *names: str) -> tuple[str, ...]:
+    """Cells of a row: texts as they are, counts with separators, figures with three decimals."""
+    cells = (row[name] for name in names)
+    return tuple(
+        f"{cell:,}" if isinstance(cell, int) else cell if isinstance(cell, str) else _number(cell) for cell in cells
+    )
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def _section(title: str, body: RenderableType) -> Group:
-    return Group(Text(title, style="bold blue"), Padding(body, (0, 0, 1, 2), expand=False))
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in names:
-        left = name in ("patching", "patterns", "norms", "change", "kind")
-        table.add_column(name, justify="left" if left else "right")
-    return table

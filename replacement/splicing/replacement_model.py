@@ -85,7 +85,8 @@ class ReplacementModel:
             _check(given, language_model, part)
         check_together(crosscoders)
         language_model.check_linearisable()
-        views = [_for_inference(given, language_model) for given in crosscoders]
+        dtype, device = language_model.dtype, language_model.device
+        views = [given.to_inference(dtype=dtype, device=device) for given in crosscoders]
         self.language_model, self.crosscoder = language_model, views[0]
         self.attention_crosscoder = views[1] if attention_crosscoder is not None else None
 
@@ -304,11 +305,3 @@ def _changes(
     """The same interventions in every prompt, as changes of features."""
     B, T = tokens_BT.shape
     return {part: change_of([by_part[part]] * B, crosscoder, n_positions=T) for part, crosscoder in crosscoders.items()}
-
-
-def _for_inference(crosscoder: Crosscoder, lm: LanguageModel) -> Crosscoder:
-    with torch.device("meta"):
-        view = Crosscoder.like(crosscoder, device="meta")
-    tensors = {name: value.detach().to(lm.device, lm.dtype) for name, value in crosscoder.state_dict().items()}
-    view.load_state_dict(tensors, assign=True)
-    return view.eval().requires_grad_(False)

@@ -20,7 +20,7 @@ from circuits.graph.nodes import NodeKind
 from circuits.validation import command as validate_command
 from circuits.validation import effects as effects_module
 from circuits.validation.command import other_prompts
-from circuits.validation.effects import Effects, Measured, kl, sample_features
+from circuits.validation.effects import Effects, Measured, sample_features
 from circuits.validation.prediction import predicted_changes
 from circuits.validation.report import page
 from circuits.validation.sufficiency import Resampler, sufficiency
@@ -106,7 +106,8 @@ def test_measured_effects_equal_single_interventions(
         held = {"propagated": None, "original": range(layer + 1), "window": range(layer, min(layer + 2, 3))}[patching]
         options: Any = {} if held is None else {"mlps": "original", "constrained_layers": held}
         alone = model.intervene(tokens, [Intervention(layer=layer, scale=0.0, **place)], **options)
-        divergence = kl(alone.clean_logits[-1], alone.logits[-1:])[0]
+        log_p, log_q = (logits[-1].log_softmax(-1) for logits in (alone.clean_logits, alone.logits))
+        divergence = float(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
         assert found.kl_B[number] == pytest.approx(divergence, rel=1e-5, abs=1e-9)  # activations are float32 in graphs
         for target in np.flatnonzero(nodes.mask(NodeKind.FEATURE))[::7].tolist():
             at = (int(nodes.layer[target]), int(nodes.position[target]), int(nodes.index[target]))
@@ -236,7 +237,8 @@ def test_other_prompts(language_model: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--features", "0"], "features: expected at least 1, given 0"),
+        (["--features", "0"], "'--features': Input should be greater than or equal to 1"),
+        (["--seed", "-1"], "'--seed': Input should be greater than or equal to 0"),
         (["--resample", "SHORT"], "resample: expected a prompt of at least 9 tokens, the graph's number; given none"),
         (["--resample", "/nowhere"], "expected a text file with one prompt per line, but there is no such file"),
         (["--model", "/nowhere"], "no language model folder at /nowhere"),
