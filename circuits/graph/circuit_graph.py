@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import Edges
 from circuits.graph.exporters import export, exporter
 from circuits.graph.influence import node_influence
+from circuits.graph.metadata import as_stored
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.pruning import prune
 from circuits.graph.scores import Scores, scores
@@ -22,8 +22,6 @@ from circuits.graph.storage import load, save
 
 if TYPE_CHECKING:
     import networkx as nx
-
-REQUIRED = ("prompt", "tokens", "n_layers", "identity_error")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +44,7 @@ class CircuitGraph:
     """The heads that carry each edge; see `circuits.with_heads`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metadata", _json_facts(self.metadata))
+        object.__setattr__(self, "metadata", as_stored(self.metadata))
         _check_fit(self.nodes, self.edges, n_tokens=len(self.metadata["tokens"]))
         if self.heads is not None:
             _check_heads(self.heads, self.edges, self.nodes.inflow)
@@ -150,18 +148,6 @@ class CircuitGraph:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         """What notebooks show: the picture, and the one line of `repr` where there are no pictures."""
         return {"image/svg+xml": self.to_svg(), "text/plain": repr(self)}
-
-
-def _json_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy that equals what a file would give back (tuples become lists)."""
-    missing = [name for name in REQUIRED if name not in metadata]
-    if missing:
-        raise ValueError(f"CircuitGraph.metadata: expected {', '.join(REQUIRED)}, but there is no {', '.join(missing)}")
-    try:
-        facts: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"CircuitGraph.metadata: expected facts that can be written as JSON ({error})") from error
-    return facts
 
 
 def _check_fit(nodes: NodeTable, edges: Edges, *, n_tokens: int) -> None:

@@ -1,10 +1,14 @@
-"""The graph file: one `.safetensors` holding the node and edge columns, with labels and metadata as JSON in its
-header."""
+"""The graph file: one `.safetensors` holding the node and edge columns, with labels and metadata as JSON in its header.
+
+The header also holds a digest of everything that loading returns, so that a damaged file is never taken for another graph.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,8 @@ from replacement.files import write_atomic
 
 FORMAT = "crosstrace.circuit"
 SCHEMA = 3
-"""2 added heads of edges and a bool column `attention`, which 3 replaces by `part`; files of schema 1 have none of them."""
+"""2 added heads of edges and a bool column `attention`, which 3 replaces by `part`; files of schema 1 have none of them. 3 also
+added the digest, which older files lack."""
 _EDGE_COLUMNS = ("indptr", "source", "weight")
 
 
@@ -43,7 +48,19 @@ def to_bytes(graph: GraphData) -> bytes:
         "labels": json.dumps(graph.nodes.label),
         "metadata": json.dumps(dict(graph.metadata), allow_nan=False),
     }
+    header["digest"] = digest(tensors, header)
     return bytes(serialise(tensors, metadata=header))
+
+
+def digest(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
+    """SHA-256 of the tensors (names, dtypes, shapes, values) and of the header's texts, those of another digest left out."""
+    result = hashlib.sha256()
+    texts = sorted((name, text) for name, text in header.items() if name != "digest")
+    shapes = sorted((name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items())
+    result.update(json.dumps([texts, shapes]).encode())
+    for name in sorted(tensors):
+        result.update(np.ascontiguousarray(tensors[name]).data)
+    return result.hexdigest()
 
 
 def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any], EdgeHeads | None]:
@@ -60,23 +77,38 @@ def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             _check_header(path, header)
-            nodes = {name: file.get_tensor(f"nodes.{name}") for name in COLUMNS.keys() - {"part"}}
-            if int(header["schema"]) >= 3:
-                nodes["part"] = file.get_tensor("nodes.part")
-            elif header["schema"] == "2":
-                nodes["part"] = file.get_tensor("nodes.attention").astype(COLUMNS["part"])
-            else:
-                nodes["part"] = np.zeros(len(nodes["kind"]), COLUMNS["part"])
-            edges = Edges(**{name: file.get_tensor(f"edges.{name}") for name in _EDGE_COLUMNS})
-            heads = None
-            if "heads.weight" in file.keys():  # noqa: SIM118 - not a dictionary
-                heads = EdgeHeads(**{name: file.get_tensor(f"heads.{name}") for name in HEAD_COLUMNS})
-        table = NodeTable(**nodes, label=tuple(json.loads(header["labels"])))
-        return table, edges, json.loads(header["metadata"]), heads
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        schema = int(header["schema"])
+        if (schema >= 3 or "digest" in header) and header["digest"] != digest(tensors, header):
+            raise ValueError("its content is not that of its digest")
+        if schema < 3:
+            tensors["nodes.part"] = tensors.get("nodes.attention", np.zeros_like(tensors["nodes.kind"])).astype(np.int8)
+        table = NodeTable(**{name: tensors[f"nodes.{name}"] for name in COLUMNS}, label=_labels(header))
+        edges = Edges(**{name: tensors[f"edges.{name}"] for name in _EDGE_COLUMNS})
+        heads = None
+        if "heads.weight" in tensors:
+            heads = EdgeHeads(**{name: tensors[f"heads.{name}"] for name in HEAD_COLUMNS})
+        return table, edges, _metadata(header), heads
     except _ForeignError as error:
         raise ValueError(str(error)) from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path}: expected a circuit file, given one without {error}") from error
+    except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a circuit file, given one that is damaged or foreign ({error})") from error
+
+
+def _labels(header: Mapping[str, str]) -> tuple[str, ...]:
+    labels = json.loads(header["labels"])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError("its labels are no list of texts")
+    return tuple(labels)
+
+
+def _metadata(header: Mapping[str, str]) -> dict[str, Any]:
+    metadata = json.loads(header["metadata"])
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata is no object")
+    return metadata
 
 
 class _ForeignError(Exception):
@@ -87,7 +119,7 @@ def _check_header(path: Path, header: dict[str, str]) -> None:
     if header.get("format") != FORMAT:
         raise _ForeignError(f"{path}: expected a circuit file, given another kind of safetensors file")
     schema = header.get("schema", "")
-    if not schema.isdecimal() or int(schema) > SCHEMA:
+    if schema not in map(str, range(1, SCHEMA + 1)):
         raise _ForeignError(
             f"{path}: expected circuit schema {SCHEMA} or older, given {schema or 'none'}; a newer version is needed"
         )
