@@ -6,8 +6,6 @@ imported by the verbs that need them.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +14,6 @@ import typer
 
 import circuits.export  # registers the formats
 from circuits.graph.circuit_graph import CircuitGraph
-from circuits.graph.exporters import export as write_format
 from circuits.graph.exporters import exporter, file_formats
 from circuits.graph.pruning import check_threshold
 from circuits.graph.text import slug
@@ -26,7 +23,7 @@ from circuits.validation.command import validate as validate_command
 from replacement.command_line import AsJson, ModelOptions, model_options, new_app, run
 from replacement.console import show as show_page
 from replacement.console import show_json
-from replacement.files import check_folder
+from replacement.files import atomic_folder, check_file, check_folder
 
 if TYPE_CHECKING:
     from replacement import ReplacementModel
@@ -37,6 +34,7 @@ NodeThreshold = Annotated[float, typer.Option(help="Share of influence that the 
 EdgeThreshold = Annotated[float, typer.Option(help="Share of edge influence that the kept edges hold, 0 to 1.")]
 GraphFile = Annotated[Path, typer.Argument(help="A graph saved as .safetensors.", show_default=False)]
 
+GRAPH_FILE = "graph.safetensors"
 # format -> file of the pruned circuit; pictures that need Graphviz are left to `circuits export`
 CIRCUIT_FILES = {
     name: f"circuit{exporter.suffix}" for name, exporter in file_formats().items() if exporter.fallback is None
@@ -80,6 +78,8 @@ def trace(
         raise ValueError(f"max-nodes: expected at least 1, given {max_nodes}")
     options = _with_attention(options, attention)
     folder = check_folder(out if out is not None else Path(f"circuit-{slug(prompt)}"))
+    for name in (GRAPH_FILE, *CIRCUIT_FILES.values()):
+        check_file(folder / name)
 
     def work(loaded: ReplacementModel, say: Callable[[str], None]) -> tuple[CircuitGraph, CircuitGraph]:
         graph = circuits.trace(
@@ -111,9 +111,10 @@ def prune(
 ) -> None:
     """Prune a saved graph."""
     _check_thresholds(node_threshold, edge_threshold)
+    path = check_file(out or file.with_name(f"{file.stem}-pruned.safetensors"))
     graph = CircuitGraph.load(file)
     circuit = graph.prune(nodes=node_threshold, edges=edge_threshold)
-    path = circuit.save(out or file.with_name(f"{file.stem}-pruned.safetensors"))
+    circuit.save(path)
     show_page(page({"full": graph, "pruned": circuit}, {"safetensors": path}))
 
 
@@ -128,7 +129,8 @@ def export(
 ) -> None:
     """Write a saved graph in another format."""
     exporter(file_format, writes_files=True)
-    typer.echo(str(write_format(CircuitGraph.load(file), file_format, out)))
+    check_file(out)
+    typer.echo(str(CircuitGraph.load(file).export(file_format, out)))
 
 
 @app.command()
@@ -157,21 +159,12 @@ def _with_attention(options: ModelOptions, attention: str | None) -> ModelOption
 
 
 def _write_all(graph: CircuitGraph, circuit: CircuitGraph, folder: Path) -> dict[str, Path]:
-    """Write every file, or none: all are made in a folder beside the target and moved when the last one is done."""
-    names = {"graph": "graph.safetensors", **CIRCUIT_FILES}
-    for name in names.values():
-        if (folder / name).is_dir():
-            raise ValueError(f"{folder / name}: expected a file name, given a folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder if folder.is_dir() else folder.parent
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=beside) as scratch:
-        graph.save(Path(scratch) / names["graph"])
+    """Write every file, or none; other files in the folder stay."""
+    with atomic_folder(folder, keep_others=True) as scratch:
+        graph.save(scratch / GRAPH_FILE)
         for file_format, name in CIRCUIT_FILES.items():
-            write_format(circuit, file_format, Path(scratch) / name)
-        folder.mkdir(exist_ok=True)
-        for name in names.values():
-            os.replace(Path(scratch) / name, folder / name)
-    return {file_format: folder / name for file_format, name in names.items()}
+            circuit.export(file_format, scratch / name)
+    return {name: folder / file for name, file in {"graph": GRAPH_FILE, **CIRCUIT_FILES}.items()}
 
 
 def _check_thresholds(node_threshold: float, edge_threshold: float) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from circuits.graph.edges import GraphData
-from replacement.files import check_folder, write_atomic
+from replacement.files import check_file, write_atomic
 
 Convert = TypeVar("Convert", bound=Callable[..., Any])
 
@@ -70,8 +70,7 @@ def export(graph: GraphData, name: str, path: str | os.PathLike[str]) -> Path:
     Raises `ValueError` for an unknown format or a place that cannot be written, before anything is computed, and
     `MissingProgramError` where a program is missing; the fallback's file is then written beside `path`.
     """
-    path, chosen = Path(path), exporter(name, writes_files=True)
-    check_folder(path.parent)
+    chosen, path = exporter(name, writes_files=True), check_file(path)
     try:
         return write_atomic(path, content(graph, chosen))
     except MissingProgramError as error:

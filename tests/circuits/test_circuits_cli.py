@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 import types
@@ -203,6 +204,66 @@ def test_folder_is_checked_before_anything_is_loaded(tracer, tmp_path, capsys) -
     (tmp_path / "file").write_text("")
     assert "expected a folder, but" in fails(capsys, "trace", "a", "--out", tmp_path / "file" / "out")
     assert tracer == []
+
+
+SPECIAL = {
+    "device": lambda path: Path("/dev/full"),
+    "named pipe": lambda path: os.mkfifo(path) or path,
+    "symbolic link": lambda path: path.symlink_to("elsewhere") or path,
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("verb", ["prune", "export"])
+def test_only_regular_files_are_replaced(saved, tmp_path, capsys, monkeypatch, verb, kind) -> None:
+    """And it is said before any work is done."""
+    path = SPECIAL[kind](tmp_path / "out")
+    before = os.lstat(path)
+    monkeypatch.setattr(CircuitGraph, "load", None)
+    options = ["--format", "svg"] if verb == "export" else []
+    assert f"{path}: expected a file name, given a {kind}, which is never replaced" in fails(
+        capsys, verb, saved, *options, "--out", path
+    )
+    assert os.lstat(path).st_mode == before.st_mode
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_a_trace_replaces_regular_files_only(tracer, tmp_path, capsys, kind) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    path = SPECIAL[kind](out / "circuit.svg")
+    if kind == "device":
+        assert "/dev/full: expected a folder, but /dev/full is a device" in fails(capsys, "trace", "a", "--out", path)
+    else:
+        assert f"given a {kind}" in fails(capsys, "trace", "a", "--out", out)
+        assert "expected a folder" in fails(capsys, "trace", "a", "--out", path)
+    assert tracer == []
+
+
+def test_a_trace_keeps_other_files_and_links_to_folders(tracer, tmp_path, small) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("real")
+    assert main(["trace", "a b", "--out", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    names = {"notes.txt", "graph.safetensors", *CIRCUIT_FILES.values()}
+    assert {path.name for path in (tmp_path / "real").iterdir()} == names
+
+
+def test_the_next_trace_removes_what_a_killed_one_left(tracer, saved, tmp_path) -> None:
+    folder = tmp_path / "folder"
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom circuits.cli import CircuitGraph, _write_all\n"
+        "graph = CircuitGraph.load(sys.argv[1])\n"
+        "CircuitGraph.export = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "_write_all(graph, graph, Path(sys.argv[2]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, saved, folder / "out"], capture_output=True, timeout=60)
+    assert ran.returncode == -9
+    assert len(list(folder.iterdir())) == 1
+    assert not (folder / "out").exists()
+    assert main(["trace", "a b", "--out", str(folder / "out")]) == 0
+    assert [path.name for path in folder.iterdir()] == ["out"]
 
 
 def test_errors_of_the_model_rooms_are_one_line(tracer, tmp_path, capsys, monkeypatch) -> None:
