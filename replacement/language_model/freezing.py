@@ -1,11 +1,13 @@
 """Freeze one prompt: run the original model once, fix its attention patterns and norm scales, and prove nothing was lost.
 
-Letters: T tokens, D d_model, V vocabulary.
+Everything that is rebuilt from frozen parts is compared with what the model computed, at every position by the scale of that
+position. One scale for the whole prompt would be that of the first token, whose activations are 1,000 times larger than all
+others in many models (attention sinks: GPT-2, Llama, Gemma), and would hide any error behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +19,12 @@ from replacement.language_model.bridge_parts import BridgeParts
 from replacement.language_model.frozen_layers import FrozenAttention, FrozenNorm
 from replacement.language_model.queries_and_keys import FrozenQueryKey, QueryKeyWeights
 
-# Rounding of the rebuilt activations, relative to their largest entry; anything above is a different computation.
+# Rounding of a rebuilt activation, relative to the largest term of its sum; anything above is a different computation.
 _EXACT = {torch.float64: 1e-9, torch.float32: 1e-4}
+# Attention may write next to nothing at a position (heads that cancel, or that look at a sink whose value is about zero). Its
+# rounding there is still that of the products it is summed from, so the scale of a position is no less than this share of
+# what the layer writes to a typical stream. That size comes from the weights: no outlier and no silent layer changes it.
+_QUIET = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +115,12 @@ def freeze_query_key(parts: BridgeParts, tokens_T: Tensor, *, layer: int) -> Fro
         pattern_HTT=pattern_HTT,
         visible_TT=visible_TT,
     )
-    rebuilt_HTT = frozen.scores(cache[f"{block}.hook_resid_pre"])
-    capped_HTT = weights.cap(rebuilt_HTT)
-    if shows_pattern:
-        capped_HTT = capped_HTT.masked_fill(~visible_TT, -torch.inf).softmax(-1)
-    for rebuilt, actual in ((rebuilt_HTT, own_HTT), (capped_HTT, shown_HTT)):
-        rebuilt, actual = rebuilt[:, visible_TT], actual[:, visible_TT]
-        gap = float((rebuilt - actual).abs().max() / actual.abs().max().clamp(min=1e-12))
-        if not gap <= _EXACT[parts.dtype]:
-            raise ValueError(
-                f"attention scores of {parts.architecture} cannot be attributed exactly: those of layer {layer}, rebuilt "
-                f"from frozen queries and keys, are off by {gap:.1e} relative"
-            )
+    gap, head, query = _scores_gap(frozen, cache[f"{block}.hook_resid_pre"], own_HTT, shown_HTT)
+    if not gap <= _EXACT[parts.dtype]:
+        raise ValueError(
+            f"attention scores of {parts.architecture} cannot be attributed exactly: those of layer {layer}, rebuilt from "
+            f"frozen queries and keys, are off by {gap:.1e} relative in head {head} at position {query}"
+        )
     return frozen
 
 
@@ -151,34 +151,64 @@ def _freeze_norm(parts: BridgeParts, path: str, cache: Mapping[str, Tensor]) -> 
 
 
 def _check_exact(frozen: FrozenPrompt, output_TV: Tensor, cache: Mapping[str, Tensor], parts: BridgeParts) -> None:
-    """Compare each rebuilt activation with the one the model computed."""
-    embedding = frozen.token_embedding_TD
-    if frozen.position_embedding_TD is not None:
-        embedding = embedding + frozen.position_embedding_TD
-    pairs = [("embedding", embedding, cache["blocks.0.hook_resid_pre"])]
-    for layer, attention in enumerate(frozen.attentions):
-        pre = cache[f"blocks.{layer}.hook_resid_pre"]
-        written = cache[f"blocks.{layer}.hook_attn_out"]
-        post = pre + written + frozen.activations[Site(layer, "mlp_out")]
-        mlp_reads = pre if parts.shape.parallel else pre + written
-        pairs.append((f"attention of layer {layer}", attention.apply(pre), written))
-        if (z := frozen.activations.get(Site(layer, "attn_z"))) is not None:
-            pairs.append((f"mixed values of layer {layer}", attention.z(pre), z))
-        pairs.append((f"residual sum of layer {layer}", post, cache[f"blocks.{layer}.hook_resid_post"]))
-        pairs.append(
-            (
-                f"MLP norm of layer {layer}",
-                frozen.norms_mlp[layer].apply(mlp_reads),
-                cache[f"blocks.{layer}.mlp.hook_in"],
-            )
-        )
-    final = cache["ln_final.hook_in"]
-    pairs.append(("final norm", frozen.norm_final.apply(final), cache["ln_final.hook_out"]))
-    pairs.append(("unembedding", parts.soft_cap(frozen.logits_TV), output_TV))
-    for part, rebuilt, actual in pairs:
-        gap = float((rebuilt - actual).abs().max() / actual.abs().max().clamp(min=1e-12))
+    """Compare every rebuilt activation with the one the model computed."""
+    for part, rebuilt, actual, terms in _rebuilt(frozen, output_TV, cache, parts):
+        scale_T1 = torch.stack([term.abs().amax(-1) for term in (actual, *terms)]).amax(0)[:, None]
+        gap, (position, _) = _largest_gap(rebuilt - actual, scale_T1)
         if not gap <= _EXACT[parts.dtype]:
             raise ValueError(
                 f"{parts.architecture} cannot be linearised exactly: the {part}, rebuilt from frozen parts, "
-                f"is off by {gap:.1e} relative"
+                f"is off by {gap:.1e} relative at position {position}"
             )
+
+
+def _rebuilt(
+    frozen: FrozenPrompt, output_TV: Tensor, cache: Mapping[str, Tensor], parts: BridgeParts
+) -> Iterator[tuple[str, Tensor, Tensor, tuple[Tensor, ...]]]:
+    """Each rebuilt activation: its name, its value, what the model computed, and the terms it is the sum of."""
+    position = frozen.position_embedding_TD
+    embeddings = (frozen.token_embedding_TD,) if position is None else (frozen.token_embedding_TD, position)
+    yield "embedding", sum(embeddings[1:], embeddings[0]), cache["blocks.0.hook_resid_pre"], embeddings
+    for layer, attention in enumerate(frozen.attentions):
+        block, weights = f"blocks.{layer}", attention.weights
+        pre, written = cache[f"{block}.hook_resid_pre"], cache[f"{block}.hook_attn_out"]
+        quiet_T1 = torch.full_like(pre[:, :1], _QUIET)
+        scale_out_T1 = 1 if attention.scale_out_T is None else attention.scale_out_T[:, None]
+        quiet_output_T1 = quiet_T1 * weights.typical_output / scale_out_T1
+        yield f"attention of layer {layer}", attention.apply(pre), written, (quiet_output_T1,)
+        if (z := frozen.activations.get(Site(layer, "attn_z"))) is not None:
+            yield f"mixed values of layer {layer}", attention.z(pre), z, (quiet_T1 * weights.typical_z,)
+        mlp_reads = pre if parts.shape.parallel else pre + written
+        mlp_in = frozen.norms_mlp[layer].apply(mlp_reads)
+        yield f"MLP norm of layer {layer}", mlp_in, cache[f"{block}.mlp.hook_in"], ()
+        terms = (pre, written, frozen.activations[Site(layer, "mlp_out")])
+        last = layer + 1 == parts.shape.n_layers
+        for name in (f"{block}.hook_resid_post", "ln_final.hook_in" if last else f"blocks.{layer + 1}.hook_resid_pre"):
+            yield f"residual sum of layer {layer}", pre + written + terms[2], cache[name], terms
+    yield "final norm", frozen.norm_final.apply(cache["ln_final.hook_in"]), cache["ln_final.hook_out"], ()
+    yield "unembedding", parts.soft_cap(frozen.logits_TV), output_TV, ()
+
+
+def _scores_gap(
+    frozen: FrozenQueryKey, stream_TD: Tensor, own_HTT: Tensor, shown_HTT: Tensor
+) -> tuple[float, int, int]:
+    """Largest relative gap, its head and its query: of rebuilt scores, and of what the softmax makes of them or reads."""
+    visible_TT = frozen.visible_TT
+    rebuilt_HTT, bound_HTT = frozen.scores(stream_TD), frozen.largest_scores(stream_TD)
+    capped_HTT, capped_bound_HTT = frozen.weights.cap(rebuilt_HTT), bound_HTT
+    if torch.equal(shown_HTT, frozen.pattern_HTT):
+        capped_HTT = capped_HTT.masked_fill(~visible_TT, -torch.inf).softmax(-1)
+        # A change d of the scores changes the softmax p by p (d - sum p d).
+        mean_HT1 = (capped_HTT * bound_HTT).sum(-1, keepdim=True)
+        capped_bound_HTT = (capped_HTT * (1 + bound_HTT + mean_HT1)).clamp(min=1e-3)
+    pairs = ((rebuilt_HTT, own_HTT, bound_HTT), (capped_HTT, shown_HTT, capped_bound_HTT))
+    gaps = [_largest_gap((x - y).masked_fill(~visible_TT, 0), bound) for x, y, bound in pairs]
+    gap, (head, query, _) = max(gaps)
+    return gap, head, query
+
+
+def _largest_gap(difference: Tensor, scale: Tensor) -> tuple[float, list[int]]:
+    """The largest `|difference| / scale`, infinite where it is NaN, and its place."""
+    gap = (difference.abs() / scale.clamp(min=1e-12)).nan_to_num(torch.inf, torch.inf)
+    place = torch.unravel_index(gap.argmax(), gap.shape)
+    return float(gap[place]), [int(index) for index in place]

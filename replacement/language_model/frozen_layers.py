@@ -88,6 +88,10 @@ class AttentionWeights:
     """`b_O` through the output norm's weight (not yet divided by its scale)."""
     norm_bias_D: Float[Tensor, " D"]
     """Bias of the output norm; zeros where there is none."""
+    typical_z: float
+    """Root mean square of `attn_z` when one position is attended to, whose normalised stream has independent entries."""
+    typical_output: float
+    """The same of the layer's output, in front of the division by the output norm's scale."""
 
     @classmethod
     def fold(
@@ -115,13 +119,18 @@ class AttentionWeights:
                 b_O = b_O - b_O.mean()
             W_O, b_O, norm_bias = W_O * norm_out.weight_D, b_O * norm_out.weight_D, norm_out.bias_D
         groups = n_heads // W_V.shape[0]
+        W_V_XD = einops.repeat(W_V, "g d k -> (g r k) d", r=groups)
+        W_O_XD = einops.rearrange(W_O, "h k d -> (h k) d").contiguous()
+        size_X = W_V_XD.norm(dim=1)
         return cls(
             n_heads=n_heads,
-            W_V_XD=einops.repeat(W_V, "g d k -> (g r k) d", r=groups),
-            W_O_XD=einops.rearrange(W_O, "h k d -> (h k) d").contiguous(),
+            W_V_XD=W_V_XD,
+            W_O_XD=W_O_XD,
             value_bias_X=einops.repeat(value_bias, "g k -> (g r k)", r=groups),
             output_bias_D=b_O,
             norm_bias_D=norm_bias,
+            typical_z=float(size_X.square().mean().sqrt()),
+            typical_output=float((size_X * W_O_XD.norm(dim=1)).norm()) / math.sqrt(W_O_XD.shape[1]),
         )
 
     def freeze(self, pattern_HTT: Tensor, scale_in_T: Tensor, scale_out_T: Tensor | None) -> FrozenAttention:

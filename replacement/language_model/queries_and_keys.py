@@ -131,14 +131,23 @@ class FrozenQueryKey:
 
     def scores(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "H T T"]:
         """Scores before any soft-cap, of all heads, when the layer reads `x_TD`; keys that are masked included."""
+        q_HTK, k_HTK = self._queries_and_keys(x_TD)
+        return q_HTK @ k_HTK.transpose(1, 2) * self.weights.scale
+
+    def largest_scores(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "H T T"]:
+        """The scores if every query pointed at every key: `scale |query| |key|`, to which rounding is relative."""
+        q_HTK, k_HTK = self._queries_and_keys(x_TD)
+        return q_HTK.norm(dim=-1)[:, :, None] * k_HTK.norm(dim=-1)[:, None] * abs(self.weights.scale)
+
+    def _queries_and_keys(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys `[H, T, K]` when the layer reads `x_TD`; shared keys repeated for each query head."""
         x_TD = x_TD / self.scale_in_T[:, None]
         weights, everywhere = self.weights, slice(None)
         q_HTK = torch.einsum("td,hkd->htk", x_TD, weights.W_Q_HKD) + weights.b_Q_HK[:, None]
         k_GTK = torch.einsum("td,gkd->gtk", x_TD, weights.W_K_GKD) + weights.b_K_GK[:, None]
         q_HTK = self._rotate(q_HTK * self.query_gain_HTK, everywhere)
         k_GTK = self._rotate(k_GTK * self.key_gain_GTK, everywhere)
-        k_HTK = k_GTK.repeat_interleave(len(q_HTK) // len(k_GTK), 0)
-        return q_HTK @ k_HTK.transpose(1, 2) * weights.scale
+        return q_HTK, k_GTK.repeat_interleave(len(q_HTK) // len(k_GTK), 0)
 
     def _read(self, W_KD: Tensor, b_K: Tensor, gain_TK: Tensor, position: int) -> tuple[Tensor, Tensor]:
         gain_K = gain_TK[position]

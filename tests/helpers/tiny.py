@@ -104,3 +104,12 @@ def crosscoder_for(
 def random_tokens(length: int = 10, *, seed: int = 0) -> torch.Tensor:
     """Token ids of a random prompt."""
     return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def with_massive_first_token(lm: LanguageModel) -> torch.Tensor:
+    """Give one token a residual stream over 1,000 times larger, as an attention sink's is; returns a prompt it begins."""
+    with torch.no_grad():
+        lm.parts.bridge.embed.original_component.weight[3] *= (
+            100_000  # attention and MLPs write 10 to 100 times what tokens do
+        )
+    return torch.cat([torch.tensor([3]), random_tokens().clamp(min=4)])
