@@ -1,4 +1,4 @@
-"""Compute-equivalent: how much of the original's training compute a model as good as the replacement would have taken.
+"""Compute-equivalent: the share of the original's training compute that a model as good as the replacement would have taken.
 
 The loss of a replacement says little by itself. A training curve of the original, or smaller models of one family, turn it
 into compute: the smallest amount whose loss is no larger than the original's final loss plus the replacement's increase
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
 
 def read_curve(path: str | Path) -> list[tuple[float, float]]:
-    """(compute, loss) pairs of a JSON file, by rising compute; any unit of compute, as long as it is one.
+    """(compute, loss) pairs of a JSON file, by rising compute; any unit of compute, as long as it is the same.
 
     The file holds a list of pairs, or an object with such a list under `curve`.
 
@@ -28,18 +29,30 @@ def read_curve(path: str | Path) -> list[tuple[float, float]]:
         raise ValueError(f"{path} does not exist: expected a JSON file of [compute, loss] pairs")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     points = value.get("curve") if isinstance(value, dict) else value
     if not isinstance(points, list) or len(points) < 2:
         raise ValueError(
             f"{path}: expected a list of at least two [compute, loss] pairs, or an object with one as 'curve'"
         )
-    for number, point in enumerate(points):
-        numbers = isinstance(point, list) and len(point) == 2 and all(type(x) in (int, float) for x in point)
-        if not numbers or not all(map(math.isfinite, point)) or point[0] <= 0:
-            raise ValueError(f"{path}, point {number}: expected [compute above 0, loss], got {json.dumps(point)}")
-    return sorted((float(compute), float(loss)) for compute, loss in points)
+    curve = [_point(point) for point in points]
+    if None in curve:
+        number = curve.index(None)
+        got = reprlib.repr(points[number])
+        raise ValueError(f"{path}, point {number}: expected [compute above 0, loss], got {got}")
+    return sorted(point for point in curve if point is not None)
+
+
+def _point(point: object) -> tuple[float, float] | None:
+    """A pair as numbers, or None if it is none."""
+    if not isinstance(point, list) or len(point) != 2 or not all(type(x) in (int, float) for x in point):
+        return None
+    try:
+        compute, loss = map(float, point)
+    except OverflowError:
+        return None
+    return (compute, loss) if compute > 0 and math.isfinite(compute) and math.isfinite(loss) else None
 
 
 def compute_equivalent(curve: list[tuple[float, float]], increase: float) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from replacement.validation.numbers import nats, percent
-from replacement.validation.protocols import CLEAN, PROPAGATED
+from replacement.validation.protocols import CLEAN, ERRORS_KEPT, MEAN, PROPAGATED, ZERO, single
+from replacement.validation.tables import nats, percent
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",

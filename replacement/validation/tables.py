@@ -5,14 +5,64 @@ The terminal, the page and the CSV files are all made of these.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from replacement.validation.numbers import MISSING, count, nats, one_decimal, percent, share, signed, visible
 from replacement.validation.protocols import ERRORS_KEPT, PROPAGATED
 
 Facts = dict[str, Any]
 Row = tuple[str, ...]
+Column = tuple[str, Callable[[Facts], str]]
+"""Head of a column, and its text for the facts of one row."""
+
+MISSING = "–"
+
+
+# Numbers as texts --------------------------------------------------------------------------------------------------------
+
+
+def nats(value: int | float | None) -> str:
+    """KL and losses: four decimals, or two digits where that would say 0."""
+    if value is None:
+        return MISSING
+    return f"{value:.4f}" if abs(value) >= 5e-5 or value == 0 else f"{value:.1e}"
+
+
+def signed(value: int | float | None) -> str:
+    """A difference, in nats."""
+    return MISSING if value is None else f"{round(value, 4) + 0.0:+.4f}"  # + 0.0: no negative zero
+
+
+def share(value: int | float | None) -> str:
+    """A fraction, four decimals."""
+    return MISSING if value is None else f"{value:.4f}"
+
+
+def count(value: int | float | None) -> str:
+    """A number of things."""
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def one_decimal(value: int | float | None) -> str:
+    """A mean number of things."""
+    return MISSING if value is None else f"{value:,.1f}"
+
+
+def percent(value: int | float | None) -> str:
+    """A fraction as a percentage."""
+    return MISSING if value is None else f"{100 * value:.1f} %"
+
+
+def visible(text: Any) -> str:
+    """A token as it can be shown: white space and control characters made visible, nothing else changed."""
+    if text is None:
+        return MISSING
+    shown = str(text).replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in shown)
+
+
+# Tables ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +94,20 @@ def tables(facts: Facts) -> list[Table]:
     return [table for table in made if table.rows]
 
 
+def _filled(columns: list[Column], rows: Iterable[Facts]) -> dict[str, Any]:
+    """Heads and rows of a table, from its columns and the facts of each row."""
+    return {
+        "heads": tuple(head for head, _ in columns),
+        "rows": [tuple(cell(row) for _, cell in columns) for row in rows],
+    }
+
+
 def _summary(facts: Facts) -> Table:
     summary = facts["summary"]
     names = {
         "single": "single: one layer at a time, mean over layers",
         "clean": "clean: all layers, reading the original stream",
-        "propagated": "propagated: all layers, reading their own stream",
+        "propagated": "propagated: all layers, reading the stream they produce",
     }
     rows: list[Row] = [
         (text, nats(summary[key]["kl"]), signed(summary[key]["cross_entropy_increase"])) for key, text in names.items()
@@ -57,198 +115,133 @@ def _summary(facts: Facts) -> Table:
     spread = summary["spread"]
     rows.append(("largest minus smallest", nats(spread["kl"]), nats(spread["cross_entropy_increase"])))
     verdict = "within" if summary["is_within"] else "NOT within"
-    note = f"The three are {verdict} {summary['within']} nats of each other."
     return Table(
         key="summary",
         title="One layer, all layers, errors propagating",
-        note=note,
+        note=f"The three are {verdict} {summary['within']} nats of each other.",
         heads=("protocol", "KL, nats", "cross-entropy increase, nats"),
         rows=rows,
     )
 
 
 def _protocols(facts: Facts) -> Table:
-    rows = []
-    for name, own in facts["protocols"].items():
-        kl, agreement, recovered = own["kl"], own["agreement"], own["cross_entropy_recovered"]
-        rows.append(
-            (
-                {"zero": "zero ablation", "mean": "mean ablation"}.get(name, name),
-                signed(own["cross_entropy_increase"]),
-                share(recovered.get("zero")),
-                share(recovered.get("mean")),
-                *(nats(kl[key]) for key in ("mean", "median", "p95", "p99", "max")),
-                percent(agreement["all"]),
-                percent(agreement["right_but_unsure"]),
-            )
-        )
+    names = {"zero": "zero ablation", "mean": "mean ablation"}
+    columns: list[Column] = [
+        ("replaced", lambda row: names.get(row["name"], row["name"])),
+        ("cross-entropy increase, nats", lambda row: signed(row["cross_entropy_increase"])),
+        ("recovered against zero", lambda row: share(row["cross_entropy_recovered"].get("zero"))),
+        ("recovered against mean", lambda row: share(row["cross_entropy_recovered"].get("mean"))),
+        ("KL mean, nats", lambda row: nats(row["kl"]["mean"])),
+        ("median", lambda row: nats(row["kl"]["median"])),
+        ("p95", lambda row: nats(row["kl"]["p95"])),
+        ("p99", lambda row: nats(row["kl"]["p99"])),
+        ("max", lambda row: nats(row["kl"]["max"])),
+        ("top-1 agreement", lambda row: percent(row["agreement"]["all"])),
+        ("where unsure", lambda row: percent(row["agreement"]["right_but_unsure"])),
+    ]
     original, kept = facts["original"], facts["protocols"].get(ERRORS_KEPT)
     check = ""
     if kept is not None:
         largest = kept["kl"]["max"]
-        worst = MISSING if largest is None else f"{largest:.0e}"
-        check = f" With the errors kept the model is the original: largest KL {worst} in {facts['model']['dtype']}."
+        gap = MISSING if largest is None else f"{largest:.0e}"
+        check = f" With the errors kept the model is the original: largest KL {gap} in {facts['model']['dtype']}."
     return Table(
         key="protocols",
         title="Every way of replacing layers",
         note=f"{count(original['n_tokens'])} tokens; the original's cross-entropy is {nats(original['cross_entropy'])} nats. "
         f"It gets {count(original['right_but_unsure'])} of them right with p < 0.8: agreement there is in the page and in JSON."
         + check,
-        heads=(
-            "replaced",
-            "cross-entropy increase, nats",
-            "recovered against zero",
-            "recovered against mean",
-            "KL mean, nats",
-            "median",
-            "p95",
-            "p99",
-            "max",
-            "top-1 agreement",
-            "where unsure",
-        ),
-        rows=rows,
+        **_filled(columns, [{"name": name, **protocol} for name, protocol in facts["protocols"].items()]),
         brief=(0, 1, 3, 4, 7, 8, 9),
     )
 
 
 def _layers(facts: Facts) -> Table:
+    """One row per layer where every group has a site of its own, and separate rows for sites and groups otherwise."""
     reconstruction = facts["reconstruction"]
-    sites = reconstruction["sites"]
+    sites = [{"name": f"written: {site['site']}", **site} for site in reconstruction["sites"]]
     groups = [group for part in reconstruction["crosscoders"] for group in part["groups"]]
-    read: list[Row] = [
-        (
-            f"features read at layer {group['layer']}",
-            MISSING,
-            MISSING,
-            one_decimal(group["l0"]),
-            count(group["n_features"]),
-            percent(group["dead"] / group["n_features"]),
-            count(group["dense"]),
-        )
-        for group in groups
-    ]
-    written: list[Row] = [
-        (
-            f"written: {site['site']}",
-            share(site["unexplained"]),
-            share(site["cosine"]),
-            MISSING,
-            MISSING,
-            MISSING,
-            MISSING,
-        )
-        for site in sites
-    ]
+    groups = [{"name": f"features read at layer {group['layer']}", **group} for group in groups]
+    if len(sites) == len(groups):
+        pairs = zip(groups, sites, strict=True)
+        rows: list[Facts] = [{**group, **site, "name": site["site"]} for group, site in pairs]
+    else:
+        rows = [*sites, *groups]
     n_features = sum(group["n_features"] for group in groups)
-    total = (
-        "all",
-        share(reconstruction["unexplained"]),
-        MISSING,
-        one_decimal(reconstruction["l0"]),
-        count(n_features),
-        percent(reconstruction["dead"] / n_features),
-        count(reconstruction["dense"]),
-    )
+    total = {"name": "all", "n_features": n_features, **reconstruction}
+
+    def dead(row: Facts) -> str:
+        return percent(row["dead"] / row["n_features"]) if "dead" in row else MISSING
+
+    columns: list[Column] = [
+        ("layer", lambda row: str(row["name"])),
+        ("variance unexplained", lambda row: share(row.get("unexplained"))),
+        ("cosine", lambda row: share(row.get("cosine"))),
+        ("active per token", lambda row: one_decimal(row.get("l0"))),
+        ("features", lambda row: count(row.get("n_features"))),
+        ("dead", dead),
+        ("dense", lambda row: count(row.get("dense"))),
+    ]
     return Table(
         key="layers",
         title="Reconstruction and features",
         note="On clean activations. Dead features never fire on these tokens, dense ones on more than 10 % of them; the "
         "unexplained variance of all sites is the sum of their squared errors over the sum of their variances.",
-        heads=("layer", "variance unexplained", "cosine", "active per token", "features", "dead", "dense"),
-        rows=[*_joined(written, read), total],
+        **_filled(columns, [*rows, total]),
     )
 
 
-def _joined(written: list[Row], groups: list[Row]) -> list[Row]:
-    """One row per layer where every group has a site of its own, and separate rows otherwise."""
-    if len(written) != len(groups):
-        return [*written, *groups]
-    return [
-        (site[0].removeprefix("written: "), *site[1:3], *group[3:]) for site, group in zip(written, groups, strict=True)
-    ]
-
-
 def _slices(facts: Facts) -> Table:
-    rows: list[Row] = [
-        (
-            row["name"],
-            count(row["n_tokens"]),
-            share(row["unexplained"]),
-            nats(row["kl"]["mean"]),
-            nats(row["kl"]["max"]),
-            signed(row["gap"]["kl"]),
-            signed(row["cross_entropy_increase"]),
-            nats(row["kl_mean_ablation"]),
-            percent(row["agreement"]),
-            percent(row["accuracy_original"]),
-            percent(row["accuracy"]),
-        )
-        for row in facts["slices"]
+    columns: list[Column] = [
+        ("slice", lambda row: str(row["name"])),
+        ("tokens", lambda row: count(row["n_tokens"])),
+        ("variance unexplained", lambda row: share(row["unexplained"])),
+        ("KL mean, nats", lambda row: nats(row["kl"]["mean"])),
+        ("KL max", lambda row: nats(row["kl"]["max"])),
+        ("KL gap", lambda row: signed(row["gap"]["kl"])),
+        ("cross-entropy increase, nats", lambda row: signed(row["cross_entropy_increase"])),
+        ("KL of mean ablation", lambda row: nats(row["kl_mean_ablation"])),
+        ("top-1 agreement", lambda row: percent(row["agreement"])),
+        ("original right", lambda row: percent(row["accuracy_original"])),
+        ("replacement right", lambda row: percent(row["accuracy"])),
     ]
     return Table(
         key="slices",
         title="The whole, its parts, and what lies outside",
         note="Errors propagating; the gap is to the whole. Behaviours count the token of the answer only. Where replacing the "
         "sites by their means costs little KL, a low KL says little.",
-        heads=(
-            "slice",
-            "tokens",
-            "variance unexplained",
-            "KL mean, nats",
-            "KL max",
-            "KL gap",
-            "cross-entropy increase, nats",
-            "KL of mean ablation",
-            "top-1 agreement",
-            "original right",
-            "replacement right",
-        ),
-        rows=rows,
+        **_filled(columns, facts["slices"]),
         brief=(0, 1, 3, 5, 6, 10),
     )
 
 
 def _controls(facts: Facts) -> Table:
-    rows: list[Row] = [
-        (
-            row["name"],
-            one_decimal(row["l0"]),
-            share(row["unexplained"]),
-            nats(row["kl"]),
-            signed(row["cross_entropy_increase"]),
-            share(row["cross_entropy_recovered"].get("zero")),
-            share(row["cross_entropy_recovered"].get("mean")),
-            percent(row["agreement"]),
-        )
-        for row in facts["controls"]
+    columns: list[Column] = [
+        ("in place of the MLPs", lambda row: str(row["name"])),
+        ("active per token", lambda row: one_decimal(row["l0"])),
+        ("variance unexplained", lambda row: share(row["unexplained"])),
+        ("KL, nats", lambda row: nats(row["kl"])),
+        ("cross-entropy increase, nats", lambda row: signed(row["cross_entropy_increase"])),
+        ("recovered against zero", lambda row: share(row["cross_entropy_recovered"].get("zero"))),
+        ("recovered against mean", lambda row: share(row["cross_entropy_recovered"].get("mean"))),
+        ("top-1 agreement", lambda row: percent(row["agreement"])),
     ]
     about = "; ".join(f"{row['name']}: {row['about']}" for row in facts["controls"][1:])
-    n_tokens = count(facts["controls"][0]["n_tokens"]) if rows else ""
+    n_tokens = count(facts["controls"][0]["n_tokens"]) if facts["controls"] else ""
     return Table(
         key="controls",
         title="Controls with as many active features",
         note=f"MLP outputs only, errors propagating, {n_tokens} tokens. {about[:1].upper()}{about[1:]}.",
-        heads=(
-            "in place of the MLPs",
-            "active per token",
-            "variance unexplained",
-            "KL, nats",
-            "cross-entropy increase, nats",
-            "recovered against zero",
-            "recovered against mean",
-            "top-1 agreement",
-        ),
-        rows=rows,
+        **_filled(columns, facts["controls"]),
         brief=(0, 1, 2, 3, 4, 6, 7),
     )
 
 
 def _compute(facts: Facts) -> Table:
-    found = facts["compute_equivalent"]
+    equivalent = facts["compute_equivalent"]
     rows: list[Row] = []
-    if found is not None:
-        fraction = "less than the first point" if found["below_curve"] else percent(found["fraction"])
+    if equivalent is not None:
+        fraction = "less than the first point" if equivalent["below_curve"] else percent(equivalent["fraction"])
         rows = [(PROPAGATED, signed(facts["protocols"][PROPAGATED]["cross_entropy_increase"]), fraction)]
     return Table(
         key="compute",
@@ -260,23 +253,19 @@ def _compute(facts: Facts) -> Table:
 
 
 def _worst(facts: Facts) -> Table:
-    rows: list[Row] = [
-        (
-            " ".join(visible(word) for word in row["before"]),
-            visible(row["token"]),
-            visible(row["next"]),
-            visible(row["original"]),
-            visible(row["replacement"]),
-            share(row["original_probability"]),
-            nats(row["kl"]),
-        )
-        for row in facts["worst_tokens"]
+    columns: list[Column] = [
+        ("before", lambda row: " ".join(map(visible, row["before"]))),
+        ("token", lambda row: visible(row["token"])),
+        ("next", lambda row: visible(row["next"])),
+        ("original says", lambda row: visible(row["original"])),
+        ("replacement says", lambda row: visible(row["replacement"])),
+        ("p of original", lambda row: share(row["original_probability"])),
+        ("KL, nats", lambda row: nats(row["kl"])),
     ]
     return Table(
         key="worst_tokens",
         title="The worst tokens",
         note="Largest KL with errors propagating, with the text before; what comes next, and what both models expect.",
-        heads=("before", "token", "next", "original says", "replacement says", "p of original", "KL, nats"),
-        rows=rows,
+        **_filled(columns, facts["worst_tokens"]),
         n_texts=5,
     )
