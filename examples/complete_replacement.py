@@ -19,7 +19,7 @@ import replacement
 from circuits.graph.paths import average_path_length
 from replacement import ReplacementModel
 from replacement.demo.corpus import behaviours, held_out_rows
-from replacement.validation.fidelity import fidelity_by_parts
+from replacement.validation.fidelity import measure_fidelity
 
 NAMES = {"mlp": "MLPs", "attention": "attention", "both": "both"}
 COLUMNS = {
@@ -36,10 +36,13 @@ def measure(model: ReplacementModel, n_rows: int) -> dict[str, dict[str, float]]
     """One row of the table for each choice of what is replaced."""
     lm = model.language_model
     rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=n_rows, context=lm.context_length, seed=0))
+    choices = {part: [crosscoder] for part, crosscoder in model.crosscoders.items()}
+    choices["both"] = list(model.crosscoders.values())
     table = {}
-    for part, fidelity in fidelity_by_parts(model, rows).items():
+    for name, crosscoders in choices.items():
+        fidelity = measure_fidelity(lm, crosscoders, rows)
         values = (fidelity.mean_unexplained, fidelity.total_l0, fidelity.kl, fidelity.agreement, fidelity.agreement_all)
-        table[NAMES[part]] = {
+        table[NAMES[name]] = {
             column: float("nan") if value is None else value for column, value in zip(COLUMNS, values, strict=True)
         }
     return table

@@ -6,17 +6,15 @@ them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from replacement.command_line import DEMO, AsJson, ModelOptions, model_options, new_app, run
-from replacement.console import PIPE_WIDTH, add_row, pairs, section, show_json, table
+from replacement.console import add_row, pairs, section, show_json, table
 from replacement.console import show as show_page
 
 app = new_app("Crosscoders, and the replacement model that a crosscoder makes of a language model.")
@@ -110,33 +108,28 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """How far a replacement model can be trusted: reconstruction, protocols, slices, controls."""
-    from replacement.validation.command import Request, validate_with_bar
-    from replacement.validation.command import show as show_tables
-    from replacement.validation.report import check_folder, write_report
+    from replacement.files import check_folder
+    from replacement.validation.command import config_of, page, validate_with_bar
+    from replacement.validation.report import write_report
 
     if report is not None:
         check_folder(report)
-    facts = validate_with_bar(
-        Request(
-            model=options.model or DEMO,
-            crosscoder=options.crosscoder,
-            attention_crosscoder=options.attention_crosscoder,
-            data=data,
-            n_tokens=tokens,
-            slices=slices or [],
-            training_curve=training_curve,
-            context=context,
-            dtype=options.dtype,
-            device=options.device,
-            controls=controls,
-        )
+    config = config_of(
+        model=options.model or DEMO,
+        data=data,
+        tokens=tokens,
+        slices=slices or [],
+        training_curve=training_curve,
+        context=context,
+        controls=controls,
     )
+    facts = validate_with_bar(options.load(), config)
     if report is not None:
         write_report(facts, report)
     if as_json:
         show_json(facts)
     else:
-        show_tables(facts, Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH))
+        show_page(page(facts))
 
 
 @app.command()

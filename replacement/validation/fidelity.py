@@ -11,7 +11,6 @@ from replacement.crosscoder.checkpoint import check_fits
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
-from replacement.splicing.replacement_model import ReplacementModel
 from replacement.validation.measure import measure
 from replacement.validation.outputs import OutputSums
 from replacement.validation.protocols import PROPAGATED, ZERO, protocols
@@ -119,24 +118,3 @@ def measure_fidelity(
         cross_entropy_zero=zeroed.loss.value(),
         n_tokens=measured.original.n_tokens,
     )
-
-
-def fidelity_by_parts(
-    model: ReplacementModel,
-    rows_RT: Tensor,
-    *,
-    keep_RT: Tensor | None = None,
-    rows_per_pass: int | None = None,
-) -> dict[str, Fidelity]:
-    """Fidelity of every crosscoder of a replacement model spliced in alone, and of all together; see `measure_fidelity`.
-
-    Returns:
-        `mlp`; and where the model has an attention crosscoder also `attention` and `both`.
-    """
-    choices = {part: [crosscoder] for part, crosscoder in model.crosscoders.items()}
-    if len(choices) > 1:
-        choices["both"] = list(model.crosscoders.values())
-    return {
-        name: measure_fidelity(model.language_model, crosscoders, rows_RT, keep_RT=keep_RT, rows_per_pass=rows_per_pass)
-        for name, crosscoders in choices.items()
-    }

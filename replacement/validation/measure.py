@@ -132,10 +132,10 @@ def _add(measured: Measured, run: BatchRun, batch: Batch, means: Mapping[Site, T
         return
     original = OriginalOutput(run.logits_BTV, run.tokens_BT, run.measured_BT, run.keep_BT, batch.answers)
     measured.original.add(original)
-    for activity, mask_BT, reconstruction in zip(measured.activity, run.masks, run.reconstructions, strict=True):
+    for activity, mask_BT, (outputs, features) in zip(measured.activity, run.masks, run.reconstructions, strict=True):
         measured_P = run.measured_BT[mask_BT]
-        activity.add(reconstruction.features, measured_P)
-        for site, y_PD in reconstruction.outputs.items():
+        activity.add(features, measured_P)
+        for site, y_PD in outputs.items():
             measured.errors.add(site, run.clean[site][mask_BT.flatten()][measured_P], y_PD[measured_P])
     for protocol in measured.protocols:
         sums = measured.outputs[protocol.name]

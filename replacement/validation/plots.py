@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable
 from typing import Any
@@ -52,25 +51,13 @@ def plots(facts: Facts) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def as_svg(figure: Figure) -> bytes:
-    """An SVG file, the same for the same figure."""
+def as_file(figure: Figure, kind: str) -> bytes:
+    """An `svg` file, the same for the same figure, or a `png` file."""
+    options: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": _DPI}
+    file = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, format=kind, **options)
     return file.getvalue()
-
-
-def as_png(figure: Figure) -> bytes:
-    """A PNG file."""
-    with matplotlib.rc_context(STYLE):
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=_DPI)
-    return file.getvalue()
-
-
-def as_data_uri(svg: bytes) -> str:
-    """An address that holds the picture itself."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
 def _layers(facts: Facts) -> Figure:
@@ -84,11 +71,10 @@ def _layers(facts: Facts) -> Figure:
     left.grid(axis="x", visible=False)
     reached = facts["summary"]["first_layers"]
     right.plot([row["layers"] for row in reached], [row["kl"] for row in reached], "-o", color=BLUE, ms=4)
-    alone = [(site["layer"] + 1, facts["protocols"][f"single {site['site']}"]["kl"]["mean"]) for site in sites]
+    alone = [(site["layer"] + 1, facts["protocols"][single(site["site"])]["kl"]["mean"]) for site in sites]
     right.plot(*zip(*alone, strict=True), "s", color=ORANGE, ms=4)
-    last, single = reached[-1], max(alone)
-    _label(right, last["layers"], last["kl"], "first layers together", BLUE, above=True)
-    _label(right, *single, "each layer alone", ORANGE, above=False)
+    _label(right, reached[-1]["layers"], reached[-1]["kl"], "first layers together", BLUE, above=True)
+    _label(right, *max(alone), "each layer alone", ORANGE, above=False)
     right.set_title("KL, nats", loc="left", fontsize=9.5)
     right.set_xlabel("layers replaced, or number of the layer")
     right.set_xticks(sorted({row["layers"] for row in reached}))
@@ -104,9 +90,8 @@ def _label(axes: Axes, x: int | float, y: int | float, text: str, colour: str, *
 
 def _protocols(facts: Facts) -> Figure:
     """Median to 99th percentile and maximum of KL, for every way of replacing that is not an ablation."""
-    rows = [
-        (name, own["kl"]) for name, own in facts["protocols"].items() if name not in ("zero", "mean", "errors kept")
-    ]
+    left_out = (ZERO, MEAN, ERRORS_KEPT)
+    rows = [(name, output["kl"]) for name, output in facts["protocols"].items() if name not in left_out]
     figure = Figure(figsize=(8.6, 0.8 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, (name, kl) in enumerate(reversed(rows)):
@@ -155,19 +140,19 @@ def _bars(rows: list[tuple[str, int | float | None]], title: str) -> Figure | No
 
 
 def _compute(facts: Facts) -> Figure | None:
-    found = facts["compute_equivalent"]
-    if found is None:
+    equivalent = facts["compute_equivalent"]
+    if equivalent is None:
         return None
     figure = Figure(figsize=(8.6, 2.8), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*found["curve"], strict=True), "-o", color=GREY, ms=3)
-    axes.axhline(found["target_loss"], color=BLUE, lw=1.2)
-    if found["compute"] is not None:
-        axes.plot(found["compute"], found["target_loss"], "o", color=BLUE, ms=6)
-        text = f"replacement: {percent(found['fraction'])} of the compute"
+    axes.plot(*zip(*equivalent["curve"], strict=True), "-o", color=GREY, ms=3)
+    axes.axhline(equivalent["target_loss"], color=BLUE, lw=1.2)
+    if equivalent["compute"] is not None:
+        axes.plot(equivalent["compute"], equivalent["target_loss"], "o", color=BLUE, ms=6)
+        text = f"replacement: {percent(equivalent['fraction'])} of the compute"
         axes.annotate(
             text,
-            (found["compute"], found["target_loss"]),
+            (equivalent["compute"], equivalent["target_loss"]),
             xytext=(-6, 55),  # a training curve falls to the right: there is room above its end
             textcoords="offset points",
             ha="right",

@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from replacement.crosscoder.crosscoder import Crosscoder
-from replacement.crosscoder.features import Features
+from replacement.crosscoder.crosscoder import Crosscoder, CrosscoderOutput
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import Hook, LanguageModel
 from replacement.splicing.splice import Splice, possible_reads, read_rows, replaced_tokens, run_together
@@ -58,7 +56,7 @@ class Protocol:
                 continue
             for site in sites:
                 if self.value == "reconstruction":
-                    value = run.reconstructions[number].outputs[site]
+                    value = run.reconstructions[number].reconstructions[site]
                 else:
                     value = means[site] if self.value == "mean" else torch.zeros(())
                 hooks[site] = overwrite(run.masks[number], value)
@@ -91,7 +89,7 @@ def protocols(crosscoders: Sequence[Crosscoder]) -> dict[str, Protocol]:
     return {protocol.name: protocol for protocol in plan}
 
 
-def single(site: Site) -> str:
+def single(site: Site | str) -> str:
     """Name of the protocol that replaces one site."""
     return f"single {site}"
 
@@ -104,15 +102,6 @@ def first(n_layers: int) -> str:
 def cumulative(sites: Sequence[Site]) -> list[int]:
     """Numbers of layers K at which `first K layers` replaces a site more than before; the last replaces all."""
     return sorted({site.layer + 1 for site in sites})
-
-
-class Reconstruction(NamedTuple):
-    """What one crosscoder makes of the original activations, at the P tokens it replaces."""
-
-    outputs: dict[Site, Tensor]
-    """Reconstruction `[P, D]` of every written site, in the model's scale."""
-    features: Features
-    """Active features; row is the number of the replaced token."""
 
 
 class BatchRun:
@@ -160,18 +149,19 @@ class BatchRun:
         return torch.ones_like(self.tokens_BT, dtype=torch.bool) if mask_BT is None else mask_BT
 
     @cached_property
-    def reconstructions(self) -> list[Reconstruction]:
-        """One per crosscoder."""
+    def reconstructions(self) -> list[CrosscoderOutput]:
+        """What each crosscoder makes of the original activations, at the P tokens it replaces, in the model's scale."""
         return [self._reconstruct(*pair) for pair in zip(self.crosscoders, self.masks, strict=True)]
 
-    def _reconstruct(self, crosscoder: Crosscoder, mask_BT: Tensor) -> Reconstruction:
+    def _reconstruct(self, crosscoder: Crosscoder, mask_BT: Tensor) -> CrosscoderOutput:
         row_P = mask_BT.flatten().nonzero()[:, 0]
         inputs = {
             site: self.clean[site][row_P].to(crosscoder.device, crosscoder.dtype) * self.scales.get(site, 1.0)
             for site in crosscoder.wiring.read_sites
         }
         outputs, features = crosscoder(inputs, positions=row_P.to(crosscoder.device) % mask_BT.shape[1])
-        return Reconstruction({site: y_PD / self.scales.get(site, 1.0) for site, y_PD in outputs.items()}, features)
+        outputs = {site: y_PD / self.scales.get(site, 1.0) for site, y_PD in outputs.items()}
+        return CrosscoderOutput(outputs, features)
 
     def splice(self, crosscoder: Crosscoder, sites: Sequence[Site], *, errors: str) -> Splice:
         """A splice that reads the stream which it makes itself."""

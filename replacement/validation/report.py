@@ -7,6 +7,7 @@ Every text that comes from a model, a tokenizer or a user is escaped; the page h
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import jinja2
 
 from replacement.files import atomic_folder
-from replacement.validation.plots import as_data_uri, as_png, as_svg, plots
+from replacement.validation.plots import as_file, plots
 from replacement.validation.protocols import PROPAGATED
 from replacement.validation.tables import nats, one_decimal, percent, share, signed, tables
 
@@ -35,10 +36,10 @@ def write_report(facts: dict[str, Any], folder: str | Path) -> Path:
         (scratch / "tables").mkdir()
         pictures = {}
         for name, figure in plots(facts).items():
-            svg = as_svg(figure)
-            pictures[name] = as_data_uri(svg)
+            svg = as_file(figure, "svg")
+            pictures[name] = "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
             (scratch / "plots" / f"{name}.svg").write_bytes(svg)
-            (scratch / "plots" / f"{name}.png").write_bytes(as_png(figure))
+            (scratch / "plots" / f"{name}.png").write_bytes(as_file(figure, "png"))
         for table in tables(facts):
             with (scratch / "tables" / f"{table.key}.csv").open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows([table.heads, *table.rows])

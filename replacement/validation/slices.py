@@ -6,6 +6,7 @@ A slice yields its batches afresh at every iteration and never holds more than a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,21 +79,24 @@ def batches_of(
 def stream(name: str, about: str, source: TokenSource, lm: LanguageModel, *, n_tokens: int) -> Slice:
     """The first tokens of a source, every one measured; rows of the demo are drawn from its held-out stream.
 
-    Special tokens after a row's first keep their own output and are not measured, as in training: they separate documents.
+    Special tokens after a row's first keep the model's own output and are not measured, as in training: they separate
+    documents. An iteration over the batches raises ValueError in the end if no token of theirs was usable.
     """
     size, special = rows_that_fit(lm, source.context), torch.tensor(sorted(special_ids(lm)))
+    unknown = None if lm.tokenizer is None else lm.tokenizer.unk_token_id
     n_rows = max(1, n_tokens // source.context)
 
     def batches() -> Iterator[Batch]:
-        left = n_rows
-        for rows_RT in _held_out_rows(source, lm):
-            for tokens_BT in rows_RT[:left].split(size):
-                keep_BT = ~torch.isin(tokens_BT, special)
-                keep_BT[:, 0] = True
-                yield Batch(tokens_BT, None if bool(keep_BT.all()) else keep_BT, None)
-            left -= len(rows_RT)
-            if left <= 0:
-                return
+        has_words = False
+        for tokens_BT in _first_rows(_held_out_rows(source, lm), n_rows, size):
+            keep_BT = ~torch.isin(tokens_BT, special)
+            has_words |= bool((keep_BT if unknown is None else keep_BT & (tokens_BT != unknown)).any())
+            keep_BT[:, 0] = True
+            yield Batch(tokens_BT, None if bool(keep_BT.all()) else keep_BT)
+        if not has_words:
+            raise ValueError(
+                f"no usable token: it holds special tokens and words unknown to {lm.name}'s tokenizer alone"
+            )
 
     rows = n_rows if source.n_rows is None else min(n_rows, source.n_rows)
     return Slice(name=name, about=about, batches=batches, n_tokens=rows * source.context)
@@ -108,7 +112,7 @@ def shuffled(whole: Slice) -> Slice:
             order_BT[:, 0] = -1
             order_BT = order_BT.argsort(dim=1)
             keep_BT = None if batch.keep_BT is None else batch.keep_BT.gather(1, order_BT)
-            yield Batch(batch.tokens_BT.gather(1, order_BT), keep_BT, None)
+            yield Batch(batch.tokens_BT.gather(1, order_BT), keep_BT)
 
     about = "tokens of the whole in random order within each row"
     return Slice(name="shuffled words", about=about, batches=batches, n_tokens=whole.n_tokens)
@@ -120,45 +124,59 @@ def demo_slices(lm: LanguageModel, *, n_probes: int) -> list[Slice]:
 
     slices = []
     for behaviour in behaviours():
-        asked = [(probe.prompt, probe.answers) for probe in behaviour.probes[:n_probes]]
-        slices.append(
-            _prompts(behaviour.name, f"held-out probes, at the answer: {behaviour.description}", asked, lm, answer=True)
-        )
+        prompts = [(probe.prompt, probe.answers) for probe in behaviour.probes[:n_probes]]
+        about = f"held-out probes, at the answer: {behaviour.description}"
+        slices.append(_prompts(behaviour.name, about, prompts, lm, at_answer=True))
     probes = [two_hop_probe(city) for state in states() for city in cities_of(state)]
-    asked = [(probe.prompt, probe.answers) for probe in probes[:: -(-len(probes) // (_PROMPTS_PER_PROBE * n_probes))]]
-    narrow = "every token of one template: " + probes[0].prompt.replace(cities_of(states()[0])[0], "...")
-    slices.append(_prompts("one template", narrow, asked, lm, answer=False))
+    every = math.ceil(len(probes) / (_PROMPTS_PER_PROBE * n_probes))
+    prompts = [(probe.prompt, probe.answers) for probe in probes[::every]]
+    about = "every token of one template: " + probes[0].prompt.replace(cities_of(states()[0])[0], "...")
+    slices.append(_prompts("one template", about, prompts, lm, at_answer=False))
     return slices
 
 
 def _prompts(
-    name: str, about: str, asked: Sequence[tuple[str, tuple[str, ...]]], lm: LanguageModel, *, answer: bool
+    name: str, about: str, prompts: Sequence[tuple[str, tuple[str, ...]]], lm: LanguageModel, *, at_answer: bool
 ) -> Slice:
-    """Prompts followed by their first answer, in batches of one length; measured at the answer, or everywhere before it."""
+    """Prompts followed by their first answer, in batches of one length.
+
+    Args:
+        prompts: each with its right answers, which are single tokens.
+        at_answer: measure the prediction of the answer alone; otherwise every token of the prompt.
+    """
     by_length: dict[int, list[tuple[list[int], list[int]]]] = {}
-    for prompt, answers in asked:
+    for prompt, answers in prompts:
         ids = lm.tokenize(prompt).tolist()
-        right = [int(lm.tokenizer.convert_tokens_to_ids(one)) for one in answers]
-        by_length.setdefault(len(ids), []).append((ids, right))
-    parts: list[Batch] = []
+        by_length.setdefault(len(ids), []).append((ids, [lm.token_id(answer) for answer in answers]))
+    batches: list[Batch] = []
     for length, rows in sorted(by_length.items()):
         size = rows_that_fit(lm, length + 1)
         for some in (rows[first : first + size] for first in range(0, len(rows), size)):
             tokens_BT = torch.tensor([[*ids, right[0]] for ids, right in some])
             asked_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-            asked_BT[:, length - 1 if answer else 0 : length] = True
-            parts.append(Batch(tokens_BT, None, asked_BT, [right for _, right in some] if answer else None))
-    n_tokens = sum(part.tokens_BT.numel() for part in parts)
-    return Slice(name=name, about=about, batches=lambda: parts, n_tokens=n_tokens)
+            asked_BT[:, length - 1 if at_answer else 0 : length] = True
+            answers_of_rows = [right for _, right in some] if at_answer else None
+            batches.append(Batch(tokens_BT, asked_BT=asked_BT, answers=answers_of_rows))
+    n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
+    return Slice(name=name, about=about, batches=lambda: batches, n_tokens=n_tokens)
 
 
 def _held_out_rows(source: TokenSource, lm: LanguageModel) -> Iterator[Tensor]:
     """Rows of a source, some at a time: its first ones, or for the demo's corpus rows that no training drew."""
-    if isinstance(source, DemoRows):
-        from replacement.demo.corpus import held_out_rows
-
-        for seed in itertools.count(DEMO_HELD_OUT_SEED):
-            rows = held_out_rows(lm.tokenizer, n_rows=DEMO_ROWS_PER_SEED, context=source.context, seed=seed)
-            yield torch.from_numpy(rows)
-    else:
+    if not isinstance(source, DemoRows):
         yield from source.one_pass()
+        return
+    from replacement.demo.corpus import held_out_rows
+
+    for seed in itertools.count(DEMO_HELD_OUT_SEED):
+        rows = held_out_rows(lm.tokenizer, n_rows=DEMO_ROWS_PER_SEED, context=source.context, seed=seed)
+        yield torch.from_numpy(rows)
+
+
+def _first_rows(blocks: Iterable[Tensor], n_rows: int, size: int) -> Iterator[Tensor]:
+    """The first `n_rows` rows of some blocks, at most `size` at a time."""
+    for block_RT in blocks:
+        yield from block_RT[:n_rows].split(size)
+        n_rows -= len(block_RT)
+        if n_rows <= 0:
+            return

@@ -127,7 +127,7 @@ def _summary(facts: Facts) -> Table:
 def _protocols(facts: Facts) -> Table:
     names = {"zero": "zero ablation", "mean": "mean ablation"}
     columns: list[Column] = [
-        ("replaced", lambda row: names.get(row["name"], row["name"])),
+        ("replaced", lambda row: str(names.get(row["name"], row["name"]))),
         ("cross-entropy increase, nats", lambda row: signed(row["cross_entropy_increase"])),
         ("recovered against zero", lambda row: share(row["cross_entropy_recovered"].get("zero"))),
         ("recovered against mean", lambda row: share(row["cross_entropy_recovered"].get("mean"))),

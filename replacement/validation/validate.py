@@ -152,7 +152,9 @@ def _plan(lm: LanguageModel, config: ValidationConfig) -> _Plan:
 def _check_names(names: Sequence[str]) -> None:
     twice = [name for place, name in enumerate(names) if name in names[:place]]
     if twice or not all(name.strip() for name in names):
-        raise ValueError(f"slices need names of their own, got {(twice or [''])[0]!r} beside {', '.join(dict.fromkeys(names))}")
+        raise ValueError(
+            f"slices need names of their own, got {(twice or [''])[0]!r} beside {', '.join(dict.fromkeys(names))}"
+        )
 
 
 @contextmanager

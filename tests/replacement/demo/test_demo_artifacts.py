@@ -13,7 +13,7 @@ import replacement
 from replacement.demo.corpus import held_out_rows
 from replacement.demo.report import measure_demo
 from replacement.loading import ARTIFACTS
-from replacement.validation.fidelity import fidelity_by_parts
+from replacement.validation.fidelity import measure_fidelity
 
 TARGET = 0.98
 NO_TARGET = {"two-hop, held-out states"}
@@ -81,8 +81,10 @@ def test_everything_replaced_with_errors_kept_gives_the_original_logits(complete
 def test_attention_is_as_faithful_as_its_shipped_table(complete: replacement.ReplacementModel) -> None:
     lm = complete.language_model
     rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=48, context=lm.context_length, seed=0))
-    now, table = fidelity_by_parts(complete, rows), shipped("attention_fidelity.json")
-    for measured, written in ((now["attention"], table), (now["both"], table["both"])):
+    table, mlps, attention = shipped("attention_fidelity.json"), complete.crosscoder, complete.attention_crosscoder
+    assert attention is not None
+    for crosscoders, written in (([attention], table), ([mlps, attention], table["both"])):
+        measured = measure_fidelity(lm, crosscoders, rows)
         assert measured.total_l0 == pytest.approx(written["total_l0"], rel=0.05)
         assert measured.mean_unexplained == pytest.approx(written["mean_unexplained"], rel=0.2)
         assert measured.kl == pytest.approx(written["kl"], rel=0.5)

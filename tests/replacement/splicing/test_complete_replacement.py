@@ -13,7 +13,7 @@ from torch import Tensor
 from replacement import Intervention, LanguageModel, ReLU, ReplacementModel, Site, Wiring
 from replacement.splicing.intervention import PARTS
 from replacement.splicing.splice import Splice
-from replacement.validation.fidelity import fidelity_by_parts, measure_fidelity
+from replacement.validation.fidelity import measure_fidelity
 
 EVERYWHERE = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 
@@ -273,34 +273,31 @@ def test_a_site_belongs_to_one_crosscoder(language_model: Any) -> None:
 # Fidelity -----------------------------------------------------------------------------------------------------------
 
 
-def test_fidelity_by_parts(language_model: Any) -> None:
+def test_fidelity_of_one_crosscoder_and_of_both(language_model: Any) -> None:
     """Each alone is what it is by itself; both together have both reconstructions, and the output of both spliced in."""
     lm = language_model("llama", torch.float64)
     model, tokens = complete(lm), prompts(5)
-    table = fidelity_by_parts(model, tokens, rows_per_pass=2)
-    assert list(table) == ["mlp", "attention", "both"]
-    for part, crosscoder in model.crosscoders.items():
-        assert table[part] == measure_fidelity(lm, crosscoder, tokens, rows_per_pass=2)
-    assert table["both"].l0 == table["mlp"].l0 + table["attention"].l0
-    assert table["both"].unexplained == table["mlp"].unexplained + table["attention"].unexplained
+    alone = [measure_fidelity(lm, crosscoder, tokens, rows_per_pass=2) for crosscoder in model.crosscoders.values()]
+    both = measure_fidelity(lm, list(model.crosscoders.values()), tokens, rows_per_pass=2)
+    assert both.l0 == alone[0].l0 + alone[1].l0
+    assert both.unexplained == alone[0].unexplained + alone[1].unexplained
     p, q = (torch.distributions.Categorical(logits=logits) for logits in (lm(tokens), model(tokens)))
-    assert table["both"].kl == pytest.approx(float(torch.distributions.kl_divergence(p, q).mean()), rel=1e-9)
+    assert both.kl == pytest.approx(float(torch.distributions.kl_divergence(p, q).mean()), rel=1e-9)
     agreed = lm(tokens).argmax(-1) == model(tokens).argmax(-1)
-    assert table["both"].agreement_all == float(agreed.double().mean())
-    both = [site for each in model.crosscoders.values() for site in each.wiring.write_sites]
-    zeroed = lm.run(tokens, dict.fromkeys(both, torch.zeros_like))
+    assert both.agreement_all == float(agreed.double().mean())
+    sites = [site for crosscoder in model.crosscoders.values() for site in crosscoder.wiring.write_sites]
+    zeroed = lm.run(tokens, dict.fromkeys(sites, torch.zeros_like))
     loss = torch.nn.functional.cross_entropy(zeroed[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert table["both"].cross_entropy_zero == pytest.approx(float(loss), rel=1e-10)
-    assert list(fidelity_by_parts(ReplacementModel(lm, model.crosscoder), tokens)) == ["mlp"]
+    assert both.cross_entropy_zero == pytest.approx(float(loss), rel=1e-10)
 
 
 def test_outputs_are_compared_where_either_replaces_something(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     mlp = tiny.crosscoder_for(lm, undecomposed_positions=3)
     attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm), undecomposed_positions=1)
-    table = fidelity_by_parts(ReplacementModel(lm, mlp, attention_crosscoder=attention), prompts())
-    assert [table[name].n_tokens for name in table] == [21, 27, 27]
-    assert table["both"].l0 == table["mlp"].l0 + table["attention"].l0
+    alone, other, both = (measure_fidelity(lm, some, prompts()) for some in (mlp, attention, [mlp, attention]))
+    assert [fidelity.n_tokens for fidelity in (alone, other, both)] == [21, 27, 27]
+    assert both.l0 == alone.l0 + other.l0
 
 
 def test_crosscoders_that_cannot_be_measured_together(language_model: Any) -> None:

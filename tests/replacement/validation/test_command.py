@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import tiny
 import torch
 
+import replacement.validation.report
 from replacement import Wiring, checkpoint
 from replacement.cli import main
 from replacement.loading import load
@@ -33,12 +36,30 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Any, langua
     np.save(folder / "ids.npy", rows.numpy())
     text = " ".join(f"w{i}" for i in tiny.random_tokens(length=200).tolist())
     (folder / "other.txt").write_text(text, encoding="utf-8")
+    second = tiny.crosscoder_for(lm, wiring=Wiring.strictly_causal(lm, read="mlp_in"), undecomposed_positions=1)
+    checkpoint.save(second, folder / "second")
+    (folder / "unknown.txt").write_text("unheard of words alone " * 20, encoding="utf-8")
+    (folder / "special.txt").write_text("w1 w2 " * 40, encoding="utf-8")
+    (folder / "binary.json").write_bytes(b"\xff\xfe\x00")
+    np.save(folder / "floats.npy", np.zeros((4, 16)))
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to(folder / "other.txt")
     return {
         "--model": str(model_folder("llama")),
         "--crosscoder": str(folder / "clt"),
         "--data": str(folder / "ids.npy"),
         "attention": str(folder / "attention"),
         "text": str(folder / "other.txt"),
+        "clt": str(folder / "clt"),
+        "second": str(folder / "second"),
+        "ids": str(folder / "ids.npy"),
+        "unknown": str(folder / "unknown.txt"),
+        "special": str(folder / "special.txt"),
+        "floats": str(folder / "floats.npy"),
+        "folder": str(folder),
+        "binary": str(folder / "binary.json"),
+        "pipe": str(folder / "pipe"),
+        "link": str(folder / "link"),
     }
 
 
@@ -110,8 +131,6 @@ def test_json_and_report_of_a_local_model(
 def test_every_documented_key_is_there_and_every_key_is_documented(
     tiny_run: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import replacement.validation
-
     assert main([*options(tiny_run), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     documented = (Path(replacement.validation.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -155,6 +174,42 @@ def test_text_of_models_and_users_is_escaped(tiny_run: dict[str, str], tmp_path:
     assert "\\x1b[2J ⏎" in seen.text
 
 
+def test_a_full_disk_leaves_no_part_of_a_report(
+    tiny_run: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither where nothing was before, nor in the folder of an earlier report."""
+    arguments = [*options(tiny_run, report=str(tmp_path / "report")), "--no-controls", "--json"]
+
+    def full(facts: object, pictures: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replacement.validation.report, "render", full)
+        assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {tmp_path / 'report'}: could not be written (No space left on device)\n"
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+    facts = json.loads(json.dumps(_facts(arguments, capsys)))
+    (tmp_path / "report" / "notes.txt").write_text("kept", encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    facts["model"]["name"] = "another"
+    monkeypatch.setattr(replacement.validation.report, "render", full)
+    with pytest.raises(ValueError, match="No space left on device"):
+        write_report(facts, tmp_path / "report")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    write_report(facts, tmp_path / "report")
+    after = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before.keys()
+    assert "another" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def _facts(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def test_a_report_with_a_curve_names_the_compute(tiny_run: dict[str, str], tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "curve.json").write_text("[[1, 90], [10, 80], [100, 1]]", encoding="utf-8")
     arguments = options(tiny_run, **{"training-curve": str(tmp_path / "curve.json"), "report": str(tmp_path / "r")})
@@ -167,7 +222,7 @@ def test_a_report_with_a_curve_names_the_compute(tiny_run: dict[str, str], tmp_p
     ("changed", "message"),
     [
         ({"data": None}, "data: expected text files"),
-        ({"crosscoder": None}, "crosscoder: expected a checkpoint folder"),
+        ({"crosscoder": None}, "crosscoder: expected a crosscoder made for"),
         ({"crosscoder": "demo"}, "this crosscoder has width 128"),
         ({"data": "/nowhere/*.txt"}, "/nowhere/*.txt"),
         ({"data": "demo"}, "the demo corpus is for the demo model"),
@@ -175,22 +230,49 @@ def test_a_report_with_a_curve_names_the_compute(tiny_run: dict[str, str], tmp_p
         ({"slice": "=x"}, "slice: expected NAME=DATA"),
         ({"slice": "a=/nowhere.txt"}, "slice a: "),
         ({"slice": "whole=demo"}, "slices need names of their own"),
-        ({"tokens": "0"}, "n_tokens must be 1 or more"),
+        ({"slice": "shuffled words=IDS"}, "slices need names of their own, got 'shuffled words'"),
+        ({"slice": "a=UNKNOWN"}, "slice a: no usable token: it holds special tokens and words unknown to"),
+        ({"tokens": "0"}, "tokens: expected at least 1, given 0"),
+        ({"tokens": "-7"}, "tokens: expected at least 1, given -7"),
+        ({"context": "0"}, "context: expected at least 1, given 0"),
+        ({"context": "-2"}, "context: expected at least 1, given -2"),
+        ({"data": "UNKNOWN"}, "unknown.txt: no usable token: it holds special tokens and words unknown to"),
+        ({"data": "SPECIAL"}, "special.txt: no usable token: it holds special tokens and words unknown to"),
+        ({"data": "FLOATS"}, "floats.npy"),
+        (
+            {"data": "IDS", "context": "1", "crosscoder": "SECOND"},
+            "ids.npy: no token to measure: expected one that is kept",
+        ),
+        ({"attention-crosscoder": "CLT"}, "attention needs a crosscoder that writes attn_out sites"),
         ({"dtype": "int8"}, "dtype: expected one of float32, float64"),
         ({"training-curve": "/nowhere.json"}, "/nowhere.json does not exist"),
-        ({"report": __file__}, "report: expected a folder"),
+        ({"training-curve": "FOLDER"}, "expected a JSON file of [compute, loss] pairs"),
+        ({"training-curve": "BINARY"}, "binary.json is not JSON"),
+        ({"report": __file__}, "expected a folder, but"),
+        ({"report": f"{__file__}/report"}, "expected a folder, but"),
+        ({"report": "/dev/null"}, "/dev/null: expected a folder, but /dev/null is a device"),
+        ({"report": "PIPE"}, "is a named pipe"),
+        ({"report": "LINK"}, "is a symbolic link"),
+        ({"report": "/proc/nothing"}, "/proc/nothing: expected a folder that can be written to"),
         ({"context": "99"}, "reads at most 32"),
     ],
 )
 def test_mistakes_are_one_line(
     changed: dict[str, str | None], message: str, tiny_run: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(options(tiny_run, **changed)) == 2
+    named = {name: value and _with_paths(value, tiny_run) for name, value in changed.items()}
+    assert main(options(tiny_run, **named)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def _with_paths(value: str, tiny_run: dict[str, str]) -> str:
+    """A value with the names of the files that `tiny_run` made in place of words in capitals."""
+    words = {name.upper(): path for name, path in tiny_run.items() if not name.startswith("--")}
+    return "=".join(words.get(word, word) for word in value.split("="))
 
 
 def test_data_without_rows_is_named(tiny_run: dict[str, str], tmp_path: Path, capsys: Any) -> None:

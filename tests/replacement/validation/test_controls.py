@@ -145,6 +145,11 @@ def test_a_noisy_curve_counts_where_it_first_is_as_good() -> None:
     ("content", "message"),
     [
         ("[[1, 2]", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        (f"[[{'9' * 5000}, 1], [1, 2]]", "is not JSON"),
+        (f"[[1, 1], [{'9' * 400}, 2]]", "point 1: expected"),
+        ("[[1, true], [1, 2]]", "point 0: expected"),
+        ('"a curve"', "at least two"),
         ("[[1, 2]]", "at least two"),
         ('{"points": []}', "at least two"),
         ("[[1, 2], [3]]", "point 1: expected"),
