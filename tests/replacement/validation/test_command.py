@@ -41,6 +41,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Any, langua
     (folder / "unknown.txt").write_text("unheard of words alone " * 20, encoding="utf-8")
     (folder / "special.txt").write_text("w1 w2 " * 40, encoding="utf-8")
     (folder / "binary.json").write_bytes(b"\xff\xfe\x00")
+    np.save(folder / "flat.npy", rows.flatten().numpy())
     np.save(folder / "floats.npy", np.zeros((4, 16)))
     os.mkfifo(folder / "pipe")
     (folder / "link").symlink_to(folder / "other.txt")
@@ -55,6 +56,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Any, langua
         "ids": str(folder / "ids.npy"),
         "unknown": str(folder / "unknown.txt"),
         "special": str(folder / "special.txt"),
+        "flat": str(folder / "flat.npy"),
         "floats": str(folder / "floats.npy"),
         "folder": str(folder),
         "binary": str(folder / "binary.json"),
@@ -235,13 +237,14 @@ def test_a_report_with_a_curve_names_the_compute(tiny_run: dict[str, str], tmp_p
         ({"tokens": "0"}, "tokens: expected at least 1, given 0"),
         ({"tokens": "-7"}, "tokens: expected at least 1, given -7"),
         ({"context": "0"}, "context: expected at least 1, given 0"),
+        ({"data": "TEXT", "context": "1"}, "a context of 1 leaves no room for text"),
         ({"context": "-2"}, "context: expected at least 1, given -2"),
         ({"data": "UNKNOWN"}, "unknown.txt: no usable token: it holds special tokens and words unknown to"),
         ({"data": "SPECIAL"}, "special.txt: no usable token: it holds special tokens and words unknown to"),
         ({"data": "FLOATS"}, "floats.npy"),
         (
-            {"data": "IDS", "context": "1", "crosscoder": "SECOND"},
-            "ids.npy: no token to measure: expected one that is kept",
+            {"data": "FLAT", "context": "1", "crosscoder": "SECOND"},
+            "flat.npy: no token to measure: expected at least one",
         ),
         ({"attention-crosscoder": "CLT"}, "attention needs a crosscoder that writes attn_out sites"),
         ({"dtype": "int8"}, "dtype: expected one of float32, float64"),
