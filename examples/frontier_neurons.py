@@ -13,6 +13,7 @@ from torch import Tensor
 from replacement import LanguageModel, Site
 from replacement.validation.controls import ThresholdedNeurons
 from replacement.validation.measure import measure
+from replacement.validation.reconstruction import site_facts
 from replacement.validation.slices import batches_of
 
 
@@ -21,7 +22,7 @@ def measure_neurons(lm: LanguageModel, rows_RT: Tensor, k: int) -> dict[str, Any
     layers = range(lm.shape.n_layers)
     neurons = ThresholdedNeurons(lm, {Site(layer, "mlp_out"): k for layer in layers})
     measured = measure(lm, [], batches_of(rows_RT, lm), [neurons])
-    errors, output = measured.stand_ins[neurons.name].facts(), measured.outputs[neurons.name]
+    errors, output = site_facts(measured.stand_ins[neurons.name]), measured.outputs[neurons.name]
     return {
         "l0": float(k * len(layers)),
         "l0_by_layer": [float(k)] * len(layers),

@@ -14,7 +14,7 @@ k is the crosscoder's mean number of active features in every layer, rounded. F 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,14 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
-from replacement.validation.measure import Measured, Progress, measure, no_progress, site_means
+from replacement.validation.measure import Measured, Progress, measure, no_progress
+from replacement.validation.metrics import ReconstructionError
+from replacement.validation.outputs import OutputSums
 from replacement.validation.protocols import MEAN, PROPAGATED, ZERO, BatchRun, Protocol, protocols
+from replacement.validation.reconstruction import site_facts
 from replacement.validation.slices import Slice
+
+Errors = Mapping[Site, ReconstructionError]
 
 MAX_DICTIONARY = 4096
 """Most vectors of the random dictionary; more would need too large a table of their products."""
@@ -39,60 +44,51 @@ def keep_largest(acts: Float[Tensor, "*P M"], output_norms_M: Float[Tensor, " M"
     return torch.zeros_like(acts).scatter(-1, index, acts.gather(-1, index))
 
 
-class Neurons:
-    """The inputs of every MLP's output matrix, in any architecture: `output = acts @ W_out + b_out` (before a post-norm)."""
-
-    def __init__(self, lm: LanguageModel, layers: Iterable[int]) -> None:
-        self._parts = lm.parts
-        mlps = {layer: lm.parts.bridge.blocks[layer].mlp for layer in layers}
-        self.weights: dict[int, Tensor] = {layer: mlp.W_out.detach() for layer, mlp in mlps.items()}
-        self.biases = {layer: getattr(mlp, "b_out", None) for layer, mlp in mlps.items()}
-        self.norms = {layer: weight_MD.norm(dim=1) for layer, weight_MD in self.weights.items()}
-
-    def run(self, tokens_BT: Tensor, hook: Callable[[Tensor, int], Tensor | None]) -> Tensor:
-        """Logits with a hook on every layer's neuron activations `[B, T, M]`."""
-        named = [
-            (f"blocks.{layer}.mlp.out.hook_in", lambda x, hook, layer=layer, call=hook: call(x, layer))
-            for layer in self.weights
-        ]
-        return self._parts.run(tokens_BT, named)
-
-    def output(self, acts: Tensor, layer: int) -> Tensor:
-        """What the MLP writes, `[R, D]`."""
-        y_RD = (acts @ self.weights[layer]).flatten(0, -2)
-        bias_D = self.biases[layer]
-        return y_RD if bias_D is None else y_RD + bias_D.detach()
-
-
 class ThresholdedNeurons(Protocol):
-    """A protocol in which every MLP computes with its neurons of largest contribution alone."""
+    """A protocol in which every MLP computes with its k neurons of largest contribution alone.
+
+    Neurons are the inputs of an MLP's output matrix, in any architecture: `output = acts @ W_out + b_out` (before a post-norm).
+    """
 
     def __init__(self, lm: LanguageModel, k: Mapping[Site, int]) -> None:
         about = "the MLPs' neurons, all but the largest contributions set to 0"
         super().__init__(name="thresholded neurons", about=about, sites=frozenset(k))
+        self._parts = lm.parts
         self._k = {site.layer: count for site, count in k.items()}
-        self._neurons = Neurons(lm, self._k)
-
-    def _kept(self, acts: Tensor, layer: int) -> Tensor:
-        return keep_largest(acts, self._neurons.norms[layer], self._k[layer])
+        mlps = {layer: lm.parts.bridge.blocks[layer].mlp for layer in self._k}
+        self.weights: dict[int, Tensor] = {layer: mlp.W_out.detach() for layer, mlp in mlps.items()}
+        self.biases: dict[int, Tensor | None] = {layer: getattr(mlp, "b_out", None) for layer, mlp in mlps.items()}
 
     def logits(self, run: BatchRun, means: Mapping[Site, Tensor]) -> Tensor:
         """Logits with every layer's neurons thresholded at once."""
         mask_BT1 = run.replaced_BT[..., None]
-        return self._neurons.run(
-            run.tokens_BT, lambda acts, layer: torch.where(mask_BT1, self._kept(acts, layer).view_as(acts), acts)
-        )
+        return self._run(run, lambda acts, layer: torch.where(mask_BT1, self._kept(acts, layer), acts))
 
     def stand_ins(self, run: BatchRun) -> dict[Site, tuple[Tensor, Tensor]]:
         """Outputs of all neurons and of those kept, on clean activations."""
         outputs: dict[Site, tuple[Tensor, Tensor]] = {}
 
         def see(acts: Tensor, layer: int) -> None:
-            all_RD, kept_RD = (self._neurons.output(x, layer) for x in (acts, self._kept(acts, layer)))
-            outputs[Site(layer, "mlp_out")] = all_RD, kept_RD
+            outputs[Site(layer, "mlp_out")] = self._output(acts, layer), self._output(self._kept(acts, layer), layer)
 
-        self._neurons.run(run.tokens_BT, see)
+        self._run(run, see)
         return outputs
+
+    def _run(self, run: BatchRun, hook: Callable[[Tensor, int], Tensor | None]) -> Tensor:
+        """Logits with a hook on every layer's neuron activations, `[B, T, M]` or `[R, M]`."""
+        named = [
+            (f"blocks.{layer}.mlp.out.hook_in", lambda x, hook, layer=layer, call=hook: call(x, layer))
+            for layer in self._k
+        ]
+        return self._parts.run(run.tokens_BT, named)
+
+    def _kept(self, acts: Tensor, layer: int) -> Tensor:
+        return keep_largest(acts, self.weights[layer].norm(dim=1), self._k[layer])
+
+    def _output(self, acts: Tensor, layer: int) -> Tensor:
+        """What the MLP writes, `[R, D]`."""
+        y_RD, bias_D = (acts @ self.weights[layer]).flatten(0, -2), self.biases[layer]
+        return y_RD if bias_D is None else y_RD + bias_D.detach()
 
 
 class RandomDictionary(Protocol):
@@ -180,39 +176,37 @@ def measure_controls(
     chosen = [known[name] for name in (PROPAGATED, ZERO, MEAN)]
     measured = measure(lm, [crosscoder], sample.batches(), chosen, means=means, progress=progress)
     k = matched_counts(crosscoder, measured.activity[0].l0)
-    rows = [_row("this crosscoder", "errors propagating", measured)]
-    controls: list[Protocol] = [ThresholdedNeurons(lm, k), RandomDictionary(k, means, crosscoder.n_features)]
-    stand_ins = measure(lm, [crosscoder], sample.batches(), controls, progress=progress)
-    for control in controls:
-        errors = stand_ins.stand_ins[control.name].facts()
-        output = stand_ins.outputs[control.name].facts({name: measured.outputs[name] for name in (ZERO, MEAN)})
-        rows.append(_facts(control.name, control.about, float(sum(k.values())), errors, output))
-    other = random_weights(lm)
-    other_means = site_means(other, [crosscoder], sample.batches(), progress=progress)
-    there = measure(other, [crosscoder], sample.batches(), chosen, means=other_means, progress=progress)
+    controls = [ThresholdedNeurons(lm, k), RandomDictionary(k, means, crosscoder.n_features)]
+    others = measure(lm, [crosscoder], sample.batches(), controls, progress=progress)
+    other_lm = random_weights(lm)
+    other_means = measure(other_lm, [crosscoder], sample.batches(), [], progress=progress).means
+    there = measure(other_lm, [crosscoder], sample.batches(), chosen, means=other_means, progress=progress)
+
+    def row(name: str, about: str, l0: float, errors: Errors, output: OutputSums, ablated: Measured) -> dict[str, Any]:
+        reconstruction = site_facts(errors)
+        facts = output.facts({ablation: ablated.outputs[ablation] for ablation in (ZERO, MEAN)})
+        return {
+            "name": name,
+            "about": about,
+            "n_tokens": facts["n_tokens"],
+            "l0": l0,
+            "unexplained": reconstruction["unexplained"],
+            "unexplained_mean": reconstruction["unexplained_mean"],
+            "kl": facts["kl"]["mean"],
+            "cross_entropy_increase": facts["cross_entropy_increase"],
+            "cross_entropy_recovered": facts["cross_entropy_recovered"],
+            "agreement": facts["agreement"]["all"],
+        }
+
+    def crosscoder_row(name: str, about: str, of: Measured) -> dict[str, Any]:
+        return row(name, about, sum(of.activity[0].l0), of.errors, of.outputs[PROPAGATED], of)
+
+    l0 = float(sum(k.values()))
     about = "the same crosscoder in a model of random weights, against that model's own output"
     # What a random model says of the next token is no yardstick; that the crosscoder says the same would be.
-    last = _row("random weights", about, there)
-    last |= {"cross_entropy_increase": None, "cross_entropy_recovered": {ZERO: None, MEAN: None}}
-    return [*rows, last]
-
-
-def _row(name: str, about: str, measured: Measured) -> dict[str, Any]:
-    facts = measured.facts()
-    reconstruction = facts["reconstruction"]
-    return _facts(name, about, reconstruction["l0"], reconstruction, facts["protocols"][PROPAGATED])
-
-
-def _facts(name: str, about: str, l0: float, reconstruction: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "about": about,
-        "n_tokens": output["n_tokens"],
-        "l0": l0,
-        "unexplained": reconstruction["unexplained"],
-        "unexplained_mean": reconstruction["unexplained_mean"],
-        "kl": output["kl"]["mean"],
-        "cross_entropy_increase": output["cross_entropy_increase"],
-        "cross_entropy_recovered": output["cross_entropy_recovered"],
-        "agreement": output["agreement"]["all"],
-    }
+    undefined = {"cross_entropy_increase": None, "cross_entropy_recovered": {ZERO: None, MEAN: None}}
+    return [
+        crosscoder_row("this crosscoder", "errors propagating", measured),
+        *(row(c.name, c.about, l0, others.stand_ins[c.name], others.outputs[c.name], measured) for c in controls),
+        crosscoder_row("random weights", about, there) | undefined,
+    ]

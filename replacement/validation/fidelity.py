@@ -103,7 +103,7 @@ def measure_fidelity(
     chosen = [protocols(crosscoders)[name] for name in (PROPAGATED, ZERO)] if has_output else []
     batches = batches_of(rows_RT, language_model, keep_RT=keep_RT, rows_per_pass=rows_per_pass)
     measured = measure(language_model, crosscoders, batches, chosen, scales=scales, second_model=second_model)
-    unexplained = [error.value() for error in measured.errors.errors.values()]
+    unexplained = [error.unexplained for error in measured.errors.values()]
     if None in unexplained:
         raise ValueError("a written site does not vary over the rows: its unexplained variance is not defined")
     spliced, zeroed = (measured.outputs.get(name, OutputSums()) for name in (PROPAGATED, ZERO))
@@ -116,5 +116,5 @@ def measure_fidelity(
         cross_entropy_original=measured.original.loss.value() if has_output else None,
         cross_entropy=spliced.loss.value(),
         cross_entropy_zero=zeroed.loss.value(),
-        n_tokens=measured.original.n_tokens,
+        n_tokens=measured.n_tokens,
     )

@@ -13,9 +13,10 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.splice import check_together, possible_reads
-from replacement.validation.outputs import OriginalOutput, OriginalSums, OutputSums, WorstTokens, compare
+from replacement.validation.metrics import ReconstructionError
+from replacement.validation.outputs import OriginalOutput, OutputSums, WorstTokens, compare
 from replacement.validation.protocols import ERRORS_KEPT, MEAN, PROPAGATED, ZERO, BatchRun, Protocol
-from replacement.validation.reconstruction import Activity, SiteErrors
+from replacement.validation.reconstruction import Activity, site_facts
 from replacement.validation.slices import Batch
 
 Progress = Callable[[int], None]
@@ -35,7 +36,7 @@ class Measured:
     Attributes:
         errors: reconstruction of the sites that the crosscoders write, on clean activations.
         activity: firing of the features, one per crosscoder.
-        original: the original model's loss and accuracy.
+        original: the original model's output, compared with itself.
         outputs: of every protocol, by name.
         stand_ins: reconstruction by protocols that use no crosscoder (controls), by name.
         worst: tokens of largest KL with errors propagating.
@@ -43,25 +44,41 @@ class Measured:
 
     def __init__(self, crosscoders: Sequence[Crosscoder], protocols: Iterable[Protocol], *, n_worst: int = 0) -> None:
         self.protocols = tuple(protocols)
-        self.errors = SiteErrors(site for crosscoder in crosscoders for site in crosscoder.wiring.write_sites)
+        sites = [site for crosscoder in crosscoders for site in crosscoder.wiring.write_sites]
+        self.errors = {site: ReconstructionError() for site in sites}
         self.activity = [Activity(crosscoder) for crosscoder in crosscoders]
-        self.original = OriginalSums()
+        self.original = OutputSums()
         self.outputs = {protocol.name: OutputSums() for protocol in self.protocols}
-        self.stand_ins = {protocol.name: SiteErrors() for protocol in self.protocols}
+        self.stand_ins: dict[str, dict[Site, ReconstructionError]] = {name: {} for name in self.outputs}
         self.worst = WorstTokens(n_worst) if n_worst else None
+
+    @property
+    def means(self) -> dict[Site, Tensor]:
+        """Mean `[D]` of every written site of the original model, for mean ablation."""
+        return {site: error.mean for site, error in self.errors.items()}
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens measured."""
+        return self.original.kl.count
 
     def facts(self) -> dict[str, Any]:
         """Plain JSON value of reconstruction, original and protocols."""
         ablated = {name: self.outputs[name] for name in (ZERO, MEAN) if name in self.outputs}
         crosscoders = [activity.facts() for activity in self.activity]
         return {
-            "n_tokens": self.original.n_tokens,
+            "n_tokens": self.n_tokens,
             "reconstruction": {
-                **self.errors.facts(),
+                **site_facts(self.errors),
                 "crosscoders": crosscoders,
                 **{key: sum(facts[key] for facts in crosscoders) for key in ("l0", "dead", "dense")},
             },
-            "original": self.original.facts(),
+            "original": {
+                "n_tokens": self.n_tokens,
+                "cross_entropy": self.original.loss.value(),
+                "accuracy": self.original.right.value(),
+                "right_but_unsure": self.original.agreed_unsure.count,
+            },
             "protocols": {name: sums.facts(ablated) for name, sums in self.outputs.items() if sums.kl.count},
         }
 
@@ -85,7 +102,7 @@ def measure(
             one pass: reconstruction is measured on the tokens that each decomposes, outputs on all that some crosscoder does.
         batches: best held out from training.
         protocols: such as some of `protocols(crosscoders)`; none for a model-diffing crosscoder, which no one model can hold.
-        means: of every written site, for mean ablation; see `site_means`.
+        means: of every written site, for the protocol `mean`; such as the `means` of an earlier measurement.
         scales: scale of each site, for a crosscoder that lives in scaled activations, as while training: it reads
             `scale * x`, and what it writes is divided by the site's scale. 1 where absent.
         second_model: the second model of a model-diffing crosscoder.
@@ -105,10 +122,10 @@ def measure(
             n_positions = max(n_positions, run.tokens_BT.shape[1])
             progress(run.tokens_BT.numel())
             _add(measured, run, batch, means or {}, progress)
-    if not measured.original.n_tokens or not all(activity.n_tokens for activity in measured.activity):
+    if not measured.n_tokens or not all(activity.n_tokens for activity in measured.activity):
         skipped = max((crosscoder.undecomposed_positions for crosscoder in crosscoders), default=0)
         raise ValueError(
-            "no token to measure: expected one that is kept and that the crosscoder decomposes "
+            "no token to measure: expected at least one that is kept and that the crosscoder decomposes "
             f"(it leaves {skipped} positions of every row undecomposed, the rows have {n_positions})"
         )
     return measured
@@ -131,12 +148,12 @@ def _add(measured: Measured, run: BatchRun, batch: Batch, means: Mapping[Site, T
     if not bool(run.measured_BT.any()):
         return
     original = OriginalOutput(run.logits_BTV, run.tokens_BT, run.measured_BT, run.keep_BT, batch.answers)
-    measured.original.add(original)
+    measured.original.add(original, original.unchanged)
     for activity, mask_BT, (outputs, features) in zip(measured.activity, run.masks, run.reconstructions, strict=True):
         measured_P = run.measured_BT[mask_BT]
         activity.add(features, measured_P)
         for site, y_PD in outputs.items():
-            measured.errors.add(site, run.clean[site][mask_BT.flatten()][measured_P], y_PD[measured_P])
+            measured.errors[site].update(run.clean[site][mask_BT.flatten()][measured_P], y_PD[measured_P])
     for protocol in measured.protocols:
         sums = measured.outputs[protocol.name]
         if protocol.name == ERRORS_KEPT and sums.kl.count >= SELF_CHECK_TOKENS:
@@ -147,36 +164,9 @@ def _add(measured: Measured, run: BatchRun, batch: Batch, means: Mapping[Site, T
             measured.worst.add(original, changed)
         measured_R = run.measured_BT.flatten()
         for site, (target_RD, output_RD) in protocol.stand_ins(run).items():
-            measured.stand_ins[protocol.name].add(site, target_RD[measured_R], output_RD[measured_R])
+            error = measured.stand_ins[protocol.name].setdefault(site, ReconstructionError())
+            error.update(target_RD[measured_R], output_RD[measured_R])
         progress(run.tokens_BT.numel())
-
-
-@torch.no_grad()
-def site_means(
-    language_model: LanguageModel,
-    crosscoders: Sequence[Crosscoder],
-    batches: Iterable[Batch],
-    *,
-    progress: Progress = no_progress,
-) -> dict[Site, Tensor]:
-    """Mean `[D]` of every written site over the tokens its crosscoder replaces, in float64.
-
-    Raises:
-        ValueError: there is no such token.
-    """
-    sums: dict[Site, Tensor] = {}
-    counts: dict[Site, int] = {site: 0 for crosscoder in crosscoders for site in crosscoder.wiring.write_sites}
-    for batch in batches:
-        run = BatchRun(language_model, crosscoders, batch)
-        for crosscoder, mask_BT in zip(crosscoders, run.masks, strict=True):
-            for site in crosscoder.wiring.write_sites:
-                replaced_PD = run.clean[site][mask_BT.flatten()].double()
-                sums[site] = sums.get(site, 0.0) + replaced_PD.sum(dim=0)
-                counts[site] += len(replaced_PD)
-        progress(run.tokens_BT.numel())
-    if not all(counts.values()):
-        raise ValueError("no token to measure: expected at least one that the crosscoder decomposes")
-    return {site: sum_D / counts[site] for site, sum_D in sums.items()}
 
 
 @contextmanager

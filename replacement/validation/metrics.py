@@ -7,6 +7,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 _LOWEST, _HIGHEST = 1e-18, 1e6
 _BINS_PER_DECADE = 512
@@ -74,55 +75,52 @@ class Mean:
         return self._sum / self.count if self.count else None
 
 
-class VarianceUnexplained:
-    """The fraction of variance unexplained (FVU) over batches, `sum_b ||y - y_hat||^2 / sum_b ||y - mean_b y||^2`, in float64.
+class ReconstructionError:
+    """Fraction of variance unexplained (FVU) and mean cosine of a reconstruction over batches, in float64.
 
-    0 is perfect, 1 is no better than the mean, above 1 is worse. The mean is that of all rows. Sums are taken about the first
-    batch's mean, which keeps the result exact to rounding even where the mean is far larger than the variation.
+    `FVU = sum_p ||y_p - y_hat_p||^2 / sum_p ||y_p - mean y||^2`: 0 is perfect, 1 is no better than the mean, above 1 is worse.
+    The mean is that of all tokens. Sums are taken about the first batch's mean, which keeps the result exact to rounding even
+    where the mean is far larger than the variation.
 
     Attributes:
-        error: `sum_b ||y - y_hat||^2` so far.
+        error: `sum_p ||y_p - y_hat_p||^2` so far.
+        cosine: mean cosine of target and reconstruction.
     """
 
     def __init__(self) -> None:
-        self._shift_D: Tensor | None = None
-        self._n_rows = 0
-        self.error = 0.0
+        self._n_tokens, self._squares, self.error, self.cosine = 0, 0.0, 0.0, Mean()
 
-    def update(self, target_BD: Float[Tensor, "B D"], reconstruction_BD: Tensor) -> VarianceUnexplained:
-        """Add one batch; returns itself.
-
-        Raises:
-            ValueError: different shapes, or another width than before.
-        """
-        if target_BD.shape != reconstruction_BD.shape:
-            shapes = f"{list(target_BD.shape)} and {list(reconstruction_BD.shape)}"
-            raise ValueError(f"expected two tensors of one shape, got {shapes}")
-        if not len(target_BD):
+    def update(self, target_PD: Float[Tensor, "P D"], reconstruction_PD: Float[Tensor, "P D"]) -> ReconstructionError:
+        """Add one batch; returns itself."""
+        target_PD, reconstruction_PD = target_PD.double(), reconstruction_PD.to(target_PD.device).double()
+        if not len(target_PD):
             return self
-        target_BD, reconstruction_BD = target_BD.double(), reconstruction_BD.double()
-        if self._shift_D is None:
-            self._shift_D = target_BD.mean(dim=0)
+        if not self._n_tokens:
+            self._shift_D = target_PD.mean(dim=0)
             self._sum_D = torch.zeros_like(self._shift_D)
-            self._squares = 0.0
-        if len(self._shift_D) != target_BD.shape[1]:
-            raise ValueError(f"expected width {len(self._shift_D)} as before, got {target_BD.shape[1]}")
-        centred_BD = target_BD - self._shift_D
-        self._n_rows += len(target_BD)
-        self._sum_D += centred_BD.sum(dim=0)
-        self._squares += float(centred_BD.square().sum())
-        self.error += float((target_BD - reconstruction_BD).square().sum())
+        centred_PD = target_PD - self._shift_D
+        self._n_tokens += len(target_PD)
+        self._sum_D += centred_PD.sum(dim=0)
+        self._squares += float(centred_PD.square().sum())
+        self.error += float((target_PD - reconstruction_PD).square().sum())
+        self.cosine.update(functional.cosine_similarity(target_PD, reconstruction_PD, dim=-1))
         return self
 
     @property
-    def variance(self) -> float:
-        """`sum_b ||y - mean_b y||^2` so far; 0 before the first row."""
-        if self._shift_D is None:
-            return 0.0
-        return max(0.0, self._squares - float(self._sum_D.square().sum()) / self._n_rows)
+    def mean(self) -> Float[Tensor, " D"]:
+        """Mean of the targets of at least one token."""
+        return self._shift_D + self._sum_D / self._n_tokens
 
-    def value(self) -> float | None:
-        """The fraction over all rows added, or None where the target does not vary."""
+    @property
+    def variance(self) -> float:
+        """`sum_p ||y_p - mean y||^2` so far; 0 before the first token."""
+        if not self._n_tokens:
+            return 0.0
+        return max(0.0, self._squares - float(self._sum_D.square().sum()) / self._n_tokens)
+
+    @property
+    def unexplained(self) -> float | None:
+        """The fraction over all tokens added, or None where the target does not vary."""
         return self.error / self.variance if self.variance > 0 else None
 
 

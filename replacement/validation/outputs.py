@@ -54,9 +54,9 @@ class OriginalOutput:
         self.probability_P, self.best_P = self.reference.p.max(dim=-1)
 
     @property
-    def unsure(self) -> Tensor:
-        """`[P]`: where the original is right, with probability below `UNSURE_BELOW`."""
-        return (self.best_P == self.next_P) & (torch.exp(-self.loss_P) < UNSURE_BELOW)
+    def unchanged(self) -> ChangedOutput:
+        """The original as its own replacement."""
+        return ChangedOutput(torch.zeros_like(self.loss_P), self.loss_P, self.best_P)
 
     def right(self, best_P: Tensor) -> Tensor:
         """Whether a prediction is the next token, or one of the row's answers; over the tokens that have one."""
@@ -101,7 +101,8 @@ class OutputSums:
         agreed_P = (changed.best_P == original.best_P).double()
         self.agreed.update(agreed_P)
         self.agreed_confident.update(agreed_P[original.probability_P >= CONFIDENT_FROM])
-        self.agreed_unsure.update(agreed_P[original.unsure])
+        is_right_P = original.best_P == original.next_P
+        self.agreed_unsure.update(agreed_P[is_right_P & (original.probability_P < UNSURE_BELOW)])
         self.right.update(original.right(changed.best_P).double())
 
     def facts(self, ablated: Mapping[str, OutputSums]) -> dict[str, Any]:
@@ -128,30 +129,6 @@ class OutputSums:
             },
             "agreement": {"all": self.agreed.value(), "right_but_unsure": self.agreed_unsure.value()},
             "accuracy": self.right.value(),
-        }
-
-
-class OriginalSums:
-    """The original model's loss and accuracy over the passes."""
-
-    def __init__(self) -> None:
-        self.loss, self.right, self.unsure = Mean(), Mean(), Mean()
-        self.n_tokens = 0
-
-    def add(self, original: OriginalOutput) -> None:
-        """Add one pass."""
-        self.n_tokens += len(original.best_P)
-        self.loss.update(original.loss_P[original.next_P >= 0])
-        self.right.update(original.right(original.best_P).double())
-        self.unsure.update(original.unsure.double())
-
-    def facts(self) -> dict[str, Any]:
-        """Plain JSON value."""
-        return {
-            "n_tokens": self.n_tokens,
-            "cross_entropy": self.loss.value(),
-            "accuracy": self.right.value(),
-            "right_but_unsure": round((self.unsure.value() or 0) * self.n_tokens),
         }
 
 

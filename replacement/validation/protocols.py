@@ -52,7 +52,18 @@ class Protocol:
         for number, crosscoder in enumerate(run.crosscoders):
             sites = [site for site in crosscoder.wiring.write_sites if site in self.sites]
             if sites and self.reads == "propagated" and "propagated" in possible_reads(crosscoder.wiring):
-                splices.append(run.splice(crosscoder, sites, errors=self.errors))
+                splices.append(
+                    Splice(
+                        run.language_model,
+                        crosscoder,
+                        run.tokens_BT,
+                        sites=sites,
+                        errors=self.errors,
+                        scales=run.scales,
+                        keep_BT=run.keep_BT,
+                        clean=run.clean,
+                    )
+                )
                 continue
             for site in sites:
                 if self.value == "reconstruction":
@@ -162,19 +173,6 @@ class BatchRun:
         outputs, features = crosscoder(inputs, positions=row_P.to(crosscoder.device) % mask_BT.shape[1])
         outputs = {site: y_PD / self.scales.get(site, 1.0) for site, y_PD in outputs.items()}
         return CrosscoderOutput(outputs, features)
-
-    def splice(self, crosscoder: Crosscoder, sites: Sequence[Site], *, errors: str) -> Splice:
-        """A splice that reads the stream which it makes itself."""
-        return Splice(
-            self.language_model,
-            crosscoder,
-            self.tokens_BT,
-            sites=sites,
-            errors=errors,
-            scales=self.scales,
-            keep_BT=self.keep_BT,
-            clean=self.clean,
-        )
 
 
 def overwrite(mask_BT: Bool[Tensor, "B T"], value: Tensor) -> Hook:

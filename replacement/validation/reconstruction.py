@@ -1,50 +1,20 @@
-"""How well the written sites are reconstructed from clean activations, and how the features fire: sums over tokens."""
+"""How well sites are reconstructed, as plain JSON values, and how features fire: sums over tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
-from replacement.validation.metrics import Mean, VarianceUnexplained
+from replacement.validation.metrics import ReconstructionError
 
 DENSE_ABOVE = 0.1
 """A feature that fires on a larger share of the tokens is called dense."""
-
-
-class SiteErrors:
-    """Fraction of variance unexplained and mean cosine of every written site."""
-
-    def __init__(self, sites: Iterable[Site] = ()) -> None:
-        self.errors = {site: VarianceUnexplained() for site in sites}
-        self._cosines = {site: Mean() for site in self.errors}
-
-    def add(self, site: Site, target_PD: Tensor, reconstruction_PD: Tensor) -> None:
-        """Add some tokens of one site."""
-        target_PD, reconstruction_PD = target_PD.double(), reconstruction_PD.to(target_PD.device).double()
-        self.errors.setdefault(site, VarianceUnexplained()).update(target_PD, reconstruction_PD)
-        cosine_P = functional.cosine_similarity(target_PD, reconstruction_PD, dim=-1)
-        self._cosines.setdefault(site, Mean()).update(cosine_P)
-
-    def facts(self) -> dict[str, Any]:
-        """Plain JSON value; over all sites, sums are taken before the ratio."""
-        values = [error.value() for error in self.errors.values()]
-        known = [value for value in values if value is not None]
-        variance = sum(error.variance for error in self.errors.values())
-        return {
-            "sites": [
-                {"site": str(site), "layer": site.layer, "unexplained": value, "cosine": self._cosines[site].value()}
-                for site, value in zip(self.errors, values, strict=True)
-            ],
-            "unexplained": sum(error.error for error in self.errors.values()) / variance if variance > 0 else None,
-            "unexplained_mean": sum(known) / len(known) if known else None,
-        }
 
 
 class Activity:
@@ -87,3 +57,17 @@ class Activity:
             for group, l0 in enumerate(self.l0)
         ]
         return {"groups": groups, "l0": sum(self.l0), "dead": sum(dead_G), "dense": sum(dense_G)}
+
+
+def site_facts(errors: Mapping[Site, ReconstructionError]) -> dict[str, Any]:
+    """Plain JSON value; over all sites, sums are taken before the ratio."""
+    known = [error.unexplained for error in errors.values() if error.unexplained is not None]
+    variance = sum(error.variance for error in errors.values())
+    return {
+        "sites": [
+            {"site": str(site), "layer": site.layer, "unexplained": error.unexplained, "cosine": error.cosine.value()}
+            for site, error in errors.items()
+        ],
+        "unexplained": sum(error.error for error in errors.values()) / variance if variance > 0 else None,
+        "unexplained_mean": sum(known) / len(known) if known else None,
+    }

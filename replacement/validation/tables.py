@@ -34,24 +34,14 @@ def signed(value: int | float | None) -> str:
     return MISSING if value is None else f"{round(value, 4) + 0.0:+.4f}"  # + 0.0: no negative zero
 
 
-def share(value: int | float | None) -> str:
-    """A fraction, four decimals."""
-    return MISSING if value is None else f"{value:.4f}"
+def _writer(form: str, *, factor: float = 1.0) -> Callable[[int | float | None], str]:
+    return lambda value: MISSING if value is None else form.format(factor * value)
 
 
-def count(value: int | float | None) -> str:
-    """A number of things."""
-    return MISSING if value is None else f"{value:,.0f}"
-
-
-def one_decimal(value: int | float | None) -> str:
-    """A mean number of things."""
-    return MISSING if value is None else f"{value:,.1f}"
-
-
-def percent(value: int | float | None) -> str:
-    """A fraction as a percentage."""
-    return MISSING if value is None else f"{100 * value:.1f} %"
+share = _writer("{:.4f}")
+count = _writer("{:,.0f}")
+one_decimal = _writer("{:,.1f}")
+percent = _writer("{:.1f} %", factor=100.0)
 
 
 def visible(text: Any) -> str:
@@ -82,16 +72,8 @@ class Table:
 
 def tables(facts: Facts) -> list[Table]:
     """All tables, in the order of the page; those without rows are left out."""
-    made = [
-        _summary(facts),
-        _protocols(facts),
-        _layers(facts),
-        _slices(facts),
-        _controls(facts),
-        _compute(facts),
-        _worst(facts),
-    ]
-    return [table for table in made if table.rows]
+    makers = (_summary, _protocols, _layers, _slices, _controls, _compute, _worst)
+    return [table for table in (make(facts) for make in makers) if table.rows]
 
 
 def _filled(columns: list[Column], rows: Iterable[Facts]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.replacement_model import ReplacementModel
 from replacement.validation.compute import compute_equivalent
 from replacement.validation.controls import measure_controls
-from replacement.validation.measure import Measured, Progress, measure, no_progress, site_means
+from replacement.validation.measure import Measured, Progress, measure, no_progress
 from replacement.validation.protocols import BASIC, CLEAN, MEAN, PROPAGATED, cumulative, first, protocols, single
 from replacement.validation.slices import Slice, demo_slices, shuffled, stream
 
@@ -91,7 +92,7 @@ def validate(
     basic = [known[name] for name in BASIC]
     plan = _plan(lm, config)
     with _naming(f"data {config.data}"):
-        means = site_means(lm, crosscoders, plan.whole.batches(), progress=progress)
+        means = measure(lm, crosscoders, plan.whole.batches(), [], progress=progress).means
         measure_rows = partial(measure, lm, crosscoders, means=means, progress=progress)
         measured = measure_rows(plan.whole.batches(), known.values(), n_worst=config.n_worst)
     facts = measured.facts()
@@ -176,8 +177,8 @@ def _summary(measured: Measured, outputs: dict[str, Any]) -> dict[str, Any]:
     }
     spread = {}
     for key in ("kl", "cross_entropy_increase"):
-        values = [row[key] for row in rows.values() if row[key] is not None]
-        spread[key] = max(values) - min(values) if values else None
+        values = [row[key] for row in rows.values()]
+        spread[key] = None if None in values else max(values) - min(values)
     ks = cumulative(sites)
     reached = [outputs[PROPAGATED if k == ks[-1] else first(k)] for k in ks]
     return {
@@ -191,10 +192,10 @@ def _summary(measured: Measured, outputs: dict[str, Any]) -> dict[str, Any]:
 
 def _kl_and_increase(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over some protocols."""
-    increases = [row["cross_entropy_increase"] for row in rows if row["cross_entropy_increase"] is not None]
+    increases = [row["cross_entropy_increase"] for row in rows]
     return {
-        "kl": sum(row["kl"]["mean"] for row in rows) / len(rows),
-        "cross_entropy_increase": sum(increases) / len(increases) if increases else None,
+        "kl": fmean(row["kl"]["mean"] for row in rows),
+        "cross_entropy_increase": None if None in increases else fmean(increases),
     }
 
 

@@ -13,7 +13,6 @@ import torch
 from replacement import ReplacementModel, Site, TopK, Wiring
 from replacement.validation import compute_equivalent, read_curve
 from replacement.validation.controls import (
-    Neurons,
     RandomDictionary,
     ThresholdedNeurons,
     matched_counts,
@@ -21,7 +20,7 @@ from replacement.validation.controls import (
     measure_controls,
     random_weights,
 )
-from replacement.validation.measure import site_means
+from replacement.validation.measure import measure
 from replacement.validation.protocols import BatchRun
 from replacement.validation.slices import Batch, Slice
 
@@ -59,18 +58,15 @@ def test_all_neurons_are_the_model_and_none_but_one_is_not(language_model: Any, 
     crosscoder = tiny.crosscoder_for(lm, wiring=Wiring.per_layer(lm, read="mlp_in"))
     run = BatchRun(lm, [crosscoder], Batch(tokens()))
     sites = crosscoder.wiring.write_sites
-    width = len(Neurons(lm, [0]).norms[0])
-    everything = ThresholdedNeurons(lm, dict.fromkeys(sites, width))
+    everything = ThresholdedNeurons(lm, dict.fromkeys(sites, lm.parts.bridge.blocks[0].mlp.W_out.shape[0]))
     torch.testing.assert_close(everything.logits(run, {}), run.logits_BTV)
     for site, (target, output) in everything.stand_ins(run).items():
         torch.testing.assert_close(target, run.clean[site])
         torch.testing.assert_close(output, target)
     one = ThresholdedNeurons(lm, dict.fromkeys(sites, 1))
     target, output = one.stand_ins(run)[sites[0]]
-    neurons = Neurons(lm, [0])
-    rank_one = [output[i] - (neurons.biases[0] if neurons.biases[0] is not None else 0) for i in range(len(output))]
-    directions = torch.nn.functional.normalize(neurons.weights[0], dim=1)
-    for y_D in rank_one:
+    directions = torch.nn.functional.normalize(one.weights[0], dim=1)
+    for y_D in output if one.biases[0] is None else output - one.biases[0]:
         assert float((directions @ y_D).abs().max()) == pytest.approx(float(y_D.norm()), rel=1e-6)
     assert not torch.allclose(one.logits(run, {}), run.logits_BTV)
 
@@ -107,7 +103,7 @@ def test_controls_are_matched_and_measured_on_the_same_tokens(language_model: An
     lm = language_model("llama", torch.float64)
     crosscoder = tiny.crosscoder_for(lm, wiring=Wiring.strictly_causal(lm, read="mlp_in"), activation=TopK((7, 2, 4)))
     model = ReplacementModel(lm, crosscoder)
-    means = site_means(lm, [crosscoder], part().batches())
+    means = measure(lm, [crosscoder], part().batches(), []).means
     rows = {row["name"]: row for row in measure_controls(lm, model.crosscoder, part(), means)}
     assert list(rows) == ["this crosscoder", "thresholded neurons", "random dictionary", "random weights"]
     assert all(row["n_tokens"] == 32 for row in rows.values())

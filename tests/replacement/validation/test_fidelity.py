@@ -189,7 +189,7 @@ def test_rows_of_one_token_have_no_loss(language_model: Any) -> None:
         ({"rows_RT": torch.full((3, 4), 97)}, "token ids must lie in [0, 97)"),
         ({"keep_RT": torch.ones(5, 7, dtype=torch.bool)}, "bool of shape [5, 8], got torch.bool of [5, 7]"),
         ({"keep_RT": torch.ones(5, 8)}, "bool of shape [5, 8], got torch.float32 of [5, 8]"),
-        ({"keep_RT": torch.zeros(5, 8, dtype=torch.bool)}, "no token to measure: expected one that is kept"),
+        ({"keep_RT": torch.zeros(5, 8, dtype=torch.bool)}, "no token to measure: expected at least one"),
     ],
 )
 def test_bad_rows_and_masks(language_model: Any, options: dict[str, Any], message: str) -> None:

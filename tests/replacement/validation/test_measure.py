@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from replacement import ReplacementModel, Site, TopK, Wiring
 from replacement.validation import ValidationConfig, validate
-from replacement.validation.measure import Measured, measure, site_means
+from replacement.validation.measure import Measured, measure
 from replacement.validation.outputs import OriginalOutput, OutputSums, compare
 from replacement.validation.protocols import protocols
 from replacement.validation.slices import Batch, Slice, shuffled
@@ -69,7 +69,7 @@ def test_every_protocol_equals_the_model_run_by_hand(language_model: Any, archit
     model, tokens = replacement_model(language_model, architecture, attention=attention), rows()
     lm, crosscoders = model.language_model, list(model.crosscoders.values())
     part = in_batches(tokens, 4)
-    means = site_means(lm, crosscoders, part.batches())
+    means = measure(lm, crosscoders, part.batches(), []).means
     sites = [site for each in crosscoders for site in each.wiring.write_sites]
     clean = lm.read(tokens, sites)
     for site in sites:
@@ -115,7 +115,7 @@ def test_reconstruction_and_firing_equal_dense_formulas(language_model: Any) -> 
     lm, crosscoder = model.language_model, model.crosscoder
     part = in_batches(tokens, 2)
     facts = measure_slice(
-        lm, [crosscoder], part, site_means(lm, [crosscoder], part.batches()), names=["propagated"]
+        lm, [crosscoder], part, measure(lm, [crosscoder], part.batches(), []).means, names=["propagated"]
     ).facts()
     wiring = crosscoder.wiring
     clean = {s: x[:, 1:].flatten(0, 1) for s, x in lm.read(tokens, [*wiring.read_sites, *wiring.write_sites]).items()}
@@ -186,7 +186,7 @@ def test_what_is_kept_does_not_grow_with_the_tokens(language_model: Any) -> None
     held = []
     for repeats in (1, 3):
         part = in_batches(rows().repeat(repeats, 1), 3)
-        means = site_means(lm, crosscoders, part.batches())
+        means = measure(lm, crosscoders, part.batches(), []).means
         measured = measure_slice(lm, crosscoders, part, means, n_worst=5)
         assert len(measured.worst.facts(lm)) == 5
         measured.worst = None
