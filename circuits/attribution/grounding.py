@@ -40,25 +40,10 @@ class Grounding:
         """Run the graph's prompt again and find every node in it.
 
         Raises:
-            ValueError: the graph was traced with another model or crosscoder, with or without one of attention unlike this
-                model, or does not say which tokens it explains.
+            ValueError: as `traced_tokens`, or a node that is not active in this model.
         """
-        facts, lm = graph.metadata, model.language_model
-        if "token_ids" not in facts or "model_fingerprint" not in facts:
-            raise ValueError("the graph does not name its model and tokens: expected one made by circuits.trace")
-        if facts["model_fingerprint"] != lm.fingerprint:
-            raise ValueError(f"the graph was traced in {facts['model']}, whose weights are not those of {lm.name}")
-        linear = facts.get("attention", "linear") == "linear"
-        if linear != (model.attention_crosscoder is None):
-            has, load = ("no ", "without") if linear else ("", "with")
-            raise ValueError(f"the graph has {has}attention features: load the model {load} its attention crosscoder")
-        traced = facts.get("crosscoder_fingerprint")  # graphs of earlier versions have none, or one of the legacy form
-        if traced not in (None, crosscoder_fingerprint(model), legacy_crosscoder_fingerprint(model)):
-            raise ValueError(
-                "the graph was traced with another crosscoder: its weights are not those of the model given"
-            )
         with torch.no_grad():
-            local = model.localize(torch.tensor(facts["token_ids"], device=lm.device))
+            local = model.localize(traced_tokens(model, graph))
         return cls(graph, local, Columns.of(local), _find_columns(graph, local), _logits(graph, local, model))
 
     @property
@@ -100,6 +85,28 @@ class Grounding:
         column = self.column_N[nodes]
         own = np.flatnonzero((column >= 0) & (column < T * len(sources)))
         return torch.from_numpy(own), torch.cat(sources)[torch.from_numpy(column[own])]
+
+
+def traced_tokens(model: ReplacementModel, graph: CircuitGraph) -> Tensor:
+    """The token ids `[T]` of a graph's prompt, if it was traced in this very model.
+
+    Raises:
+        ValueError: the graph was traced with another model or crosscoder, with or without one of attention unlike this model,
+            or does not say which tokens it explains.
+    """
+    facts, lm = graph.metadata, model.language_model
+    if "token_ids" not in facts or "model_fingerprint" not in facts:
+        raise ValueError("the graph does not name its model and tokens: expected one made by circuits.trace")
+    if facts["model_fingerprint"] != lm.fingerprint:
+        raise ValueError(f"the graph was traced in {facts['model']}, whose weights are not those of {lm.name}")
+    linear = facts.get("attention", "linear") == "linear"
+    if linear != (model.attention_crosscoder is None):
+        has, load = ("no ", "without") if linear else ("", "with")
+        raise ValueError(f"the graph has {has}attention features: load the model {load} its attention crosscoder")
+    traced = facts.get("crosscoder_fingerprint")  # graphs of earlier versions have none, or one of the legacy form
+    if traced not in (None, crosscoder_fingerprint(model), legacy_crosscoder_fingerprint(model)):
+        raise ValueError("the graph was traced with another crosscoder: its weights are not those of the model given")
+    return torch.tensor(facts["token_ids"], device=lm.device)
 
 
 def _find_columns(graph: CircuitGraph, local: LocalReplacement) -> np.ndarray:

@@ -149,7 +149,8 @@ def active_feature(target: FeatureTarget, local: LocalReplacement) -> int:
     groups = [g for g in range(wiring.n_groups) if wiring.group_layer(g) == target.layer]
     if not groups:
         raise ValueError(f"the crosscoder has no features in layer {target.layer}")
-    found = (features.group == groups[0]) & (features.row == position) & (features.index == target.index)
+    index = target.index if 0 <= target.index < part.crosscoder.n_features else -1  # which no feature has
+    found = (features.group == groups[0]) & (features.row == position) & (features.index == index)
     if not bool(found.any()):
         kind = "attention feature" if target.part == "attention" else "feature"
         raise ValueError(f"{kind} {target.layer}/{target.index} is not active at position {position}")

@@ -7,7 +7,6 @@ model is loaded only where the file does not hold the answer.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.nodes import NodeKind
+from circuits.graph.text import shorten
 from circuits.heads.json_facts import (
     Facts,
     attends_facts,
@@ -31,22 +31,21 @@ from circuits.heads.json_facts import (
 )
 from circuits.heads.pages import attends_page, check_page, edge_page, feature_page, graph_page
 from circuits.heads.relu_credit import DEFAULT_RULE, RULES
-from circuits.with_model import with_model as with_loaded
+from replacement.command_line import AsJson, ModelOptions, model_options
+from replacement.console import show, show_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from circuits.attribution.targets import FeatureTarget
     from replacement import ReplacementModel
 
 CHECK_PROMPTS, CHECK_TOKENS, CHECK_FEATURES = 20, 32, 4
-_FEATURE = re.compile(r"(?:(feature|attention):)?(\d+)/(\d+)(?:@(-?\d+))?")
 _ATTENDS = re.compile(r"(\d+)\.(\d+)(?:@(-?\d+))?(?:<(-?\d+))?")
 _SIMILAR = 4
+_LONGEST_ECHO = 60
+"""Characters of a wrong input that an error message repeats."""
 
-WithModel = Callable[[Callable[["ReplacementModel"], Facts]], Facts]
-"""Loads the model that the options name and gives it to a function."""
 
-
+@model_options
 def heads(
     file: Annotated[
         Path | None, typer.Argument(help="A graph saved as .safetensors; may be left out with --check.")
@@ -67,56 +66,51 @@ def heads(
         bool, typer.Option("--check", help="Remove heads in the model and compare with what every rule predicts.")
     ] = False,
     rule: Annotated[
-        str | None, typer.Option(help=f"Credit with --feature: one of {', '.join(RULES)}; {DEFAULT_RULE} by default.")
+        str | None,
+        typer.Option(help=f"Credit with --feature: one of {', '.join(RULES)}.", show_default=DEFAULT_RULE),
     ] = None,
     top: Annotated[int, typer.Option(help="Edges, heads or pairs named.")] = 10,
     plot: Annotated[Path | None, typer.Option(help="With --feature: draw heads x tokens, .svg or .png.")] = None,
-    model: Annotated[str, typer.Option(help="`demo`, a hub name or a Hugging Face folder.")] = "demo",
-    crosscoder: Annotated[str, typer.Option(help="`demo` or a crosscoder checkpoint folder.")] = "demo",
-    attention: Annotated[str, typer.Option(help="`linear` or `features`, as the graph was traced.")] = "linear",
-    attention_crosscoder: Annotated[
-        str, typer.Option(help="With `--attention features`: `demo` or a checkpoint folder.")
-    ] = "demo",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
+    options: ModelOptions,
+    as_json: AsJson = False,
 ) -> None:
     """Say which attention heads carry a graph, an edge or a feature, and why a head attends where it does."""
-    _check_question(file, edge=edge, feature=feature, attends=attends, check=check)
-    _check_options(feature=feature, rule=rule, top=top, plot=plot, attention=attention)
+    if sum(question is not None for question in (edge, feature, attends)) + check > 1:
+        raise ValueError("expected one of --edge, --feature, --attends and --check, given several")
+    if top < 1:
+        raise ValueError(f"top: expected at least 1, given {top}")
+    place = None if attends is None else _parse_attends(attends)
+    target = _parse_feature(feature, rule, plot)
+    graph = None if file is None else CircuitGraph.load(file)
 
-    def with_model(work: Callable[[ReplacementModel], Facts]) -> Facts:
-        chosen = attention_crosscoder if attention == "features" else None
-        return with_loaded(
-            lambda loaded, _: work(loaded), model=model, crosscoder=crosscoder, attention_crosscoder=chosen
-        )
+    def ask(question: Callable[[ReplacementModel], Facts]) -> Facts:
+        chosen = options if graph is None else options.for_graph(graph.metadata)
+        return chosen.use(lambda model, _: question(model))
 
     page: Callable[[Facts], RenderableType]
-    graph = None if file is None else CircuitGraph.load(file)
-    if graph is not None:
-        _check_attention(graph, attention)
-    if check or graph is None:
-        if graph is None and model != "demo":
-            raise ValueError(
-                f"--check draws prompts of the demo's corpus: give a graph of {model}, whose prompt is used"
-            )
-        facts, page = with_model(lambda loaded: _check(loaded, graph)), check_page
+    if graph is None and not check:
+        raise ValueError("expected a graph, given none: it may be left out with --check only")
+    if graph is None and not options.is_demo:
+        raise ValueError(
+            f"--check draws prompts of the demo's corpus: give a graph of {options.model}, whose prompt is used"
+        )
+    if graph is None or check:
+        facts, page = ask(lambda model: _check(model, graph)), check_page
     elif edge is not None:
         number = find_edge(graph, edge)
-        facts, page = with_model(lambda loaded: _edge(loaded, graph, number)), edge_page
-    elif feature is not None:
-        facts = with_model(
-            lambda loaded: _feature(loaded, graph, feature, rule=rule or DEFAULT_RULE, top=top, plot=plot)
-        )
+        facts, page = ask(lambda model: _edge(model, graph, number)), edge_page
+    elif target is not None:
+        facts = ask(lambda model: _feature(model, graph, target, rule=rule or DEFAULT_RULE, top=top, plot=plot))
         page = feature_page
-    elif attends is not None:
-        facts, page = with_model(lambda loaded: _attends(loaded, graph, attends, top)), attends_page
+    elif place is not None:
+        facts, page = ask(lambda model: _attends(model, graph, place, top=top)), attends_page
     else:
-        split = graph if graph.heads is not None else None
-        facts = graph_facts(split, top=top) if split else with_model(lambda loaded: _graph(loaded, graph, top))
+        facts = graph_facts(graph, top=top) if graph.heads is not None else ask(lambda model: _graph(model, graph, top))
         page = graph_page
     if as_json:
-        typer.echo(json.dumps(facts))
+        show_json(facts)
     else:
-        Console().print(page(facts), highlight=False, markup=False, soft_wrap=False)
+        show(page(facts))
 
 
 def find_edge(graph: CircuitGraph, text: str) -> int:
@@ -128,60 +122,53 @@ def find_edge(graph: CircuitGraph, text: str) -> int:
     """
     source_id, arrow, target_id = (part.strip() for part in text.partition("->"))
     if not (arrow and source_id and target_id):
-        raise ValueError(f"edge: expected two node ids as SOURCE->TARGET, given {text!r}")
+        raise ValueError(f"edge: expected two node ids as SOURCE->TARGET, given {shorten(text, _LONGEST_ECHO)!r}")
     ids = graph.nodes.ids()
-    for one in (source_id, target_id):
-        if one not in ids:
-            similar = difflib.get_close_matches(one, ids, n=_SIMILAR, cutoff=0.5)
+    for node_id in (source_id, target_id):
+        if node_id not in ids:
+            shown = shorten(node_id, _LONGEST_ECHO)
+            similar = difflib.get_close_matches(shown, ids, n=_SIMILAR, cutoff=0.5)
             hint = f"; similar ones: {', '.join(similar)}" if similar else ""
-            raise ValueError(f"edge: the graph has no node {one}{hint}")
+            raise ValueError(f"edge: the graph has no node {shown}{hint}")
     source, target = ids.index(source_id), ids.index(target_id)
     into = graph.edges.into(np.array([target]))
-    found = into[graph.edges.source[into] == source]
-    if not len(found):
+    matches = into[graph.edges.source[into] == source]
+    if not len(matches):
         strongest = into[np.argsort(-np.abs(graph.edges.weight[into]), kind="stable")][:_SIMILAR]
-        names = ", ".join(ids[graph.edges.source[one]] for one in strongest)
+        names = ", ".join(ids[graph.edges.source[number]] for number in strongest)
         known = f"{target_id} is reached from {names or 'no node'}"
         raise ValueError(f"edge: the graph has no edge {source_id}->{target_id}; {known}")
-    return int(found[0])
+    return int(matches[0])
 
 
-def _check_question(
-    file: Path | None, *, edge: str | None, feature: str | None, attends: str | None, check: bool
-) -> None:
-    """Raise `ValueError` for questions that do not fit together or are not well formed, before anything is read."""
-    if sum(one is not None for one in (edge, feature, attends)) + check > 1:
-        raise ValueError("expected one of --edge, --feature, --attends and --check, given several")
-    if file is None and not check:
-        raise ValueError("expected a graph, given none: it may be left out with --check only")
-    if feature is not None and _FEATURE.fullmatch(feature.strip()) is None:
-        raise ValueError(f"feature: expected layer/index@position such as 2/345@7, given {feature!r}")
-    if attends is not None and _ATTENDS.fullmatch(attends.strip()) is None:
-        raise ValueError(f"attends: expected layer.head, layer.head@query or layer.head@query<key, given {attends!r}")
-
-
-def _check_options(*, feature: str | None, rule: str | None, top: int, plot: Path | None, attention: str) -> None:
-    """Raise `ValueError` for other options that are wrong, before anything is read."""
+def _parse_feature(text: str | None, rule: str | None, plot: Path | None) -> FeatureTarget | None:
+    """The feature that is asked for, after a check of the options that go with it."""
     if rule is not None and rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, given {rule!r}")
-    if rule is not None and feature is None:
-        raise ValueError("rule: expected together with --feature")
-    if top < 1:
-        raise ValueError(f"top: expected at least 1, given {top}")
-    if attention not in ("linear", "features"):
-        raise ValueError(f"attention: expected linear or features, given {attention!r}")
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, given {shorten(rule, _LONGEST_ECHO)!r}")
+    if text is None:
+        for name, given in (("rule", rule), ("plot", plot)):
+            if given is not None:
+                raise ValueError(f"{name}: expected together with --feature")
+        return None
+    from circuits.attribution.targets import parse_feature
+    from circuits.heads.heat_map import check_picture
+
     if plot is not None:
-        if feature is None:
-            raise ValueError("plot: expected together with --feature")
-        from circuits.heads.heat_map import check_picture
-
         check_picture(plot)
+    try:
+        return parse_feature(text)
+    except ValueError as error:
+        raise ValueError(f"feature: {error}") from error
 
 
-def _check_attention(graph: CircuitGraph, attention: str) -> None:
-    traced = "linear" if graph.metadata.get("attention", "linear") == "linear" else "features"
-    if traced != attention:
-        raise ValueError(f"attention: the graph was traced with --attention {traced}, given {attention}")
+def _parse_attends(text: str) -> dict[str, int]:
+    """Layer, head and, where they are given, positions of query and key."""
+    match = _ATTENDS.fullmatch(text.strip())
+    if match is None:
+        given = shorten(text, _LONGEST_ECHO)
+        raise ValueError(f"attends: expected layer.head, layer.head@query or layer.head@query<key, given {given!r}")
+    names = ("layer", "head", "query", "key")
+    return {name: int(number) for name, number in zip(names, match.groups(), strict=True) if number is not None}
 
 
 def _graph(model: ReplacementModel, graph: CircuitGraph, top: int) -> Facts:
@@ -194,8 +181,7 @@ def _edge(model: ReplacementModel, graph: CircuitGraph, number: int) -> Facts:
     """Both hops of one edge, split in a graph of that edge alone."""
     from circuits.heads.edge_split import split_heads
 
-    chosen_E = np.zeros(len(graph.edges), dtype=bool)
-    chosen_E[number] = True
+    chosen_E = np.arange(len(graph.edges)) == number
     kept_N = graph.nodes.mask(NodeKind.LOGIT) | graph.nodes.is_target
     kept_N[[graph.edges.source[number], graph.edges.target[number]]] = True
     alone = CircuitGraph(graph.nodes.select(kept_N), graph.edges.select(kept_N, chosen_E), graph.metadata)
@@ -209,62 +195,34 @@ def _edge(model: ReplacementModel, graph: CircuitGraph, number: int) -> Facts:
 
 
 def _feature(
-    model: ReplacementModel, graph: CircuitGraph, text: str, *, rule: str, top: int, plot: Path | None
+    model: ReplacementModel, graph: CircuitGraph, target: FeatureTarget, *, rule: str, top: int, plot: Path | None
 ) -> Facts:
+    from circuits.attribution.grounding import traced_tokens
     from circuits.heads.feature_heads import head_view
     from circuits.heads.heat_map import plot_heads
 
-    view = head_view(model, _tokens(model, graph), text)
+    view = head_view(model, traced_tokens(model, graph), target)
     files = {} if plot is None else {"plot": str(plot_heads(view, plot))}
     return {**feature_facts(view, rule, top=top), "files": files}
 
 
-def _attends(model: ReplacementModel, graph: CircuitGraph, text: str, top: int) -> Facts:
+def _attends(model: ReplacementModel, graph: CircuitGraph, place: dict[str, int], *, top: int) -> Facts:
     """Against the mean of the other keys, because softmax sees differences only."""
-    from circuits.heads.qk_attributor import attribute_score
+    from circuits.attribution.grounding import traced_tokens
+    from circuits.heads.qk_attributor import QKAttributor
 
-    match = _ATTENDS.fullmatch(text.strip())
-    assert match is not None  # checked with the options
-    layer, head, query, key = match.groups()
-    found = attribute_score(
-        model,
-        _tokens(model, graph),
-        layer=int(layer),
-        head=int(head),
-        query=int(query or -1),
-        key=None if key is None else int(key),
-        contrast="mean",
-    )
-    return attends_facts(found, tuple(model.language_model.token_strings(graph.metadata["token_ids"])), top=top)
+    attribution = QKAttributor(model, traced_tokens(model, graph)).score(**place, contrast="mean")
+    return attends_facts(attribution, model.language_model.token_strings(graph.metadata["token_ids"]), top=top)
 
 
 def _check(model: ReplacementModel, graph: CircuitGraph | None) -> Facts:
     """Of the graph's own prompt, or of rows of the demo's corpus that it was not trained on."""
-    import torch
-
+    from circuits.attribution.grounding import traced_tokens
     from circuits.heads.removal_check import check_heads
-
-    if graph is not None:
-        prompts = [_tokens(model, graph)]
-        return check_facts(check_heads(model, prompts, n_features=CHECK_FEATURES * CHECK_PROMPTS))
     from replacement.demo.corpus.mixture import held_out_rows
 
-    tokenizer = model.language_model.tokenizer
-    rows = held_out_rows(tokenizer, n_rows=CHECK_PROMPTS, context=CHECK_TOKENS, seed=0)
-    return check_facts(check_heads(model, [torch.from_numpy(row) for row in rows], n_features=CHECK_FEATURES))
-
-
-def _tokens(model: ReplacementModel, graph: CircuitGraph) -> Tensor:
-    """The graph's prompt.
-
-    Raises:
-        ValueError: it was traced in another model, or does not say which tokens it explains.
-    """
-    import torch
-
-    facts, lm = graph.metadata, model.language_model
-    if "token_ids" not in facts or "model_fingerprint" not in facts:
-        raise ValueError("the graph does not name its model and tokens: expected one made by circuits.trace")
-    if facts["model_fingerprint"] != lm.fingerprint:
-        raise ValueError(f"the graph was traced in {facts['model']}, whose weights are not those of {lm.name}")
-    return torch.tensor(facts["token_ids"], device=lm.device)
+    if graph is not None:
+        prompt = traced_tokens(model, graph)
+        return check_facts(check_heads(model, [prompt], n_features=CHECK_FEATURES * CHECK_PROMPTS))
+    rows = held_out_rows(model.language_model.tokenizer, n_rows=CHECK_PROMPTS, context=CHECK_TOKENS, seed=0)
+    return check_facts(check_heads(model, [row.tolist() for row in rows], n_features=CHECK_FEATURES))

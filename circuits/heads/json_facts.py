@@ -1,4 +1,4 @@
-"""What the `heads` command says, as plain JSON values: about a graph, an edge, a feature, a score and a check of rules."""
+"""What the `heads` command says, as plain values for JSON: about a graph, an edge, a feature, a score and a check of rules."""
 
 from __future__ import annotations
 
@@ -42,18 +42,17 @@ def graph_facts(graph: CircuitGraph, *, top: int) -> Facts:
     per_unit_E = np.divide(influence_E, size_E, out=np.zeros_like(influence_E), where=size_E > 0)
     carried_P = per_unit_E[edge_P] * np.abs(heads.weight)
     total = float(influence_E[size_E > 0].sum())
-    found, number_P = np.unique(np.stack([heads.layer, heads.head]), axis=1, return_inverse=True)
-    carried_N = np.bincount(number_P, carried_P, minlength=found.shape[1])
-    n_edges_N = np.bincount(number_P, minlength=found.shape[1])
+    names, number_P = np.unique(heads.layer * 1j + heads.head, return_inverse=True)
+    carried_N, n_edges_N = np.bincount(number_P, carried_P), np.bincount(number_P)
     rows = [
         {
-            "layer": int(found[0, n]),
-            "head": int(found[1, n]),
+            "layer": int(names[n].imag),
+            "head": int(names[n].real),
             "influence": float(carried_N[n]),
             "share": _share(carried_N[n], total),
             "edges": int(n_edges_N[n]),
         }
-        for n in np.argsort(-carried_N, kind="stable")
+        for n in np.argsort(-carried_N, kind="stable").tolist()
     ]
     apart = {"direct": float(per_unit_E @ np.abs(heads.direct)), "rest": float(per_unit_E @ np.abs(heads.rest))}
     strongest = np.argsort(-influence_E, kind="stable")[:top]
@@ -94,41 +93,32 @@ def feature_facts(view: HeadView, rule: str, *, top: int) -> Facts:
     Args:
         top: heads named; all others are summed.
     """
-    given, one = view.credit(rule), view.feature
-    players = [
-        {
-            "layer": layer,
-            "head": head,
-            "contribution": float(view.heads_LH[layer, head]),
-            "credit": float(given.credit_J[n]),
-            "standard_error": float(given.standard_error_J[n]),
-            "encoder_share": float(view.encoder_share_LH[layer, head]),
-        }
-        for n, (layer, head) in enumerate(view.players)
+    credit, feature = view.credit(rule), view.feature
+    columns = (view.contributions, credit.credit_J, credit.standard_error_J)
+    *players, direct = (
+        {"contribution": contribution, "credit": share, "standard_error": error}
+        for contribution, share, error in zip(*(column.tolist() for column in columns), strict=True)
+    )
+    heads = [
+        {"layer": layer, "head": head, **player, "encoder_share": float(view.encoder_share_LH[layer, head])}
+        for (layer, head), player in zip(view.players, players, strict=True)
     ]
-    players.sort(key=lambda player: -abs(player["contribution"]))
-    others = players[top:]
+    heads.sort(key=lambda head: -abs(head["contribution"]))
+    others = heads[top:]
+    facts = ("pre_activation", "activation", "threshold", "bias", "identity_error")
     return {
-        "feature": f"{one.layer}/{one.index}@{one.position}",
-        "part": one.part,
-        "token": view.tokens[one.position],
-        "pre_activation": view.pre_activation,
-        "activation": view.activation,
-        "threshold": view.threshold,
-        "bias": view.bias,
-        "identity_error": view.identity_error,
+        "feature": str(feature),
+        "part": feature.part,
+        "token": view.tokens[feature.position],
+        **{name: getattr(view, name) for name in facts},
         "rule": rule,
-        "heads": players[:top],
+        "heads": heads[:top],
         "other_heads": {
             "number": len(others),
-            **{name: math.fsum(player[name] for player in others) for name in ("contribution", "credit")},
+            **{name: math.fsum(head[name] for head in others) for name in ("contribution", "credit")},
         },
-        "direct": {
-            "contribution": view.direct,
-            "credit": float(given.credit_J[-1]),
-            "standard_error": float(given.standard_error_J[-1]),
-        },
-        "residual": given.residual,
+        "direct": direct,
+        "residual": credit.residual,
     }
 
 
@@ -136,17 +126,11 @@ def attends_facts(score: QKAttribution, tokens: Sequence[str], *, top: int) -> F
     """Why a head attends to a key: pairs of nodes, and the sums of each node's pairs, largest magnitude first.
 
     Args:
+        score: the divided score.
         tokens: the prompt, token by token.
         top: pairs and nodes of each side that are named.
     """
-    facts = score.to_json(top)
-    return {
-        **{name: facts.pop(name) for name in ("layer", "head", "query")},
-        "query_token": tokens[score.query],
-        "key": facts.pop("key"),
-        "key_token": tokens[score.key],
-        **facts,
-    }
+    return {"query_token": tokens[score.query], "key_token": tokens[score.key], **score.to_json(top)}
 
 
 def check_facts(check: HeadCheck) -> Facts:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -242,7 +244,7 @@ def test_check_without_a_graph(checked: list[dict[str, Any]], capsys: Any) -> No
     assert (facts["prompts"], facts["features"], facts["pairs"]) == (20, 2, 2)
     assert facts["rungs"]["direct"]["path"] == {"correlation": pytest.approx(1), "relative_error": 0.25}
     assert facts["rungs"]["live"]["gate"] == {"correlation": None, "relative_error": pytest.approx(4 / 6)}
-    assert len({tuple(prompt.tolist()) for prompt in checked[0]["prompts"]}) == 20
+    assert len({tuple(prompt) for prompt in checked[0]["prompts"]}) == 20
     page = " ".join(says(capsys, "--check").split())
     for text in ("2 (feature, head) pairs", "exact here by construction", "relative error", "1.000", "–"):
         assert text in page
@@ -271,9 +273,22 @@ def test_check_of_a_graphs_prompt(checked: list[dict[str, Any]], graph: CircuitG
         (["--rule", "lime"], "rule: expected one of gate, path, shapley, ablation, given 'lime'"),
         (["--top", "0"], "top: expected at least 1, given 0"),
         (["--top", "many"], "Invalid value for '--top'"),
-        (["--attention", "some"], "attention: expected linear or features, given 'some'"),
-        (["--attention", "features"], "attention: the graph was traced with --attention linear, given features"),
-        (["--feature", "2.345"], "feature: expected layer/index@position such as 2/345@7, given '2.345'"),
+        (
+            ["--feature", "2.345"],
+            "feature: expected the name of a feature such as 2/345@7 or attention:2/345@7, got '2.345'",
+        ),
+        (["--feature", ""], "feature: expected the name of a feature such as 2/345@7 or attention:2/345@7, got ''"),
+        (["--feature", "-1/3@7"], "feature: expected the name of a feature"),
+        (["--feature", "1" * 9999], "11111…'"),
+        (["--feature", "1/2@3", "--rule", "PATH"], "rule: expected one of gate, path, shapley, ablation, given 'PATH'"),
+        (["--attends", ""], f"{ATTENDS}, given ''"),
+        (["--attends", "2.0@1e3"], f"{ATTENDS}, given '2.0@1e3'"),
+        (["--edge", ""], "edge: expected two node ids as SOURCE->TARGET, given ''"),
+        (["--edge", "x" * 9999 + "->E_8_8"], "edge: the graph has no node xxxx"),
+        (["--edge", "->".join("ab" * 99)], "edge: the graph has no node a"),
+        (["--top", "-9"], "top: expected at least 1, given -9"),
+        (["--feature", "1/2@3", "--plot", "/proc/heads.svg"], "/proc"),
+        (["--feature", "1/2@3", "--plot", "/dev/null/heads.svg"], "/dev/null"),
         (["--plot", "x.svg"], "plot: expected together with --feature"),
         (["--feature", "1/2@3", "--plot", "x.gif"], "x.gif: expected a file that ends in .svg or .png"),
         (["--edge", "E_1_1"], "edge: expected two node ids as SOURCE->TARGET, given 'E_1_1'"),
@@ -290,6 +305,7 @@ def fails(capsys: Any, *arguments: object) -> str:
     assert output.out == ""
     assert output.err.startswith("error: ")
     assert output.err.count("\n") == 1
+    assert len(output.err) < 500
     return output.err
 
 
@@ -328,23 +344,86 @@ def test_mistakes_that_need_the_model(graph: CircuitGraph, saved: Path, tmp_path
         ("1.0@0", "no contrast: position 0 is the only key that position 0 sees"),
     ):
         assert message in fails(capsys, saved, "--attends", where)
-    other = dataclasses.replace(graph, metadata={**graph.metadata, "model_fingerprint": "other", "model": "that one"})
-    path = other.save(tmp_path / "other.safetensors")
-    for options in (
+    huge = "9" * 30
+    for feature, message in (
+        (f"3/{huge}@8", f"feature 3/{huge} is not active at position 8"),
+        (f"{huge}/3@8", f"the crosscoder has no features in layer {huge}"),
+        (f"3/1@{huge}", "lies outside the prompt of 9 tokens"),
+        ("3/1@-10", "position -10 lies outside the prompt of 9 tokens"),
+    ):
+        assert message in fails(capsys, saved, "--feature", feature)
+    for where in (f"{huge}.0", f"1.{huge}", f"1.0@{huge}", f"1.0@8<{huge}", f"1.0@8<-{huge}"):
+        assert huge in fails(capsys, saved, "--attends", where)
+
+
+@pytest.mark.parametrize("fact", ["model_fingerprint", "crosscoder_fingerprint"])
+def test_graphs_of_others_are_refused(graph: CircuitGraph, tmp_path: Path, capsys: Any, fact: str) -> None:
+    """Whatever is asked: it would be answered for another model, or for other features of the same number."""
+    facts = {**graph.metadata, fact: "other", "loaded_from": {"model": "demo"}}
+    path = dataclasses.replace(graph, metadata=facts).save(tmp_path / "other.safetensors")
+    message = {"model_fingerprint": "the graph was traced in demo, whose weights are not those of demo"}
+    questions = [[], ["--feature", "3/1@8"], ["--attends", "1.0"], ["--check"], ["--edge", strongest_edge(graph)[1]]]
+    for question in questions:
+        assert message.get(fact, "the graph was traced with another crosscoder") in fails(capsys, path, *question)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_the_model_is_the_graphs(graph: CircuitGraph, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Model and crosscoders come from the graph, unless options name others."""
+    asked: list[dict[str, Any]] = []
+
+    def load(model: str, **options: Any) -> None:
+        asked.append({"model": model, **options})
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(replacement, "load", load)
+    stored = {"model": "/models/one", "crosscoder": "/runs/two", "attention_crosscoder": "/runs/three"}
+    facts = {**graph.metadata, "attention": "attention, 4 x 64 features, TopK", "loaded_from": stored}
+    path = dataclasses.replace(graph, metadata=facts).save(tmp_path / "stored.safetensors")
+    for question in (
         [],
         ["--feature", "3/1@8"],
         ["--attends", "1.0"],
         ["--check"],
         ["--edge", strongest_edge(graph)[1]],
     ):
-        assert "the graph was traced in that one, whose weights are not those of demo" in fails(capsys, path, *options)
+        assert "seen enough" in fails(capsys, path, *question, "--dtype", "float64")
+        assert asked.pop() == {**stored, "device": "cpu", "dtype": torch.float64}
+    assert "seen enough" in fails(capsys, path, "--check", "--crosscoder", "four")
+    assert asked.pop() == {**stored, "crosscoder": "four", "device": "cpu", "dtype": torch.float32}
 
 
 @pytest.mark.usefixtures("no_model")
-def test_features_need_a_graph_of_attention_features(graph: CircuitGraph, tmp_path: Path, capsys: Any) -> None:
-    facts = {**graph.metadata, "attention": "attention, 4 x 64 features, TopK"}
-    path = dataclasses.replace(graph, metadata=facts).save(tmp_path / "attention.safetensors")
-    assert "the graph was traced with --attention features, given linear" in fails(capsys, path)
+def test_an_attention_crosscoder_for_a_graph_without_one_is_refused(saved: Path, capsys: Any) -> None:
+    message = "attention-crosscoder: the graph was traced with linear attention, it takes none"
+    assert message in fails(capsys, saved, "--attention-crosscoder", "demo")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_pictures_replace_regular_files_only(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    targets = {name: tmp_path / f"{name}.svg" for name in ("fifo", "folder", "device")}
+    os.mkfifo(targets["fifo"])
+    targets["folder"].mkdir()
+    targets["device"].symlink_to("/dev/full")
+    for name, target in targets.items():
+        message = fails(capsys, saved, "--feature", "1/2@3", "--plot", target)
+        assert f"{target}: expected a file name, given a" in message, name
+    assert stat.S_ISFIFO(targets["fifo"].stat().st_mode)
+    assert targets["device"].is_symlink()
+
+
+def test_a_graph_without_edges(model: Any, graph: CircuitGraph, tmp_path: Path, capsys: Any) -> None:
+    empty = graph.prune(nodes=0.0, edges=0.0)
+    assert len(empty.edges) == 0
+    path = circuits.with_heads(model, empty).save(tmp_path / "empty.safetensors")
+    assert (facts := facts_of(capsys, path))["heads"] == facts["edges"] == []
+    assert PROMPT in says(capsys, path)
+    assert "the graph has no" in fails(capsys, path, "--edge", strongest_edge(graph)[1])
+
+
+def test_more_than_there_is(split: Path, capsys: Any) -> None:
+    facts = facts_of(capsys, split, "--top", "9" * 30)
+    assert len(facts["edges"]) == len(CircuitGraph.load(split).edges)
 
 
 def test_help_loads_no_model_code() -> None:
