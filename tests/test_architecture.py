@@ -53,7 +53,6 @@ PURE_MODULES = (
 
 # Imports (importer, imported) against the order that are still to be removed.
 KNOWN: set[tuple[str, str]] = {
-    ("circuits.heads.command", "circuits.with_model"),
     ("replacement.training.build", "replacement.loading"),
     ("replacement.validation.command", "replacement.loading"),
     ("replacement.validation.slices", "replacement.training.build"),
