@@ -1,7 +1,4 @@
-"""Measure the demo as it ships: what its language model can do, and how faithful its replacement model is.
-
-R rows, T tokens per row.
-"""
+"""Measure the demo as it ships: what its language model can do, and how faithful its replacement model is."""
 
 from __future__ import annotations
 

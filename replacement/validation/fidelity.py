@@ -97,9 +97,9 @@ def measure_fidelity(
     crosscoders = (crosscoder,) if isinstance(crosscoder, Crosscoder) else tuple(crosscoder)
     if not crosscoders:
         raise ValueError("expected at least one crosscoder to measure, got none")
-    for each in crosscoders:
-        check_fits(each, language_model)
-    has_output = not any(site.model for each in crosscoders for site in each.wiring.read_sites)
+    for item in crosscoders:
+        check_fits(item, language_model)
+    has_output = not any(site.model for item in crosscoders for site in item.wiring.read_sites)
     chosen = [protocols(crosscoders)[name] for name in (PROPAGATED, ZERO)] if has_output else []
     batches = batches_of(rows_RT, language_model, keep_RT=keep_RT, rows_per_pass=rows_per_pass)
     measured = measure(language_model, crosscoders, batches, chosen, scales=scales, second_model=second_model)

@@ -1,11 +1,11 @@
-"""Latent scaling: is a feature of a model-diffing crosscoder really absent from the first model? N tokens, D width, F features.
+"""Latent scaling: is a feature of a model-diffing crosscoder really absent from the first model?
 
 A decoder vector near zero in one model says that the crosscoder does not write the feature there, not that the model lacks
 it: an L1 penalty shrinks what is weaker in one model, or splits it over other features. The check of Minder et al. 2025,
 "Robustly identifying concepts introduced during chat fine-tuning using crosscoders", asks the activations. With activation
-f_j and the second model's decoder d_j, the least-squares scale of the feature in a target y is
+f_j(r) at token r and the second model's decoder vector d_j, the least-squares scale of feature j in a target y is
 
-    beta_j(y) = argmin_b sum_n ||y_n - b f_j(n) d_j||^2 = sum_n f_j(n) <y_n, d_j> / (||d_j||^2 sum_n f_j(n)^2)
+    beta_j(y) = argmin_b sum_r ||y_r - b f_j(r) d_j||^2 = sum_r f_j(r) <y_r, d_j> / (||d_j||^2 sum_r f_j(r)^2)
 
 and the targets are, for each model, what the features other than j leave over (the error), and what all features write (the
 reconstruction). If the ratio of the first model's scale to the second's is near 0 for both, the feature is new.
@@ -67,7 +67,7 @@ def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " F"]:
 
 
 def latent_scaling(crosscoder: Crosscoder, batches: Iterable[Mapping[Site, Tensor]]) -> LatentScaling:
-    """Scales of all features of a model-diffing crosscoder at once, in fp64.
+    """Scales of all features of a model-diffing crosscoder at once, in float64.
 
     Args:
         crosscoder: measured in evaluation mode and left in the mode it came in.
@@ -85,38 +85,36 @@ def latent_scaling(crosscoder: Crosscoder, batches: Iterable[Mapping[Site, Tenso
     with evaluating(crosscoder):
         for batch in batches:
             reads = {site: batch[site].to(crosscoder.device, crosscoder.dtype) for site in sites if site in batch}
-            features = _encode(crosscoder, reads)
+            n_rows = len(next(iter(reads.values()), torch.empty(0)))
+            # None of these tokens is among the first positions of a prompt.
+            positions_R = torch.full((n_rows,), crosscoder.undecomposed_positions, device=crosscoder.device)
+            features = crosscoder.encode(reads, positions=positions_R)
             n_tokens += features.n_rows
             acts_S = features.activation.double()
             squares_F.index_add_(0, features.index, acts_S.square())
             fired_F += torch.bincount(features.index[acts_S > 0], minlength=len(d_FD))
             sums = crosscoder.decode_contribution(features)
             for model, site in enumerate(sites):
-                error_ND = reads[site].double() - crosscoder.decoder_bias(site).double() - sums[site].double()
-                errors[model] += _activity_times(features, error_ND)
+                error_RD = reads[site].double() - crosscoder.decoder_bias(site).double() - sums[site].double()
+                errors[model] += _activity_times(features, error_RD)
                 written[model] += _activity_times(features, sums[site].double())
     if not n_tokens:
         raise ValueError("latent scaling needs at least one token, got none")
     power_F = d_FD.square().sum(dim=1) * squares_F
-    # Leaving feature j out of the reconstruction adds f_j times its own decoder vector to the error.
-    own = [squares_F * (decoder_FD * d_FD).sum(dim=1) for decoder_FD in decoders]
-    beta_error = [((errors[m] * d_FD).sum(dim=1) + own[m]) / power_F for m in range(2)]
-    beta_written = [(written[m] * d_FD).sum(dim=1) / power_F for m in range(2)]
+    beta_error, beta_written = [], []
+    for model, decoder_FD in enumerate(decoders):
+        # Leaving feature j out of the reconstruction adds f_j times its decoder vector to the error.
+        left_out_F = squares_F * (decoder_FD * d_FD).sum(dim=1)
+        beta_error.append(((errors[model] * d_FD).sum(dim=1) + left_out_F) / power_F)
+        beta_written.append((written[model] * d_FD).sum(dim=1) / power_F)
     return LatentScaling((beta_error[0], beta_error[1]), (beta_written[0], beta_written[1]), fired_F)
 
 
-def _encode(crosscoder: Crosscoder, reads: Mapping[Site, Tensor]) -> Features:
-    """Features of single tokens, none of them among the first positions of a prompt."""
-    n_rows = len(next(iter(reads.values()), torch.empty(0)))
-    positions_N = torch.full((n_rows,), crosscoder.undecomposed_positions, device=crosscoder.device)
-    return crosscoder.encode(reads, positions=positions_N)
-
-
-def _activity_times(features: Features, y_ND: Tensor) -> Tensor:
-    """`sum_n f_j(n) y_n` for every feature, `[F, D]`."""
+def _activity_times(features: Features, y_RD: Tensor) -> Tensor:
+    """`sum_r f_j(r) y_r` for every feature, `[F, D]`."""
     size = (features.n_features, features.n_rows)
     places = torch.stack([features.index, features.row])
-    return torch.sparse_coo_tensor(places, features.activation.double(), size, check_invariants=False) @ y_ND
+    return torch.sparse_coo_tensor(places, features.activation.double(), size, check_invariants=False) @ y_RD
 
 
 def _two_sites(crosscoder: Crosscoder) -> tuple[Site, Site]:

@@ -109,11 +109,11 @@ def measure(
         n_worst: number of tokens of largest KL to keep, with errors propagating.
 
     Raises:
-        ValueError: crosscoders that share a site, rows or masks of a wrong shape, a
-            model-diffing crosscoder without its second model, or no token to measure.
+        ValueError: crosscoders that share a site, rows or masks of a wrong shape, mean ablation without means, a model-diffing
+            crosscoder without its second model, or no token to measure.
     """
     protocols = tuple(protocols)
-    _check(crosscoders, protocols)
+    _check(crosscoders, protocols, means)
     measured = Measured(crosscoders, protocols, n_worst=n_worst)
     n_positions = 0
     with evaluating(*crosscoders):
@@ -121,7 +121,8 @@ def measure(
             run = BatchRun(language_model, crosscoders, batch, scales=scales, second_model=second_model)
             n_positions = max(n_positions, run.tokens_BT.shape[1])
             progress(run.tokens_BT.numel())
-            _add(measured, run, batch, means or {}, progress)
+            if bool(run.measured_BT.any()):
+                _add(measured, run, batch, means or {}, progress)
     if not measured.n_tokens or not all(activity.n_tokens for activity in measured.activity):
         skipped = max((crosscoder.undecomposed_positions for crosscoder in crosscoders), default=0)
         raise ValueError(
@@ -131,7 +132,7 @@ def measure(
     return measured
 
 
-def _check(crosscoders: Sequence[Crosscoder], protocols: Sequence[Protocol]) -> None:
+def _check(crosscoders: Sequence[Crosscoder], protocols: Sequence[Protocol], means: object) -> None:
     """Check that crosscoders can be measured together and in these protocols."""
     check_together(crosscoders)
     for crosscoder in crosscoders:
@@ -141,12 +142,12 @@ def _check(crosscoders: Sequence[Crosscoder], protocols: Sequence[Protocol]) -> 
                 raise ValueError(f"{involved}: it cannot be measured with others")
             if protocols:
                 raise ValueError(f"{involved}: it has no spliced output")
+    if means is None and any(protocol.value == "mean" for protocol in protocols):
+        raise ValueError("mean ablation needs the means of the written sites: give means")
 
 
 def _add(measured: Measured, run: BatchRun, batch: Batch, means: Mapping[Site, Tensor], progress: Progress) -> None:
     """Add one batch."""
-    if not bool(run.measured_BT.any()):
-        return
     original = OriginalOutput(run.logits_BTV, run.tokens_BT, run.measured_BT, run.keep_BT, batch.answers)
     measured.original.add(original, original.unchanged)
     for activity, mask_BT, (outputs, features) in zip(measured.activity, run.masks, run.reconstructions, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import math
 from typing import Any
 
 import matplotlib
@@ -39,16 +39,15 @@ Facts = dict[str, Any]
 
 def plots(facts: Facts) -> dict[str, Figure]:
     """Every plot that has data, by name."""
-    made: dict[str, Callable[[Facts], Figure | None]] = {
-        "layers": _layers,
-        "protocols": _protocols,
-        "slices": _slices,
-        "controls": _controls,
-        "compute": _compute,
-    }
+    makers = {"layers": _layers, "protocols": _protocols, "slices": _slices, "controls": _controls, "compute": _compute}
     with matplotlib.rc_context(STYLE):
-        figures = {name: make(facts) for name, make in made.items()}
+        figures = {name: make(facts) for name, make in makers.items()}
     return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _drawn(value: int | float | None) -> float:
+    """A KL on a logarithmic axis: 0 at its lower end, and nothing for one that is not defined or infinite."""
+    return math.nan if value is None else max(value, _LOWEST_KL)
 
 
 def as_file(figure: Figure, kind: str) -> bytes:
@@ -69,15 +68,19 @@ def _layers(facts: Facts) -> Figure:
     left.set_title("variance unexplained", loc="left", fontsize=9.5)
     left.tick_params(axis="x", rotation=30 if len(sites) > 4 else 0)
     left.grid(axis="x", visible=False)
-    reached = facts["summary"]["first_layers"]
-    right.plot([row["layers"] for row in reached], [row["kl"] for row in reached], "-o", color=BLUE, ms=4)
+    together = [(row["layers"], row["kl"]) for row in facts["summary"]["first_layers"]]
     alone = [(site["layer"] + 1, facts["protocols"][single(site["site"])]["kl"]["mean"]) for site in sites]
-    right.plot(*zip(*alone, strict=True), "s", color=ORANGE, ms=4)
-    _label(right, reached[-1]["layers"], reached[-1]["kl"], "first layers together", BLUE, above=True)
-    _label(right, *max(alone), "each layer alone", ORANGE, above=False)
+    for points, text, colour, marker in (
+        (together, "first layers together", BLUE, "-o"),
+        (alone, "each layer alone", ORANGE, "s"),
+    ):
+        known = [(layer, kl) for layer, kl in points if kl is not None]
+        if known:
+            right.plot(*zip(*known, strict=True), marker, color=colour, ms=4)
+            _label(right, *max(known), text, colour, above=points is together)
     right.set_title("KL, nats", loc="left", fontsize=9.5)
     right.set_xlabel("layers replaced, or number of the layer")
-    right.set_xticks(sorted({row["layers"] for row in reached}))
+    right.set_xticks([layer for layer, _ in together])
     right.set_ylim(bottom=0)
     right.margins(x=0.06, y=0.25)
     return figure
@@ -95,11 +98,11 @@ def _protocols(facts: Facts) -> Figure:
     figure = Figure(figsize=(8.6, 0.8 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, (name, kl) in enumerate(reversed(rows)):
-        low, p95, p99, top = (max(kl[key] or 0, _LOWEST_KL) for key in ("median", "p95", "p99", "max"))
+        low, p95, p99, top, mean = (_drawn(kl[key]) for key in ("median", "p95", "p99", "max", "mean"))
         colour = BLUE if name in (CLEAN, PROPAGATED) else GREY
         axes.plot([low, p99], [place, place], color=colour, lw=2)
         axes.plot([low, p95, p99], [place] * 3, "|", color=colour, ms=9, mew=2)
-        axes.plot(max(kl["mean"] or 0, _LOWEST_KL), place, "o", color=colour, ms=5)
+        axes.plot(mean, place, "o", color=colour, ms=5)
         axes.plot(top, place, "x", color=colour, ms=5)
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
@@ -111,8 +114,8 @@ def _protocols(facts: Facts) -> Figure:
 def _slices(facts: Facts) -> Figure | None:
     rows = [(row["name"], row["kl"]["mean"]) for row in facts["slices"]]
     figure = _bars(rows, "mean KL, nats, errors propagating")
-    if figure is not None:
-        figure.axes[0].axvline(max(rows[0][1] or 0, _LOWEST_KL), color="#555555", lw=0.8, ls=":")
+    if figure is not None and rows[0][1] is not None:
+        figure.axes[0].axvline(_drawn(rows[0][1]), color="#555555", lw=0.8, ls=":")
     return figure
 
 
@@ -126,14 +129,15 @@ def _bars(rows: list[tuple[str, int | float | None]], title: str) -> Figure | No
         return None
     figure = Figure(figsize=(8.6, 0.75 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    values = [max(value or 0, _LOWEST_KL) for _, value in rows]
+    values = [_drawn(value) for _, value in rows]
+    known = [value for value in values if not math.isnan(value)] or [1.0]
     colours = [BLUE] + [GREY] * (len(rows) - 1)
     bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
     axes.bar_label(bars, [nats(value) for _, value in rows], padding=4, fontsize=8.5)
     axes.set_yticks(range(len(rows)), [_plain(name) for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(min(values) / 2, max(values) * 3)
+    axes.set_xlim(min(known) / 2, max(known) * 3)
     axes.set_title(title, loc="left", fontsize=9.5)
     axes.grid(axis="y", visible=False)
     return figure
@@ -149,9 +153,8 @@ def _compute(facts: Facts) -> Figure | None:
     axes.axhline(equivalent["target_loss"], color=BLUE, lw=1.2)
     if equivalent["compute"] is not None:
         axes.plot(equivalent["compute"], equivalent["target_loss"], "o", color=BLUE, ms=6)
-        text = f"replacement: {percent(equivalent['fraction'])} of the compute"
         axes.annotate(
-            text,
+            f"replacement: {percent(equivalent['fraction'])} of the compute",
             (equivalent["compute"], equivalent["target_loss"]),
             xytext=(-6, 55),  # a training curve falls to the right: there is room above its end
             textcoords="offset points",

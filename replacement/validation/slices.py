@@ -72,8 +72,8 @@ def batches_of(
         raise ValueError(f"the mask must be bool of shape {list(rows_RT.shape)}, got {got}")
     size = rows_per_pass or rows_that_fit(lm, rows_RT.shape[1])
     for first in range(0, len(rows_RT), size):
-        some = slice(first, first + size)
-        yield Batch(rows_RT[some], None if keep_RT is None else keep_RT[some])
+        chosen = slice(first, first + size)
+        yield Batch(rows_RT[chosen], None if keep_RT is None else keep_RT[chosen])
 
 
 def stream(name: str, about: str, source: TokenSource, lm: LanguageModel, *, n_tokens: int) -> Slice:
@@ -145,18 +145,18 @@ def _prompts(
         at_answer: measure the prediction of the answer alone; otherwise every token of the prompt.
     """
     by_length: dict[int, list[tuple[list[int], list[int]]]] = {}
-    for prompt, answers in prompts:
+    for prompt, words in prompts:
         ids = lm.tokenize(prompt).tolist()
-        by_length.setdefault(len(ids), []).append((ids, [lm.token_id(answer) for answer in answers]))
+        by_length.setdefault(len(ids), []).append((ids, [lm.token_id(word) for word in words]))
     batches: list[Batch] = []
     for length, rows in sorted(by_length.items()):
         size = rows_that_fit(lm, length + 1)
-        for some in (rows[first : first + size] for first in range(0, len(rows), size)):
-            tokens_BT = torch.tensor([[*ids, right[0]] for ids, right in some])
+        for chosen in (rows[first : first + size] for first in range(0, len(rows), size)):
+            tokens_BT = torch.tensor([[*ids, right[0]] for ids, right in chosen])
             asked_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
             asked_BT[:, length - 1 if at_answer else 0 : length] = True
-            answers_of_rows = [right for _, right in some] if at_answer else None
-            batches.append(Batch(tokens_BT, asked_BT=asked_BT, answers=answers_of_rows))
+            answers = [right for _, right in chosen] if at_answer else None
+            batches.append(Batch(tokens_BT, asked_BT=asked_BT, answers=answers))
     n_tokens = sum(batch.tokens_BT.numel() for batch in batches)
     return Slice(name=name, about=about, batches=lambda: batches, n_tokens=n_tokens)
 

@@ -212,6 +212,18 @@ def _facts(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str
     return json.loads(capsys.readouterr().out)
 
 
+def test_a_report_with_infinite_divergences_says_nothing_of_them(
+    tiny_run: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = _facts([*options(tiny_run), "--json"], capsys)
+    for output in facts["protocols"].values():
+        output["kl"] |= {"mean": None, "max": None}
+    for row in (*facts["slices"], *facts["summary"]["first_layers"], *facts["controls"]):
+        row["kl"] = row["kl"] | {"mean": None, "max": None} if isinstance(row["kl"], dict) else None
+    seen = Page(write_report(facts, tmp_path / "report").read_text(encoding="utf-8"))
+    assert seen.text.count("–") > 20
+
+
 def test_a_report_with_a_curve_names_the_compute(tiny_run: dict[str, str], tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "curve.json").write_text("[[1, 90], [10, 80], [100, 1]]", encoding="utf-8")
     arguments = options(tiny_run, **{"training-curve": str(tmp_path / "curve.json"), "report": str(tmp_path / "r")})

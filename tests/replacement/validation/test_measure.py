@@ -288,3 +288,10 @@ def test_summary_is_made_of_the_protocols(language_model: Any, tmp_path: Any) ->
     assert sum(done) > 9 * T * len(protocols)
     equivalent = facts["compute_equivalent"]
     assert equivalent["target_loss"] == pytest.approx(1 + max(0, whole["cross_entropy_increase"]))
+
+
+def test_mean_ablation_asks_for_means(language_model: Any) -> None:
+    model = replacement_model(language_model, "gpt2")
+    crosscoders = [model.crosscoder]
+    with pytest.raises(ValueError, match="mean ablation needs the means of the written sites: give means"):
+        measure(model.language_model, crosscoders, in_batches(rows(), 4).batches(), protocols(crosscoders).values())
