@@ -120,26 +120,32 @@ class HeadViews:
         Raises:
             IdentityError: the parts do not sum to the pre-activation.
         """
-        of_attention = part.kind == "attn_out"
-        split = self._split_attention if of_attention else self._split_stream
-        layers, heads_LHT, norm_LH, direct, bias = split(part, number)
-        features = part.features
+        features, of_attention = part.features, part.kind == "attn_out"
         group, row, index = (int(column[number]) for column in (features.group, features.row, features.index))
         layer = part.crosscoder.wiring.group_layer(group)
         feature = FeatureTarget(layer, index, row, part="attention" if of_attention else "mlp")
+        encoders, direct, bias = (self._read_attention if of_attention else self._read_stream)(part, number)
+        shape = self._local.shape
+        heads_LHT = np.zeros((shape.n_layers, shape.n_heads, len(self._tokens)))
+        norm_LH = np.zeros((shape.n_layers, shape.n_heads))
+        for layer, encoder_X in encoders.items():
+            heads_LHT[layer] = self._heads(layer, row, encoder_X)
+            scale_T = self._local.frozen.attentions[layer].scale_out_T
+            norm_H = encoder_X.unflatten(0, (shape.n_heads, -1)).norm(dim=1)
+            norm_LH[layer] = (norm_H if scale_T is None else norm_H / scale_T[row]).double().cpu().numpy()
         pre_activation = float(part.pre_activation_S[number])
         identity_error = check_identity(
             pre_activation,
             math.fsum([*heads_LHT.ravel(), direct, bias]),
             float(np.abs(heads_LHT).sum()) + abs(direct) + abs(bias),
             dtype=part.pre_activation_S.dtype,
-            n_layers=self._local.shape.n_layers,
+            n_layers=shape.n_layers,
             name=lambda _: f"feature {feature}, split by heads,",
         )
         return HeadView(
             feature=feature,
             tokens=self._tokens,
-            layers=layers,
+            layers=tuple(encoders),
             heads_LHT=heads_LHT,
             heads_LH=heads_LHT.sum(-1),
             encoder_share_LH=norm_LH / max(float(norm_LH.sum()), 1e-30),
@@ -151,44 +157,31 @@ class HeadViews:
             identity_error=identity_error,
         )
 
-    def _split_stream(
-        self, part: Decomposition, number: int
-    ) -> tuple[tuple[int, ...], np.ndarray, np.ndarray, float, float]:
-        """Layers, heads, encoder norms, direct part and bias of a feature that reads the stream."""
+    def _read_stream(self, part: Decomposition, number: int) -> tuple[dict[int, Tensor], float, float]:
+        """Encoder of a feature that reads the stream as seen by the heads of each layer `[X]`, behind the output norm's scale;
+        its direct part and its bias."""
         local, position = self._local, int(part.features.row[number])
         chosen_S = torch.tensor([number], device=part.features.row.device)
         target_R, targets, constant_S = stream_reads(local, part, chosen_S)
         reads = {depth: read_MD[0] for depth, read_MD in read_at_own_position(local, targets, target_R, 1)}
-        layers = tuple(layer for layer in range(local.shape.n_layers) if bool(reads[2 * layer + 1].any()))
-        heads_LHT, norm_LH = self._empty()
-        direct, constant = reads[0] @ self._streams[0][position], constant_S[0]
-        for layer in range(local.shape.n_layers):
-            read_D = reads[2 * layer + 2]
-            direct = direct + read_D @ self._mlp_LTD[layer, position]
-            constant = constant + (read_D * local.skips.bias(layer)).sum()
-        for layer in layers:
-            attention, read_D = local.frozen.attentions[layer], reads[2 * layer + 1]
-            constant = constant + read_D @ attention.constant_TD[position]
-            encoder_X = attention.weights.W_O_XD @ read_D  # in front of the output norm's scale, where there is one
-            heads_LHT[layer] = self._heads(layer, position, encoder_X)
-            scale = 1.0 if attention.scale_out_T is None else float(attention.scale_out_T[position])
-            norm_LH[layer] = _norms(encoder_X, attention.weights.n_heads) / scale
-        return layers, heads_LHT, norm_LH, float(direct), float(constant)
+        direct, bias = reads[0] @ self._streams[0][position], constant_S[0]
+        encoders = {}
+        for layer, attention in enumerate(local.frozen.attentions):
+            of_attention_D, of_mlp_D = reads[2 * layer + 1], reads[2 * layer + 2]
+            direct = direct + of_mlp_D @ self._mlp_LTD[layer, position]
+            bias = bias + (of_mlp_D * local.skips.bias(layer)).sum() + of_attention_D @ attention.constant_TD[position]
+            if bool(of_attention_D.any()):
+                encoders[layer] = attention.weights.W_O_XD @ of_attention_D
+        return encoders, float(direct), float(bias)
 
-    def _split_attention(
-        self, part: Decomposition, number: int
-    ) -> tuple[tuple[int, ...], np.ndarray, np.ndarray, float, float]:
+    def _read_attention(self, part: Decomposition, number: int) -> tuple[dict[int, Tensor], float, float]:
         """The same for a feature that reads `attn_z` of its layer."""
-        chosen_S = torch.tensor([number], device=part.features.row.device)
         group, position = int(part.features.group[number]), int(part.features.row[number])
-        read = head_reads(part, chosen_S, group)
+        read = head_reads(part, torch.tensor([number], device=part.features.row.device), group)
         attention, encoder_X = self._local.frozen.attentions[read.layer], read.vectors_NX[0]
+        bias = part.crosscoder.b_enc[group][part.features.index[number]] + encoder_X @ attention.constant_z_TX[position]
         scale = 1.0 if attention.scale_out_T is None else attention.scale_out_T[position]
-        heads_LHT, norm_LH = self._empty()
-        heads_LHT[read.layer] = self._heads(read.layer, position, encoder_X * scale)
-        norm_LH[read.layer] = _norms(encoder_X, attention.weights.n_heads)
-        b_enc = part.crosscoder.b_enc[group][part.features.index[number]]
-        return (read.layer,), heads_LHT, norm_LH, 0.0, float(b_enc + encoder_X @ attention.constant_z_TX[position])
+        return {read.layer: encoder_X * scale}, 0.0, float(bias)
 
     def _heads(self, layer: int, position: int, encoder_X: Tensor) -> np.ndarray:
         """float64[H, T]: kernel[p, s] x (values of head h at s) . (encoder seen at h), without constants."""
@@ -197,11 +190,3 @@ class HeadViews:
         values_THK = (self._streams[layer] @ attention.weights.W_V_XD.T).unflatten(1, shape_HK)
         read_HT = torch.einsum("thk,hk->ht", values_THK, encoder_X.unflatten(0, shape_HK))
         return (read_HT * attention.kernel_HTT[:, position]).double().cpu().numpy()
-
-    def _empty(self) -> tuple[np.ndarray, np.ndarray]:
-        shape = self._local.shape
-        return np.zeros((shape.n_layers, shape.n_heads, len(self._tokens))), np.zeros((shape.n_layers, shape.n_heads))
-
-
-def _norms(encoder_X: Tensor, n_heads: int) -> np.ndarray:
-    return encoder_X.unflatten(0, (n_heads, -1)).norm(dim=1).double().cpu().numpy()

@@ -63,7 +63,9 @@ def graph_facts(graph: CircuitGraph, *, top: int) -> Facts:
         "heads": rows,
         **{name: {"influence": value, "share": _share(value, total)} for name, value in apart.items()},
         "edges": [
-            {**_ends(graph, edge), "influence": float(influence_E[edge]), "parts": edge_parts(heads, edge)}
+            _ends(graph, edge)
+            | {"influence": float(influence_E[edge]), "carried_by": heads.text(edge, most=4, least=0.0)}
+            | {"parts": edge_parts(heads, edge)}
             for edge in strongest.tolist()
         ],
     }

@@ -35,7 +35,7 @@ def graph_page(facts: Facts) -> Group:
         (
             f"{edge['source_name']} → {edge['target_name']}\n{edge['source']}->{edge['target']}",
             f"{edge['weight']:+.3f}",
-            _carried(edge["parts"]),
+            edge["carried_by"],
         )
         for edge in facts["edges"]
     ]
@@ -141,15 +141,6 @@ def _node(node: Facts) -> str:
 def _player(name: str, player: Facts) -> tuple[str, ...]:
     error = f"{player['standard_error']:.4f}" if player.get("standard_error") else ""
     return name, f"{player['contribution']:+.4f}", f"{player['credit']:+.4f}", error
-
-
-def _carried(parts: Facts) -> str:
-    named = [(_name(head), head["weight"], head["share"]) for head in parts["heads"]]
-    named.append(("direct", parts["direct"], parts["direct_share"]))
-    named.sort(key=lambda part: -part[2])
-    return ", ".join(
-        f"{'−' if weight < 0 else ''}{name} {_percent(share)}" for name, weight, share in named[:4] if share
-    )
 
 
 def _percent(share: float) -> str:
