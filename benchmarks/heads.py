@@ -52,9 +52,9 @@ def measure(name: str, model: ReplacementModel, tokens: torch.Tensor, *, repeats
     print(f"  (edge, head) values            {heads.size:,}")
     for hop in ("last", "first"):
         print(f"  sum error, {hop + ' hop':<20} {split_heads(model, graph, hop=hop).sum_error:.1e}")
-    for label, found in times.items():
-        ratio = statistics.median(a / b for a, b in zip(found, times["trace"], strict=True))
-        print(f"  {label:<30} {statistics.median(found):.3f} s = {ratio:.2f}x")
+    for label, seconds in times.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, times["trace"], strict=True))
+        print(f"  {label:<30} {statistics.median(seconds):.3f} s = {ratio:.2f}x")
 
 
 def main() -> None:

@@ -28,14 +28,14 @@ from replacement.demo.corpus import behaviours
 
 def draw_views(model: ReplacementModel, prompts: Sequence[str], *, n_features: int, seed: int = 0) -> list[HeadView]:
     """Views of features drawn at random, `n_features` from the last half of every prompt."""
-    rng, lm, found = np.random.default_rng(seed), model.language_model, []
+    rng, lm, drawn = np.random.default_rng(seed), model.language_model, []
     for prompt in prompts:
         local = model.localize(lm.tokenize(prompt))
         views = HeadViews(local, tuple(lm.token_strings(local.frozen.tokens_T.tolist())))
         late = np.flatnonzero(local.features.row.numpy() >= local.n_positions // 2)
         chosen = rng.choice(late, size=min(n_features, len(late)), replace=False)
-        found += [views.of(local.mlp, int(number)) for number in chosen]
-    return found
+        drawn += [views.of(local.mlp, int(number)) for number in chosen]
+    return drawn
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -56,10 +56,12 @@ def print_within(views: Sequence[HeadView]) -> None:
     print(f"{len(views)} features: means, and pairs of players (heads and direct stream) put in another order")
     print(f"{'rule':10}{'sum of credits':>16}{'f(h) - f(b)':>14}{'|residual|':>12}{'reordered':>11}")
     for rule in RULES:
-        found = [view.credit(rule) for view in views]
-        sums = np.array([one.credit_J.sum() for one in found])
-        residual = np.array([one.residual for one in found])
-        wrong = sum(inversions(one.credit_J, view.contributions) for one, view in zip(found, views, strict=True))
+        credits = [view.credit(rule) for view in views]
+        sums = np.array([credit.credit_J.sum() for credit in credits])
+        residual = np.array([credit.residual for credit in credits])
+        wrong = sum(
+            inversions(credit.credit_J, view.contributions) for credit, view in zip(credits, views, strict=True)
+        )
         means = f"{sums.mean():16.3f}{(sums + residual).mean():14.3f}{np.abs(residual).mean():12.3f}"
         print(f"{rule:10}{means}{wrong:11d}")
 

@@ -41,7 +41,7 @@ Head = tuple[int, int]
 
 def induction_probes(n: int, *, seed: int = 0) -> list[Probe]:
     """The first `n` held-out sequences."""
-    (induction,) = (one for one in behaviours(seed) if one.name == "induction")
+    (induction,) = (behaviour for behaviour in behaviours(seed) if behaviour.name == "induction")
     return list(induction.probes[:n])
 
 
@@ -68,18 +68,18 @@ def carrying_heads(model: ReplacementModel, probes: Iterable[Probe]) -> dict[Hea
             for layer, head, weight in parts:
                 total[layer, head] += influence[edge] * abs(weight) / size
     whole = sum(total.values())
-    return {head: value / whole for head, value in sorted(total.items(), key=lambda one: -one[1])}
+    return {head: value / whole for head, value in sorted(total.items(), key=lambda item: -item[1])}
 
 
 def mean_patterns(model: ReplacementModel, probes: Iterable[Probe], heads: Iterable[Head]) -> dict[Head, float]:
     """Attention from the last position to the answer's earlier one, mean over prompts."""
-    found: defaultdict[Head, list[float]] = defaultdict(list)
+    attention: defaultdict[Head, list[float]] = defaultdict(list)
     for probe in probes:
         tokens = model.language_model.tokenize(probe.prompt)
         patterns, key = model.language_model.read_patterns(tokens[None]), key_position(tokens.tolist())
         for layer, head in heads:
-            found[layer, head].append(float(patterns[layer][0, head, -1, key]))
-    return {head: float(np.mean(values)) for head, values in found.items()}
+            attention[layer, head].append(float(patterns[layer][0, head, -1, key]))
+    return {head: float(np.mean(values)) for head, values in attention.items()}
 
 
 def share_from(model: ReplacementModel, tokens: Tensor, feature: FeatureTarget, position: int) -> float:
@@ -95,14 +95,16 @@ def print_pairs(model: ReplacementModel, probe: Probe, head: Head, *, n: int) ->
     """The top pairs of one head on one prompt, and what each key owes to the token before it."""
     tokens = model.language_model.tokenize(probe.prompt)
     key = key_position(tokens.tolist())
-    found = QKAttributor(model, tokens).score(layer=head[0], head=head[1], query=-1, key=key, contrast="mean")
+    attribution = QKAttributor(model, tokens).score(layer=head[0], head=head[1], query=-1, key=key, contrast="mean")
     words = probe.prompt.split()
     print(f"\nWhy does L{head[0]}H{head[1]} attend? `{probe.prompt}` -> {probe.answers[0]}")
     print(f"query: {words[-1]} at {len(tokens) - 1}; key: {words[key - 1]} at {key}, behind {words[key - 2]}", end="; ")
-    print(f"pattern {found.pattern:.2f}; score above the mean of the other keys {found.value:.2f}", end=", ")
-    print(f"identity error {found.identity_error:.0e}")
+    print(
+        f"pattern {attribution.pattern:.2f}; score above the mean of the other keys {attribution.value:.2f}", end=", "
+    )
+    print(f"identity error {attribution.identity_error:.0e}")
     print(f"{'part':>6}  {'of the key, from ' + words[key - 2]:>24}  query node x key node")
-    for query_node, key_node, value in found.top(n):
+    for query_node, key_node, value in attribution.top(n):
         share = "-"
         if key_node.kind is NodeKind.FEATURE:
             feature = FeatureTarget(key_node.layer, key_node.index, key_node.position)
@@ -139,7 +141,7 @@ def mean_outputs(lm: LanguageModel, probes: Iterable[Probe]) -> dict[int, Tensor
     """Mean of every head's `z` over prompts and positions: layer -> `[H, K]`."""
     sites = [Site(layer, "attn_z") for layer in range(lm.shape.n_layers)]
     read = [lm.read(lm.tokenize(probe.prompt), sites) for probe in probes]
-    means = {site.layer: torch.cat([one[site] for one in read]).mean(0) for site in sites}
+    means = {site.layer: torch.cat([values[site] for values in read]).mean(0) for site in sites}
     return {layer: mean_X.view(lm.shape.n_heads, -1) for layer, mean_X in means.items()}
 
 
@@ -165,8 +167,8 @@ def print_ablations(model: ReplacementModel, ranking: Sequence[Head], probes: Se
     skills = behaviours()
     before = measure_accuracy(lm, lm.tokenizer, skills)
     after = measure_accuracy(without_heads(lm, ranking[:most], means), lm.tokenizer, skills)
-    for one, other in zip(before, after, strict=True):
-        print(f"{one.name:28}{one.top1:10.0%}{other.top1:10.0%}")
+    for original, removed in zip(before, after, strict=True):
+        print(f"{original.name:28}{original.top1:10.0%}{removed.top1:10.0%}")
 
 
 def _right(logits_of: Callable[[Tensor], Tensor], lm: LanguageModel, probes: Iterable[Probe]) -> float:

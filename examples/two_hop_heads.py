@@ -84,7 +84,7 @@ def _read(model: ReplacementModel, city: str, of_state: dict[Key, float]) -> Que
     numbers = {key: number for number, key in enumerate(columns) if key[1] == last}
     answer = lm.token_id(capital_of(state_of(city)))
     views = HeadViews(local, tuple(lm.token_strings(tokens_T.tolist())))
-    found = [views.of(local.mlp, number) for number in numbers.values()]
+    head_views = [views.of(local.mlp, number) for number in numbers.values()]
     to_logit_LH = _brought_to_logit(local, local.W_U[:, answer] - local.W_U.mean(1))
     return Question(
         city=city,
@@ -92,10 +92,10 @@ def _read(model: ReplacementModel, city: str, of_state: dict[Key, float]) -> Que
         answer=answer,
         keys=list(numbers),
         of_state_S=np.array([key in of_state for key in numbers]),
-        brought_NLH=np.stack([*(view.heads_LHT[:, :, CITY] for view in found), to_logit_LH]),
+        brought_NLH=np.stack([*(view.heads_LHT[:, :, CITY] for view in head_views), to_logit_LH]),
         edges_NS=_edges(circuits.trace(model, tokens_T, targets=answer, coverage=1.0), list(numbers)),
-        before_S=np.array([view.pre_activation for view in found]),
-        threshold_S=np.array([view.threshold for view in found]),
+        before_S=np.array([view.pre_activation for view in head_views]),
+        threshold_S=np.array([view.threshold for view in head_views]),
     )
 
 
@@ -185,17 +185,17 @@ def print_drops(model: ReplacementModel, questions: Sequence[Question], rankings
     drops = {name: [drop(model, question, heads) for question in questions] for name, heads in rankings.items()}
     print(f"\nFall of the state features' activations{'layer 0':>24}{'layers above':>27}")
     print(f"{'heads that bring nothing':32}" + f"{'predicted':>11}{'measured':>10}{'r':>7}" * 2)
-    for name, found in drops.items():
-        falls = np.concatenate([one.features for one in found])
+    for name, of_cities in drops.items():
+        falls = np.concatenate([city.features for city in of_cities])
         cells = ""
         for mask in (falls[:, 0] == 0, falls[:, 0] > 0):
             predicted, measured = falls[mask, 1], falls[mask, 2]
             cells += f"{predicted.mean():11.3f}{measured.mean():10.3f}{_pearson(predicted, measured):>7}"
         print(f"{name:32}{cells}")
     print(f"\n{'heads that bring nothing':32}{'logit falls: predicted':>24}{'measured':>10}{'r':>7}{'right':>8}")
-    for name, found in drops.items():
-        logits = np.array([one.logit for one in found])
-        right = np.mean([one.right for one in found])
+    for name, of_cities in drops.items():
+        logits = np.array([city.logit for city in of_cities])
+        right = np.mean([city.right for city in of_cities])
         means = f"{logits[:, 0].mean():24.2f}{logits[:, 1].mean():10.2f}"
         print(f"{name:32}{means}{_pearson(logits[:, 0], logits[:, 1]):>7}{right:8.0%}")
 

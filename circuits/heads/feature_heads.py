@@ -92,8 +92,6 @@ def head_view(model: ReplacementModel, prompt: Prompt, feature: FeatureTarget | 
     lm = model.language_model
     with torch.no_grad():
         target = parse_feature(feature) if isinstance(feature, str) else feature
-        if not isinstance(target, FeatureTarget):
-            raise ValueError(f"expected a FeatureTarget or a name such as '2/345@7', got {type(target).__name__}")
         local = model.localize(lm.tokens(prompt))
         number = active_feature(target, local)
         part = local.decompositions[PARTS.index(target.part)]

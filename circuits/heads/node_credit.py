@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from circuits.attribution.grounding import Grounding
+from circuits.attribution.targets import check_position, parse_feature
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
+from circuits.graph.text import shorten
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
 from replacement import BatchTopK, Decomposition, JumpReLU, LocalReplacement, ReLU, ReplacementModel, TopK
 
@@ -46,7 +48,7 @@ def source_credit(
     Args:
         model: the model the graph was traced in.
         graph: a traced graph.
-        node: an expanded feature of the graph, by number or id.
+        node: an expanded feature of the graph, by number, id or name: `2/345@7`, `attention:2/345@7`.
         rule: `gate`, `path`, `shapley` (sampled above 16 players) or `ablation`.
         seed: draws Shapley's samples.
 
@@ -113,10 +115,14 @@ def feature_threshold(local: LocalReplacement, part: Decomposition, number: int)
 
 def _number(graph: CircuitGraph, node: int | str) -> int:
     if isinstance(node, str):
-        ids = graph.nodes.ids()
-        if node not in ids:
-            raise ValueError(f"the graph has no node {node!r}")
-        return ids.index(node)
+        node_id, ids = node, graph.nodes.ids()
+        if "/" in node:
+            feature = parse_feature(node)
+            position = check_position(feature.position, len(graph.metadata["tokens"]))
+            node_id = f"{'A' if feature.part == 'attention' else ''}{feature.layer}_{feature.index}_{position}"
+        if node_id not in ids:
+            raise ValueError(f"the graph has no node {shorten(node, 60)!r}")
+        return ids.index(node_id)
     if not 0 <= node < len(graph.nodes):
-        raise ValueError(f"the graph has no node {node}: expected 0 to {len(graph.nodes) - 1}")
+        raise ValueError(f"the graph has no node {node}: expected an id, or a number from 0 to {len(graph.nodes) - 1}")
     return node

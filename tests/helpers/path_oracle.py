@@ -75,14 +75,14 @@ class PathOracle:
     @cached_property
     def heads(self) -> dict[tuple[int, int], Tensor]:
         """(layer, head) -> `[T D, T D]`, from the stream in front of the layer to what the head adds behind it."""
-        found, width = {}, self.n_tokens * self.d_model
+        matrices, width = {}, self.n_tokens * self.d_model
         for layer, head in itertools.product(range(self.shape.n_layers), range(self.shape.n_heads)):
             W_O_KD = self.parts.bridge.blocks[layer].attn.W_O[head].detach()
             matrix = torch.einsum("tksd,ke->tesd", self.values(layer, head), W_O_KD)
             if "ln1_post" in self.parts.norm_names(layer):
                 matrix = torch.einsum("tfe,tesd->tfsd", self.norms[f"blocks.{layer}.ln1_post"], matrix)
-            found[layer, head] = matrix.reshape(width, width)
-        return found
+            matrices[layer, head] = matrix.reshape(width, width)
+        return matrices
 
     def chains(self) -> Iterator[Chain]:
         """Every chain of heads in rising layers, the empty one first."""
@@ -120,7 +120,7 @@ class PathOracle:
         x, depths = self.written[-1, ""], []
         for layer in range(self.shape.n_layers):
             depths.append(x)
-            moved = [x.flatten(1) @ self.heads[one].T for one in heads if one[0] == layer]
+            moved = [x.flatten(1) @ self.heads[head].T for head in heads if head[0] == layer]
             x = x + sum((y.view_as(x) for y in moved), self.written[layer, "attn_out"])
             depths.append(x)
             x = x + self.written[layer, "mlp_out"]
@@ -183,12 +183,12 @@ class PathOracle:
         if nodes.kind[target] == NodeKind.LOGIT:
             return [(2 * self.shape.n_layers, self._direction(target) @ self.norms["ln_final"][t])]
         crosscoder, group = self.local.crosscoder, self._group(self.local.mlp, target)
-        found = []
+        readings = []
         for site in crosscoder.wiring.reads[group]:
             v_D = crosscoder.encoder(group, site)[index]
             v_D = v_D @ self.norms[f"blocks.{site.layer}.ln2"][t] if site.kind == "mlp_in" else v_D
-            found.append((self._depth(site), v_D))
-        return found
+            readings.append((self._depth(site), v_D))
+        return readings
 
     def read_heads(self, target: int, streams: list[Tensor]) -> Tensor:
         """`[S, H]`: what one feature of attention reads, head by head."""

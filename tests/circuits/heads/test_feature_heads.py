@@ -189,6 +189,13 @@ def test_features_that_are_not_there(language_model: Any) -> None:
     asleep = min(set(range(48)) - active)
     with pytest.raises(ValueError, match=rf"feature 1/{asleep} is not active at position 4"):
         head_view(model, tiny.random_tokens(), FeatureTarget(1, asleep, 4))
+    for feature, message in (
+        ("1/2/3", "expected the name of a feature such as 2/345@7 or attention:2/345@7, got '1/2/3'"),
+        (f"1/{10**30}@4", "is not active at position 4"),
+        ("5/1@4", "the crosscoder has no features in layer 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            head_view(model, tiny.random_tokens(), feature)
     with pytest.raises(ValueError, match="there are no attention features"):
         head_view(model, tiny.random_tokens(), FeatureTarget(1, 0, 4, part="attention"))
 

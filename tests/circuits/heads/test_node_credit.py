@@ -38,6 +38,9 @@ def test_parts_sum_to_what_the_rule_keeps(traced: tuple[ReplacementModel, Any]) 
         assert path.contributions[-1] == pytest.approx(0.0, abs=1e-6 * nodes.inflow[node])
         assert path.credit.credit_J.sum() == pytest.approx(h - baseline, rel=1e-6)
         gate = source_credit(model, graph, graph.nodes.ids()[node], rule="gate")
+        name = f"{nodes.layer[node]}/{nodes.index[node]}@{nodes.position[node] - 7}"
+        by_name = source_credit(model, graph, name)
+        assert (by_name.node, by_name.credit.rule) == (node, "ablation")
         np.testing.assert_allclose(gate.credit.credit_J, gate.contributions)
         assert list(path.sources) == list(graph.edges.source[graph.edges.into(np.array([node]))])
 
@@ -57,8 +60,17 @@ def test_mistakes(traced: tuple[ReplacementModel, Any]) -> None:
     model, graph = traced
     with pytest.raises(ValueError, match="the graph has no node 'Z_1'"):
         source_credit(model, graph, "Z_1")
-    with pytest.raises(ValueError, match="the graph has no node 100000: expected 0 to"):
+    with pytest.raises(ValueError, match="the graph has no node 100000: expected an id, or a number from 0 to"):
         source_credit(model, graph, 100000)
+    for node, message in (
+        (-1, "the graph has no node -1: expected an id, or a number"),
+        ("2/3/4", "expected the name of a feature such as 2/345@7"),
+        ("9/9@6", "the graph has no node '9/9@6'"),
+        ("1/9@7", "lies outside the prompt of 7 tokens"),
+        ("x" * 9999, "the graph has no node 'xxx.{0,70}…'$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            source_credit(model, graph, node)
     with pytest.raises(ValueError, match="expected an expanded feature, given E_"):
         source_credit(model, graph, 0)
     feature = int(np.flatnonzero(graph.nodes.mask(NodeKind.FEATURE) & graph.nodes.expanded)[0])

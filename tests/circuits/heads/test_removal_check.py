@@ -118,6 +118,7 @@ def test_copies_do_not_touch_each_other(language_model: Any) -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
 
 
+@torch.no_grad()
 def test_features_of_attention_read_what_is_left_of_their_heads(language_model: Any) -> None:
     """They read `attn_z` itself: with ReLU nothing else can change them on any rung."""
     lm = language_model("gpt2", torch.float64)
@@ -158,6 +159,8 @@ def test_scores() -> None:
     ("prompts", "options", "message"),
     [
         ([], {}, "expected at least one prompt, given none"),
+        ("w5 w6 w7", {}, "expected a list of prompts, given a single one"),
+        (PROMPTS[0], {}, "expected a list of prompts, given a single one"),
         (PROMPTS, {"n_features": 0}, "n_features must be 1 or more, got 0"),
         ([torch.tensor([5])], {}, "no active feature of these prompts reads attention heads"),
     ],
