@@ -52,9 +52,9 @@ def measure(lm: LanguageModel, folder: Path, prompts: list[str], *, n_rows: int 
     facts = [validate(model, circuits.trace(model, prompt)) for prompt in tqdm(prompts, desc="graphs", disable=None)]
     found = {"unexplained": fidelity.mean_unexplained, "KL": fidelity.kl}
     for kind in ("encoder", "random", "upstream"):
-        wanted = {"kind": kind, "attention": "frozen", "distance": 1}
+        wanted = {"kind": kind, "patterns": "frozen", "distance": 1}
         found[kind] = _mean(facts, "perturbations", wanted, "cosine")
-    live = {"attention": "live"}
+    live = {"patterns": "live"}
     found["among features"] = _mean(facts, "influence_among_features", live, "spearman")
     found["one layer"] = _mean(facts, "one_layer_cosine", live | {"norms": "live", "change": "ablated"}, "cosine")
     found["ablation"] = _mean(facts, "influence_against_ablation", live | {"patching": "original"}, "spearman")

@@ -196,11 +196,8 @@ def test_searches_are_kept_and_go_on(example: Any, monkeypatch: pytest.MonkeyPat
     assert pull == method.losses[1]
 
 
-def test_thresholded_neurons_keep_the_largest_outputs(example: Any, demo: Models) -> None:
+def test_all_neurons_are_the_demo_itself(example: Any, demo: Models) -> None:
     neurons = example("frontier_neurons")
-    acts_NM = torch.tensor([[1.0, -3.0, 2.0], [0.1, 0.2, 0.3]])
-    kept_NM = neurons.keep_largest(acts_NM, torch.tensor([4.0, 1.0, 1.0]), 1)
-    assert kept_NM.tolist() == [[1.0, 0.0, 0.0], [pytest.approx(0.1), 0.0, 0.0]]
     rows_RT = torch.arange(3, 35).view(2, 16)
     everything = neurons.measure_neurons(demo.first, rows_RT, 512)
     assert everything["unexplained"] < 1e-10
@@ -287,3 +284,17 @@ def test_jacobian_matching_measures_a_run(
     figures = ("unexplained", "KL", "encoder", "random", "upstream", "among features", "one layer", "ablation")
     assert tuple(row) == figures
     assert all(-1 <= row[name] <= 1 for name in figures[2:])
+
+
+def test_reads_while_training_are_compared(
+    example: Any, tmp_path: Path, demo: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = example("read_modes")
+    small = ["training.batch_tokens=512", "data.buffer_tokens=2048", "data.held_out_rows=2", "crosscoder.n_features=64"]
+    read = module.read_config
+    monkeypatch.setattr(module, "read_config", lambda path, overrides: read(path, overrides=[*overrides, *small]))
+    monkeypatch.setattr(module, "HELD_OUT_ROWS", 4)
+    row = module.train_and_measure("clean", tmp_path, 1024, demo.first)
+    kinds = ("clean", "propagated", "single_layer")
+    assert list(row) == ["unexplained", *(f"kl_{kind}" for kind in kinds), *(f"loss_{kind}" for kind in kinds)]
+    assert row["kl_single_layer"] < row["kl_clean"]

@@ -15,6 +15,7 @@ from replacement.validation import compute_equivalent, read_curve
 from replacement.validation.controls import (
     RandomDictionary,
     ThresholdedNeurons,
+    keep_largest,
     matched_counts,
     matching_pursuit,
     measure_controls,
@@ -50,6 +51,12 @@ def test_matching_pursuit_takes_the_largest_products_one_by_one() -> None:
 def test_an_orthonormal_dictionary_is_exact_where_coefficients_are_positive() -> None:
     y_ND = torch.rand(9, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(matching_pursuit(y_ND, torch.eye(5), 5), y_ND)
+
+
+def test_the_largest_contributions_are_kept() -> None:
+    acts_PM = torch.tensor([[1.0, -3.0, 2.0], [0.1, 0.2, 0.3]])
+    kept_PM = keep_largest(acts_PM, torch.tensor([4.0, 1.0, 1.0]), 1)
+    assert kept_PM.tolist() == [[1.0, 0.0, 0.0], [pytest.approx(0.1), 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "native"])
