@@ -81,7 +81,7 @@ def check_heads(model: ReplacementModel, prompts: Sequence[Prompt], *, n_feature
         ValueError: no prompts, fewer than one feature, a prompt the model cannot read, or no feature that reads heads.
         IdentityError: the heads, direct stream and bias of a feature do not sum to its pre-activation.
     """
-    if isinstance(prompts, str | Tensor):
+    if isinstance(prompts, str):
         raise ValueError("expected a list of prompts, given a single one")
     if not prompts:
         raise ValueError("expected at least one prompt, given none")

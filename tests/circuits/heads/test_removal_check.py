@@ -160,7 +160,6 @@ def test_scores() -> None:
     [
         ([], {}, "expected at least one prompt, given none"),
         ("w5 w6 w7", {}, "expected a list of prompts, given a single one"),
-        (PROMPTS[0], {}, "expected a list of prompts, given a single one"),
         (PROMPTS, {"n_features": 0}, "n_features must be 1 or more, got 0"),
         ([torch.tensor([5])], {}, "no active feature of these prompts reads attention heads"),
     ],
