@@ -153,7 +153,7 @@ class _Split:
             heads_MX = self.reads.heads.get(layer)
             if heads_MX is None:
                 continue
-            edges_E = torch.nonzero(self.reads.head_layer_M[self.target_E] == layer)[:, 0]
+            edges_E = torch.nonzero(heads_MX.any(1)[self.target_E])[:, 0]
             attention = self.local.frozen.attentions[layer]
             source_E, target_E = self.source_E[edges_E], self.target_E[edges_E]
             values_SX = stream_SD @ attention.weights.W_V_XD.T

@@ -26,7 +26,7 @@ from circuits.attribution.readers import head_reads, stream_reads
 from circuits.attribution.targets import FeatureTarget, active_feature, parse_feature
 from circuits.heads.node_credit import feature_threshold
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
-from circuits.heads.writes_and_reads import read_at_own_position
+from circuits.heads.writes_and_reads import TargetReads
 from replacement import Decomposition, LocalReplacement, ReplacementModel
 from replacement.language_model.language_model import Prompt
 from replacement.splicing.intervention import PARTS
@@ -161,7 +161,7 @@ class HeadViews:
         local, position = self._local, int(part.features.row[number])
         chosen_S = torch.tensor([number], device=part.features.row.device)
         target_R, targets, constant_S = stream_reads(local, part, chosen_S)
-        reads = {depth: read_MD[0] for depth, read_MD in read_at_own_position(local, targets, target_R, 1)}
+        reads = {depth: read_MD[0] for depth, read_MD in TargetReads(local, 1, target_R, targets).at_own_position()}
         direct, bias = reads[0] @ self._streams[0][position], constant_S[0]
         encoders = {}
         for layer, attention in enumerate(local.frozen.attentions):

@@ -13,7 +13,7 @@ Points of the stream are numbered by depth: pre_l = 2 l, mid_l = 2 l + 1. Attent
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -69,27 +69,6 @@ def walk_down(local: LocalReplacement, v: Tensor, positions: Tensor, read: Step)
         yield depth, v
         if depth and depth % 2 == 0:
             add_terms(skipped, local.skips.pull_back(v, depth // 2 - 1, positions))
-
-
-def read_at_own_position(
-    local: LocalReplacement, reads: Targets, target_R: Tensor, n_targets: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(depth, `[M, D]`), downwards: what each target reads of a vector that enters the stream of its own position at a depth,
-    directly or through skip connections.
-
-    Args:
-        reads: R readings of the stream.
-        target_R: target of each reading, 0 to `n_targets - 1`; several readings of one target are at one position.
-    """
-    position_M = torch.zeros(n_targets, dtype=torch.int64, device=target_R.device)
-    position_M[target_R] = reads.position_N
-
-    def read(depth: int, v_MD: Tensor) -> Tensor:
-        here = reads.depth_N == depth
-        return v_MD.index_add(0, target_R[here], reads.vectors_ND[here])
-
-    none_MD = local.W_U.new_zeros(n_targets, local.W_U.shape[0])
-    return walk_down(local, none_MD, position_M, read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,19 +159,16 @@ class TargetReads:
     local: LocalReplacement
     n_targets: int
     target_R: Tensor
-    """Target of every reading of the stream."""
+    """Target of every reading of the stream; several readings of one target are at one position."""
     reads: Targets
     """R readings of the stream."""
-    heads: dict[int, Tensor]
+    heads: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> `[M, X]`, what its targets read of `attn_z`; zero in other rows."""
-    head_layer_M: Tensor
-    """Layer at which a target reads `attn_z`; -1 for targets that read the stream."""
 
     @classmethod
     def of(cls, grounding: Grounding, nodes: np.ndarray) -> TargetReads:
         """Of graph nodes."""
         local, device = grounding.local, grounding.local.W_U.device
-        head_layer_M = torch.full((len(nodes),), -1, device=device)
         heads: dict[int, Tensor] = {}
         parts = [_logit_reads(grounding, nodes)]
         for part, (places, numbers_S) in zip(local.decompositions, grounding.feature_numbers(nodes), strict=True):
@@ -205,14 +181,13 @@ class TargetReads:
                 read = head_reads(part, numbers_S[of_group_S], group)
                 heads[read.layer] = read.vectors_NX.new_zeros(len(nodes), read.vectors_NX.shape[1])
                 heads[read.layer][place_S[of_group_S]] = read.vectors_NX
-                head_layer_M[place_S[of_group_S]] = read.layer
         reads = Targets(
             vectors_ND=torch.cat([targets.vectors_ND for _, targets in parts]),
             depth_N=torch.cat([targets.depth_N for _, targets in parts]),
             position_N=torch.cat([targets.position_N for _, targets in parts]),
         )
         target_R = torch.cat([place_R for place_R, _ in parts])
-        return cls(local, len(nodes), target_R, reads, heads, head_layer_M)
+        return cls(local, len(nodes), target_R, reads, heads)
 
     @property
     def deepest(self) -> int:
@@ -220,8 +195,17 @@ class TargetReads:
         return int(self.reads.depth_N.max()) if len(self.reads.depth_N) else -1
 
     def at_own_position(self) -> Iterator[tuple[int, Tensor]]:
-        """See `read_at_own_position`."""
-        return read_at_own_position(self.local, self.reads, self.target_R, self.n_targets)
+        """(depth, `[M, D]`), downwards: what each target reads of a vector that enters the stream of its own position at a
+        depth, directly or through skip connections."""
+        position_M = torch.zeros(self.n_targets, dtype=torch.int64, device=self.target_R.device)
+        position_M[self.target_R] = self.reads.position_N
+
+        def read(depth: int, v_MD: Tensor) -> Tensor:
+            here = self.reads.depth_N == depth
+            return v_MD.index_add(0, self.target_R[here], self.reads.vectors_ND[here])
+
+        none_MD = self.local.W_U.new_zeros(self.n_targets, self.local.W_U.shape[0])
+        return walk_down(self.local, none_MD, position_M, read)
 
     def carry_down(self, targets_N: Tensor, position_N: Tensor, scratch: Scratch) -> Iterator[tuple[int, Tensor]]:
         """Carry some targets down; yields (layer, `[X, N, T]`): what its heads read, in front of `W_V`.
