@@ -13,13 +13,13 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from circuits.graph.text import shorten
+from circuits.graph.text import parse_feature_name
 from replacement import LanguageModel, LocalReplacement
 from replacement.splicing.intervention import PARTS
 
 TOP_PROBABILITY = 0.95
 TOP_LOGITS = 10
-_FEATURE = re.compile(r"(?:(feature|attention):)?(\d+)/(\d+)(?:@(-?\d+))?")
+_FEATURE = re.compile(r"(feature|attention):\d+/\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def parse_target(text: str) -> Target:
         body, position = match.group(1), int(match.group(2))
     if not body.strip():
         raise ValueError("a target is empty: expected 'token', 'token - token' or 'feature:layer/index'")
-    if _FEATURE.fullmatch(body.strip()) and ":" in body:  # `2/345` alone is a text
+    if _FEATURE.fullmatch(body.strip()):  # `2/345` alone is a text
         return replace(parse_feature(body), position=position)
     plus, minus_sign, minus = body.partition(" - ")
     if minus_sign and plus.strip() and minus.strip():
@@ -112,14 +112,8 @@ def parse_feature(text: str) -> FeatureTarget:
     Raises:
         ValueError: another form.
     """
-    match = _FEATURE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(
-            f"expected the name of a feature such as 2/345@7 or attention:2/345@7, got {shorten(text, 60)!r}"
-        )
-    kind, layer, index, position = match.groups()
-    part = "attention" if kind == "attention" else "mlp"
-    return FeatureTarget(int(layer), int(index), int(position or -1), part=part)
+    part, layer, index, position = parse_feature_name(text)
+    return FeatureTarget(layer, index, position, part=part)
 
 
 def as_target(target: Target | str | int) -> Target:

@@ -7,6 +7,7 @@ import unicodedata
 
 from circuits.graph.nodes import NodeKind, NodeTable
 
+_FEATURE = re.compile(r"(?:(feature|attention):)?(\d+)/(\d+)(?:@(-?\d+))?")
 _VISIBLE = {"\n": "↵", "\r": "↵", "\t": "⇥"}
 _UNPRINTABLE = {"Cc", "Cs", "Cn", "Co"}
 _REORDERING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # would turn text around them
@@ -27,6 +28,22 @@ def slug(text: str) -> str:
     """A file-name part from any text: lower-case words joined by dashes, at most 48 characters, never empty."""
     words = "-".join(re.findall(r"[a-z0-9]+", text.lower()))
     return words[:48].strip("-") or "circuit"
+
+
+def parse_feature_name(text: str) -> tuple[str, int, int, int]:
+    """Part, layer, index and position of a feature named `2/345@7` (layer/index@position) or `attention:2/345@7`; without a
+    position, -1: the last one.
+
+    Raises:
+        ValueError: another form.
+    """
+    match = _FEATURE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            f"expected the name of a feature such as 2/345@7 or attention:2/345@7, got {shorten(text, 60)!r}"
+        )
+    prefix, layer, index, position = match.groups()
+    return "attention" if prefix == "attention" else "mlp", int(layer), int(index), int(position or -1)
 
 
 def token_text(text: str) -> str:

@@ -19,7 +19,8 @@ from rich.console import RenderableType
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.nodes import NodeKind
-from circuits.graph.text import shorten
+from circuits.graph.text import parse_feature_name, shorten
+from circuits.heads.heat_map import check_picture, plot_heads
 from circuits.heads.json_facts import (
     Facts,
     attends_facts,
@@ -35,7 +36,6 @@ from replacement.command_line import AsJson, ModelOptions, model_options
 from replacement.console import show, show_json
 
 if TYPE_CHECKING:
-    from circuits.attribution.targets import FeatureTarget
     from replacement import ReplacementModel
 
 CHECK_PROMPTS, CHECK_TOKENS, CHECK_FEATURES = 20, 32, 4
@@ -80,7 +80,7 @@ def heads(
     if top < 1:
         raise ValueError(f"top: expected at least 1, given {top}")
     place = None if attends is None else _parse_attends(attends)
-    target = _parse_feature(feature, rule, plot)
+    _check_feature(feature, rule, plot)
     graph = None if file is None else CircuitGraph.load(file)
 
     def ask(question: Callable[[ReplacementModel], Facts]) -> Facts:
@@ -99,8 +99,8 @@ def heads(
     elif edge is not None:
         number = find_edge(graph, edge)
         facts, page = ask(lambda model: _edge(model, graph, number)), edge_page
-    elif target is not None:
-        facts = ask(lambda model: _feature(model, graph, target, rule=rule or DEFAULT_RULE, top=top, plot=plot))
+    elif feature is not None:
+        facts = ask(lambda model: _feature(model, graph, feature, rule=rule or DEFAULT_RULE, top=top, plot=plot))
         page = feature_page
     elif place is not None:
         facts, page = ask(lambda model: _attends(model, graph, place, top=top)), attends_page
@@ -141,22 +141,19 @@ def find_edge(graph: CircuitGraph, text: str) -> int:
     return int(matches[0])
 
 
-def _parse_feature(text: str | None, rule: str | None, plot: Path | None) -> FeatureTarget | None:
-    """The feature that is asked for, after a check of the options that go with it."""
+def _check_feature(text: str | None, rule: str | None, plot: Path | None) -> None:
+    """Raise `ValueError`, before anything is read, for a wrong name of a feature and wrong options beside it."""
     if rule is not None and rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, given {shorten(rule, _LONGEST_ECHO)!r}")
     if text is None:
         for name, given in (("rule", rule), ("plot", plot)):
             if given is not None:
                 raise ValueError(f"{name}: expected together with --feature")
-        return None
-    from circuits.attribution.targets import parse_feature
-    from circuits.heads.heat_map import check_picture
-
+        return
     if plot is not None:
         check_picture(plot)
     try:
-        return parse_feature(text)
+        parse_feature_name(text)
     except ValueError as error:
         raise ValueError(f"feature: {error}") from error
 
@@ -195,13 +192,12 @@ def _edge(model: ReplacementModel, graph: CircuitGraph, number: int) -> Facts:
 
 
 def _feature(
-    model: ReplacementModel, graph: CircuitGraph, target: FeatureTarget, *, rule: str, top: int, plot: Path | None
+    model: ReplacementModel, graph: CircuitGraph, name: str, *, rule: str, top: int, plot: Path | None
 ) -> Facts:
     from circuits.attribution.grounding import traced_tokens
     from circuits.heads.feature_heads import head_view
-    from circuits.heads.heat_map import plot_heads
 
-    view = head_view(model, traced_tokens(model, graph), target)
+    view = head_view(model, traced_tokens(model, graph), name)
     files = {} if plot is None else {"plot": str(plot_heads(view, plot))}
     return {**feature_facts(view, rule, top=top), "files": files}
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from circuits.attribution.grounding import Grounding
-from circuits.attribution.targets import check_position, parse_feature
+from circuits.attribution.targets import check_position
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
-from circuits.graph.text import shorten
+from circuits.graph.text import parse_feature_name, shorten
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
 from replacement import BatchTopK, Decomposition, JumpReLU, LocalReplacement, ReLU, ReplacementModel, TopK
 
@@ -117,9 +117,9 @@ def _number(graph: CircuitGraph, node: int | str) -> int:
     if isinstance(node, str):
         node_id, ids = node, graph.nodes.ids()
         if "/" in node:
-            feature = parse_feature(node)
-            position = check_position(feature.position, len(graph.metadata["tokens"]))
-            node_id = f"{'A' if feature.part == 'attention' else ''}{feature.layer}_{feature.index}_{position}"
+            part, layer, index, position = parse_feature_name(node)
+            position = check_position(position, len(graph.metadata["tokens"]))
+            node_id = f"{'A' if part == 'attention' else ''}{layer}_{index}_{position}"
         if node_id not in ids:
             raise ValueError(f"the graph has no node {shorten(node, 60)!r}")
         return ids.index(node_id)

@@ -16,6 +16,12 @@ _RUNGS = {
     "frozen": "removed from the residual stream; MLPs react, attention patterns do not",
     "live": "removed from the residual stream; everything reacts",
 }
+_RULES = {
+    "gate": "its contribution, while the feature is active",
+    "path": "its share of the activation, in proportion to its contribution",
+    "shapley": "its share of the activation, the mean over all orders in which players may join",
+    "ablation": "what the activation loses without that player alone; these losses need not sum to the activation",
+}
 _BAR = 20
 _TEXTS = ("", "carried by", "key node")
 """Columns of text; the others hold numbers."""
@@ -72,14 +78,17 @@ def feature_page(facts: Facts) -> Group:
     rows = [(*_player(_name(head), head), _percent(head["encoder_share"])) for head in facts["heads"]]
     others = facts["other_heads"]
     if others["number"]:
-        rows.append(_player(f"{others['number']} other heads", others))
+        rows.append(_player("1 other head" if others["number"] == 1 else f"{others['number']} other heads", others))
     if facts["part"] == "mlp":
         rows.append(_player("direct", facts["direct"]))
     rows += [("bias", f"{facts['bias']:+.4f}"), ("residual", "", f"{facts['residual']:+.4f}")]
     heads = ("player", "to pre-activation", f"credit ({facts['rule']})", "± error", "encoder")
+    credit = f"credit of a player ({facts['rule']}): {_RULES[facts['rule']]}; residual: what all credits leave"
     identity = f"sum of players and bias = pre-activation up to {facts['identity_error']:.1e} (relative)"
     drawn = [Text(f"picture: {file}") for file in facts.get("files", {}).values()]
-    return Group(Text(title, style="bold"), Text(), _section("Players", heads, rows), Text(identity), *drawn)
+    return Group(
+        Text(title, style="bold"), Text(), _section("Players", heads, rows), Text(credit), Text(identity), *drawn
+    )
 
 
 def attends_page(facts: Facts) -> Group:

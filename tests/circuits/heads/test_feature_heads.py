@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuits import FeatureTarget, plot_heads
 from circuits.attribution.identity import IdentityError
+from circuits.attribution.targets import parse_feature
 from circuits.heads.feature_heads import HeadView, HeadViews, head_view
 from circuits.heads.heat_map import drawable
 from circuits.heads.node_credit import feature_threshold
@@ -181,6 +182,19 @@ def test_head_view_of_a_prompt(language_model: Any) -> None:
         for name in (f"{target.layer}/{target.index}", f"{target.layer}/{target.index}@5", str(target)):
             assert head_view(model, same, name).activation == view.activation
     assert found.credit_J.sum() == pytest.approx(view.activation - max(view.bias, 0) * (view.bias > view.threshold))
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        ("2/345@7", FeatureTarget(2, 345, 7)),
+        ("feature:2/345@-3", FeatureTarget(2, 345, -3)),
+        (" attention:0/1 ", FeatureTarget(0, 1, -1, part="attention")),
+        ("2/345@0", FeatureTarget(2, 345, 0)),
+    ],
+)
+def test_names_of_features(name: str, feature: FeatureTarget) -> None:
+    assert parse_feature(name) == parse_feature(str(feature)) == feature
 
 
 def test_features_that_are_not_there(language_model: Any) -> None:

@@ -170,6 +170,7 @@ def test_a_feature_with_credit_and_picture(
     assert total + facts["direct"]["contribution"] + facts["bias"] == pytest.approx(facts["pre_activation"], rel=1e-4)
     assert facts["files"] == {"plot": str(picture)}
     assert picture.read_text().startswith("<?xml")
+    assert "these losses need not sum to the activation" in " ".join(says(capsys, saved, "--feature", name).split())
     page = says(capsys, saved, *options)
     for text in (f"feature {name}", "credit (shapley)", "11 other heads", "direct", "bias", "residual"):
         assert text in page
