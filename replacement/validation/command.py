@@ -40,6 +40,8 @@ def config_of(
     for name, given in (("tokens", tokens), ("context", context)):
         if given is not None and given < 1:
             raise ValueError(f"{name}: expected at least 1, given {given}")
+    if data is not None and not data.strip():
+        raise ValueError(f"data: expected text files, a dataset or token ids, given {data!r}")
     if data is None and model != DEMO:
         raise ValueError(f"data: expected text files, a dataset or token ids to measure {model} on, given none")
     if training_curve is None and model == DEMO and DEMO_CURVE.is_file():

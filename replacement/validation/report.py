@@ -41,11 +41,13 @@ def write_report(facts: dict[str, Any], folder: str | Path) -> Path:
             (scratch / "plots" / f"{name}.svg").write_bytes(svg)
             (scratch / "plots" / f"{name}.png").write_bytes(as_file(figure, "png"))
         for table in tables(facts):
-            with (scratch / "tables" / f"{table.key}.csv").open("w", encoding="utf-8", newline="") as file:
+            with (scratch / "tables" / f"{table.key}.csv").open(
+                "w", encoding="utf-8", errors="replace", newline=""
+            ) as file:
                 csv.writer(file, lineterminator="\n").writerows([table.heads, *table.rows])
         text = json.dumps(facts, indent=1, allow_nan=False)
         (scratch / "validation.json").write_text(text + "\n", encoding="utf-8")
-        (scratch / "index.html").write_text(render(facts, pictures), encoding="utf-8")
+        (scratch / "index.html").write_text(render(facts, pictures), encoding="utf-8", errors="replace")
     return Path(folder) / "index.html"
 
 

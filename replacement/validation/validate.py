@@ -151,11 +151,11 @@ def _plan(lm: LanguageModel, config: ValidationConfig) -> _Plan:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    twice = [name for place, name in enumerate(names) if name in names[:place]]
-    if twice or not all(name.strip() for name in names):
-        raise ValueError(
-            f"slices need names of their own, got {(twice or [''])[0]!r} beside {', '.join(dict.fromkeys(names))}"
-        )
+    for place, name in enumerate(names):
+        if not (name.strip() and name.isprintable()):
+            raise ValueError(f"the name of a slice must be printable text, got {name!r}")
+        if name in names[:place]:
+            raise ValueError(f"slices need names of their own, got {name!r} beside {', '.join(names[:place])}")
 
 
 @contextmanager

@@ -167,6 +167,7 @@ def test_text_of_models_and_users_is_escaped(tiny_run: dict[str, str], tmp_path:
     facts["slices"][0]["name"] = "$\\frac{"  # no formula either
     for key in ("token", "next", "original", "replacement"):
         facts["worst_tokens"][0][key] = EVIL
+    facts["model"]["fingerprint"] = "\udcff"  # a name that is no UTF-8
     facts["worst_tokens"][0]["before"] = [EVIL, "\x1b[2J", "\n"]
     page = write_report(facts, tmp_path / "report").read_text(encoding="utf-8")
     assert "<script" not in page
@@ -243,6 +244,9 @@ def test_a_report_with_a_curve_names_the_compute(tiny_run: dict[str, str], tmp_p
         ({"slice": "news"}, "slice: expected NAME=DATA"),
         ({"slice": "=x"}, "slice: expected NAME=DATA"),
         ({"slice": "a=/nowhere.txt"}, "slice a: "),
+        ({"slice": "a\x1b[2J=IDS"}, "the name of a slice must be printable text, got 'a\\x1b[2J'"),
+        ({"slice": "a\udcff=IDS"}, "the name of a slice must be printable text, got 'a\\udcff'"),
+        ({"data": ""}, "data: expected text files, a dataset or token ids, given ''"),
         ({"slice": "whole=demo"}, "slices need names of their own"),
         ({"slice": "shuffled words=IDS"}, "slices need names of their own, got 'shuffled words'"),
         ({"slice": "a=UNKNOWN"}, "slice a: no usable token: it holds special tokens and words unknown to"),
