@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -64,16 +64,6 @@ class ValidationConfig:
         _check_names([WHOLE, *(name for name, _ in self.slices)])
 
 
-class _Plan(NamedTuple):
-    """Everything that is measured."""
-
-    whole: Slice
-    sample: Slice
-    """The start of the whole, for the controls."""
-    others: list[Slice]
-    """What the whole is compared with."""
-
-
 @torch.no_grad()
 def validate(
     model: ReplacementModel, config: ValidationConfig | None = None, *, progress: Progress = no_progress
@@ -90,19 +80,19 @@ def validate(
     lm, crosscoders = model.language_model, list(model.crosscoders.values())
     known = protocols(crosscoders)
     basic = [known[name] for name in BASIC]
-    plan = _plan(lm, config)
+    whole, sample, others = _slices(lm, config)
     with _naming(f"data {config.data}"):
-        means = measure(lm, crosscoders, plan.whole.batches(), [], progress=progress).means
+        means = measure(lm, crosscoders, whole.batches(), [], progress=progress).means
         measure_rows = partial(measure, lm, crosscoders, means=means, progress=progress)
-        measured = measure_rows(plan.whole.batches(), known.values(), n_worst=config.n_worst)
+        measured = measure_rows(whole.batches(), known.values(), n_worst=config.n_worst)
     facts = measured.facts()
-    slices = [_slice_facts(plan.whole, facts, facts)]
-    for other in plan.others:
+    slices = [_slice_facts(whole, facts, facts)]
+    for other in others:
         with _naming(f"slice {other.name}"):
             slices.append(_slice_facts(other, measure_rows(other.batches(), basic).facts(), facts))
     controls = []
     if config.controls:
-        controls = measure_controls(lm, model.crosscoder, plan.sample, means, progress=progress)
+        controls = measure_controls(lm, model.crosscoder, sample, means, progress=progress)
     increase, equivalent = facts["protocols"][PROPAGATED]["cross_entropy_increase"], None
     if config.curve and increase is not None:
         equivalent = compute_equivalent(list(config.curve), increase) | {"curve": list(map(list, config.curve))}
@@ -110,7 +100,7 @@ def validate(
         "format": FORMAT,
         "version": VERSION,
         "model": _model_facts(model),
-        "data": {"source": config.data, "n_tokens": facts["n_tokens"], "about": plan.whole.about},
+        "data": {"source": config.data, "n_tokens": facts["n_tokens"], "about": whole.about},
         **{key: facts[key] for key in ("reconstruction", "original", "protocols")},
         "summary": _summary(measured, facts["protocols"]),
         "worst_tokens": measured.worst.facts(lm) if measured.worst else [],
@@ -127,14 +117,14 @@ def expected_tokens(model: ReplacementModel, config: ValidationConfig) -> int:
     Raises:
         ValueError: a source that cannot be opened.
     """
-    plan = _plan(model.language_model, config)
-    n = plan.whole.n_tokens * (len(protocols(list(model.crosscoders.values()))) + 2)
-    n += sum(other.n_tokens for other in plan.others) * (len(BASIC) + 1)
-    return n + _PASSES_OF_CONTROLS * plan.sample.n_tokens * config.controls
+    whole, sample, others = _slices(model.language_model, config)
+    n = whole.n_tokens * (len(protocols(list(model.crosscoders.values()))) + 2)
+    n += sum(other.n_tokens for other in others) * (len(BASIC) + 1)
+    return n + _PASSES_OF_CONTROLS * sample.n_tokens * config.controls
 
 
-def _plan(lm: LanguageModel, config: ValidationConfig) -> _Plan:
-    """Open every source."""
+def _slices(lm: LanguageModel, config: ValidationConfig) -> tuple[Slice, Slice, list[Slice]]:
+    """The whole stream, its start as a sample for the controls, and everything that the whole is compared with."""
 
     def opened(source: TokenSource, name: str, n_tokens: int) -> Slice:
         return stream(name, f"{source.name}, every token", source, lm, n_tokens=n_tokens)
@@ -147,7 +137,7 @@ def _plan(lm: LanguageModel, config: ValidationConfig) -> _Plan:
         with _naming(f"slice {name}"):
             others.append(opened(open_source(data, lm, context=config.context), name, config.slice_tokens))
     _check_names([WHOLE, *(other.name for other in others)])
-    return _Plan(opened(source, WHOLE, config.n_tokens), sample, others)
+    return opened(source, WHOLE, config.n_tokens), sample, others
 
 
 def _check_names(names: Sequence[str]) -> None:
