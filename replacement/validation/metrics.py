@@ -30,16 +30,24 @@ class ReferenceDistribution:
     def __init__(self, logits: Float[Tensor, "*B V"], *, dtype: torch.dtype = torch.float64) -> None:
         self.log_p = logits.to(dtype).log_softmax(dim=-1)
         self.p = self.log_p.exp()
-        self._negative_entropy = torch.where(self.p > 0, self.p * self.log_p, 0.0).sum(dim=-1)
+        self._negative_entropy = _expectation(self.p, self.log_p)
 
-    def kl(self, logits_q: Tensor) -> Tensor:
-        """`KL(p || q)` `[*B]` in nats, from logits `[*B, V]`; differentiable in the logits of q.
+    def kl(self, logits_q: Tensor, log_normaliser: Tensor) -> Tensor:
+        """`KL(p || q)` `[*B]` in nats, differentiable in the logits of q.
 
         A token with logit -inf costs nothing where p rules it out too, and an infinite KL elsewhere.
+
+        Args:
+            logits_q: logits `[*B, V]`.
+            log_normaliser: `log sum_v exp z_v` `[*B]` of these logits.
         """
-        z = logits_q.to(self.p.dtype)
-        cross = torch.where(self.p > 0, self.p * z, 0.0).sum(dim=-1)
-        return self._negative_entropy - cross + z.logsumexp(dim=-1)
+        return self._negative_entropy - _expectation(self.p, logits_q) + log_normaliser
+
+
+def _expectation(p: Tensor, values: Tensor) -> Tensor:
+    """`sum_v p_v x_v`, in which tokens of probability 0 do not count, even where x is infinite."""
+    result = torch.einsum("...v,...v->...", p, values)  # several times faster than (p * x).sum()
+    return result if bool(result.isfinite().all()) else torch.where(p > 0, p * values, 0.0).sum(dim=-1)
 
 
 def kl_divergence(logits_p: Tensor, logits_q: Tensor, *, dtype: torch.dtype = torch.float64) -> Float[Tensor, "*B"]:
@@ -55,7 +63,8 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor, *, dtype: torch.dtype = to
     """
     if logits_p.shape not in (logits_q.shape, logits_q.shape[-1:]):
         raise ValueError(f"expected two tensors of one shape, got {list(logits_p.shape)} and {list(logits_q.shape)}")
-    return ReferenceDistribution(logits_p, dtype=dtype).kl(logits_q)
+    z = logits_q.to(dtype)
+    return ReferenceDistribution(logits_p, dtype=dtype).kl(z, z.logsumexp(dim=-1))
 
 
 class Mean:

@@ -79,10 +79,12 @@ class ChangedOutput(NamedTuple):
 
 def compare(original: OriginalOutput, logits_BTV: Tensor) -> ChangedOutput:
     """KL, loss and prediction of a changed model."""
-    z_PV = logits_BTV[original.measured_BT].double()
-    loss_P = z_PV.logsumexp(dim=-1) - z_PV.gather(1, original.next_P.clamp(min=0)[:, None])[:, 0]
+    logits_PV = logits_BTV[original.measured_BT]
+    z_PV = logits_PV.double()
+    log_normaliser_P = z_PV.logsumexp(dim=-1)
+    loss_P = log_normaliser_P - z_PV.gather(1, original.next_P.clamp(min=0)[:, None])[:, 0]
     loss_P = loss_P.where(original.next_P >= 0, torch.nan)
-    return ChangedOutput(original.reference.kl(z_PV), loss_P, z_PV.argmax(dim=-1))
+    return ChangedOutput(original.reference.kl(z_PV, log_normaliser_P), loss_P, logits_PV.argmax(dim=-1))
 
 
 class OutputSums:
