@@ -17,6 +17,7 @@ from circuits.graph.influence import node_influence
 from circuits.graph.metadata import as_stored
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.pruning import prune
+from circuits.graph.rows import EdgeRow, NodeRow, Rows, find_node, top_edges, top_nodes
 from circuits.graph.scores import Scores, scores
 from circuits.graph.storage import load, save
 
@@ -84,6 +85,25 @@ class CircuitGraph:
     def influence(self) -> np.ndarray:
         """float64[N], share of the output that reaches each node through all paths."""
         return node_influence(self)
+
+    def top_nodes(self, count: int | None = 20) -> Rows[NodeRow]:
+        """The most influential nodes of all kinds, as rows; all of them for None."""
+        return top_nodes(self, count)
+
+    def features(self) -> Rows[NodeRow]:
+        """All features, the most influential first, as rows."""
+        return top_nodes(self, None, NodeKind.FEATURE)
+
+    def top_edges(self, count: int | None = 20) -> Rows[EdgeRow]:
+        """The most influential edges, as rows; all of them for None."""
+        return top_edges(self, count)
+
+    def node(self, name: str | int) -> NodeRow:
+        """One node: by the name of a feature (`2/345@7`, `attention:2/345@-1`), by id (`2_345_7`) or by number.
+
+        Raises `ValueError` for a node that the graph does not have.
+        """
+        return find_node(self, name, n_tokens=len(self.metadata["tokens"]))
 
     def prune(self, *, nodes: float = 0.8, edges: float = 0.98) -> CircuitGraph:
         """The smallest subgraph with that share of node influence, then of edge influence (see `circuits/graph/pruning.py`).

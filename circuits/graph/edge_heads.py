@@ -18,7 +18,7 @@ LISTED = 0.99
 """Share of an edge's summed head magnitudes that the listed heads hold."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EdgeHeads:
     """Heads of E edges as compressed rows, the strongest first: `weight = direct + sum of listed heads + rest`.
 
@@ -75,6 +75,9 @@ class EdgeHeads:
             head=(number % heads.shape[2]).astype(np.int16),
             weight=sorted_[keep].astype(np.float32),
         )
+
+    def __repr__(self) -> str:
+        return f"EdgeHeads({len(self.weight)} heads of {len(self)} edges)"
 
     def __len__(self) -> int:
         return len(self.direct)

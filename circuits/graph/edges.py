@@ -12,7 +12,7 @@ from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.nodes import NodeTable
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edges:
     """A[target, source] for E edges among N nodes; sources rise inside a row.
 
@@ -57,6 +57,9 @@ class Edges:
         indptr = np.zeros(n_nodes + 1, dtype=np.int64)
         np.cumsum(np.bincount(target.astype(np.int64), minlength=n_nodes), out=indptr[1:])
         return cls(indptr, source[order].astype(np.int32), weight[order].astype(np.float32))
+
+    def __repr__(self) -> str:
+        return f"Edges({len(self)} edges among {self.n_nodes} nodes)"
 
     def __len__(self) -> int:
         return len(self.source)

@@ -56,7 +56,7 @@ COLUMNS: dict[str, np.dtype] = {
 _DEFAULTS: dict[str, Any] = {"layer": -1, "index": -1}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NodeTable:
     """N nodes as read-only columns of length N. For an expanded node `value = sum of incoming edges + bias`.
 
@@ -121,6 +121,9 @@ class NodeTable:
             column = np.asarray(given.get(name, _DEFAULTS.get(name, 0)))
             arrays[name] = (np.full(n_nodes, column) if column.ndim == 0 else column).astype(dtype)
         return cls(**arrays, label=("",) * n_nodes if label is None else tuple(label))
+
+    def __repr__(self) -> str:
+        return f"NodeTable({len(self)} nodes)"
 
     def __len__(self) -> int:
         return len(self.label)
