@@ -97,7 +97,7 @@ def traced_tokens(model: ReplacementModel, graph: CircuitGraph) -> Tensor:
     facts, lm = graph.metadata, model.language_model
     if "token_ids" not in facts or "model_fingerprint" not in facts:
         raise ValueError("the graph does not name its model and tokens: expected one made by circuits.trace")
-    if facts["model_fingerprint"] != lm.fingerprint:
+    if not lm.has_fingerprint(facts["model_fingerprint"]):
         raise ValueError(f"the graph was traced in {facts['model']}, whose weights are not those of {lm.name}")
     linear = facts.get("attention", "linear") == "linear"
     if linear != (model.attention_crosscoder is None):

@@ -145,16 +145,15 @@ class BridgeParts:
             self._attention_weights = tuple(self._fold_attention(layer) for layer in range(self.shape.n_layers))
         return self._attention_weights
 
+    def drop_attention_weights(self) -> None:
+        """Free the folded weights, a second copy of a quarter of the model, until they are needed."""
+        self._attention_weights = None
+
     def query_key_weights(self, layer: int) -> QueryKeyWeights:
         """Query and key weights of one layer with the input norm folded in."""
         attention = self.bridge.blocks[layer].attn
-        original = attention.original_component
         b_Q, b_K = attention.b_Q, attention.b_K
-        native_scale = getattr(original, "scale", None)  # TransformerLens's own modules divide by it
-        scale = (
-            1 / float(native_scale) if native_scale else float(getattr(original, "scaling", self.shape.d_head**-0.5))
-        )
-        soft_cap = getattr(original, "attn_logit_softcapping", None) or getattr(original, "attn_scores_soft_cap", None)
+        scale, soft_cap = self.score_scale_and_cap(layer)
         norms = {path.rpartition(".")[2]: self.norm_weights(path) for path in self._head_norms(layer)}
         return QueryKeyWeights.fold(
             W_Q=attention.W_Q.detach(),
@@ -165,8 +164,16 @@ class BridgeParts:
             query_norm=norms.get("q_norm"),
             key_norm=norms.get("k_norm"),
             scale=scale,
-            soft_cap=float(soft_cap) if soft_cap and float(soft_cap) > 0 else None,
+            soft_cap=soft_cap,
         )
+
+    def score_scale_and_cap(self, layer: int) -> tuple[float, float | None]:
+        """Factor of the inner product of query and key, and the soft-cap of scores where the layer has one."""
+        original = self.bridge.blocks[layer].attn.original_component
+        native_scale = getattr(original, "scale", None)  # TransformerLens's own modules divide by it
+        scale = 1 / native_scale if native_scale else getattr(original, "scaling", self.shape.d_head**-0.5)
+        soft_cap = getattr(original, "attn_logit_softcapping", None) or getattr(original, "attn_scores_soft_cap", None)
+        return float(scale), float(soft_cap) if soft_cap and float(soft_cap) > 0 else None
 
     def query_key_hook_names(self, layer: int) -> set[str]:
         """Hooks that frozen queries and keys are made of and checked against, as far as this model has them."""
@@ -243,16 +250,19 @@ class BridgeParts:
 
     def norm_map(self, path: str) -> Callable[[Tensor], Tensor]:
         """A norm as a function of `[..., D]`: `c / sqrt(mean c^2 + epsilon) * weight + bias`, c = x centred or not."""
-        norm = self._component(path)
-        original = norm.original_component
-        epsilon = float(getattr(original, "variance_epsilon", getattr(original, "eps", norm.config.eps)))
-        weights = self.norm_weights(path)
+        epsilon, weights = self.norm_epsilon(path), self.norm_weights(path)
 
         def apply(x: Tensor) -> Tensor:
             c = x - x.mean(-1, keepdim=True) if weights.centred else x
             return c / (c.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * weights.weight_D + weights.bias_D
 
         return apply
+
+    def norm_epsilon(self, path: str) -> float:
+        """What a norm adds to the mean square."""
+        norm = self._component(path)
+        original = norm.original_component
+        return float(getattr(original, "variance_epsilon", getattr(original, "eps", norm.config.eps)))
 
     def mlp_map(self, layer: int, read: str) -> Callable[[Tensor], Tensor]:
         """The model's own map of rows `[B, D]` at a site in front of an MLP to `mlp_out`, norms included.

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from replacement.crosscoder.fingerprint import legacy_fingerprint
 from replacement.crosscoder.sites import ModelShape, Site
-from replacement.language_model.boot import boot, check_finite, fingerprint
+from replacement.language_model.boot import boot, check_finite
 from replacement.language_model.bridge_parts import BridgeParts, NamedHook
+from replacement.language_model.fingerprint import model_fingerprint
 from replacement.language_model.freezing import FrozenPrompt, freeze, freeze_query_key
 from replacement.language_model.queries_and_keys import FrozenQueryKey
 
@@ -42,7 +44,8 @@ class LanguageModel:
 
     Attributes:
         name: hub name or folder name; written into crosscoder checkpoints.
-        fingerprint: short digest of the weights, equal for every dtype they are loaded in.
+        fingerprint: digest `2:<16 hex>` of all that decides what the model computes (weights, buffers, activation functions,
+            settings), equal for weights loaded as bfloat16, float32 or float64; see `fingerprint.model_fingerprint`.
         tokenizer: a Hugging Face tokenizer, or None for a model without one.
         context_length: longest prompt in tokens.
     """
@@ -50,15 +53,23 @@ class LanguageModel:
     def __init__(self, bridge: TransformerBridge, *, name: str | None = None) -> None:
         """Wrap a bridge: `TransformerBridge.boot_transformers(...)` or `.boot_native(...)`.
 
+        In float32 and float64 a short prompt is rebuilt from its frozen parts, which `trace` relies on. In 16 bits that check
+        cannot be made: rounding is as large as an error would be.
+
         Raises:
-            ValueError: the architecture lacks a part that must be frozen, or a weight is not finite.
+            ValueError: the architecture cannot be linearised exactly, a weight is not finite, or the tokenizer begins, ends,
+                pads or replaces with a token that the model does not have.
         """
         self.name = name or str(bridge.cfg.model_name)
         check_finite(bridge, self.name)
         self.parts = BridgeParts(bridge.eval().requires_grad_(False))
         self.tokenizer: Any = bridge.tokenizer
         self.context_length = int(bridge.cfg.n_ctx)
-        self.fingerprint = fingerprint(bridge)
+        self._check_special_tokens()
+        if self.dtype in (torch.float32, torch.float64):
+            self.check_linearisable()
+            self.parts.drop_attention_weights()  # folded again when first needed: training never does
+        self.fingerprint = model_fingerprint(self.parts)
 
     @classmethod
     def from_pretrained(
@@ -71,6 +82,15 @@ class LanguageModel:
         """
         bridge, name = boot(name_or_folder, dtype=dtype, device=device)
         return cls(bridge, name=name)
+
+    @property
+    def legacy_fingerprint(self) -> str:
+        """What `fingerprint` was in earlier versions and their files: a digest of a sample of the parameters."""
+        return legacy_fingerprint(self.parts.bridge.named_parameters())
+
+    def has_fingerprint(self, recorded: str) -> bool:
+        """Whether a recorded fingerprint, of this or an earlier version, is this model's."""
+        return recorded == self.fingerprint or (":" not in recorded and recorded == self.legacy_fingerprint)
 
     @property
     def shape(self) -> ModelShape:
@@ -194,6 +214,16 @@ class LanguageModel:
     def vocabulary_size(self) -> int:
         """Number of tokens V in the embedding."""
         return int(self.parts.bridge.cfg.d_vocab)
+
+    def _check_special_tokens(self) -> None:
+        """Only tokens that end up in prompts count: some tokenizers list more (Gemma 3 one for images)."""
+        for name in ("bos", "eos", "pad", "unk") if self.tokenizer is not None else ():
+            token = getattr(self.tokenizer, f"{name}_token_id", None)
+            if token is not None and not 0 <= token < self.vocabulary_size:
+                raise ValueError(
+                    f"{self.name}: the tokenizer's {name} token has the id {token}, but the model's vocabulary ends at "
+                    f"{self.vocabulary_size - 1}: the tokenizer belongs to another model"
+                )
 
     def _refuse_unknown_words(self, prompt: str, ids: list[int], encoding: Any) -> None:
         unknown = self.tokenizer.unk_token_id
