@@ -1,10 +1,8 @@
 """Activation functions: which features are active, and with what value.
 
-B rows, F features per group, G groups, K kept per row, S active features.
-
-Each function works in two steps so that a dense `[B, F]` never needs a gradient: `select` picks (row, index) pairs from
-the pre-activations, `values` maps the S selected pre-activations to activations, differentiably. The objects are plain
-frozen values; what they learn or measure (thresholds) lives in the crosscoder as a tensor.
+Each function works in two steps, so that dense pre-activations `[B, F]` never need a gradient: `select` picks (row, index)
+pairs, `values` maps the S selected pre-activations to activations, differentiably. The objects are plain frozen values; what
+is learned or measured (thresholds) lives in the crosscoder as a tensor. K: features kept per row.
 """
 
 from __future__ import annotations
@@ -13,11 +11,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from replacement.crosscoder.checks import number, whole_number
+
+Matrix: TypeAlias = Float[Tensor, "B F"]
+Values: TypeAlias = Float[Tensor, " S"]
 
 
 class Selection(NamedTuple):
@@ -39,13 +42,13 @@ class Activation(ABC):
     chooses_by_row: ClassVar[bool] = False
     """Whether `select` looks at each row alone, so that rows may be given to it in chunks."""
 
-    @abstractmethod
     def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
         """Threshold to keep in the crosscoder: `[G, F]`, `[G, 1]`, or None for functions without one."""
+        return None
 
     @abstractmethod
     def select(
-        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+        self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
         """Choose the active features of one group.
 
@@ -53,27 +56,23 @@ class Activation(ABC):
             pre_BF: pre-activations; no gradient flows through the choice.
             threshold_F: the group's row of the threshold, `[F]` or `[1]`.
             training: choose for a training step (see each class).
-            group: which group the pre-activations are of.
+            group: number of the group, where groups keep different numbers of features.
         """
 
-    @abstractmethod
-    def values(self, pre_S: Float[Tensor, " S"], threshold_S: Tensor | None) -> Float[Tensor, " S"]:
-        """Activations of selected features from their pre-activations, differentiable in both arguments."""
+    def values(self, pre_S: Values, threshold_S: Tensor | None) -> Values:
+        """Activations of selected features from their pre-activations, differentiable in both arguments: `max(h, 0)`."""
+        return torch.relu(pre_S)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON value: the name and the parameters."""
         return {"name": self.name, **asdict(self)}
 
-    def check_fits(self, n_features: int) -> None:
-        """Check that the function can act on groups of `n_features` features.
+    def check_fits(self, n_groups: int, n_features: int) -> None:  # noqa: B027 - nothing to check for most
+        """Check that the function can act on this many groups of `n_features` features each.
 
         Raises:
-            ValueError: more features are kept than a group has.
+            ValueError: more features are kept than a group has, or k is given for another number of groups.
         """
-        k = asdict(self).get("k", 1)
-        most = max(k) if isinstance(k, tuple) else k
-        if most > n_features:
-            raise ValueError(f"{self.name} keeps k={most} features, but a group has only {n_features}")
 
 
 @dataclass(frozen=True)
@@ -83,19 +82,11 @@ class ReLU(Activation):
     name: ClassVar[str] = "relu"
     chooses_by_row: ClassVar[bool] = True
 
-    def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
-        """None."""
-        return None
-
     def select(
-        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+        self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
         """Features with a positive pre-activation."""
         return Selection(*torch.nonzero(pre_BF > 0, as_tuple=True))
-
-    def values(self, pre_S: Float[Tensor, " S"], threshold_S: Tensor | None) -> Float[Tensor, " S"]:
-        """`max(h, 0)`."""
-        return torch.relu(pre_S)
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ class JumpReLU(Activation):
     features just below their threshold: their activation is 0, their gradient is not.
 
     Raises:
-        ValueError: negative threshold or bandwidth not above 0.
+        ValueError: a threshold or bandwidth that is no number, negative (the bandwidth also 0) or above 1e18.
     """
 
     name: ClassVar[str] = "jumprelu"
@@ -120,57 +111,61 @@ class JumpReLU(Activation):
     """Width of the window around the threshold that trains it, in units of the pre-activation."""
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ValueError(f"the jumprelu threshold must be 0 or more, got {self.threshold}")
-        if not self.bandwidth > 0:
-            raise ValueError(f"the jumprelu bandwidth must be above 0, got {self.bandwidth}")
+        number("the jumprelu threshold", self.threshold)
+        number("the jumprelu bandwidth", self.bandwidth, positive=True)
 
     def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
         """`[G, F]`, every entry `threshold`."""
-        return torch.full((n_groups, n_features), self.threshold)
+        return torch.full((n_groups, n_features), float(self.threshold))
 
     def select(
-        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+        self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
         """Features above their threshold; in training also those inside the window below it."""
         assert threshold_F is not None
         floor_F = threshold_F - self.bandwidth / 2 if training else threshold_F
         return Selection(*torch.nonzero(pre_BF > floor_F, as_tuple=True))
 
-    def values(self, pre_S: Float[Tensor, " S"], threshold_S: Tensor | None) -> Float[Tensor, " S"]:
+    def values(self, pre_S: Values, threshold_S: Tensor | None) -> Values:
         """`h * 1[h > theta]`, with the straight-through gradient to theta."""
         assert threshold_S is not None
         return _Jump.apply(pre_S, threshold_S, self.bandwidth)
 
 
 @dataclass(frozen=True)
-class TopK(Activation):
-    """The k largest pre-activations of every group and row, where positive (Gao et al. 2024).
-
-    Raises:
-        ValueError: k below 1.
-    """
-
-    name: ClassVar[str] = "topk"
-    chooses_by_row: ClassVar[bool] = True
+class _KeepsLargest(Activation):
+    """An activation function that keeps the k largest pre-activations."""
 
     k: int | tuple[int, ...]
     """Features kept per row: in every group, or one number for each group."""
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        if self.k == ():
+            raise ValueError("k must be a whole number, or one for each group; got ()")
+        for k in self.k if isinstance(self.k, tuple) else (self.k,):
+            whole_number("k", k, least=1)
 
-    def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
-        """None.
+    def check_fits(self, n_groups: int, n_features: int) -> None:
+        if isinstance(self.k, tuple) and len(self.k) != n_groups:
+            raise ValueError(f"{self.name} has k for {len(self.k)} groups, the wiring has {n_groups}")
+        largest = max(self.k) if isinstance(self.k, tuple) else self.k
+        if largest > n_features:
+            raise ValueError(f"{self.name} keeps k={largest} features, but a group has only {n_features}")
 
-        Raises:
-            ValueError: one k per group is given, but not for as many groups.
-        """
-        _check_one_k_per_group(self, n_groups)
-        return None
+
+@dataclass(frozen=True)
+class TopK(_KeepsLargest):
+    """The k largest pre-activations of every group and row, where positive (Gao et al. 2024).
+
+    Raises:
+        ValueError: k is no whole number of 1 or more.
+    """
+
+    name: ClassVar[str] = "topk"
+    chooses_by_row: ClassVar[bool] = True
 
     def select(
-        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+        self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
         """The k largest of each row, without those that are not positive."""
         value_BK, index_BK = _largest(pre_BF, k_of(self, group))
@@ -178,45 +173,33 @@ class TopK(Activation):
         row_S, column_S = torch.nonzero(value_BK.gather(1, order_BK) > 0, as_tuple=True)
         return Selection(row_S, index_BK[row_S, column_S])
 
-    def values(self, pre_S: Float[Tensor, " S"], threshold_S: Tensor | None) -> Float[Tensor, " S"]:
-        """`max(h, 0)`."""
-        return torch.relu(pre_S)
-
 
 @dataclass(frozen=True)
-class BatchTopK(Activation):
+class BatchTopK(_KeepsLargest):
     """The `k * B` largest pre-activations of a whole batch, where positive (Bussmann et al. 2024, "BatchTopK").
 
-    Training chooses over the batch and records a running mean of the smallest activation kept; inference uses that
-    value as a fixed threshold, so that a row does not depend on the others.
+    Training chooses over the batch (k is then the mean number of features per row) and records a running mean of the smallest
+    activation kept; inference uses that value as a fixed threshold, so that a row does not depend on the others.
 
     Raises:
-        ValueError: k below 1, or a momentum outside (0, 1].
+        ValueError: k is no whole number of 1 or more, or the momentum lies outside (0, 1].
     """
 
     name: ClassVar[str] = "batchtopk"
 
-    k: int | tuple[int, ...]
-    """Features kept per row, on average over the batch: in every group, or one number for each group."""
     momentum: float = 0.01
     """Weight of the newest batch in the running threshold."""
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
-        if not 0 < self.momentum <= 1:
-            raise ValueError(f"the batchtopk momentum must be above 0 and at most 1, got {self.momentum}")
+        super().__post_init__()
+        number("the batchtopk momentum", self.momentum, positive=True, largest=1.0)
 
     def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
-        """`[G, 1]`, zero: before training every positive feature is active, as in a ReLU.
-
-        Raises:
-            ValueError: one k per group is given, but not for as many groups.
-        """
-        _check_one_k_per_group(self, n_groups)
+        """`[G, 1]`, zero: before training every positive feature is active, as in a ReLU."""
         return torch.zeros(n_groups, 1)
 
     def select(
-        self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+        self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
         """In training the `k * B` largest of the batch, and ties; otherwise all above the recorded threshold."""
         assert threshold_F is not None
@@ -224,10 +207,6 @@ class BatchTopK(Activation):
             return Selection(*torch.nonzero(pre_BF > threshold_F.clamp(min=0), as_tuple=True))
         # Equal values (of equal rows, say) are kept or left together, however the batch is split.
         return Selection(*_largest_of_all(pre_BF, k_of(self, group) * len(pre_BF)))
-
-    def values(self, pre_S: Float[Tensor, " S"], threshold_S: Tensor | None) -> Float[Tensor, " S"]:
-        """`max(h, 0)`."""
-        return torch.relu(pre_S)
 
     def next_threshold(self, threshold_1: Tensor, acts_S: Tensor) -> Tensor:
         """Running mean of the smallest activation kept, after one more training batch of one group.
@@ -251,17 +230,18 @@ def activation_from_dict(value: Mapping[str, Any]) -> Activation:
     Raises:
         ValueError: unknown name, or parameters the function does not have.
     """
-    kinds = {kind.name: kind for kind in (ReLU, JumpReLU, TopK, BatchTopK)}
-    parameters = dict(value)
-    name = parameters.pop("name", None)
-    if name not in kinds:
-        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(kinds)}")
-    expected = [field.name for field in fields(kinds[name])]
-    if set(parameters) - set(expected) or (name in ("topk", "batchtopk") and "k" not in parameters):
-        raise ValueError(f"activation {name} has the parameters {expected}, got {sorted(parameters)}")
+    kinds: dict[str, type[Activation]] = {kind.name: kind for kind in (ReLU, JumpReLU, TopK, BatchTopK)}
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or value["name"] not in kinds:
+        name = value.get("name") if isinstance(value, Mapping) else value
+        raise ValueError(f"unknown activation {name!r:.50}: expected one of {', '.join(kinds)}")
+    parameters = {name: given for name, given in value.items() if name != "name"}
+    kind = kinds[value["name"]]
+    expected = [field.name for field in fields(kind)]
+    if set(parameters) - set(expected) or ("k" in expected and "k" not in parameters):
+        raise ValueError(f"activation {kind.name} has the parameters {expected}, got {sorted(parameters)}")
     if isinstance(parameters.get("k"), list):  # JSON has no tuples
         parameters["k"] = tuple(parameters["k"])
-    return kinds[name](**parameters)
+    return kind(**parameters)
 
 
 class _Jump(torch.autograd.Function):
@@ -281,11 +261,11 @@ class _Jump(torch.autograd.Function):
 
 
 def _blocks(x_BF: Tensor, k: int) -> Tensor:
-    """A view `[B, C, N]` of rows as N blocks of C columns, for searches of the k largest per row.
+    """View rows `[B, F]` as blocks of columns, `[B, C, N]`: block n holds the C columns n, n + N, n + 2N, ...
 
-    The k largest lie in the k blocks with the largest maxima, so only those need to be searched; the size makes the
-    search among maxima and the search in blocks about equally long. Block j holds the columns j, j + N, j + 2N, ...:
-    maxima are then taken over whole vectors.
+    The k largest entries of a row lie in the k blocks with the largest maxima, so only those need to be searched. The block
+    size makes the search among maxima and the search inside blocks about equally long; the interleaved columns let maxima be
+    taken over whole vectors.
     """
     n_columns = x_BF.shape[1]
     size = math.gcd(n_columns, 2 ** round(math.log2(max(1, n_columns / k)) / 2))
@@ -293,7 +273,7 @@ def _blocks(x_BF: Tensor, k: int) -> Tensor:
 
 
 def _largest(x_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row and their columns, `[B, k]` each, in no order."""
+    """The k largest entries of each row and their columns, `[B, K]` each, unsorted."""
     blocks_BCN = _blocks(x_BF, k)
     _, size, n_blocks = blocks_BCN.shape
     if size < 4:
@@ -304,11 +284,10 @@ def _largest(x_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return value_BK, place_BK // k * n_blocks + block_BK.gather(1, place_BK % k)
 
 
-def _largest_of_all(x_BF: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _largest_of_all(x_BF: Tensor, n: int) -> tuple[Tensor, ...]:
     """Rows and columns of the n largest entries, where positive, and of all that equal the smallest of them."""
     if not n:  # no rows
-        row_S, column_S = torch.nonzero(x_BF, as_tuple=True)
-        return row_S, column_S
+        return torch.nonzero(x_BF, as_tuple=True)
     # The n-th largest maximum of a block is no larger than the n-th largest entry.
     bound = _nth_largest(_blocks(x_BF, n // len(x_BF)).amax(dim=1).flatten(), n)
     row_S, column_S = torch.nonzero(x_BF >= bound if bool(bound > 0) else x_BF > 0, as_tuple=True)
@@ -321,14 +300,3 @@ def _largest_of_all(x_BF: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 def _nth_largest(x: Tensor, n: int) -> Tensor:
     return x.kthvalue(len(x) - n + 1).values
-
-
-def _check_k(given: int | tuple[int, ...]) -> None:
-    for k in given if isinstance(given, tuple) else (given,):
-        if not (isinstance(k, int) and k >= 1):
-            raise ValueError(f"k must be a whole number of at least 1, got {k}")
-
-
-def _check_one_k_per_group(activation: TopK | BatchTopK, n_groups: int) -> None:
-    if isinstance(activation.k, tuple) and len(activation.k) != n_groups:
-        raise ValueError(f"{activation.name} has k for {len(activation.k)} groups, the wiring has {n_groups}")

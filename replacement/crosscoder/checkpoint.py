@@ -1,15 +1,13 @@
 """Native checkpoints: a folder with `config.json` (what the crosscoder is) and `crosscoder.safetensors` (its tensors).
 
-Saving writes a temporary folder next to the target and renames it, so a reader never meets half a checkpoint. Loading
-checks names, shapes and values, and every failure is one ValueError that names the file.
+A checkpoint appears whole or not at all (`files.atomic_folder`). Both files carry a digest, so that a changed byte in either is
+found on loading; names, shapes and values are checked besides, and every failure is one ValueError that names the file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from replacement.crosscoder.activation import activation_from_dict
+from replacement.crosscoder.checks import finite_values, float_dtype
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape
 from replacement.crosscoder.wiring import HasShape, Wiring
+from replacement.files import atomic_folder
 
 FORMAT = "crosstrace crosscoder"
-VERSION = 1
+VERSION = 2
+"""2 added `tensors_sha256` and `config_sha256`; checkpoints of version 1 are read without digests."""
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "crosscoder.safetensors"
+DIGESTS = ("tensors_sha256", "config_sha256")
+"""Digests of the tensor file, and of the entries of the configuration apart from this one."""
 ENTRIES = (
     "model_name",
     "model_fingerprint",
@@ -57,37 +60,48 @@ def save(
         training: anything worth recording about the training run (JSON values).
 
     Raises:
-        ValueError: the folder holds something else, or the crosscoder holds NaN or infinite values.
+        ValueError: the folder holds something else or cannot be written, an unsuitable dtype, or weights that hold NaN,
+            infinity or magnitudes above 1e18 in that dtype.
         TypeError: `training` holds values JSON cannot express.
     """
     target = Path(folder)
-    _check_replaceable(target)
-    crosscoder.check_finite()
-    config = json.dumps(_config(crosscoder, dtype, dict(training or {})), indent=1)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        tensors = {name: value.to("cpu", dtype).contiguous() for name, value in crosscoder.state_dict().items()}
+    float_dtype("the dtype of a checkpoint", dtype)
+    if training is not None and not isinstance(training, Mapping):
+        raise ValueError(f"training must be a mapping of JSON values, got {training!r:.50}")
+    if (target / CONFIG_FILE).is_file():
+        _read_json(target / CONFIG_FILE)
+    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in crosscoder.state_dict().items()}
+    for name, value in tensors.items():
+        finite_values(f"the tensor {name}", value)
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model_name": crosscoder.model_name,
+        "model_fingerprint": crosscoder.model_fingerprint,
+        **crosscoder.settings(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "training": dict(training or {}),
+    }
+    config = json.loads(json.dumps(config))  # as it will be read: JSON has no tuples, and only texts as keys
+    with atomic_folder(target, replaces=(CONFIG_FILE, TENSOR_FILE)) as scratch:
         save_file(tensors, scratch / TENSOR_FILE)
-        (scratch / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        scratch.chmod(0o755)  # mkdtemp makes private folders, safetensors private files
-        (scratch / TENSOR_FILE).chmod(0o644)
-        _swap(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        config["tensors_sha256"] = _digest_of_file(scratch / TENSOR_FILE)
+        config["config_sha256"] = _digest_of_entries(config)
+        (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Crosscoder:
     """Read a checkpoint folder into a crosscoder in evaluation mode.
 
     Raises:
-        ValueError: names the file and says what is wrong: missing, not JSON, another format, a newer version, a damaged
-            tensor file, missing, unexpected or misshapen tensors, or NaN and infinite values.
+        ValueError: an unsuitable dtype or device; or names the file and says what is wrong: missing, not JSON, another format,
+            a newer version, other content than was saved, missing, unexpected or misshapen tensors, values that are no
+            floats, NaN, infinite or above 1e18.
     """
-    path = Path(folder) / TENSOR_FILE
-    crosscoder = _from_config(read_config(folder), Path(folder) / CONFIG_FILE, dtype)
-    tensors = _read_tensors(path, device)
-    expected = crosscoder.state_dict()
+    float_dtype("the dtype of a crosscoder", dtype)
+    config, path = read_config(folder), Path(folder) / TENSOR_FILE
+    crosscoder = _described(config, Path(folder) / CONFIG_FILE, dtype)
+    tensors, expected = _read_tensors(path), crosscoder.state_dict()
     for problem, names in (("lacks", expected.keys() - tensors.keys()), ("has", tensors.keys() - expected.keys())):
         if names:
             verb = "the tensor" if problem == "lacks" else "an unexpected tensor"
@@ -96,38 +110,38 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
         if value.shape != expected[name].shape:
             shapes = f"expected {list(expected[name].shape)}, got {list(value.shape)}"
             raise ValueError(f"{path}: the tensor {name} has the wrong shape: {shapes}")
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{path}: the tensor {name} holds NaN or infinite values")
-    crosscoder.to(device)
-    crosscoder.load_state_dict(tensors)
-    return crosscoder.eval()
+        float_dtype(f"{path}: the dtype of the tensor {name}", value.dtype)
+        tensors[name] = value.to(dtype, copy=True)  # into aligned memory: sums are then the same as before saving
+        finite_values(f"{path}: the tensor {name}", tensors[name])
+    if config["version"] > 1 and _digest_of_file(path) != config["tensors_sha256"]:
+        raise ValueError(f"{path} is damaged: its digest is not the one recorded in {CONFIG_FILE}")
+    crosscoder.load_state_dict(tensors, assign=True)
+    try:
+        return crosscoder.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot load a crosscoder to the device {str(device)!r:.50}: {error}") from error
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Read and check `config.json` of a checkpoint folder, without the weights.
 
     Raises:
-        ValueError: the folder or file is missing, not JSON, of another format, or of a newer version.
+        ValueError: the folder or file is missing, not JSON, of another format, of a newer version, or changed since saving.
     """
     path = Path(folder) / CONFIG_FILE
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder: expected a crosscoder checkpoint")
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {folder} is not a crosscoder checkpoint")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        given = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} is no crosscoder checkpoint: expected format {FORMAT!r}, got {given!r}")
-    if not isinstance(config.get("version"), int) or config["version"] > VERSION:
-        raise ValueError(
-            f"{path} has format version {config.get('version')!r}; this library reads versions up to {VERSION}"
-        )
-    missing = [entry for entry in ENTRIES if entry not in config]
+    config = _read_json(path)
+    version = config.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"{path} has format version {version!r:.50}; this library reads versions up to {VERSION}")
+    missing = [entry for entry in (*ENTRIES, *(DIGESTS if version > 1 else ())) if entry not in config]
     if missing:
         raise ValueError(f"{path} lacks the entry {missing[0]!r}")
+    if version > 1 and _digest_of_entries(config) != config["config_sha256"]:
+        raise ValueError(f"{path} is damaged or was edited: its entries do not have the digest recorded in it")
     return config
 
 
@@ -155,68 +169,49 @@ def check_fits(crosscoder: Crosscoder, model: ModelShape | HasShape) -> None:
         raise ValueError(f"this crosscoder was trained on {crosscoder.model_name!r}, the model is {name!r}")
 
 
-def _config(crosscoder: Crosscoder, dtype: torch.dtype, training: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model_name": crosscoder.model_name,
-        "model_fingerprint": crosscoder.model_fingerprint,
-        **crosscoder.settings(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "training": training,
-    }
-
-
-def _from_config(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> Crosscoder:
+def _described(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> Crosscoder:
+    """The crosscoder that a configuration describes, without memory for its tensors."""
     try:
-        return Crosscoder(
-            Wiring.from_dict(config["wiring"]),
-            n_features=config["n_features"],
-            activation=activation_from_dict(config["activation"]),
-            tied=config["tied"],
-            skip=config["skip"],
-            dtype=dtype,
-            model_name=config["model_name"],
-            model_fingerprint=config["model_fingerprint"],
-            undecomposed_positions=config["undecomposed_positions"],
-            seed=0,
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, MemoryError) as error:
+        with torch.device("meta"):
+            return Crosscoder(
+                Wiring.from_dict(config["wiring"]),
+                activation=activation_from_dict(config["activation"]),
+                dtype=dtype,
+                **{
+                    name: config[name]
+                    for name in (*ENTRIES[:2], "n_features", "tied", "skip", "undecomposed_positions")
+                },
+            )
+    except ValueError as error:
         raise ValueError(f"{path} does not describe a crosscoder: {error}") from None
 
 
-def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        given = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path} is no crosscoder checkpoint: expected format {FORMAT!r}, got {given!r:.50}")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
 
 
-def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"{target} is a file: expected a folder to save the crosscoder in")
-    if any(target.iterdir()):
-        foreign = sorted({entry.name for entry in target.iterdir()} - {CONFIG_FILE, TENSOR_FILE})
-        if foreign:
-            raise ValueError(f"{target} holds {foreign[0]!r}, which is no part of a checkpoint; choose another folder")
-        read_config(target)
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _swap(scratch: Path, target: Path) -> None:
-    """Put the new folder in the target's place; a filled folder cannot be renamed over, so the old one steps aside."""
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(scratch, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.replace(target, old)
-    try:
-        os.replace(scratch, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old)
+def _digest_of_entries(config: Mapping[str, Any]) -> str:
+    entries = {name: value for name, value in config.items() if name != "config_sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,5 @@
 """The crosscoder: encoder, activation function and sparse decoder over a wiring.
 
-B rows (token positions), D site width, F features per group, G groups, W written sites of a group, S active features.
-
     h_g = sum_{r in reads(g)} x_r W_enc[g, r]^T + b_enc[g]        pre-activations
     a_g = f(h_g)                                                  activations, kept sparse
     y_w = sum_{g writes w} (a_g W_dec[g, w] + sum_r x_r W_skip[g, r, w]^T) + b_dec[w]
@@ -21,13 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from replacement.crosscoder.activation import BatchTopK
+from replacement.crosscoder.checks import finite_values
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.sparse import Block, Pattern, add_blocks, dots, with_encoder_gradient
 from replacement.crosscoder.weights import CrosscoderWeights
 
-# Few enough for the pre-activations to stay in a cache, enough for a fast matrix product. Accelerators get more.
 _ROWS_AT_ONCE = 512
+"""Few enough for the pre-activations to stay in a cache, enough for a fast matrix product. Accelerators get more."""
 
 
 class CrosscoderOutput(NamedTuple):
@@ -57,9 +56,12 @@ class Crosscoder(CrosscoderWeights):
             inputs: activations `[B, D]` of (at least) the sites the group reads.
 
         Raises:
-            ValueError: a site is missing or has another width.
+            ValueError: a site is missing, or its activations have another width, dtype, device or number of rows.
         """
-        weights, reads = self.encoders(group), self._reads(inputs, group)
+        return self._dense_pre_activations(self._reads(inputs, group), group)
+
+    def _dense_pre_activations(self, reads: list[Tensor], group: int) -> Tensor:
+        weights = self.encoders(group)
         pre_BF = functional.linear(reads[0], weights[0], self.b_enc[group])
         for weight_FD, x_BD in zip(weights[1:], reads[1:], strict=True):
             pre_BF = torch.addmm(pre_BF, x_BD, weight_FD.T)
@@ -74,7 +76,8 @@ class Crosscoder(CrosscoderWeights):
                 have no features.
 
         Raises:
-            ValueError: a site is missing or has another width.
+            ValueError: a site is missing, or its activations have another width, dtype, device or number of rows, or hold
+                NaN or infinity; positions that are not one int64 number for each row.
         """
         parts = [self.encode_group(group, inputs, positions=positions) for group in range(self.n_groups)]
         return Features.concatenate(parts)
@@ -83,44 +86,45 @@ class Crosscoder(CrosscoderWeights):
         self, group: int, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None
     ) -> Features:
         """Active features of one group, for running a model layer by layer; see `encode`."""
+        reads = self._reads(inputs, group)
+        for site, x_BD in zip(self.wiring.reads[group], reads, strict=True):
+            finite_values(f"the input at {site}", x_BD)  # NaN exceeds no threshold: it would look like no features
         with torch.no_grad():
-            row_S, index_S, pre_S = self._select(inputs, group)
+            row_S, index_S, pre_S = self._select(reads, group)
             if self.undecomposed_positions:
-                where_S = row_S if positions is None else positions[row_S]
-                keep_S = where_S >= self.undecomposed_positions
+                position_S = row_S if positions is None else _checked(positions, len(reads[0]))[row_S]
+                keep_S = position_S >= self.undecomposed_positions
                 row_S, index_S, pre_S = row_S[keep_S], index_S[keep_S], pre_S[keep_S]
         pre_S = self.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_S)
         threshold_S = None if self.threshold is None else self.threshold[group].expand(self.n_features)[index_S]
         acts_S = self.activation.values(pre_S, threshold_S)
-        # Only a training step moves the threshold, not a look at what the crosscoder would do.
+        # Only a training step moves the threshold; encoding without gradients does not.
         records = self.training and torch.is_grad_enabled()
         if records and isinstance(self.activation, BatchTopK) and self.threshold is not None:
             with torch.no_grad():
                 self.threshold[group] = self.activation.next_threshold(self.threshold[group], acts_S)
-        return self._features(group, row_S, index_S, acts_S, n_rows=len(self._reads(inputs, group)[0]))
+        sizes = (len(reads[0]), self.n_groups, self.n_features)
+        return Features(torch.full_like(row_S, group), row_S, index_S, acts_S, *sizes)
 
-    def _select(self, inputs: Mapping[Site, Tensor], group: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, reads: list[Tensor], group: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, indices and pre-activations of a group's active features.
 
-        Where every row is chosen alone, rows are worked on in chunks: pre-activations are read while they are still in
-        a cache, and no `[B, F]` exists.
+        Where the choice in each row depends on that row alone, rows are processed in chunks: pre-activations are read while
+        they are still in a cache, and dense pre-activations `[B, F]` of all rows never exist.
         """
-        reads = dict(zip(self.wiring.reads[group], self._reads(inputs, group), strict=True))
-        n_rows = max(1, len(next(iter(reads.values()))))
-        at_once = _ROWS_AT_ONCE * (1 if self.device.type == "cpu" else 16)
-        step = at_once if self.activation.chooses_by_row else n_rows
+        n_rows = max(1, len(reads[0]))
+        chunk = _ROWS_AT_ONCE * (1 if self.device.type == "cpu" else 16)
+        step = chunk if self.activation.chooses_by_row else n_rows
         threshold_F = None if self.threshold is None else self.threshold[group]
         parts = []
         for begin in range(0, n_rows, step):
-            pre_CF = self.pre_activations({site: x_BD[begin : begin + step] for site, x_BD in reads.items()}, group)
+            pre_CF = self._dense_pre_activations([x_BD[begin : begin + step] for x_BD in reads], group)
             row_S, index_S = self.activation.select(pre_CF, threshold_F, training=self.training, group=group)
             parts.append((row_S + begin, index_S, pre_CF[row_S, index_S]))
         row_S, index_S, pre_S = (torch.cat(column) for column in zip(*parts, strict=True))
-        if pre_S.dtype != self.dtype:  # autocast: bfloat16 has chosen, the chosen few are computed again
+        if pre_S.dtype != self.dtype:  # autocast: features were chosen in bfloat16; their values are computed again
             pattern = Pattern.of(row_S, index_S, n_rows)
-            products = [
-                dots(x_BD, w_FD, pattern) for x_BD, w_FD in zip(reads.values(), self.encoders(group), strict=True)
-            ]
+            products = [dots(x_BD, w_FD, pattern) for x_BD, w_FD in zip(reads, self.encoders(group), strict=True)]
             pre_S = sum(products, start=self.b_enc[group][index_S])
         return row_S, index_S, pre_S
 
@@ -133,7 +137,7 @@ class Crosscoder(CrosscoderWeights):
         *,
         pre_S: Float[Tensor, " S"],
     ) -> Float[Tensor, " S"]:
-        """Give chosen pre-activations their gradients to inputs and weights, without a dense backward pass.
+        """Attach to chosen pre-activations their gradients to inputs and weights, without a dense backward pass.
 
         Args:
             row_S, index_S: chosen (row, feature index) pairs.
@@ -145,13 +149,9 @@ class Crosscoder(CrosscoderWeights):
             bias_F = None
         return pre_S
 
-    def _features(self, group: int, row_S: Tensor, index_S: Tensor, acts_S: Tensor, *, n_rows: int) -> Features:
-        group_S = torch.full_like(row_S, group)
-        return Features(group_S, row_S, index_S, acts_S, n_rows, self.n_groups, self.n_features)
-
     def decode(self, features: Features) -> dict[Site, Tensor]:
         """Reconstruction `[B, D]` of every written site from the features, with `b_dec` and without skip terms."""
-        sums = self.decode_contribution(features)  # nobody else's: the biases need no second set of outputs
+        sums = self.decode_contribution(features)  # new tensors, so that biases can be added in place
         return {s: sums[s].add_(bias_D) for s, bias_D in zip(self.wiring.write_sites, self.b_dec, strict=True)}
 
     def decode_contribution(
@@ -160,14 +160,17 @@ class Crosscoder(CrosscoderWeights):
         """Partial sums `sum_g a_g W_dec[g, w]`, `[B, D]`, without biases.
 
         Args:
-            groups: groups to add up, all by default; a forward pass can so add group by group.
+            groups: groups to add up, all by default; one at a time in a forward pass that goes layer by layer.
             sites: written sites to compute, all that these groups write by default.
 
         Raises:
-            ValueError: features of another number of groups or features, or a site that no such group writes.
+            ValueError: features of another number of groups or features, of another dtype or device, a group that does not
+                exist, or a site that none of the groups writes.
         """
         self._check_features(features)
         chosen = tuple(range(self.n_groups) if groups is None else groups)
+        for group in chosen:
+            self._check_group(group)
         wanted = None if sites is None else set(sites)
         written = {site for group in chosen for site in self.wiring.writes[group]}
         if wanted is not None and wanted - written:
@@ -210,20 +213,42 @@ class Crosscoder(CrosscoderWeights):
         return CrosscoderOutput(outputs, features)
 
     def _reads(self, inputs: Mapping[Site, Tensor], group: int) -> list[Tensor]:
+        """Activations of the sites a group reads."""
+        self._check_group(group)
+        reads: list[Tensor] = []
         for site in self.wiring.reads[group]:
             if site not in inputs:
                 raise ValueError(
                     f"group {group} reads {site}, but the inputs hold {', '.join(map(str, inputs)) or 'none'}"
                 )
-            width, shape = self.wiring.width(site), tuple(inputs[site].shape)
+            x_BD = inputs[site]
+            width, shape = self.wiring.width(site), tuple(x_BD.shape)
             if len(shape) != 2 or shape[1] != width:
                 raise ValueError(f"the input at {site} must have shape [rows, {width}], got {list(shape)}")
-        return [inputs[site] for site in self.wiring.reads[group]]
+            if reads and len(x_BD) != len(reads[0]):
+                raise ValueError(f"the input at {site} has {len(x_BD)} rows, that of other sites {len(reads[0])}")
+            self._check_kind(f"the input at {site}", x_BD)
+            reads.append(x_BD)
+        return reads
+
+    def _check_kind(self, name: str, values: Tensor) -> None:
+        if values.dtype != self.dtype or values.device != self.device:
+            raise ValueError(
+                f"{name} holds {values.dtype} on {values.device}, the weights are {self.dtype} on {self.device}"
+            )
 
     def _check_features(self, features: Features) -> None:
-        given, own = (features.n_groups, features.n_features), (self.n_groups, self.n_features)
-        if given != own:
+        given, expected = (features.n_groups, features.n_features), (self.n_groups, self.n_features)
+        if given != expected:
             raise ValueError(
-                f"this crosscoder has {own[0]} groups of {own[1]} features; the features given come from "
+                f"this crosscoder has {expected[0]} groups of {expected[1]} features; the features given come from "
                 f"{given[0]} groups of {given[1]}"
             )
+        self._check_kind("the column activation of the features", features.activation)
+
+
+def _checked(positions_B: Tensor, n_rows: int) -> Tensor:
+    if positions_B.dtype != torch.int64 or positions_B.shape != (n_rows,):
+        given = f"{positions_B.dtype} {list(positions_B.shape)}"
+        raise ValueError(f"positions must be one torch.int64 number for each of {n_rows} rows, got {given}")
+    return positions_B

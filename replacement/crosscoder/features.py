@@ -1,7 +1,7 @@
-"""Sparse active features. S active features, B rows, F features per group, G groups.
+"""Active features of a batch, as a sparse table.
 
 A row is a token position when a prompt is encoded, and any token when training. The table is columnar and sorted by
-(group, row, index), so one group is a slice and its rows are CSR ranges; no dense `[B, G, F]` exists.
+(group, row, index), so one group is a slice and its rows are CSR ranges; dense activations `[B, G, F]` never exist.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from replacement.crosscoder.checks import finite_values, float_dtype, indices
+
+_COLUMNS = ("group", "row", "index", "activation")
+
 
 @dataclass(frozen=True, eq=False)
 class Features:
@@ -22,7 +26,7 @@ class Features:
     Build one with `Features.from_unsorted` unless the columns are known to be sorted.
 
     Raises:
-        ValueError: columns of different lengths.
+        ValueError: columns that are not 1-D, of one length, and of int64 numbers (the activations: of floats).
     """
 
     group: Int[Tensor, " S"]
@@ -41,9 +45,13 @@ class Features:
     """Features per group F."""
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in ("group", "row", "index", "activation")}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"the columns of Features must have one length, got {lengths}")
+        float_dtype("the column activation of Features", self.activation.dtype)
+        for name in ("group", "row", "index"):
+            if (dtype := getattr(self, name).dtype) != torch.int64:
+                raise ValueError(f"the column {name} of Features must hold torch.int64, got {dtype}")
+        shapes = {name: list(getattr(self, name).shape) for name in _COLUMNS}
+        if any(shape != [len(self)] for shape in shapes.values()):
+            raise ValueError(f"the columns of Features must be 1-D and have one length, got {shapes}")
 
     def __len__(self) -> int:
         return len(self.activation)
@@ -69,20 +77,28 @@ class Features:
         """Check and sort the columns.
 
         Raises:
-            ValueError: an entry out of range, or the same (group, row, index) twice.
+            ValueError: a column of another kind or length, an entry out of range, an activation that is not finite or above
+                1e18, or the same (group, row, index) twice.
         """
         for name, column_S, bound in (("group", group, n_groups), ("row", row, n_rows), ("index", index, n_features)):
-            if len(column_S) and not 0 <= int(column_S.min()) <= int(column_S.max()) < bound:
-                given = f"{int(column_S.min())} to {int(column_S.max())}"
-                raise ValueError(f"{name} must lie in 0 to {bound - 1}, got {given}")
+            indices(name, column_S, bound)
+        finite_values("activation", activation)
+        features = cls(group, row, index, activation, n_rows, n_groups, n_features)
         key_S, order_S = ((group * n_rows + row) * n_features + index).sort()
         if bool((key_S[1:] == key_S[:-1]).any()):
             raise ValueError("the same (group, row, index) is given twice")
-        return cls(group[order_S], row[order_S], index[order_S], activation[order_S], n_rows, n_groups, n_features)
+        return features.select(order_S)
 
     @classmethod
     def from_dense(cls, acts_GBF: Float[Tensor, "G B F"]) -> Features:
-        """The non-zero entries of dense activations; meant for tests and small cases."""
+        """The non-zero entries of dense activations; meant for tests and small cases.
+
+        Raises:
+            ValueError: activations of another shape, or that are not finite.
+        """
+        if acts_GBF.dim() != 3:
+            raise ValueError(f"expected dense activations [groups, rows, features], got {list(acts_GBF.shape)}")
+        finite_values("the dense activations", acts_GBF)
         group, row, index = torch.nonzero(acts_GBF, as_tuple=True)
         n_groups, n_rows, n_features = acts_GBF.shape
         return cls(group, row, index, acts_GBF[group, row, index], n_rows, n_groups, n_features)
@@ -102,28 +118,22 @@ class Features:
         ends = [(int(part.group[0]), int(part.group[-1])) for part in parts if len(part)]
         if any(last >= first_of_next for (_, last), (first_of_next, _) in itertools.pairwise(ends)):
             raise ValueError("can only concatenate Features of distinct groups in ascending order")
-        return replace(
-            first,
-            group=torch.cat([part.group for part in parts]),
-            row=torch.cat([part.row for part in parts]),
-            index=torch.cat([part.index for part in parts]),
-            activation=torch.cat([part.activation for part in parts]),
-        )
+        return first._with({name: torch.cat([getattr(part, name) for part in parts]) for name in _COLUMNS})
 
     def of(self, group: int) -> Features:
-        """The features of one group (a view)."""
+        """The features of one group (a view).
+
+        Raises:
+            ValueError: no such group.
+        """
+        if group not in range(self.n_groups):
+            raise ValueError(f"there is no group {group!r:.50}: these features have groups 0 to {self.n_groups - 1}")
         begin, end = torch.searchsorted(self.group, self.group.new_tensor([group, group + 1])).tolist()
         return self.select(slice(begin, end))
 
-    def select(self, chosen: Bool[Tensor, " S"] | slice) -> Features:
-        """The features where a mask `[S]` is true, or a slice of the table."""
-        return replace(
-            self,
-            group=self.group[chosen],
-            row=self.row[chosen],
-            index=self.index[chosen],
-            activation=self.activation[chosen],
-        )
+    def select(self, chosen: Bool[Tensor, " S"] | Int[Tensor, " _"] | slice) -> Features:
+        """The features where a mask `[S]` is true, at places in the table (in a sorted order), or in a slice of it."""
+        return self._with({name: getattr(self, name)[chosen] for name in _COLUMNS})
 
     def replace_activations(self, activation_S: Float[Tensor, " S"]) -> Features:
         """The same features with other activations, such as leaves for autograd or steered values."""
@@ -142,10 +152,8 @@ class Features:
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Features:
         """Convert the activations' dtype and move all columns."""
-        return replace(
-            self,
-            group=self.group.to(device=device),
-            row=self.row.to(device=device),
-            index=self.index.to(device=device),
-            activation=self.activation.to(dtype=dtype, device=device),
-        )
+        columns = {name: getattr(self, name).to(device=device) for name in _COLUMNS}
+        return self._with(columns | {"activation": columns["activation"].to(dtype=dtype)})
+
+    def _with(self, columns: dict[str, Tensor]) -> Features:
+        return Features(**columns, n_rows=self.n_rows, n_groups=self.n_groups, n_features=self.n_features)

@@ -11,12 +11,14 @@ import re
 from dataclasses import dataclass
 from functools import total_ordering
 
+from replacement.crosscoder.checks import whole_number
+
 SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "mlp_in", "mlp_out", "attn_z", "attn_out")
 
 # Points of one layer on the residual timeline; resid_post of a layer IS resid_pre of the next (6 = 0 one layer on).
 _POINT = {"resid_pre": 0, "attn_z": 1, "attn_out": 2, "resid_mid": 3, "mlp_in": 4, "mlp_out": 5, "resid_post": 6}
 _POINTS_PER_LAYER = 6
-_SITE_TEXT = re.compile(r"([a-z_]+)\.(\d+)(?:@(\d+))?")
+_SITE_TEXT = re.compile(r"([a-z_]+)\.(\d{1,18})(?:@(\d))?", re.ASCII)
 
 
 @total_ordering
@@ -39,12 +41,10 @@ class Site:
     """0, or 1 for the second model of a model-diffing crosscoder."""
 
     def __post_init__(self) -> None:
-        if self.kind not in SITE_KINDS:
-            raise ValueError(f"unknown site kind {self.kind!r}: expected one of {', '.join(SITE_KINDS)}")
-        if self.layer < 0:
-            raise ValueError(f"the layer of a site must be 0 or more, got {self.layer}")
+        _check_kind(self.kind)
+        whole_number("the layer of a site", self.layer)
         if self.model not in (0, 1):
-            raise ValueError(f"the model of a site must be 0 or 1, got {self.model}")
+            raise ValueError(f"the model of a site must be 0 or 1, got {self.model!r:.50}")
 
     @property
     def point(self) -> int:
@@ -58,11 +58,10 @@ class Site:
         Raises:
             ValueError: the text has another form, or names no site.
         """
-        match = _SITE_TEXT.fullmatch(text)
+        match = _SITE_TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise ValueError(
-                f"cannot read site {text!r}: expected 'kind.layer' such as 'resid_mid.3', or 'resid_mid.3@1'"
-            )
+            expected = "expected 'kind.layer' such as 'resid_mid.3', or 'resid_mid.3@1'"
+            raise ValueError(f"cannot read site {text!r:.50}: {expected}")
         kind, layer, model = match.groups()
         return cls(int(layer), kind, int(model or 0))
 
@@ -94,8 +93,7 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "d_head"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+            whole_number(name, getattr(self, name), least=1)
 
     def width(self, kind: str) -> int:
         """Vector width at sites of this kind: `n_heads * d_head` for `attn_z`, `d_model` elsewhere.
@@ -103,6 +101,10 @@ class ModelShape:
         Raises:
             ValueError: unknown kind.
         """
-        if kind not in SITE_KINDS:
-            raise ValueError(f"unknown site kind {kind!r}: expected one of {', '.join(SITE_KINDS)}")
+        _check_kind(kind)
         return self.n_heads * self.d_head if kind == "attn_z" else self.d_model
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in SITE_KINDS:
+        raise ValueError(f"unknown site kind {kind!r:.50}: expected one of {', '.join(SITE_KINDS)}")

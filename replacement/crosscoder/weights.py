@@ -1,7 +1,4 @@
-"""The weights of a crosscoder: allocation, initial values, access by site, scaling and checks.
-
-B rows, D site width, F features per group, G groups, W written sites of a group, S active features.
-"""
+"""The weights of a crosscoder: allocation, initial values, access by site, scaling and checks."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from replacement.crosscoder.activation import Activation, TopK
+from replacement.crosscoder.checks import finite_values, float_dtype, indices, number, whole_number
 from replacement.crosscoder.fingerprint import fingerprint, legacy_fingerprint
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
@@ -34,7 +32,7 @@ class CrosscoderWeights(nn.Module):
         model_name: name of the language model this crosscoder belongs to.
         model_fingerprint: digest of that model's weights (`LanguageModel.fingerprint`), checked on use.
         undecomposed_positions: the first n positions of a prompt have no features (the beginning-of-sequence token has
-            MLP outputs of its own kind); their output is left to the error term.
+            unusual MLP outputs); their output is left to the error term.
         seed: seed of the initial weights; None draws from torch's global generator.
 
     Parameters (`x @ W.T` maps rows): `W_enc[n]` `[F, D_r]`, `b_enc[g]` `[F]`, `W_dec[g]` `[F, W, D_w]` or, tied,
@@ -42,7 +40,8 @@ class CrosscoderWeights(nn.Module):
     read) pairs, m (group, read, write) triples, w `wiring.write_sites`.
 
     Raises:
-        ValueError: `n_features` below 1, fewer features than the activation keeps, or a negative position count.
+        ValueError: an argument of another kind, `n_features` below 1 or too large for the memory, fewer features than the
+            activation keeps, or a negative number of positions.
     """
 
     def __init__(
@@ -60,38 +59,48 @@ class CrosscoderWeights(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if n_features < 1:
-            raise ValueError(f"n_features must be 1 or more, got {n_features}")
-        if undecomposed_positions < 0:
-            raise ValueError(f"undecomposed_positions must be 0 or more, got {undecomposed_positions}")
-        activation.check_fits(n_features)
-        self.wiring, self.n_features, self.activation = wiring, n_features, activation
-        self.tied, self.skip = tied, skip
+        kinds = {
+            "wiring": (wiring, Wiring),
+            "activation": (activation, Activation),
+            "tied": (tied, bool),
+            "skip": (skip, bool),
+            "model_name": (model_name, str),
+            "model_fingerprint": (model_fingerprint, str),
+        }
+        for name, (value, kind) in kinds.items():
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r:.50}")
+        self.wiring, self.activation, self.tied, self.skip = wiring, activation, tied, skip
         self.model_name, self.model_fingerprint = model_name, model_fingerprint
-        self.undecomposed_positions = undecomposed_positions
+        float_dtype("the dtype of a crosscoder", dtype)
+        self.n_features = whole_number("n_features", n_features, least=1)
+        self.undecomposed_positions = whole_number("undecomposed_positions", undecomposed_positions)
+        activation.check_fits(wiring.n_groups, self.n_features)
         self._fingerprint: tuple[object, str] = (None, "")
-        self._allocate(dtype)
+        try:
+            self._allocate(dtype)
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"no memory for {wiring.n_groups} groups of {n_features} features: {reason}") from error
         self.initialise(seed)
 
     def _allocate(self, dtype: torch.dtype) -> None:
         wiring, n_features = self.wiring, self.n_features
 
-        def weight(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype))
+        def weights(*shapes: tuple[int, ...]) -> nn.ParameterList:
+            return nn.ParameterList(nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes)
 
         reads, writes = ([[wiring.width(s) for s in sites] for sites in side] for side in (wiring.reads, wiring.writes))
         target_widths = [wiring.width(site) for site in wiring.write_sites]
-        self.W_enc = nn.ParameterList(weight(n_features, d) for widths in reads for d in widths)
-        self.b_enc = nn.ParameterList(weight(n_features) for _ in reads)
+        self.W_enc = weights(*((n_features, d) for widths in reads for d in widths))
+        self.b_enc = weights(*((n_features,) for _ in reads))
         if self.tied:
-            self.W_dec = nn.ParameterList(weight(n_features, d) for d in target_widths)
+            self.W_dec = weights(*((n_features, d) for d in target_widths))
         else:
-            self.W_dec = nn.ParameterList(weight(n_features, len(widths), widths[0]) for widths in writes)
-        self.b_dec = nn.ParameterList(weight(d) for d in target_widths)
+            self.W_dec = weights(*((n_features, len(widths), widths[0]) for widths in writes))
+        self.b_dec = weights(*((d,) for d in target_widths))
         if self.skip:
-            self.W_skip = nn.ParameterList(
-                weight(d_w, d_r) for r, w in zip(reads, writes, strict=True) for d_r in r for d_w in w
-            )
+            self.W_skip = weights(*((d_w, d_r) for r, w in zip(reads, writes, strict=True) for d_r in r for d_w in w))
         threshold = self.activation.initial_threshold(wiring.n_groups, n_features)
         if threshold is not None and self.activation.learns_threshold:
             self.threshold: Tensor | None = nn.Parameter(threshold.to(dtype))
@@ -107,11 +116,12 @@ class CrosscoderWeights(nn.Module):
         transposed encoder 0.661, 302; zero without the centred encoder bias of `train` 0.463, 78.
 
         Args:
-            part, n_parts: these features are one of so many equal parts of a crosscoder, and begin as they do there.
+            part, n_parts: this crosscoder holds the features of part `part` out of `n_parts` equal parts of a larger one,
+                and starts with the weights they have there.
         """
+        generator = None if seed is None else torch.Generator().manual_seed(whole_number("seed", seed))
         if self.device.type == "meta":
             return
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             parameter.zero_()
         threshold = self.activation.initial_threshold(self.n_groups, self.n_features)
@@ -135,7 +145,7 @@ class CrosscoderWeights(nn.Module):
         activation: Activation | None = None,
         device: torch.device | str | None = None,
     ) -> Kind:
-        """A crosscoder made like another, with the changes given, whose tensors hold anything: fill all of them.
+        """A crosscoder with the settings of another one, apart from the changes given; its tensors are left uninitialised.
 
         Raises:
             ValueError: the activation keeps more features than there are.
@@ -224,9 +234,14 @@ class CrosscoderWeights(nn.Module):
         return self.b_dec[0].device
 
     def encoders(self, group: int) -> list[Tensor]:
-        """Encoders `[F, D]` of a group, one per read site."""
+        """Encoders `[F, D]` of a group, one per read site.
+
+        Raises:
+            ValueError: no such group.
+        """
+        self._check_group(group)
         first = sum(map(len, self.wiring.reads[:group]))
-        return [self.W_enc[first + place] for place in range(len(self.wiring.reads[group]))]
+        return list(self.W_enc[first : first + len(self.wiring.reads[group])])
 
     def encoder(self, group: int, site: Site) -> Float[Tensor, "F D"]:
         """Encoder `[F, D]` of a group at one of its read sites.
@@ -234,7 +249,7 @@ class CrosscoderWeights(nn.Module):
         Raises:
             ValueError: the group does not read the site.
         """
-        return self.encoders(group)[self._place(self.wiring.reads[group], group, "read", site)]
+        return self.encoders(group)[self._place(group, "read", site)]
 
     def decoder(self, group: int, site: Site) -> Float[Tensor, "F D"]:
         """Decoder `[F, D]` of a group to one of its written sites (a view).
@@ -242,11 +257,16 @@ class CrosscoderWeights(nn.Module):
         Raises:
             ValueError: the group does not write the site.
         """
-        place = self._place(self.wiring.writes[group], group, "write", site)
+        place = self._place(group, "write", site)
         return self.W_dec[self.wiring.write_sites.index(site)] if self.tied else self.W_dec[group][:, place]
 
     def decoder_vectors(self, group: int, index_S: Int[Tensor, " S"], site: Site) -> Float[Tensor, "S D"]:
-        """Decoder vectors `[S, D]` of chosen features to one written site; reads these rows only."""
+        """Decoder vectors `[S, D]` of chosen features to one written site; reads these rows only.
+
+        Raises:
+            ValueError: the group does not write the site, or indices that are no int64 numbers from 0 to F - 1.
+        """
+        indices("the feature indices", index_S, self.n_features)
         return self.decoder(group, site)[index_S]
 
     def decoder_norms(self) -> tuple[Float[Tensor, "F W"], ...]:
@@ -268,8 +288,7 @@ class CrosscoderWeights(nn.Module):
         """
         if not self.skip:
             raise ValueError("this crosscoder has no skip connection")
-        r = self._place(self.wiring.reads[group], group, "read", read)
-        w = self._place(self.wiring.writes[group], group, "write", write)
+        r, w = self._place(group, "read", read), self._place(group, "write", write)
         sizes = [len(reads) * len(writes) for reads, writes in zip(self.wiring.reads, self.wiring.writes, strict=True)]
         return self.W_skip[sum(sizes[:group]) + r * len(self.wiring.writes[group]) + w]
 
@@ -286,15 +305,14 @@ class CrosscoderWeights(nn.Module):
             output_scale: factor per written site, 1 where absent.
 
         Raises:
-            ValueError: a factor that is not above 0, or a site this crosscoder does not read or write.
+            ValueError: a factor that is not finite and above 0, or a site this crosscoder does not read or write.
         """
         output_scale = output_scale or {}
         for scales, sites in ((input_scale, self.wiring.read_sites), (output_scale, self.wiring.write_sites)):
             for site, scale in scales.items():
-                if site not in sites or not scale > 0:
-                    raise ValueError(
-                        f"expected scales above 0 for {', '.join(map(str, sites))}; got {scale} for {site}"
-                    )
+                if site not in sites:
+                    raise ValueError(f"expected scales for {', '.join(map(str, sites))}; got one for {site!s:.50}")
+                number(f"the scale for {site}", scale, positive=True)
         for group, (reads, writes) in enumerate(zip(self.wiring.reads, self.wiring.writes, strict=True)):
             for read in reads:
                 self.encoder(group, read).mul_(input_scale.get(read, 1.0))
@@ -309,17 +327,22 @@ class CrosscoderWeights(nn.Module):
                 self.W_dec[place].div_(output_scale.get(site, 1.0))
 
     def check_finite(self) -> None:
-        """Check every weight for NaN and infinity.
+        """Check every weight for NaN, infinity and magnitudes above 1e18, whose squares do not fit float32.
 
         Raises:
             ValueError: names the first such tensor.
         """
         for name, value in self.state_dict().items():
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"the tensor {name} holds NaN or infinite values")
+            finite_values(f"the tensor {name}", value)
 
-    @staticmethod
-    def _place(sites: tuple[Site, ...], group: int, verb: str, site: Site) -> int:
+    def _check_group(self, group: int) -> None:
+        if group not in range(self.n_groups):
+            raise ValueError(f"there is no group {group!r:.50}: this crosscoder has groups 0 to {self.n_groups - 1}")
+
+    def _place(self, group: int, verb: str, site: Site) -> int:
+        """Place of a site among those that a group reads or writes."""
+        self._check_group(group)
+        sites = (self.wiring.reads if verb == "read" else self.wiring.writes)[group]
         if site not in sites:
             raise ValueError(f"group {group} does not {verb} {site}; it does {verb} {', '.join(map(str, sites))}")
         return sites.index(site)

@@ -19,10 +19,12 @@ diffing: Lindsey et al. 2024, "Sparse Crosscoders". Transcoders: Dunefsky et al.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from replacement.crosscoder.checks import whole_number
 from replacement.crosscoder.sites import ModelShape, Site
 
 MLP_READS = ("resid_mid", "resid_pre", "mlp_in")
@@ -46,7 +48,7 @@ class Wiring:
 
     Raises:
         ValueError: no groups, a group without reads or writes, a site twice in one group, a site kind without a width,
-            or written sites of different widths in one group.
+            a width below 1, or written sites of different widths in one group.
     """
 
     name: str
@@ -64,8 +66,12 @@ class Wiring:
             raise ValueError(
                 f"a wiring needs one tuple of reads and one of writes per group, at least one; got {given}"
             )
+        for kind, width in self.widths.items():
+            whole_number(f"the width at {kind}", width, least=1)
         for group, (reads, writes) in enumerate(zip(self.reads, self.writes, strict=True)):
             for role, sites in (("reads", reads), ("writes", writes)):
+                if not isinstance(sites, tuple) or not all(isinstance(site, Site) for site in sites):
+                    raise ValueError(f"group {group} {role} must be a tuple of sites, got {sites!r:.50}")
                 if not sites:
                     raise ValueError(f"group {group} {role} no site: expected at least one")
                 if len(set(sites)) != len(sites):
@@ -162,39 +168,35 @@ class Wiring:
         Raises:
             ValueError: a key is missing, or a site or width cannot be read.
         """
-        missing = [key for key in ("name", "reads", "writes", "widths") if key not in value]
-        if missing:
-            raise ValueError(f"a wiring needs name, reads, writes and widths; {missing[0]} is missing")
-        reads, writes = (
-            tuple(tuple(Site.parse(text) for text in group) for group in value[key]) for key in ("reads", "writes")
-        )
-        return cls(value["name"], reads, writes, {kind: int(width) for kind, width in value["widths"].items()})
+        try:
+            missing = [key for key in ("name", "reads", "writes", "widths") if key not in value]
+            if missing:
+                raise ValueError(f"a wiring needs name, reads, writes and widths; {missing[0]} is missing")
+            reads, writes = (
+                tuple(tuple(Site.parse(text) for text in group) for group in value[key]) for key in ("reads", "writes")
+            )
+            return cls(value["name"], reads, writes, dict(value["widths"]))
+        except TypeError as error:
+            raise ValueError(f"cannot read a wiring from {value!r:.80}: {error}") from None
 
     @classmethod
     def autoencoder(
         cls, model: ModelShape | HasShape, *, layers: int | Sequence[int] | None = None, site: str = "resid_post"
     ) -> Wiring:
         """Sparse autoencoders, one group per layer (all by default), each reading and writing one site."""
-        shape = _shape_of(model)
-        groups = tuple((Site(layer, site),) for layer in _layers_of(shape, layers))
-        return _wire("autoencoder", shape, groups, groups)
+        return _by_layer("autoencoder", model, site, site, layers=layers)
 
     @classmethod
     def transcoder(
         cls, model: ModelShape | HasShape, *, layer: int, read: str | None = None, write: str = "mlp_out"
     ) -> Wiring:
         """One transcoder: reads the MLP's input (see `strictly_causal` for `read`), writes its output."""
-        shape = _shape_of(model)
-        (layer,) = _layers_of(shape, layer)
-        return _wire("transcoder", shape, ((Site(layer, _mlp_read(shape, read)),),), ((Site(layer, write),),))
+        return _by_layer("transcoder", model, _mlp_read(model, read), write, layers=layer)
 
     @classmethod
     def per_layer(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:
         """A per-layer transcoder (PLT): one transcoder for each layer's MLP."""
-        shape = _shape_of(model)
-        kind = _mlp_read(shape, read)
-        reads = tuple((Site(layer, kind),) for layer in range(shape.n_layers))
-        return _wire("per_layer", shape, reads, tuple((Site(layer, "mlp_out"),) for layer in range(shape.n_layers)))
+        return _by_layer("per_layer", model, _mlp_read(model, read), "mlp_out")
 
     @classmethod
     def strictly_causal(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:
@@ -203,81 +205,84 @@ class Wiring:
         Args:
             read: `resid_mid` (default), `resid_pre` (default for parallel models) or `mlp_in`.
         """
-        shape = _shape_of(model)
-        kind = _mlp_read(shape, read)
-        layers = range(shape.n_layers)
-        reads = tuple((Site(layer, kind),) for layer in layers)
-        return _wire("strictly_causal", shape, reads, tuple(_from_layer(shape, layer, "mlp_out") for layer in layers))
+        return _by_layer("strictly_causal", model, _mlp_read(model, read), "mlp_out", writes_above=True)
 
     @classmethod
     def weakly_causal(cls, model: ModelShape | HasShape, *, site: str = "resid_post") -> Wiring:
         """A weakly causal crosscoder: group l reads a site at layer l and writes the same kind at layers >= l."""
-        shape = _shape_of(model)
-        layers = range(shape.n_layers)
-        reads = tuple((Site(layer, site),) for layer in layers)
-        return _wire("weakly_causal", shape, reads, tuple(_from_layer(shape, layer, site) for layer in layers))
+        return _by_layer("weakly_causal", model, site, site, writes_above=True)
 
     @classmethod
     def attention(cls, model: ModelShape | HasShape) -> Wiring:
         """An attention crosscoder: group l reads `attn_z` of layer l and writes `attn_out` of layers >= l.
 
-        It is weakly causal: the heads' outputs, concatenated, are what attention writes before the output weights mix
-        them, so that every feature's part of a head can be read from its encoder.
+        It is weakly causal: `attn_z` holds the outputs of all heads side by side, before the output weights mix them, so that
+        each feature's encoder shows how much it reads from each head.
         """
-        shape = _shape_of(model)
-        layers = range(shape.n_layers)
-        reads = tuple((Site(layer, "attn_z"),) for layer in layers)
-        return _wire("attention", shape, reads, tuple(_from_layer(shape, layer, "attn_out") for layer in layers))
+        return _by_layer("attention", model, "attn_z", "attn_out", writes_above=True)
 
     @classmethod
     def acausal(
         cls, model: ModelShape | HasShape, *, site: str = "resid_post", layers: Sequence[int] | None = None
     ) -> Wiring:
         """An acausal crosscoder: one group reads and writes a site at all layers (or the layers named)."""
-        shape = _shape_of(model)
-        sites = tuple(Site(layer, site) for layer in _layers_of(shape, layers))
-        return _wire("acausal", shape, (sites,), (sites,))
+        sites = tuple(Site(layer, site) for layer in _layers_of(model, layers))
+        return _wire("acausal", model, (sites,), (sites,))
 
     @classmethod
     def model_diffing(cls, model: ModelShape | HasShape, *, layer: int, site: str = "resid_post") -> Wiring:
         """A model-diffing crosscoder: one group reads and writes one site in two models of this shape."""
-        shape = _shape_of(model)
-        (layer,) = _layers_of(shape, layer)
+        (layer,) = _layers_of(model, layer)
         sites = (Site(layer, site, 0), Site(layer, site, 1))
-        return _wire("model_diffing", shape, (sites,), (sites,))
+        return _wire("model_diffing", model, (sites,), (sites,))
+
+
+def _by_layer(
+    name: str,
+    model: ModelShape | HasShape,
+    read: str,
+    write: str,
+    *,
+    layers: int | Sequence[int] | None = None,
+    writes_above: bool = False,
+) -> Wiring:
+    """One group for each layer, which reads a site there and writes one there or, with `writes_above`, from there on."""
+    chosen = _layers_of(model, layers)
+    reads = tuple((Site(layer, read),) for layer in chosen)
+    last = _shape_of(model).n_layers if writes_above else 0
+    writes = tuple(tuple(Site(layer, write) for layer in range(first, max(last, first + 1))) for first in chosen)
+    return _wire(name, model, reads, writes)
 
 
 def _wire(
-    name: str, shape: ModelShape, reads: tuple[tuple[Site, ...], ...], writes: tuple[tuple[Site, ...], ...]
+    name: str, model: ModelShape | HasShape, reads: tuple[tuple[Site, ...], ...], writes: tuple[tuple[Site, ...], ...]
 ) -> Wiring:
-    kinds = {site.kind for sites in (*reads, *writes) for site in sites}
+    shape = _shape_of(model)
+    kinds = {site.kind for site in itertools.chain(*reads, *writes)}
     if shape.parallel and "resid_mid" in kinds:
         raise ValueError("a model with parallel attention has no resid_mid: use resid_pre or mlp_in")
     return Wiring(name, reads, writes, {kind: shape.width(kind) for kind in sorted(kinds)})
 
 
-def _from_layer(shape: ModelShape, layer: int, kind: str) -> tuple[Site, ...]:
-    return tuple(Site(above, kind) for above in range(layer, shape.n_layers))
-
-
-def _mlp_read(shape: ModelShape, read: str | None) -> str:
+def _mlp_read(model: ModelShape | HasShape, read: str | None) -> str:
     if read is None:
-        return "resid_pre" if shape.parallel else "resid_mid"
+        return "resid_pre" if _shape_of(model).parallel else "resid_mid"
     if read not in MLP_READS:
-        raise ValueError(f"a transcoder reads one of {', '.join(MLP_READS)}; got {read!r}")
+        raise ValueError(f"a transcoder reads one of {', '.join(MLP_READS)}; got {read!r:.50}")
     return read
 
 
-def _layers_of(shape: ModelShape, layers: int | Sequence[int] | None) -> tuple[int, ...]:
-    chosen = tuple(range(shape.n_layers) if layers is None else (layers,) if isinstance(layers, int) else layers)
+def _layers_of(model: ModelShape | HasShape, layers: int | Sequence[int] | None) -> tuple[int, ...]:
+    n_layers = _shape_of(model).n_layers
+    chosen = range(n_layers) if layers is None else (layers,) if not isinstance(layers, Sequence) else layers
     for layer in chosen:
-        if not 0 <= layer < shape.n_layers:
-            raise ValueError(f"layer {layer} does not exist: the model has layers 0 to {shape.n_layers - 1}")
-    return chosen
+        if layer not in range(n_layers):
+            raise ValueError(f"layer {layer} does not exist: the model has layers 0 to {n_layers - 1}")
+    return tuple(chosen)
 
 
 def _shape_of(model: ModelShape | HasShape) -> ModelShape:
-    shape = model if isinstance(model, ModelShape) else model.shape
+    shape = model if isinstance(model, ModelShape) else getattr(model, "shape", None)
     if not isinstance(shape, ModelShape):
         raise ValueError(f"expected a ModelShape or an object whose .shape is one, got {type(model).__name__}")
     return shape

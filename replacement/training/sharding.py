@@ -108,10 +108,6 @@ class _ShardedTopK(TopK):
 
     parallel: Parallel = SINGLE
 
-    def check_fits(self, n_features: int) -> None:
-        most = max(self.k) if isinstance(self.k, tuple) else self.k
-        TopK(most).check_fits(n_features)
-
     def select(
         self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
@@ -131,9 +127,6 @@ class _ShardedBatchTopK(BatchTopK):
     """The k B largest of the whole batch, over the rows and features of all processes."""
 
     parallel: Parallel = SINGLE
-
-    def check_fits(self, n_features: int) -> None:
-        BatchTopK(self.k).check_fits(n_features)
 
     def select(
         self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0

@@ -121,8 +121,16 @@ def test_activations_survive_json(activation: Activation) -> None:
         ({"name": "gelu"}, "unknown activation 'gelu': expected one of relu, jumprelu, topk, batchtopk"),
         ({"name": "topk"}, "activation topk has the parameters ['k'], got []"),
         ({"name": "relu", "k": 3}, "activation relu has the parameters [], got ['k']"),
-        ({"name": "topk", "k": 0}, "k must be a whole number of at least 1, got 0"),
-        ({"name": "batchtopk", "k": 1, "momentum": 0.0}, "momentum must be above 0 and at most 1, got 0.0"),
+        ({"name": "topk", "k": 0}, "k must be 1 or more, got 0"),
+        ({"name": "batchtopk", "k": 1, "momentum": 0.0}, "momentum must be above 0, got 0.0"),
+        ({"name": "topk", "k": True}, "k must be a whole number, got True"),
+        ({"name": "topk", "k": []}, "k must be a whole number, or one for each group; got ()"),
+        ({"name": "topk", "k": 10**30}, "k must be below 2^63, got 1000"),
+        ({"name": "batchtopk", "k": 1, "momentum": 1.5}, "momentum must be at most 1, got 1.5"),
+        ({"name": "jumprelu", "threshold": 1e38}, "threshold must be at most 1e+18, got 1e+38"),
+        ({"name": "jumprelu", "threshold": float("nan")}, "threshold must be 0 or more, got nan"),
+        ({"name": "jumprelu", "bandwidth": float("inf")}, "bandwidth must be at most 1e+18, got inf"),
+        ({"name": ["topk"]}, "unknown activation ['topk']: expected one of"),
         ({"name": "jumprelu", "threshold": -0.1}, "threshold must be 0 or more, got -0.1"),
         ({"name": "jumprelu", "bandwidth": 0.0}, "bandwidth must be above 0, got 0.0"),
     ],
@@ -139,8 +147,8 @@ def test_topk_may_keep_another_number_in_every_group() -> None:
     assert activation.select(pre_BF, None, group=0).indices.tolist() == [0, 1, 2, 1, 3]
     assert activation.select(pre_BF, None, group=1).indices.tolist() == [0, 3]
     with pytest.raises(ValueError, match="topk has k for 2 groups, the wiring has 3"):
-        activation.initial_threshold(3, 4)
+        activation.check_fits(3, 4)
     with pytest.raises(ValueError, match="keeps k=3 features, but a group has only 2"):
-        activation.check_fits(2)
-    with pytest.raises(ValueError, match="k must be a whole number of at least 1, got 0"):
+        activation.check_fits(2, 2)
+    with pytest.raises(ValueError, match="k must be 1 or more, got 0"):
         TopK((3, 0))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from replacement import checkpoint
@@ -74,7 +81,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ValueError, match=r"c: could not be written \(no space left"):
         checkpoint.save(random_crosscoder(Wiring.per_layer(shape), seed=1), tmp_path / "c")
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
     assert torch.equal(checkpoint.load(tmp_path / "c", dtype=torch.float64).W_enc[0], crosscoder.W_enc[0])
@@ -86,9 +93,9 @@ def test_saving_refuses_foreign_folders_and_bad_weights(
     crosscoder = random_crosscoder(Wiring.per_layer(shape))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"notes holds 'thesis.tex', which is no part of a checkpoint"):
+    with pytest.raises(ValueError, match=r"notes: holds 'thesis.tex', which would be lost"):
         checkpoint.save(crosscoder, tmp_path / "notes")
-    with pytest.raises(ValueError, match=r"thesis.tex is a file: expected a folder"):
+    with pytest.raises(ValueError, match=r"thesis.tex: expected a folder, but it is a file"):
         checkpoint.save(crosscoder, tmp_path / "notes" / "thesis.tex")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
@@ -102,18 +109,26 @@ def test_saving_refuses_foreign_folders_and_bad_weights(
 
 
 def edit_config(**changes: object) -> Callable[[Path], None]:
+    """Change entries of the configuration, and its digest with them."""
+
     def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        config.update(changes)
-        (folder / "config.json").write_text(
-            json.dumps({key: value for key, value in config.items() if value != "drop"})
-        )
+        config = json.loads((folder / "config.json").read_text()) | changes
+        config = {key: value for key, value in config.items() if value != "drop" and key != "config_sha256"}
+        if config["version"] == 1:
+            config.pop("tensors_sha256")
+        else:
+            text = json.dumps(config, sort_keys=True)
+            config["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        (folder / "config.json").write_text(json.dumps(config))
 
     return edit
 
 
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """Change tensors of a checkpoint of version 1, which has no digests."""
+
     def edit(folder: Path) -> None:
+        edit_config(version=1)(folder)
         tensors = load_file(folder / "crosscoder.safetensors")
         change(tensors)
         save_file(tensors, folder / "crosscoder.safetensors")
@@ -139,13 +154,39 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (write_config("{"), f"{CONFIG} is not JSON"),
     (write_config("[1]"), f"{CONFIG} is no crosscoder checkpoint: expected format 'crosstrace crosscoder', got 'list'"),
     (write_config('{"model_type": "gpt2"}'), f"{CONFIG} is no crosscoder checkpoint"),
-    (edit_config(version=2), f"{CONFIG} has format version 2; this library reads versions up to 1"),
+    (edit_config(version=3), f"{CONFIG} has format version 3; this library reads versions up to 2"),
+    (edit_config(version=0), f"{CONFIG} has format version 0; this library reads versions up to 2"),
+    (edit_config(tensors_sha256="drop"), f"{CONFIG} lacks the entry 'tensors_sha256'"),
+    (edit_config(tensors_sha256="0" * 64), f"{TENSORS} is damaged: its digest is not the one recorded in config.json"),
+    (
+        lambda folder: (folder / CONFIG).write_text((folder / CONFIG).read_text().replace('"k": 3', '"k": 2')),
+        f"{CONFIG} is damaged or was edited: its entries do not have the digest recorded in it",
+    ),
     (edit_config(tied="drop"), f"{CONFIG} lacks the entry 'tied'"),
     (edit_config(activation={"name": "gelu"}), f"{CONFIG} does not describe a crosscoder: unknown activation 'gelu'"),
     (edit_config(wiring={"name": "x"}), f"{CONFIG} does not describe a crosscoder: a wiring needs"),
     (
         edit_config(n_features=17),
         f"{TENSORS}: the tensor W_dec.0 has the wrong shape: expected [17, 1, 8], got [16, 1, 8]",
+    ),
+    (
+        edit_config(n_features=10**12),
+        f"{TENSORS}: the tensor W_dec.0 has the wrong shape: expected [1000000000000, 1, 8], got [16, 1, 8]",
+    ),
+    (edit_config(n_features=10**18), f"{CONFIG} does not describe a crosscoder: no memory for 3 groups of 1000"),
+    (edit_config(n_features=0), f"{CONFIG} does not describe a crosscoder: n_features must be 1 or more, got 0"),
+    (
+        edit_tensors(lambda t: t.update({"b_enc.0": t["b_enc.0"].long()})),
+        f"{TENSORS}: the dtype of the tensor b_enc.0 must be one of float32, float64, bfloat16, float16; got int64",
+    ),
+    (
+        edit_tensors(lambda t: t.update({"b_enc.0": t["b_enc.0"].to(torch.float8_e4m3fn)})),
+        "the dtype of the tensor b_enc.0 must be one of float32, float64, bfloat16, float16; got float8_e4m3fn",
+    ),
+    (edit_tensors(lambda t: t["W_enc.2"].fill_(1e38)), "W_enc.2 holds values up to 1e+38: expected magnitudes of at"),
+    (
+        edit_tensors(lambda t: t.update({"b_dec.0": torch.full((8,), 1e300, dtype=torch.float64)})),
+        "the tensor b_dec.0 holds NaN or infinite values",
     ),
     (edit_tensors(lambda t: t.pop("b_dec.1")), f"{TENSORS} lacks the tensor b_dec.1"),
     (edit_tensors(lambda t: t.update(extra=torch.zeros(1))), f"{TENSORS} has an unexpected tensor extra"),
@@ -163,6 +204,70 @@ def test_damage_is_named(
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         checkpoint.load(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_checkpoints_without_digests_load_as_before(
+    wiring: Wiring, random_crosscoder: Any, random_inputs: Any, tmp_path: Path
+) -> None:
+    saved = random_crosscoder(wiring, activation=BatchTopK(3))
+    checkpoint.save(saved, tmp_path / "c", dtype=torch.float64)
+    edit_config(version=1)(tmp_path / "c")
+    assert "sha256" not in (tmp_path / "c" / "config.json").read_text()
+    assert checkpoint.load(tmp_path / "c", dtype=torch.float64).fingerprint == saved.fingerprint
+
+
+@pytest.fixture(scope="module")
+def pristine(shape: ModelShape, random_crosscoder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to damage and mend."""
+    folder = tmp_path_factory.mktemp("pristine") / "c"
+    checkpoint.save(random_crosscoder(Wiring.strictly_causal(shape), activation=JumpReLU()), folder)
+    return folder
+
+
+@settings(max_examples=400)
+@given(st.sampled_from([CONFIG, TENSORS]), st.data())
+def test_a_flipped_bit_is_found_or_changes_nothing(pristine: Path, name: str, data: st.DataObject) -> None:
+    path = pristine / name
+    before = path.read_bytes()
+    # As often in the header as in the values.
+    last = data.draw(st.sampled_from([len(before) - 1, min(len(before) - 1, 2000)]))
+    place, bit = data.draw(st.integers(0, last)), data.draw(st.integers(0, 7))
+    expected = checkpoint.load(pristine)
+    try:
+        path.write_bytes(before[:place] + bytes([before[place] ^ 1 << bit]) + before[place + 1 :])
+        loaded = checkpoint.load(pristine)
+    except ValueError as error:
+        assert str(path) in str(error)  # noqa: PT017 - either outcome is right
+    else:
+        assert loaded.settings() == expected.settings()
+        assert (loaded.model_name, loaded.model_fingerprint) == (expected.model_name, expected.model_fingerprint)
+        for tensor, value in expected.state_dict().items():
+            assert torch.equal(loaded.state_dict()[tensor], value)
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(
+    shape: ModelShape, random_crosscoder: Any, tmp_path: Path
+) -> None:
+    code = """
+        import os, sys, torch
+        from replacement import Crosscoder, ModelShape, Wiring, checkpoint
+        save_file = checkpoint.save_file
+        def killed(*arguments):
+            save_file(*arguments)
+            os.kill(os.getpid(), 9)
+        checkpoint.save_file = killed
+        checkpoint.save(Crosscoder(Wiring.per_layer(ModelShape(3, 8, 2, 5)), n_features=16), sys.argv[1])
+    """
+    crosscoder = random_crosscoder(Wiring.per_layer(shape))
+    checkpoint.save(crosscoder, tmp_path / "c")
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "c")]
+    assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(checkpoint.load(tmp_path / "c").W_enc[0], crosscoder.W_enc[0].float())
+    checkpoint.save(crosscoder, tmp_path / "c")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -277,8 +277,8 @@ MISTAKES: list[tuple[Callable[[Crosscoder], object], str]] = [
         lambda c: c.decode_contribution(c.encode(CLT_INPUTS), groups=[1, 2], sites=[OUTSIDE]),
         "the groups (1, 2) do not write mlp_out.0",
     ),
-    (lambda c: c.fold_input_scale({OUTSIDE: 2.0}), "expected scales above 0 for resid_mid.0"),
-    (lambda c: c.fold_input_scale({Site(0, "resid_mid"): 0.0}), "got 0.0 for resid_mid.0"),
+    (lambda c: c.fold_input_scale({OUTSIDE: 2.0}), "expected scales for resid_mid.0, resid_mid.1"),
+    (lambda c: c.fold_input_scale({Site(0, "resid_mid"): 0.0}), "the scale for resid_mid.0 must be above 0, got 0.0"),
     (lambda c: Crosscoder(c.wiring, n_features=0), "n_features must be 1 or more, got 0"),
     (
         lambda c: Crosscoder(c.wiring, n_features=4, activation=TopK(5)),
