@@ -133,8 +133,10 @@ class JumpReLU(Activation):
 
 
 @dataclass(frozen=True)
-class _KeepsLargest(Activation):
-    """An activation function that keeps the k largest pre-activations."""
+class _KeepsLargest:
+    """What activation functions that keep the k largest pre-activations share."""
+
+    name: ClassVar[str]
 
     k: int | tuple[int, ...]
     """Features kept per row: in every group, or one number for each group."""
@@ -154,7 +156,7 @@ class _KeepsLargest(Activation):
 
 
 @dataclass(frozen=True)
-class TopK(_KeepsLargest):
+class TopK(_KeepsLargest, Activation):
     """The k largest pre-activations of every group and row, where positive (Gao et al. 2024).
 
     Raises:
@@ -175,7 +177,7 @@ class TopK(_KeepsLargest):
 
 
 @dataclass(frozen=True)
-class BatchTopK(_KeepsLargest):
+class BatchTopK(_KeepsLargest, Activation):
     """The `k * B` largest pre-activations of a whole batch, where positive (Bussmann et al. 2024, "BatchTopK").
 
     Training chooses over the batch (k is then the mean number of features per row) and records a running mean of the smallest
