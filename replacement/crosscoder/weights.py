@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from replacement.crosscoder.activation import Activation, TopK
-from replacement.crosscoder.checks import finite_values, float_dtype, indices, number, whole_number
+from replacement.crosscoder.checks import finite_values, float_dtype, indices
 from replacement.crosscoder.fingerprint import fingerprint, legacy_fingerprint
+from replacement.crosscoder.number_checks import number, whole_number
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from replacement.crosscoder.checks import whole_number
+from replacement.crosscoder.number_checks import whole_number
 from replacement.crosscoder.sites import ModelShape, Site
 
 MLP_READS = ("resid_mid", "resid_pre", "mlp_in")
