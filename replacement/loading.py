@@ -17,29 +17,32 @@ DEMO = "demo"
 def load(
     model: str | Path = DEMO,
     *,
-    crosscoder: str | Path = DEMO,
+    crosscoder: str | Path | None = None,
     attention_crosscoder: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> ReplacementModel:
     """A language model with a crosscoder spliced in for its MLPs, and one for attention if asked for.
 
     Args:
         model: `demo`, a hub name, or a local folder in Hugging Face layout.
-        crosscoder: `demo`, the folder of a training run, or the folder of a crosscoder.
+        crosscoder: `demo`, the folder of a training run, or the folder of a crosscoder. It may be left out for the demo alone.
         attention_crosscoder: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
-        dtype: dtype both are loaded in.
+        dtype: dtype both are loaded in; its name will do.
         device: device both are put on.
 
     Raises:
-        ValueError: one of them is missing, damaged or of another model.
+        ValueError: one of them is missing, damaged or of another model, or a dtype or device that cannot be used.
     """
+    is_demo = str(model) == DEMO
+    if crosscoder is None and not is_demo:
+        raise ValueError(f"expected a crosscoder for the model {str(model)!r}: give load(..., crosscoder=FOLDER)")
+    crosscoder, dtype, device = crosscoder or DEMO, _dtype(dtype), _device(device)
     folders = [crosscoder_folder(crosscoder)]
     if attention_crosscoder is not None:
         folders.append(crosscoder_folder(attention_crosscoder, shipped="attention_crosscoder"))
     for folder in folders:
         checkpoint.read_config(folder)  # a wrong path should not cost loading the language model
-    is_demo = str(model) == DEMO
     lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
     lm.name = DEMO if is_demo else lm.name
     loaded = [checkpoint.load(folder, dtype=dtype, device=device) for folder in folders]
@@ -49,6 +52,22 @@ def load(
     names = {"model": model, "crosscoder": crosscoder, "attention_crosscoder": attention_crosscoder}
     result.loaded_from = {name: _lasting(given) for name, given in names.items() if given is not None}
     return result
+
+
+def _dtype(given: torch.dtype | str) -> torch.dtype:
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"expected a floating-point dtype such as 'float32' or torch.float64, got {given!r}")
+    return dtype
+
+
+def _device(given: str | torch.device) -> str:
+    try:
+        torch.zeros(1, device=given).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the device {str(given)!r} cannot be used here: {reason}") from error
+    return str(given)
 
 
 def _lasting(given: str | Path) -> str:
