@@ -71,6 +71,8 @@ def trace(
     """Trace what caused the model's next token; writes the full graph, and the pruned circuit in every format."""
     if not prompt.strip():
         raise ValueError("prompt: expected some text, given none")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of the command line that are not UTF-8
+        raise ValueError("prompt: expected text in UTF-8, given other bytes")
     _check_thresholds(node_threshold, edge_threshold)
     if not 0.0 <= coverage <= 1.0:
         raise ValueError(f"coverage: expected a share of influence between 0 and 1, given {coverage}")

@@ -27,8 +27,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Measure the demo: accuracy on held-out probes of every behaviour, and fidelity of its replacement model."""
-    if rows < 1:
-        raise ValueError(f"rows: expected at least 1, given {rows}")
+    if not 1 <= rows <= 100_000:
+        raise ValueError(f"rows: expected 1 to 100000, given {rows}")
     from replacement.demo.report import measure_demo
 
     facts = measure_demo(n_rows=rows)

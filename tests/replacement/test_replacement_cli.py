@@ -36,7 +36,10 @@ def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["show", "/nowhere"], "error: /nowhere is not a folder"),
-        (["demo", "--rows", "0"], "error: rows: expected at least 1, given 0"),
+        (["demo", "--rows", "0"], "error: rows: expected 1 to 100000, given 0"),
+        (["demo", "--rows", "9" * 30], "error: rows: expected 1 to 100000, given 999"),
+        (["show", "/dev/null"], "error: /dev/null is not a folder"),
+        (["show", "."], "error: "),
         (["demo", "--rows", "many"], "error: "),
         (["train"], "error: "),
     ],
