@@ -22,8 +22,9 @@ from circuits.validation.validate import validate
 from replacement import LanguageModel, ReplacementModel, checkpoint
 from replacement.demo.corpus import behaviours, held_out_rows
 from replacement.loading import ARTIFACTS
-from replacement.training.run import run
 from replacement.training.run_config import read_config
+from replacement.training.run_folder import holds_run
+from replacement.training.runs import run
 from replacement.validation.fidelity import measure_fidelity
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
@@ -38,7 +39,7 @@ def train(coefficient: float, out: Path, n_tokens: int) -> Path:
     config = read_config(RECIPE, overrides=[f"training.n_tokens={n_tokens}", f"training.losses=[{losses}]"])
     folder = out / f"{coefficient:g}"
     with tqdm(total=config.training.n_steps, desc=f"jacobian {coefficient:g}", unit="step", disable=None) as bar:
-        run(config, folder, resume=True, progress=lambda _: bar.update())
+        run(config, folder, resume=holds_run(folder), progress=lambda _: bar.update())
     return folder / "crosscoder"
 
 

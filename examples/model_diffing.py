@@ -31,8 +31,9 @@ from replacement import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.loading import ARTIFACTS
 from replacement.training.build import Models, load_models
-from replacement.training.run import run
 from replacement.training.run_config import run_config
+from replacement.training.run_folder import holds_run
+from replacement.training.runs import run
 from replacement.validation.latent_scaling import (
     MAX_NU_ERROR,
     MAX_NU_RECONSTRUCTION,
@@ -89,7 +90,9 @@ def train(name: str, out: Path, *, n_tokens: int, n_features: int, held_out_rows
         }
     )
     with tqdm(total=config.training.n_steps, desc=name, unit="step", disable=None) as bar:
-        return run(config, folder, resume=True, progress=lambda _: bar.update())  # a finished run is only read
+        return run(
+            config, folder, resume=holds_run(folder), progress=lambda _: bar.update()
+        )  # a finished run is only read
 
 
 def read(models: Models, crosscoder: Crosscoder, rows_RT: Tensor) -> Iterator[dict[Site, Tensor]]:

@@ -18,8 +18,9 @@ from replacement import LanguageModel, checkpoint
 from replacement.demo.corpus import held_out_rows
 from replacement.loading import ARTIFACTS
 from replacement.training.config import READS
-from replacement.training.run import run
 from replacement.training.run_config import read_config
+from replacement.training.run_folder import holds_run
+from replacement.training.runs import run
 from replacement.validation.measure import measure
 from replacement.validation.protocols import CLEAN, PROPAGATED, protocols, single
 from replacement.validation.slices import batches_of
@@ -34,7 +35,8 @@ def train_and_measure(reads: str, out: Path, n_tokens: int, lm: LanguageModel) -
     config = read_config(RECIPE, overrides=[*SETTINGS, f"training.reads={reads}", f"training.n_tokens={n_tokens}"])
     folder = out / reads
     with tqdm(total=config.training.n_steps, desc=reads, unit="step") as bar:
-        run(config, folder, resume=True, progress=lambda _: bar.update())  # a finished run is left as it is
+        resume = holds_run(folder)  # a finished run is left as it is
+        run(config, folder, resume=resume, progress=lambda _: bar.update())
     rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=HELD_OUT_ROWS, context=lm.context_length, seed=0))
     crosscoder = checkpoint.load(folder / "crosscoder")
     known = protocols([crosscoder])

@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from replacement import checkpoint
-from replacement.training.run import run
 from replacement.training.run_config import read_config
+from replacement.training.run_folder import holds_run
+from replacement.training.runs import run
 
 FOLDER = Path(__file__).parent / "recipes"
 COLUMNS = ("features", "L0", "unexplained", "KL", "CE recovered", "agreement", "dead", "tokens/s")
@@ -38,7 +39,7 @@ def train_recipe(name: str, out: Path, *, overrides: Sequence[str] = ()) -> dict
     """
     config = read_config(FOLDER / f"{name}.toml", overrides=overrides)
     with tqdm(total=config.training.n_steps, desc=name, unit="step", disable=None) as bar:
-        run(config, out, resume=True, progress=lambda _: bar.update())  # a finished run is only read
+        run(config, out, resume=holds_run(out), progress=lambda _: bar.update())  # a finished run is only read
     return table_row(out)
 
 

@@ -28,8 +28,9 @@ from replacement.crosscoder.jumprelu import to_jumprelu
 from replacement.demo.corpus import held_out_rows
 from replacement.demo.corpus.mixture import sample_rows
 from replacement.splicing.splice import read_rows
-from replacement.training.run import run
 from replacement.training.run_config import read_config
+from replacement.training.run_folder import holds_run
+from replacement.training.runs import run
 from replacement.validation.fidelity import Fidelity, measure_fidelity
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -43,7 +44,7 @@ def train_crosscoder(language_model: Path, folder: Path, overrides: Sequence[str
     """One run of a recipe on a language model."""
     config = read_config(RECIPES / f"{recipe}.toml", overrides=[f'model="{language_model}"', *overrides])
     with tqdm(total=config.training.n_steps, desc=f"crosscoder ({recipe})", unit="step") as bar:
-        run(config, folder, resume=True, progress=lambda _: bar.update())
+        run(config, folder, resume=holds_run(folder), progress=lambda _: bar.update())
 
 
 def calibrated(crosscoder: Crosscoder, lm: LanguageModel) -> Crosscoder:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperCommand
 
 from replacement.command_line import DEMO, AsJson, ModelOptions, model_options, new_app, run
 from replacement.console import add_row, pairs, section, show_json, table
@@ -39,7 +40,20 @@ def demo(
     show_page(section(f"Fidelity on {facts['fidelity']['n_tokens']:,} held-out tokens", _fidelity(facts["fidelity"])))
 
 
-@app.command()
+class _TrainCommand(TyperCommand):
+    """Shows all settings below the help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from replacement.training import settings_table
+
+        settings = table("setting", "default", "unit", "meaning", texts=("default", "unit", "meaning"))
+        for setting in settings_table():
+            add_row(settings, *setting)
+        show_page(section("Settings of the TOML file, and of --set", settings))
+
+
+@app.command(cls=_TrainCommand)
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file with the settings.", show_default=False)],
     *,
@@ -61,15 +75,14 @@ def train(
 
     SIGINT and SIGTERM write a checkpoint before the run ends; --resume goes on exactly there.
     """
-    from replacement.training.command import train_with_bar
     from replacement.training.parallel import is_first_process
-    from replacement.training.run import Interrupted
     from replacement.training.run_config import read_config
+    from replacement.training.runs import Interrupted, run_with_bar
 
     loggers = [name for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb)) if wanted]
     settings = read_config(config, overrides=overrides or [])
     try:
-        facts = train_with_bar(
+        facts = run_with_bar(
             settings, out, resume=resume, device=device, feature_shards=feature_shards, loggers=loggers
         )
     except Interrupted as stop:

@@ -9,7 +9,7 @@ they differ, and a circuit through the remembered point is not what the model do
 (Un)Faithfulness", shows this and suggests to match Jacobians: that of a remembering feature has rank 1, that of the model m.
 
 The transcoder is trained on sparse random inputs, a share of which is replaced by p, with and without
-`replacement.training.jacobian`. With m = 1 there is nothing to gain by remembering: the control.
+`replacement.training.model_losses`. With m = 1 there is nothing to gain by remembering: the control.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from plot_style import STYLE, save
 from replacement import Crosscoder
 from replacement.crosscoder.activation import ReLU
 from replacement.crosscoder.wiring import Wiring
-from replacement.training.jacobian import JacobianMatching
 from replacement.training.losses import Auxiliary, L1OfNorms, Loss
+from replacement.training.model_losses import JacobianMatching
 
 WIDTH, N_FEATURES = 6, 16
 DENSITY, SHARE = 0.3, 0.25

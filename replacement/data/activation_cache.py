@@ -1,4 +1,4 @@
-"""Activations of stored rows on disk, to be read in place of forward passes. R rows, T tokens per row, D site width.
+"""Activations of stored rows on disk, to be read in place of forward passes.
 
     FOLDER/cache.json                what is cached, and the SHA-256 of every part written so far
     FOLDER/part-00000.safetensors    `{site: [rows_per_part, T, D]}`, consecutive rows of the source
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import dacite
 import torch
+from filelock import FileLock
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,14 +27,15 @@ from tqdm import tqdm
 
 from replacement.crosscoder.sites import Site
 from replacement.data.token_sources import StoredRows, TokenSource
+from replacement.files import atomic_file, check_folder, write_atomic
 
 FORMAT = "crosstrace activation cache"
 VERSION = 1
 METADATA_FILE = "cache.json"
+LOCK_FILE = ".lock"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _OPEN_PARTS = 64  # parts whose files stay mapped
-_WHOLE_NUMBERS = ("version", "context", "n_rows", "rows_per_part")
 
 
 class ActivationCache:
@@ -45,11 +48,10 @@ class ActivationCache:
         sites: the sites read from it.
     """
 
-    def __init__(self, folder: Path, source: StoredRows, sites: Sequence[Site], metadata: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, source: StoredRows, sites: Sequence[Site], metadata: _Metadata) -> None:
         """Use `ActivationCache.open` or `.build`, which check that the cache is what it should be."""
         self.source, self.sites = source, tuple(sites)
         self._folder, self._metadata = folder, metadata
-        self._rows_per_part: int = metadata["rows_per_part"]
         self._verified: set[int] = set()
         self._part = lru_cache(maxsize=_OPEN_PARTS)(self._open_part)
 
@@ -68,6 +70,8 @@ class ActivationCache:
     ) -> ActivationCache:
         """Write the activations of all rows of a source, and open them; goes on where an earlier call stopped.
 
+        A second process that builds the same cache waits until the first one has ended.
+
         Args:
             read_activations: maps tokens `[B, T]` to activations `{site: [B, T, D]}` of at least these sites.
             fingerprint: digest of the model's weights (`LanguageModel.fingerprint`; joined ones for two models).
@@ -76,26 +80,36 @@ class ActivationCache:
 
         Raises:
             ValueError: a source that is not stored, another dtype, a folder that holds something else or the cache of
-                something else, activations of another shape, or values that the dtype cannot hold.
+                something else, activations of another shape, values that the dtype cannot hold, or a full disk.
         """
-        target, name = Path(folder), str(dtype).removeprefix("torch.")
-        if name not in DTYPES:
-            raise ValueError(f"activations are cached as one of {', '.join(DTYPES)}, got {name}")
+        target, dtype_name = Path(folder), str(dtype).removeprefix("torch.")
+        if dtype_name not in DTYPES:
+            raise ValueError(f"activations are cached as one of {', '.join(DTYPES)}, got {dtype_name}")
         if not sites:
             raise ValueError("no sites to cache: expected at least one")
         stored = _stored(source)
         widths = _widths(read_activations(stored.take(torch.zeros(1, dtype=torch.int64))), sites, stored.context)
         row_bytes = stored.context * sum(widths.values()) * dtype.itemsize
-        description = {**_description(stored, fingerprint), "dtype": name, "sites": widths}
-        metadata = _started(target, description, rows_per_part=max(1, part_bytes // row_bytes))
-        n_parts = _n_parts(metadata)
-        done = len(metadata["parts"])
-        for part in tqdm(range(done, n_parts), initial=done, total=n_parts, desc="caching", unit="part", disable=None):
-            size = metadata["rows_per_part"]
-            index_R = torch.arange(part * size, min((part + 1) * size, stored.n_stored))
-            acts = _read_part(stored, index_R, read_activations, widths, dtype, rows_per_read)
-            metadata["parts"].append(_write_part(target / _part_name(part), acts))
-            _write_metadata(target, metadata)
+        description = {**_description(stored, fingerprint), "dtype": dtype_name, "sites": widths}
+        metadata = _begun(target, description)
+        if metadata is not None and len(metadata.parts) == metadata.n_parts:
+            return cls(target, stored, sites, metadata)
+        if metadata is None and target.is_dir() and {path.name for path in target.iterdir()} - {LOCK_FILE}:
+            raise ValueError(f"{target} exists and is no activation cache: expected a new or empty folder")
+        check_folder(target).mkdir(parents=True, exist_ok=True)
+        with FileLock(target / LOCK_FILE):
+            metadata = _begun(target, description)
+            if metadata is None:
+                metadata = _Metadata(**description, rows_per_part=max(1, part_bytes // row_bytes))
+            done, total = len(metadata.parts), metadata.n_parts
+            for part in tqdm(range(done, total), initial=done, total=total, desc="caching", unit="part", disable=None):
+                size = metadata.rows_per_part
+                index_R = torch.arange(part * size, min((part + 1) * size, stored.n_stored))
+                acts = _read_part(stored, index_R, read_activations, widths, dtype, rows_per_read)
+                with atomic_file(target / _part_name(part)) as scratch:
+                    save_file(acts, scratch)
+                    metadata.parts.append(sha256_of(scratch))
+                write_atomic(target / METADATA_FILE, json.dumps(asdict(metadata), indent=1) + "\n")
         return cls(target, stored, sites, metadata)
 
     @classmethod
@@ -114,14 +128,14 @@ class ActivationCache:
         target, stored = Path(folder), _stored(source)
         metadata = _read_metadata(target)
         _check_same(target, metadata, _description(stored, fingerprint))
-        n_done, n_parts = len(metadata["parts"]), _n_parts(metadata)
-        if n_done < n_parts:
-            raise ValueError(f"the cache {target} is unfinished: {n_done} of {n_parts} parts; build it to the end")
-        held = {Site.parse(site): width for site, width in metadata["sites"].items()}
-        wanted = tuple(held) if sites is None else tuple(sites)
-        missing = [site for site in wanted if site not in held]
+        if len(metadata.parts) < metadata.n_parts:
+            raise ValueError(
+                f"the cache {target} is unfinished: {len(metadata.parts)} of {metadata.n_parts} parts; build it to the end"
+            )
+        wanted = [Site.parse(site) for site in metadata.sites] if sites is None else sites
+        missing = [site for site in wanted if str(site) not in metadata.sites]
         if missing:
-            raise ValueError(f"the cache {target} lacks {missing[0]}: it holds {', '.join(map(str, held))}")
+            raise ValueError(f"the cache {target} lacks {missing[0]}: it holds {', '.join(metadata.sites)}")
         return cls(target, stored, wanted, metadata)
 
     def read_rows(self, index_R: Int[Tensor, " R"]) -> dict[Site, Tensor]:
@@ -130,17 +144,16 @@ class ActivationCache:
         Raises:
             ValueError: a part that is missing or not what was written.
         """
-        part_R, place_R = index_R // self._rows_per_part, index_R % self._rows_per_part
-        dtype, context = DTYPES[self._metadata["dtype"]], self.source.context
+        metadata, context = self._metadata, self.source.context
+        part_R, place_R = index_R // metadata.rows_per_part, index_R % metadata.rows_per_part
         acts = {
-            site: torch.empty(len(index_R), context, self._metadata["sites"][str(site)], dtype=dtype)
+            site: torch.empty(len(index_R), context, metadata.sites[str(site)], dtype=DTYPES[metadata.dtype])
             for site in self.sites
         }
         for part in part_R.unique().tolist():
-            here_R = part_R == part
-            stored = self._part(part)
+            in_part_R, stored = part_R == part, self._part(part)
             for site, x_RTD in acts.items():
-                x_RTD[here_R] = stored[site][place_R[here_R]]
+                x_RTD[in_part_R] = stored[site][place_R[in_part_R]]
         return acts
 
     def _open_part(self, part: int) -> dict[Site, Tensor]:
@@ -149,9 +162,9 @@ class ActivationCache:
         if not path.is_file():
             raise ValueError(f"{path} is missing: the cache is damaged, build it anew")
         if part not in self._verified:
-            expected, found = self._metadata["parts"][part], _sha256(path)
-            if found != expected:
-                raise ValueError(f"{path} is damaged: expected SHA-256 {expected}, got {found}; build the cache anew")
+            expected, actual = self._metadata.parts[part], sha256_of(path)
+            if actual != expected:
+                raise ValueError(f"{path} is damaged: expected SHA-256 {expected}, got {actual}; build the cache anew")
             self._verified.add(part)
         try:
             with safe_open(path, framework="pt") as file:
@@ -161,6 +174,26 @@ class ActivationCache:
 
 
 # What is cached -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Metadata:
+    """Content of `cache.json`."""
+
+    format: str
+    version: int
+    fingerprint: str
+    context: int
+    n_rows: int
+    rows_sha256: str
+    dtype: str
+    sites: dict[str, int]
+    rows_per_part: int
+    parts: list[str] = field(default_factory=list)
+
+    @property
+    def n_parts(self) -> int:
+        return -(-self.n_rows // self.rows_per_part)
 
 
 def _stored(source: TokenSource) -> StoredRows:
@@ -185,68 +218,46 @@ def _description(source: StoredRows, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _check_same(folder: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _check_same(folder: Path, metadata: _Metadata, expected: Mapping[str, Any]) -> None:
     for entry, value in expected.items():
-        if metadata[entry] != value:
-            raise ValueError(
-                f"the cache {folder} is of something else: expected {entry} {value!r}, it has {metadata[entry]!r}"
-            )
+        cached = getattr(metadata, entry)
+        if cached != value:
+            raise ValueError(f"the cache {folder} is of something else: expected {entry} {value!r}, it has {cached!r}")
 
 
-def _n_parts(metadata: Mapping[str, Any]) -> int:
-    return -(-metadata["n_rows"] // metadata["rows_per_part"])
+def _begun(folder: Path, description: Mapping[str, Any]) -> _Metadata | None:
+    """The metadata of a cache that an earlier call has begun, checked to be of the same; None if there is none."""
+    if not (folder / METADATA_FILE).is_file():
+        return None
+    metadata = _read_metadata(folder)
+    _check_same(folder, metadata, description)
+    return metadata
 
 
 def _part_name(part: int) -> str:
     return f"part-{part:05d}.safetensors"
 
 
-# Metadata -----------------------------------------------------------------------------------------------------------
-
-
-def _started(folder: Path, description: dict[str, Any], *, rows_per_part: int) -> dict[str, Any]:
-    """The metadata to go on with: that of an unfinished cache of the same, or a new one."""
-    if (folder / METADATA_FILE).is_file():
-        metadata = _read_metadata(folder)
-        _check_same(folder, metadata, description)
-        return metadata
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is no activation cache: expected a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {**description, "rows_per_part": rows_per_part, "parts": []}
-    _write_metadata(folder, metadata)
-    return metadata
-
-
-def _write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
-    scratch = folder / f".{METADATA_FILE}"
-    scratch.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / METADATA_FILE)
-
-
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def _read_metadata(folder: Path) -> _Metadata:
     path = folder / METADATA_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {folder} is not an activation cache")
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"{path} is no activation cache: expected format {FORMAT!r}")
-    if not isinstance(metadata.get("version"), int) or metadata["version"] > VERSION:
-        given = metadata.get("version")
-        raise ValueError(f"{path} has format version {given!r}; this library reads versions up to {VERSION}")
-    sites, parts = metadata.get("sites"), metadata.get("parts")
-    sound = (
-        all(isinstance(metadata.get(entry), int) and metadata[entry] > 0 for entry in _WHOLE_NUMBERS)
-        and all(isinstance(metadata.get(entry), str) for entry in ("fingerprint", "rows_sha256"))
-        and metadata.get("dtype") in DTYPES
-        and isinstance(sites, dict)
-        and all(isinstance(width, int) for width in sites.values())
-        and isinstance(parts, list)
-    )
-    if not sound:
+    if not isinstance(value.get("version"), int) or value["version"] > VERSION:
+        raise ValueError(
+            f"{path} has format version {value.get('version')!r}; this library reads versions up to {VERSION}"
+        )
+    try:
+        metadata = dacite.from_dict(_Metadata, value)
+        is_sound = metadata.dtype in DTYPES and min(metadata.context, metadata.n_rows, metadata.rows_per_part) > 0
+    except dacite.DaciteError:
+        is_sound = False
+    if not is_sound or not isinstance(value.get("parts"), list):
         raise ValueError(f"{path} is damaged: an entry is missing or of another kind; build the cache anew")
     return metadata
 
@@ -290,15 +301,7 @@ def _read_part(
     return acts
 
 
-def _write_part(path: Path, acts: dict[str, Tensor]) -> str:
-    """Write a part atomically; its SHA-256."""
-    scratch = path.with_name(f".{path.name}")
-    save_file(acts, scratch)
-    digest = _sha256(scratch)
-    os.replace(scratch, path)
-    return digest
-
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

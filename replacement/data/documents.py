@@ -1,10 +1,10 @@
-"""Texts on disk or in a Hugging Face dataset, and their packing into rows of token ids. T tokens per row."""
+"""Texts on disk or in a Hugging Face dataset, and their packing into rows of token ids."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from replacement.language_model.language_model import LanguageModel
 
+HUB_PREFIX = "hf:"
 _PIECE_CHARACTERS = 1 << 18  # a long file is tokenised in pieces of about this size, cut at line ends
 _PIECES_PER_CALL = 32
+
+Start = Callable[[], Iterable[Any]]
+"""Starts the items afresh at every call."""
 
 
 class Piece(NamedTuple):
@@ -22,6 +26,9 @@ class Piece(NamedTuple):
 
     text: str
     ends_document: bool
+
+
+# Packing ------------------------------------------------------------------------------------------------------------
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, role: Literal["bos", "eos"], *, vocabulary_size: int) -> int | None:
@@ -76,16 +83,36 @@ def pack(
     while batch := list(itertools.islice(remaining, _PIECES_PER_CALL)):
         encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False)["input_ids"]
         for piece, piece_ids in zip(batch, encoded, strict=True):
-            ids.extend(piece_ids)
-            if piece.ends_document:
-                ids.extend(ending)
-        n = len(ids) // body
-        if n:
-            rows_RT = np.empty((n, context), dtype=np.int64)
+            ids += piece_ids + (ending if piece.ends_document else [])
+        n_rows = len(ids) // body
+        if n_rows:
+            rows_RT = np.empty((n_rows, context), dtype=np.int64)
             rows_RT[:, : len(head)] = head
-            rows_RT[:, len(head) :] = np.array(ids[: n * body]).reshape(n, body)
+            rows_RT[:, len(head) :] = np.array(ids[: n_rows * body]).reshape(n_rows, body)
             yield rows_RT
-            del ids[: n * body]
+            del ids[: n_rows * body]
+
+
+def rows_of(items: Iterable[Any], *, context: int, name: str) -> Iterator[np.ndarray]:
+    """Rows of token ids as they stand, `[1, T]` each.
+
+    Raises:
+        ValueError: an item that is not a row of `context` integers.
+    """
+    for number, item in enumerate(items):
+        try:
+            row_T = np.asarray(item)
+        except ValueError:  # lists of several lengths
+            row_T = np.asarray(item, dtype=object)
+        if row_T.shape != (context,) or not np.issubdtype(row_T.dtype, np.integer):
+            raise ValueError(
+                f"{name}, row {number}: expected {context} integer token ids (the context), got {row_T.dtype} of shape "
+                f"{list(row_T.shape)}"
+            )
+        yield row_T[None]
+
+
+# Texts --------------------------------------------------------------------------------------------------------------
 
 
 def pieces_of_files(paths: Iterable[Path], *, text_field: str) -> Iterator[Piece]:
@@ -99,32 +126,16 @@ def pieces_of_files(paths: Iterable[Path], *, text_field: str) -> Iterator[Piece
             with path.open(encoding="utf-8") as lines:
                 if path.suffix == ".txt":
                     yield from _pieces_of_text(lines)
-                else:
-                    for number, line in enumerate(lines, start=1):
-                        if line.strip():
-                            yield Piece(_field(line, text_field, f"{path}, line {number}"), ends_document=True)
+                    continue
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield Piece(_field(line, text_field, f"{path}, line {number}"), ends_document=True)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def rows_of(items: Iterable[Any], *, context: int, name: str) -> Iterator[np.ndarray]:
-    """Rows of token ids as they stand, `[1, T]` each.
-
-    Raises:
-        ValueError: an item that is not a row of `context` integers.
-    """
-    for number, item in enumerate(items):
-        row_T = np.asarray(item)
-        if row_T.shape != (context,) or not np.issubdtype(row_T.dtype, np.integer):
-            raise ValueError(
-                f"{name}, row {number}: expected {context} integer token ids (the context), got {row_T.dtype} of shape "
-                f"{list(row_T.shape)}"
-            )
-        yield row_T[None]
-
-
 def whole_documents(texts: Iterable[Any], *, name: str) -> Iterator[Piece]:
-    """Each text a document.
+    """One document per text.
 
     Raises:
         ValueError: an item that is not text.
@@ -136,22 +147,22 @@ def whole_documents(texts: Iterable[Any], *, name: str) -> Iterator[Piece]:
 
 
 def _pieces_of_text(lines: Iterable[str]) -> Iterator[Piece]:
-    held: list[str] = []
+    pending: list[str] = []
     n_characters = 0
     for line in lines:
         if n_characters >= _PIECE_CHARACTERS:
-            yield Piece("".join(held), ends_document=False)
-            held, n_characters = [], 0
-        held.append(line)
+            yield Piece("".join(pending), ends_document=False)
+            pending, n_characters = [], 0
+        pending.append(line)
         n_characters += len(line)
-    if held:
-        yield Piece("".join(held), ends_document=True)
+    if pending:
+        yield Piece("".join(pending), ends_document=True)
 
 
 def _field(line: str, text_field: str, place: str) -> str:
     try:
         example = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
     if not isinstance(example, dict) or text_field not in example:
         given = f"the fields {', '.join(map(str, example))}" if isinstance(example, dict) else type(example).__name__
@@ -160,3 +171,52 @@ def _field(line: str, text_field: str, place: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{place}: expected text in the field {text_field!r}, got {type(text).__name__}")
     return text
+
+
+# Hugging Face datasets ----------------------------------------------------------------------------------------------
+
+
+def dataset_column(source: str | Sequence[Path], *, split: str, column: str) -> Start:
+    """A column of a Hugging Face dataset, whose items are texts or rows of token ids.
+
+    Args:
+        source: `hf:NAME` or `hf:NAME:CONFIGURATION` on the hub, read while it is downloaded; the folder of a dataset saved
+            by `save_to_disk`; or `.parquet` files, read one after the other.
+        split: of a dataset that has several.
+
+    Raises:
+        ValueError: the dataset cannot be opened, or has no such configuration, split or column.
+    """
+    name = source if isinstance(source, str) else ", ".join(map(str, source))
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{name} is read with the `datasets` library: pip install datasets") from None
+    try:
+        if name.startswith(HUB_PREFIX):
+            path, _, configuration = name.removeprefix(HUB_PREFIX).partition(":")
+            dataset: Any = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
+        elif not isinstance(source, str) and not source[0].is_dir():
+            files = [str(path) for path in source]
+            dataset = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        else:
+            dataset = datasets.load_from_disk(name)
+    except Exception as error:  # the library raises errors of many kinds, of its own and of those it builds on
+        raise ValueError(f"cannot open the dataset {name}: {error}") from error
+    if isinstance(dataset, dict) and split not in dataset:
+        raise ValueError(f"{name} has no split {split!r}: it has {', '.join(dataset)}")
+    examples = dataset[split] if isinstance(dataset, dict) else dataset
+    if examples.column_names is not None:
+        _check_column(examples.column_names, column, name)
+
+    def items() -> Iterator[Any]:
+        for example in examples:
+            _check_column(example, column, name)
+            yield example[column]
+
+    return items
+
+
+def _check_column(known: Iterable[str], column: str, name: str) -> None:
+    if column not in known:
+        raise ValueError(f"{name} has no column {column!r}: it has {', '.join(known)}; see text_field")

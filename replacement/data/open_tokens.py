@@ -1,12 +1,8 @@
-"""Opening a source of training tokens: text, a dataset, stored token ids, the demo's corpus, or a function.
-
-R rows, T tokens per row, N tokens.
-"""
+"""Opening a source of training tokens: text, a dataset, stored token ids, the demo's corpus, or a function."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +11,19 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from replacement.data.documents import Piece, pack, pieces_of_files, rows_of, special_id, whole_documents
-from replacement.data.hugging_face_datasets import HUB_PREFIX, hub_column, parquet_column, saved_column
-from replacement.data.joined_rows import JoinedRows, as_rows
-from replacement.data.token_files import TOKEN_SUFFIXES, map_ids, resolve
+from replacement.data.documents import (
+    HUB_PREFIX,
+    Piece,
+    dataset_column,
+    pack,
+    pieces_of_files,
+    rows_of,
+    special_id,
+    whole_documents,
+)
+from replacement.data.token_files import TOKEN_SUFFIXES, JoinedRows, as_rows, map_ids, resolve
 from replacement.data.token_sources import DemoRows, StoredRows, StreamedRows, TokenSource
+from replacement.files import atomic_file
 from replacement.language_model.language_model import LanguageModel
 
 MAX_CONTEXT = 512
@@ -72,15 +76,13 @@ def open_source(
     if isinstance(source, str) and source == "demo":
         return opener.demo()
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
-        return opener.items(hub_column(source, split=split, column=text_field), source)
+        return opener.items(dataset_column(source, split=split, column=text_field), source)
     paths = resolve(source)
     name = str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))
-    if paths[0].is_dir():
-        return opener.items(saved_column(paths[0], split=split, column=text_field), name)
     if paths[0].suffix in TOKEN_SUFFIXES:
         return opener.stored({str(path): map_ids(path, tensor) for path in paths}, name)
-    if paths[0].suffix == ".parquet":
-        return opener.items(parquet_column(paths, column=text_field), name)
+    if paths[0].suffix == ".parquet" or paths[0].is_dir():
+        return opener.items(dataset_column(paths, split=split, column=text_field), name)
     return opener.packed(lambda: pieces_of_files(paths, text_field=text_field), name)
 
 
@@ -94,29 +96,26 @@ def store_rows(source: TokenSource, path: str | Path, *, n_rows: int | None = No
         n_rows: most training rows to write; all of one epoch by default, and needed for a source without an end.
 
     Raises:
-        ValueError: another suffix than `.npy`, or an endless source without `n_rows`.
+        ValueError: another suffix than `.npy`, or an endless source without `n_rows`, less than one row, or a file that
+            cannot be written.
     """
     target = Path(path)
     if target.suffix != ".npy":
         raise ValueError(f"{path}: expected a file name that ends in .npy")
-    if isinstance(source, DemoRows) and n_rows is None:
+    if n_rows is None and isinstance(source, DemoRows):
         raise ValueError(f"{source.name} has no end: give n_rows, the rows to write")
+    if n_rows is not None and n_rows < 1:
+        raise ValueError(f"n_rows must be 1 or more, got {n_rows}")
     size = source.vocabulary_size
     dtype = np.dtype(np.uint16 if size is not None and size <= 1 << 16 else np.uint32)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as file:
-            n_written = 0
-            _write_header(file, dtype, 0, source.context)
-            for rows_RT in itertools.chain([source.held_out()], _first(source.one_pass(), n_rows)):
-                rows_RT.numpy().astype(dtype).tofile(file)
-                n_written += len(rows_RT)
-            file.seek(0)
-            _write_header(file, dtype, n_written, source.context)
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with atomic_file(target) as scratch, scratch.open("wb") as file:
+        n_written = 0
+        _write_header(file, dtype, 0, source.context)
+        for rows_RT in itertools.chain([source.held_out()], _first(source.one_pass(), n_rows)):
+            file.write(rows_RT.numpy().astype(dtype).tobytes())
+            n_written += len(rows_RT)
+        file.seek(0)
+        _write_header(file, dtype, n_written, source.context)
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, n_rows: int, context: int) -> None:
@@ -126,13 +125,15 @@ def _write_header(file: BinaryIO, dtype: np.dtype, n_rows: int, context: int) ->
 
 
 def _first(parts: Iterator[Tensor], n_rows: int | None) -> Iterator[Tensor]:
-    left = n_rows
-    for rows_RT in parts:
-        yield rows_RT[:left]
-        if left is not None:
-            left -= len(rows_RT)
-            if left <= 0:
-                return
+    if n_rows is None:
+        yield from parts
+        return
+    while n_rows > 0:
+        rows_RT = next(parts, None)
+        if rows_RT is None:
+            return
+        yield rows_RT[:n_rows]
+        n_rows -= len(rows_RT)
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,6 @@ class _Opener:
     def __post_init__(self) -> None:
         if self.context is not None and self.context > self.lm.context_length:
             raise ValueError(f"rows of {self.context} tokens: {self.lm.name} reads at most {self.lm.context_length}")
-        if self.n_held_out < 0:
-            raise ValueError(f"n_held_out must be 0 or more, got {self.n_held_out}")
 
     def stored(self, arrays: Mapping[str, np.ndarray | Tensor], name: str) -> TokenSource:
         """Token ids that can be read in any order; rows keep their width, and flat ids are cut to the same.
@@ -171,17 +170,13 @@ class _Opener:
 
     def demo(self) -> TokenSource:
         """The demo's corpus."""
-        return DemoRows(
-            self._tokenizer("the demo corpus"),
-            context=self.width,
-            n_held_out=self.n_held_out,
-            vocabulary_size=self.lm.vocabulary_size,
-        )
+        options = self._options("the demo corpus")
+        return DemoRows(self._tokenizer(options["name"]), context=self.width, **options)
 
     def packed(self, pieces: Callable[[], Iterable[Piece]], name: str) -> TokenSource:
         """Texts, tokenised on the way."""
-        tokenizer = self._tokenizer(name)
-        bos = self._bos_id()
+        tokenizer, options = self._tokenizer(name), self._options(name)
+        bos = options["bos_id"]
         eos = special_id(tokenizer, "eos", vocabulary_size=self.lm.vocabulary_size)
         head = bos if self.lm.parts.bridge.cfg.default_prepend_bos else None
 
@@ -189,14 +184,14 @@ class _Opener:
             separator = bos if eos is None else eos
             return pack(pieces(), tokenizer, context=self.width, bos=head, separator=separator)
 
-        return StreamedRows(start, context=self.width, **self._options(name))
+        return StreamedRows(start, context=self.width, **options)
 
     def items(self, start: Callable[[], Iterable[Any]], name: str) -> TokenSource:
         """Texts or rows of token ids, whichever the first item is."""
-        one, other = iter(start()), iter(start())
-        if one is other:
+        first_pass, second_pass = iter(start()), iter(start())
+        if first_pass is second_pass:
             raise ValueError(f"{name} goes on where it stopped: expected a function that starts afresh at every call")
-        first = next(one, None)
+        first = next(first_pass, None)
         if first is None:
             raise ValueError(f"{name} yields nothing: expected texts or rows of token ids")
         if isinstance(first, str):
@@ -211,17 +206,9 @@ class _Opener:
         return min(self.lm.context_length, MAX_CONTEXT) if self.context is None else self.context
 
     def _options(self, name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "n_held_out": self.n_held_out,
-            "vocabulary_size": self.lm.vocabulary_size,
-            "bos_id": self._bos_id(),
-        }
-
-    def _bos_id(self) -> int | None:
-        if self.lm.tokenizer is None:
-            return None
-        return special_id(self.lm.tokenizer, "bos", vocabulary_size=self.lm.vocabulary_size)
+        tokenizer, size = self.lm.tokenizer, self.lm.vocabulary_size
+        bos = None if tokenizer is None else special_id(tokenizer, "bos", vocabulary_size=size)
+        return {"name": name, "n_held_out": self.n_held_out, "vocabulary_size": size, "bos_id": bos}
 
     def _tokenizer(self, name: str) -> Any:
         if self.lm.tokenizer is None:

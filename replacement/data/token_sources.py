@@ -1,28 +1,27 @@
 """Sources of training rows: token ids of one length, in an order that is a pure function of (seed, position).
 
-R rows, T tokens per row. A source has an endless order of rows, counted by position: stored rows are shuffled anew in
-every epoch, streamed rows come as they arrive and start over. Whoever asks for positions `first, first + 1, ...` with
-the same seed gets the same rows, in whatever process and after whatever interruption.
+A source has an endless order of rows, counted by position: stored rows are shuffled anew in every epoch, streamed rows come
+as they arrive and start over. Whoever asks for positions `first, first + 1, ...` with the same seed gets the same rows, in
+whatever process and after whatever interruption.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from replacement.data.joined_rows import JoinedRows, as_rows
+from replacement.data.token_files import JoinedRows, as_rows
 
 _EPOCH_STREAM = 0  # first word of the random seeds of row orders; the shuffle buffers use another
-
 _ROWS_AT_A_TIME = 1024
 
 DEMO_FIRST_SEED = 1_000_000
@@ -42,23 +41,28 @@ class Rows(NamedTuple):
     """Passes over the source completed before the last of these rows."""
 
 
+@dataclass(kw_only=True, eq=False)
 class TokenSource(ABC):
-    """Rows of token ids of one length.
+    """Rows of token ids of one length."""
 
-    Attributes:
-        name: what errors call it, such as the file's path.
-        context: tokens per row T.
-        vocabulary_size: token ids lie below it; None if that is not to be checked.
-        bos_id: the beginning-of-sequence token, or None.
-        n_rows: training rows of one epoch (held-out rows not counted); None where that is unknown or endless.
-    """
+    name: str
+    """What errors call the source, such as the file's path."""
+    context: int
+    """Tokens per row T."""
+    n_held_out: int = 0
+    """Rows set aside, which never appear in training: the first ones, or for the demo those of a random stream of their own."""
+    vocabulary_size: int | None = None
+    """Token ids lie below it; None if that is not to be checked."""
+    bos_id: int | None = None
+    """The beginning-of-sequence token, if there is one."""
+    n_rows: int | None = field(default=None, init=False)
+    """Training rows of one epoch (held-out rows not counted); None where that is unknown or endless."""
 
-    def __init__(self, name: str, *, context: int, vocabulary_size: int | None, bos_id: int | None) -> None:
-        if context < 1:
-            raise ValueError(f"{name}: the context must be 1 token or more, got {context}")
-        self.name, self.context = name, context
-        self.vocabulary_size, self.bos_id = vocabulary_size, bos_id
-        self.n_rows: int | None = None
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise ValueError(f"{self.name}: the context must be 1 token or more, got {self.context}")
+        if self.n_held_out < 0:
+            raise ValueError(f"n_held_out must be 0 or more, got {self.n_held_out}")
 
     @abstractmethod
     def held_out(self) -> Int[Tensor, "R T"]:
@@ -92,12 +96,30 @@ class TokenSource(ABC):
                 )
         return torch.from_numpy(rows_RT.astype(np.int64))
 
+    def _check_enough(self, n_rows: int) -> None:
+        if n_rows <= self.n_held_out:
+            needed = self.n_held_out + 1
+            raise ValueError(
+                f"{self.name} has {n_rows} rows: expected at least {needed} (n_held_out and one to train on)"
+            )
+
 
 class StoredRows(TokenSource):
     """Rows that can be read in any order: an array in memory, or arrays mapped from files.
 
     Rows are shuffled globally, by a new permutation in every epoch.
+
+    Args:
+        ids: `[R, T]` rows, or flat ids `[N]` that are cut into rows of `context` tokens as they stand.
+        context: tokens per row; needed for flat ids, and the width of 2-D rows otherwise.
+        options: the other fields of `TokenSource`.
+
+    Raises:
+        ValueError: not integers, another number of dimensions, rows of another length, too few rows for the held-out ones
+            and one more, or held-out ids outside the vocabulary.
     """
+
+    n_rows: int
 
     def __init__(
         self,
@@ -105,27 +127,14 @@ class StoredRows(TokenSource):
         *,
         context: int | None = None,
         name: str = "the token rows",
-        n_held_out: int = 0,
-        vocabulary_size: int | None = None,
-        bos_id: int | None = None,
+        **options: Any,
     ) -> None:
-        """Wrap `[R, T]` rows, or flat ids `[N]` that are cut into rows of `context` tokens as they stand.
-
-        Args:
-            context: tokens per row; needed for flat ids, and the width of 2-D rows otherwise.
-            n_held_out: the first n rows never appear in training.
-
-        Raises:
-            ValueError: not integers, another number of dimensions, rows of another length, too few rows for the
-                held-out ones and one more, or held-out ids outside the vocabulary.
-        """
         array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
-        rows = array if isinstance(array, JoinedRows) else as_rows(array, context, name)
-        super().__init__(name, context=rows.shape[1], vocabulary_size=vocabulary_size, bos_id=bos_id)
-        _check_enough(name, len(rows), n_held_out)
-        self._rows, self._n_held_out = rows, n_held_out
-        self.n_rows: int = len(rows) - n_held_out
-        self._checked(rows[: n_held_out + 1])  # a foreign vocabulary is noticed at once
+        self._rows = array if isinstance(array, JoinedRows) else as_rows(array, context, name)
+        super().__init__(name=name, context=self._rows.shape[1], **options)
+        self._check_enough(len(self._rows))
+        self.n_rows = len(self._rows) - self.n_held_out
+        self._checked(self._rows[: self.n_held_out + 1])  # a foreign vocabulary is noticed at once
 
     @property
     def n_stored(self) -> int:
@@ -138,7 +147,7 @@ class StoredRows(TokenSource):
 
     def held_out(self) -> Int[Tensor, "R T"]:
         """The first `n_held_out` rows."""
-        return self._checked(self._rows[: self._n_held_out])
+        return self._checked(self._rows[: self.n_held_out])
 
     def blocks(self, n: int, *, first: int = 0, seed: int) -> Iterator[Rows]:
         """Endless blocks of rows, shuffled over the whole source in every epoch."""
@@ -148,45 +157,34 @@ class StoredRows(TokenSource):
             return np.random.default_rng([_EPOCH_STREAM, seed, epoch]).permutation(self.n_rows)
 
         while True:
-            epoch_R, place_R = np.divmod(np.arange(first, first + n), self.n_rows)
-            epochs = range(int(epoch_R[0]), int(epoch_R[-1]) + 1)
-            index_R = np.concatenate([order(epoch)[place_R[epoch_R == epoch]] for epoch in epochs])
-            index = torch.from_numpy(index_R + self._n_held_out)
-            yield Rows(self.take(index), index, epochs[-1])
+            index_R, epoch = _laid_end_to_end(order, self.n_rows, first, n)
+            index = torch.from_numpy(index_R + self.n_held_out)
+            yield Rows(self.take(index), index, epoch)
             first += n
 
     def one_pass(self) -> Iterator[Int[Tensor, "R T"]]:
         """The training rows once, in the order in which they are stored."""
-        for first in range(self._n_held_out, self.n_stored, _ROWS_AT_A_TIME):
+        for first in range(self.n_held_out, self.n_stored, _ROWS_AT_A_TIME):
             yield self._checked(self._rows[first : first + _ROWS_AT_A_TIME])
 
 
+@dataclass(kw_only=True, eq=False)
 class StreamedRows(TokenSource):
-    """Rows in the order in which they arrive; the source starts over when it ends."""
+    """Rows in the order in which they arrive; the source starts over when it ends.
 
-    def __init__(
-        self,
-        start: Callable[[], Iterable[np.ndarray]],
-        *,
-        context: int,
-        name: str = "the stream of rows",
-        n_held_out: int = 0,
-        vocabulary_size: int | None = None,
-        bos_id: int | None = None,
-    ) -> None:
-        """Wrap a function that starts the rows afresh; each item it yields is some rows `[n, T]`.
+    Raises:
+        ValueError: too few rows for the held-out ones and one more, or ids outside the vocabulary among them.
+    """
 
-        Args:
-            n_held_out: the first n rows never appear in training.
+    start: Callable[[], Iterable[np.ndarray]] = field(kw_only=False)
+    """Starts the rows afresh; each item it yields is some rows `[n, T]`."""
+    name: str = "the stream of rows"
 
-        Raises:
-            ValueError: too few rows for the held-out ones and one more, or ids outside the vocabulary among them.
-        """
-        super().__init__(name, context=context, vocabulary_size=vocabulary_size, bos_id=bos_id)
-        self._start, self._n_held_out = start, n_held_out
-        opening = list(islice(self._all_rows(), n_held_out + 1))
-        _check_enough(name, len(opening), n_held_out)
-        self._held_out = self._checked(np.stack(opening))[:n_held_out]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        opening = list(islice(self._all_rows(), self.n_held_out + 1))
+        self._check_enough(len(opening))
+        self._held_out = self._checked(np.stack(opening))[: self.n_held_out]
 
     def held_out(self) -> Int[Tensor, "R T"]:
         """The first `n_held_out` rows."""
@@ -202,77 +200,69 @@ class StreamedRows(TokenSource):
 
     def one_pass(self) -> Iterator[Int[Tensor, "R T"]]:
         """The training rows once, in order of arrival."""
-        rows = islice(self._all_rows(), self._n_held_out, None)
-        while some := list(islice(rows, _ROWS_AT_A_TIME)):
-            yield self._checked(np.stack(some))
+        rows = islice(self._all_rows(), self.n_held_out, None)
+        while chunk := list(islice(rows, _ROWS_AT_A_TIME)):
+            yield self._checked(np.stack(chunk))
 
     def _endless(self) -> Iterator[tuple[int, int, np.ndarray]]:
         epoch = 0
         while True:
             n_seen = 0
             for n_seen, row_T in enumerate(self._all_rows(), start=1):
-                if n_seen > self._n_held_out:
+                if n_seen > self.n_held_out:
                     yield epoch, n_seen - 1, row_T
-            if n_seen <= self._n_held_out:
+            if n_seen <= self.n_held_out:
                 raise ValueError(f"{self.name} gave only {n_seen} rows when started again: expected the same rows")
             epoch += 1
 
     def _all_rows(self) -> Iterator[np.ndarray]:
-        for rows_nT in self._start():
+        for rows_nT in self.start():
             yield from rows_nT
 
 
+@dataclass(kw_only=True, eq=False)
 class DemoRows(TokenSource):
-    """The corpus of the demo model, generated without end: corpus seeds from 1,000,000 upward, 4096 rows of each."""
+    """The corpus of the demo model, generated without end: corpus seeds from 1,000,000 upward, 4096 rows of each.
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        context: int,
-        n_held_out: int = 0,
-        vocabulary_size: int | None = None,
-    ) -> None:
-        """Generate rows with this tokenizer.
+    Raises:
+        ValueError: the tokenizer lacks words of the demo's corpus.
+    """
 
-        Raises:
-            ValueError: the tokenizer lacks words of the demo's corpus.
-        """
+    tokenizer: Any = field(kw_only=False)
+    """A tokenizer that knows the words of the corpus."""
+    name: str = "the demo corpus"
+
+    def __post_init__(self) -> None:
         from replacement.demo.corpus import vocabulary
 
-        unknown = sorted(set(vocabulary()) - tokenizer.get_vocab().keys())
+        super().__post_init__()
+        unknown = sorted(set(vocabulary()) - self.tokenizer.get_vocab().keys())
         if unknown:
             raise ValueError(
                 f"the demo corpus is for the demo model: this tokenizer lacks {len(unknown)} of its words, "
                 f"such as {unknown[0]!r}"
             )
-        bos_id = tokenizer.bos_token_id
-        super().__init__("the demo corpus", context=context, vocabulary_size=vocabulary_size, bos_id=bos_id)
-        self._tokenizer, self._n_held_out = tokenizer, n_held_out
+        self.bos_id = self.tokenizer.bos_token_id
 
     def held_out(self) -> Int[Tensor, "R T"]:
         """`n_held_out` rows from a random stream that training never uses."""
         from replacement.demo.corpus import held_out_rows
 
-        rows_RT = held_out_rows(self._tokenizer, n_rows=self._n_held_out, context=self.context, seed=DEMO_HELD_OUT_SEED)
-        return self._checked(rows_RT.reshape(self._n_held_out, self.context))
+        rows_RT = held_out_rows(self.tokenizer, n_rows=self.n_held_out, context=self.context, seed=DEMO_HELD_OUT_SEED)
+        return self._checked(rows_RT.reshape(self.n_held_out, self.context))
 
     def blocks(self, n: int, *, first: int = 0, seed: int) -> Iterator[Rows]:
         """Endless blocks of rows, all of them new, whatever the seed."""
+        from replacement.demo.corpus import sample_rows
 
         @lru_cache(maxsize=1)
         def drawn(part: int) -> np.ndarray:
-            from replacement.demo.corpus import sample_rows
-
             corpus_seed = DEMO_FIRST_SEED + part
-            return sample_rows(self._tokenizer, n_rows=DEMO_ROWS_PER_SEED, context=self.context, seed=corpus_seed)
+            return sample_rows(self.tokenizer, n_rows=DEMO_ROWS_PER_SEED, context=self.context, seed=corpus_seed)
 
         while True:
-            index_R = np.arange(first, first + n)
-            part_R, place_R = np.divmod(index_R, DEMO_ROWS_PER_SEED)
-            parts = range(int(part_R[0]), int(part_R[-1]) + 1)
-            rows_RT = np.concatenate([drawn(part)[place_R[part_R == part]] for part in parts])
-            yield Rows(self._checked(rows_RT), torch.from_numpy(index_R), 0)
+            rows_RT, _ = _laid_end_to_end(drawn, DEMO_ROWS_PER_SEED, first, n)
+            yield Rows(self._checked(rows_RT), torch.arange(first, first + n), 0)
             first += n
 
     def one_pass(self) -> Iterator[Int[Tensor, "R T"]]:
@@ -280,10 +270,8 @@ class DemoRows(TokenSource):
         return (rows.tokens_RT for rows in self.blocks(_ROWS_AT_A_TIME, seed=0))
 
 
-def _check_enough(name: str, n_rows: int, n_held_out: int) -> None:
-    if n_held_out < 0:
-        raise ValueError(f"n_held_out must be 0 or more, got {n_held_out}")
-    if n_rows < n_held_out + 1:
-        raise ValueError(
-            f"{name} has {n_rows} rows: expected at least {n_held_out + 1} (n_held_out and one to train on)"
-        )
+def _laid_end_to_end(part: Callable[[int], np.ndarray], size: int, first: int, n: int) -> tuple[np.ndarray, int]:
+    """Entries `first` to `first + n` of `part(0), part(1), ...` (of `size` entries each), and the number of the last part."""
+    part_R, place_R = np.divmod(np.arange(first, first + n), size)
+    numbers = range(int(part_R[0]), int(part_R[-1]) + 1)
+    return np.concatenate([part(number)[place_R[part_R == number]] for number in numbers]), numbers[-1]

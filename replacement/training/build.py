@@ -1,4 +1,4 @@
-"""From the settings of a run to its parts: language models, crosscoder, source of tokens. R rows, T tokens, D site width."""
+"""From the settings of a run to its parts: language models, crosscoder, source of tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FEATURES_PER_DIMENSION = 16
 """Features per group and dimension of the residual stream where the settings do not say."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class Models:
     """The language model of a run; two of them, of one shape and vocabulary, for model diffing."""
 
@@ -30,7 +30,7 @@ class Models:
 
     @property
     def all(self) -> tuple[LanguageModel, ...]:
-        """The one or two models, in order."""
+        """Both models, or the only one, in order."""
         return (self.first,) if self.second is None else (self.first, self.second)
 
     @property
@@ -46,13 +46,13 @@ class Models:
     def read(self, tokens_RT: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Activations `[R, T, D]` at sites, from one forward pass of each model."""
         acts: dict[Site, Tensor] = {}
-        for number, model in enumerate((self.first, self.second)):
-            own = {Site(site.layer, site.kind): site for site in sites if site.model == number}
-            if own and model is None:
-                raise ValueError(f"a second model is needed to read {next(iter(own.values()))}")
-            if own and model is not None:
-                read = model.read(tokens_RT.to(model.device), list(own))
-                acts |= {own[site]: x_RTD for site, x_RTD in read.items()}
+        for number in sorted({site.model for site in sites}):
+            wanted = {Site(site.layer, site.kind): site for site in sites if site.model == number}
+            if number >= len(self.all):
+                raise ValueError(f"a second model is needed to read {next(iter(wanted.values()))}")
+            model = self.all[number]
+            read = model.read(tokens_RT.to(model.device), list(wanted))
+            acts |= {wanted[site]: x_RTD for site, x_RTD in read.items()}
         return acts
 
 
@@ -65,13 +65,11 @@ def load_models(names: str | Sequence[str], *, device: str = "cpu") -> Models:
     given = [names] if isinstance(names, str) else list(names)
     if not 1 <= len(given) <= 2:
         raise ValueError(f"expected one model, or two for model diffing; got {len(given)}")
-    loaded = [_load(name, device) for name in given]
-    if len(loaded) == 1:
-        return Models(first=loaded[0])
-    sizes = [(lm.shape, lm.vocabulary_size) for lm in loaded]
-    if sizes[0] != sizes[1]:
+    models = Models(*(_load(name, device) for name in given))
+    sizes = [(lm.shape, lm.vocabulary_size) for lm in models.all]
+    if sizes[0] != sizes[-1]:
         raise ValueError(f"two models must have one shape and vocabulary to be compared; got {sizes[0]} and {sizes[1]}")
-    return Models(first=loaded[0], second=loaded[1])
+    return models
 
 
 def _load(name: str, device: str) -> LanguageModel:
@@ -97,7 +95,7 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
     """A fresh crosscoder.
 
     Args:
-        rows_RT: some rows of the data; where all of them begin with a special token, position 0 is not decomposed.
+        rows_RT: a sample of the data; where every row begins with a special token, position 0 is not decomposed.
 
     Raises:
         ValueError: an unknown wiring or site, a layer the model does not have, or options that do not go together.

@@ -1,9 +1,13 @@
-"""Settings of a training run: data, crosscoder and optimisation, each checked where it is declared."""
+"""The settings of a training run, each with its unit and checked where it is declared.
+
+The docstring below a setting begins with a sentence that `replacement train --help` shows (see `settings_table`).
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 from replacement.crosscoder.activation import Activation, TopK
 from replacement.training.losses import Auxiliary, Loss
@@ -15,54 +19,56 @@ READS = ("clean", "propagated", "subset")
 class DataConfig:
     """Where the tokens come from, and how they become batches."""
 
-    source: str | list[str] = "demo"
-    """Text files (path, pattern or list), a Hugging Face dataset (a saved folder, or `hf:NAME` on the hub), token ids in
-    `.npy` or `.safetensors` files, or `demo`, the corpus of the demo model; see `open_source`."""
-    text_field: str = "text"
+    source: Annotated[str | list[str], "text"] = "demo"
+    """Text files, token ids, a Hugging Face dataset (a folder or `hf:NAME`), or `demo`. Files are given by path, folder,
+    pattern or list; `demo` is the corpus of the demo model; see `open_source`."""
+    text_field: Annotated[str, "text"] = "text"
     """Column of a dataset that holds the text."""
-    context: int | None = None
-    """Tokens per row; by default the width of stored rows, and the model's context, at most 512, for text and flat ids."""
-    buffer_tokens: int = 131_072
-    """Tokens in the shuffle buffer; memory is this times the widths of all sites."""
-    shards: int = 8
+    context: Annotated[int | None, "tokens"] = None
+    """Tokens per row; by default the width of stored rows, or else the model's context, at most 512."""
+    buffer_tokens: Annotated[int, "tokens"] = 131_072
+    """Size of the shuffle buffer. Its memory is this times the widths of all sites."""
+    shards: Annotated[int, "buffers"] = 8
     """Independent shuffle buffers; each batch takes an equal part of every one. Data parallel runs need a divisor of it, and
     the batches do not depend on the number of processes."""
-    held_out_rows: int = 128
+    held_out_rows: Annotated[int, "rows"] = 128
     """Rows set aside to measure on."""
-    cache: str | None = None
-    """Folder that keeps the activations of stored token rows between runs, in bfloat16; None computes them anew."""
+    cache: Annotated[str | None, "folder"] = None
+    """Folder that keeps the activations of stored token rows between runs, in bfloat16; by default they are computed
+    anew."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "buffer_tokens", "shards", "held_out_rows")
-        if self.context is not None and self.context < 2:
-            raise ValueError(f"context must be 2 or more tokens, got {self.context}")
+        _check_above(self, 1, "buffer_tokens", "shards", "held_out_rows")
+        _check_above(self, 2, "context", unit=" tokens")
 
 
 @dataclass(kw_only=True, slots=True)
 class CrosscoderConfig:
     """Which crosscoder is trained."""
 
-    wiring: str = "strictly_causal"
-    """Family: `autoencoder`, `transcoder`, `per_layer`, `strictly_causal`, `weakly_causal`, `attention`, `acausal`,
+    wiring: Annotated[str, "name"] = "strictly_causal"
+    """Family: `autoencoder`, `transcoder`, `per_layer`, `strictly_causal`, `weakly_causal`, `attention`, `acausal` or
     `model_diffing`."""
-    read: str | None = None
-    """Site kind that is read (and, for families that read what they write, written); the family's default if None."""
-    layers: list[int] | None = None
-    """Layers of an autoencoder, transcoder or model-diffing crosscoder."""
-    n_features: int | None = None
-    """Features per group F; 16 times the width of the residual stream if None."""
-    activation: Activation = field(default_factory=lambda: TopK(16))
+    read: Annotated[str | None, "site"] = None
+    """Kind of site that is read; by default what suits the family. Families that read what they write also write it."""
+    layers: Annotated[list[int] | None, "layers"] = None
+    """Layers of an autoencoder, transcoder, acausal or model-diffing crosscoder; by default all, or the middle one."""
+    n_features: Annotated[int | None, "features"] = None
+    """Features per group F; by default 16 times the width of the residual stream."""
+    activation: Annotated[Activation, "table"] = field(default_factory=lambda: TopK(16))
     """Table with `name` (`topk`, `batchtopk`, `jumprelu`, `relu`) and its parameters, such as `k`."""
-    tied: bool = False
-    """One decoder per written site, shared by all groups."""
-    skip: bool = False
-    """Linear maps from reads to writes."""
-    undecomposed_positions: int | None = None
-    """First positions of a prompt without features; 1 where prompts begin with a special token, else 0, if None."""
+    tied: Annotated[bool, "true or false"] = False
+    """Whether all groups share one decoder per written site."""
+    skip: Annotated[bool, "true or false"] = False
+    """Whether linear maps lead from reads to writes beside the features."""
+    undecomposed_positions: Annotated[int | None, "tokens"] = None
+    """First positions of a prompt without features; by default 1 where prompts begin with a special token, else 0."""
 
     def __post_init__(self) -> None:
-        if self.n_features is not None:
-            _at_least(self, 1, "n_features")
+        _check_above(self, 1, "n_features")
+        _check_above(self, 0, "undecomposed_positions")
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise ValueError(f"layers must name one layer or more, counted from 0; got {self.layers}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,49 +79,53 @@ class TrainingConfig:
         ValueError: a value outside its range.
     """
 
-    n_tokens: int
+    n_tokens: Annotated[int, "tokens"]
     """Tokens trained on. Padding and special tokens are not counted among shuffled tokens; they are where whole rows are read
     (`reads` other than `clean`, or a loss that needs whole rows), although no crosscoder is trained on them."""
-    batch_tokens: int = 4096
-    """Tokens per optimizer step, over all processes; where whole rows are read, left-out tokens of theirs included."""
-    learning_rate: float | None = None
-    """Peak Adam step size, for inputs and outputs of mean norm sqrt(D); `0.1 / sqrt(F)` if None."""
-    warmup_fraction: float = 0.02
-    """First share of the steps (0 to 1), over which the step size rises linearly from 0."""
-    decay_fraction: float = 0.5
-    """Last share of the steps (0 to 1), over which the step size falls linearly to 0."""
-    gradient_clip: float = 1.0
+    batch_tokens: Annotated[int, "tokens"] = 4096
+    """Tokens per optimizer step, over all processes; where whole rows are read, their left-out tokens included."""
+    learning_rate: Annotated[float | None, "per step"] = None
+    """Peak step size of Adam, for inputs and outputs of mean norm sqrt(D); by default `0.1 / sqrt(F)`."""
+    warmup_fraction: Annotated[float, "share of steps"] = 0.02
+    """First part of the run, over which the step size rises linearly from 0."""
+    decay_fraction: Annotated[float, "share of steps"] = 0.5
+    """Last part of the run, over which the step size falls linearly to 0."""
+    gradient_clip: Annotated[float, "norm"] = 1.0
     """Largest gradient norm over all weights."""
-    losses: list[Loss] = field(default_factory=lambda: [Auxiliary()])
+    losses: Annotated[list[Loss], "tables"] = field(default_factory=lambda: [Auxiliary()])
     """Terms besides the reconstruction: tables with `name` (`l1`, `l2`, `tanh`, `preactivation`, `auxiliary`, `jacobian`,
     `output_kl`), `coefficient` and other parameters."""
-    sparsity_warmup: float = 0.5
-    """First share of the steps (0 to 1), over which sparsity penalties rise linearly from 0."""
-    dead_after_tokens: int = 200_000
+    sparsity_warmup: Annotated[float, "share of steps"] = 0.5
+    """First part of the run, over which sparsity penalties rise linearly from 0."""
+    dead_after_tokens: Annotated[int, "tokens"] = 200_000
     """Tokens without firing after which a feature counts as dead."""
-    reads: str | None = None
-    """What the crosscoder reads while training: `clean` activations, the stream `propagated` through its own earlier
-    layers, or a random `subset` of layers replaced in each step. If None, `subset` for crosscoders that replace the MLPs of
-    several layers (best overall, see the README), `clean` for others."""
-    autocast: bool = False
-    """Encode in bfloat16: the choice of active features; their values and gradients stay in float32."""
-    seed: int = 0
+    reads: Annotated[str | None, "name"] = None
+    """What the crosscoder reads: `clean` activations, a stream `propagated` through its own earlier layers, or a random
+    `subset` of layers replaced in each step. By default `subset` for crosscoders that replace the MLPs of several layers
+    (best overall, see the README), `clean` for others."""
+    autocast: Annotated[bool, "true or false"] = False
+    """Whether active features are chosen in bfloat16; their values and gradients stay in float32."""
+    seed: Annotated[int, "number"] = 0
     """Seed of the initial weights, the order of the data and random subsets."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "n_tokens", "batch_tokens", "dead_after_tokens")
+        _check_above(self, 1, "n_tokens", "batch_tokens", "dead_after_tokens")
+        _check_above(self, 0, "seed")
         for name in ("learning_rate", "gradient_clip"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
         for name in ("warmup_fraction", "decay_fraction", "sparsity_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.reads is not None and self.reads not in READS:
             raise ValueError(f"reads must be one of {', '.join(READS)}, got {self.reads!r}")
         names = [loss.name for loss in self.losses]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"losses names {twice[0]} {names.count(twice[0])} times: expected each loss at most once")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"losses names {repeated[0]} {names.count(repeated[0])} times: expected each loss at most once"
+            )
         if self.n_tokens < self.batch_tokens:
             raise ValueError(f"n_tokens={self.n_tokens} is less than one batch of {self.batch_tokens}")
 
@@ -141,7 +151,31 @@ class TrainingConfig:
         return min(1.0, (step + 1) / rising_steps) if rising_steps else 1.0
 
 
-def _at_least(config: object, least: int, *names: str) -> None:
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides a run: the sections `data`, `crosscoder` and `training`, and two settings of no section."""
+
+    model: Annotated[str | list[str], "text"] = "demo"
+    """Hub name or Hugging Face folder of the language model, or `demo`; a list of two for model diffing."""
+    data: DataConfig = field(default_factory=DataConfig)
+    crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
+    training: TrainingConfig
+    checkpoint_every: Annotated[int, "steps"] = 500
+    """Steps between two checkpoints, each with a measurement on held-out rows. A killed run loses at most these."""
+
+    def __post_init__(self) -> None:
+        _check_above(self, 1, "checkpoint_every")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON value; `run_config` reads it back."""
+        value = asdict(self)
+        value["crosscoder"]["activation"] = self.crosscoder.activation.to_dict()
+        value["training"]["losses"] = [loss.to_dict() for loss in self.training.losses]
+        return value
+
+
+def _check_above(config: object, least: int, *names: str, unit: str = "") -> None:
     for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be {least} or more, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be {least} or more{unit}, got {value}")

@@ -1,4 +1,4 @@
-"""Training losses as small objects. B rows, D site width, F features per group, W written sites, S active features.
+"""Training losses as small objects.
 
 Every loss is a mean over the rows of the whole batch, so that coefficients do not depend on the batch size. Where a run is
 spread over processes each one adds up its own share; the shares add up to the loss.
@@ -6,6 +6,7 @@ spread over processes each one adds up its own share; the shares add up to the l
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -92,8 +93,8 @@ class Loss(ABC):
     """Weight of the term."""
 
     def __post_init__(self) -> None:
-        if not self.coefficient >= 0:
-            raise ValueError(f"the coefficient of {self.name} must be 0 or more, got {self.coefficient}")
+        if not 0 <= self.coefficient < math.inf:
+            raise ValueError(f"the coefficient of {self.name} must be 0 or more and finite, got {self.coefficient}")
 
     @abstractmethod
     def __call__(self, state: StepState) -> Float[Tensor, ""]:
@@ -161,6 +162,11 @@ class Tanh(Penalty):
 
     c: float = 4.0
     """Steepness, per unit of (activation x decoder norm)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.c < math.inf:
+            raise ValueError(f"the tanh c must be above 0 and finite, got {self.c}")
 
     def of_group(self, acts_S: Float[Tensor, " S"], norms_SW: Float[Tensor, "S W"]) -> Float[Tensor, ""]:
         """Sum over the active features of one group."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
+from replacement.files import write_atomic
+
+METRICS_FILE = "metrics.jsonl"
 LOGGERS = ("tensorboard", "wandb")
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl`; a context manager.
+    """Appends records to `metrics.jsonl`.
 
     Args:
         folder: where `metrics.jsonl` lies.
@@ -23,7 +24,7 @@ class MetricsLog:
         silent: write nothing, as in all processes of a run but the first.
 
     Raises:
-        ValueError: an unknown logger, one whose package is not installed, or Weights & Biases without a login.
+        ValueError: a damaged file, an unknown logger, one whose package is not installed, or Weights & Biases without a login.
     """
 
     def __init__(
@@ -35,14 +36,14 @@ class MetricsLog:
         config: Mapping[str, Any] | None = None,
         silent: bool = False,
     ) -> None:
-        self._file: TextIO | None = None
+        self._path = None if silent else folder / METRICS_FILE
         self._copies: list[Callable[[int, dict[str, float]], object]] = []
-        if silent:
+        if self._path is None:
             return
-        path = folder / "metrics.jsonl"
-        _keep_until(path, last_step)
+        if self._path.exists():
+            kept = (record for record in _records(self._path, may_end_early=True) if record["step"] <= last_step)
+            write_atomic(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._copies = [_open_logger(name, folder, dict(config or {})) for name in loggers]
-        self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add one record.
@@ -51,22 +52,19 @@ class MetricsLog:
             kind: `train` or `held_out`.
             step: steps done.
             values: JSON values; numbers, lists and dictionaries of numbers go to the copies as well.
+
+        Raises:
+            ValueError: the file cannot be written, as on a full disk.
         """
-        if self._file is None:
+        if self._path is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise ValueError(f"{self._path}: could not be written ({error.strerror})") from error
         for copy in self._copies:
             copy(step, {f"{kind}/{name}": value for name, value in _flat(values).items()})
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 def read_metrics(folder: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
@@ -75,36 +73,26 @@ def read_metrics(folder: Path, *, kind: str | None = None) -> list[dict[str, Any
     Raises:
         ValueError: the file is missing or damaged.
     """
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {folder} is not the folder of a training run")
-    records = list(_records(path))
-    return [record for record in records if kind is None or record["kind"] == kind]
+    return [record for record in _records(path) if kind is None or record["kind"] == kind]
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def _keep_until(path: Path, last_step: int) -> None:
-    """Drop records after a step; a run killed while writing may also have left half a line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _records(path: Path, *, may_end_early: bool = False) -> list[dict[str, Any]]:
+    """All records; the last line of a run killed while writing it may be half a record, which is left out on demand."""
+    lines, records = path.read_bytes().splitlines(), []
+    for number, line in enumerate(lines, start=1):
         try:
-            if json.loads(line)["step"] > last_step:
-                break
+            record = json.loads(line)
+            is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
         except ValueError:
-            break
-        kept.append(line + "\n")
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text("".join(kept), encoding="utf-8")
-    os.replace(scratch, path)
+            is_record = False
+        if is_record:
+            records.append(record)
+        elif not (may_end_early and number == len(lines)):
+            raise ValueError(f"{path} is damaged: line {number} is no record of a run; delete the line to go on")
+    return records
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, float]:

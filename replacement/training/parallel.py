@@ -75,6 +75,13 @@ class Parallel:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return bool(raised)
 
+    def from_first(self, text: str) -> str:
+        """The text that the first process gives, in every process."""
+        texts = [text]
+        if self.mesh is not None:
+            dist.broadcast_object_list(texts, src=0)
+        return texts[0]
+
     def sum_over_data(self, x: Tensor) -> Tensor:
         """Sum over processes with other rows; no gradient."""
         return self._sum(x, DATA) if self.n_data > 1 else x

@@ -1,52 +1,43 @@
-"""The folder of a run: taken by a new run, or recognised by one that goes on. R rows, T tokens per row."""
+"""The folder of a run: taken by a new run, recognised by one that goes on, and locked while a run lasts."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from jaxtyping import Int
 from torch import Tensor
 
+from replacement.files import check_folder, write_atomic
 from replacement.training import snapshots
+from replacement.training.config import RunConfig
 from replacement.training.parallel import Parallel, restarted
-from replacement.training.run_config import RunConfig
 
 SETTINGS_FILE = "run.json"
 INPUTS_FILE = "inputs.json"
+LOCK_FILE = ".lock"
+SNAPSHOTS = "snapshots"
 RESULT = "crosscoder"
 """Folder of the result, which appears whole when the run is finished."""
 
 
-def open_folder(config: RunConfig, out: Path, parallel: Parallel, *, resume: bool) -> int | None:
-    """Take the folder for a run; returns the step of its newest snapshot, or None for a start from nothing.
+class Input(NamedTuple):
+    """A model or the data of a run."""
 
-    Processes that `torchrun` started again after a failure resume without being told to.
+    fingerprint: str
+    matches: Callable[[str], bool]
+    """Whether a recorded fingerprint is its own, in the present form or an earlier one."""
 
-    Raises:
-        ValueError: the folder holds something else, holds a run and `resume` is not set, or a run of other settings.
-    """
-    resume = resume or restarted()
-    path = out / SETTINGS_FILE
-    settings = config.to_dict()
-    begun = _is_begun(out)
-    if path.exists() and begun:
-        if not resume:
-            raise ValueError(f"{out} already holds a run: choose another folder, or go on with it by --resume")
-        _check_same(path, settings)
-    elif not path.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is in use and holds no run: choose another folder")
-    parallel.barrier()  # nobody writes before everybody has looked
-    if parallel.is_first and not begun:  # a run that failed before its first checkpoint is begun anew
-        out.mkdir(parents=True, exist_ok=True)
-        _write(path, settings)
-    facts = snapshots.latest(out / "snapshots") if resume else None
-    parallel.barrier()
-    return None if facts is None else int(facts["step"])
+
+def holds_run(out: str | Path) -> bool:
+    """Whether a run in this folder has got as far as a checkpoint or its end, and can be resumed."""
+    return is_finished(Path(out)) or snapshots.newest_step(Path(out) / SNAPSHOTS) is not None
 
 
 def is_finished(out: Path) -> bool:
@@ -54,29 +45,93 @@ def is_finished(out: Path) -> bool:
     return (out / RESULT).exists()
 
 
-def check_inputs(out: Path, inputs: Mapping[str, str], parallel: Parallel) -> None:
-    """Record the fingerprints of a run's models and data when it begins, and compare them when it goes on.
+def find_start(config: RunConfig, out: Path, *, resume: bool) -> int | None:
+    """Step of the snapshot that a run goes on from, or None for a start from nothing; writes nothing.
 
-    A run that began before fingerprints were recorded takes those of the process that goes on with it.
+    A run that ended before its first checkpoint is begun anew. Processes that `torchrun` started again after a failure
+    resume without being told to.
+
+    Raises:
+        ValueError: the folder holds something else, holds a run and `resume` is not set, holds none although `resume` is
+            set, or a run of other settings.
+    """
+    settings = out / SETTINGS_FILE
+    if not settings.exists():
+        if resume:
+            raise ValueError(f"{out} holds no run to resume: start one without --resume")
+        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {LOCK_FILE}):
+            raise ValueError(f"{out} is in use and holds no run: choose another folder")
+        return None
+    begun = holds_run(out)
+    if begun and not (resume or restarted()):
+        raise ValueError(f"{out} already holds a run: choose another folder, or go on with it by --resume")
+    if begun or resume:
+        _check_same(settings, config.to_dict())
+    return snapshots.newest_step(out / SNAPSHOTS) if begun else None
+
+
+@contextlib.contextmanager
+def locked(out: Path, parallel: Parallel) -> Iterator[None]:
+    """Hold the folder of a run, in its first process; the kernel lets go of it when that process ends, however it ends.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    lock = FileLock(out / LOCK_FILE, timeout=0)
+    is_held_by_another = False
+    if parallel.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            is_held_by_another = True
+    if parallel.any(is_held_by_another):
+        raise ValueError(f"another process is training in {out}: wait until it ends, or choose another folder")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_not_locked(out: Path, parallel: Parallel) -> None:
+    """Refuse at once a folder in which another process is training; writes nothing.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    if parallel.any((out / LOCK_FILE).exists()):
+        with locked(out, parallel):
+            pass
+
+
+def begin(config: RunConfig, out: Path, inputs: Mapping[str, Input], parallel: Parallel) -> None:
+    """Record the settings of a run and the fingerprints of its models and data, or compare them if it has begun before.
+
+    Called by every process while the first one holds the lock. A run that began before fingerprints were recorded takes those
+    of the process that goes on with it.
 
     Args:
-        inputs: fingerprints by what they belong to, such as `the model demo`.
+        inputs: models and data by what messages call them, such as `the model demo`.
 
     Raises:
         ValueError: a model or the data has changed since the run began; says which.
     """
-    path = out / INPUTS_FILE
-    is_known = path.exists() and _is_begun(out)
+    path, begun = out / INPUTS_FILE, holds_run(out)
     parallel.barrier()  # nobody writes before everybody has looked
-    if parallel.is_first and not is_known:
-        _write(path, dict(inputs))
+    if parallel.is_first:
+        check_folder(out / SNAPSHOTS)
+        _remove_leftovers(out)
+        if not begun:
+            _write(out / SETTINGS_FILE, config.to_dict())
+        if not begun or not path.exists():
+            _write(path, {name: given.fingerprint for name, given in inputs.items()})
     parallel.barrier()
     before = _read(path)
-    for name, fingerprint in inputs.items():
-        if before.get(name) != fingerprint:
+    for name, given in inputs.items():
+        if not given.matches(str(before.get(name))):
             raise ValueError(
                 f"{name} is not what it was when the run in {out} began (fingerprint {before.get(name)}, now "
-                f"{fingerprint}); a run is resumed with the models and the data it began with"
+                f"{given.fingerprint}); a run is resumed with the models and the data it began with"
             )
 
 
@@ -89,17 +144,20 @@ def digest(*rows: Int[Tensor, "_ T"]) -> str:
     return sha256.hexdigest()[:16]
 
 
-def _is_begun(out: Path) -> bool:
-    return (out / "snapshots").exists() or is_finished(out)
+def _remove_leftovers(out: Path) -> None:
+    """Scratch files of processes that were killed; nobody else writes here while the lock is held."""
+    for name in (SETTINGS_FILE, INPUTS_FILE):
+        for scratch in out.glob(f".{name}.*"):
+            shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
+    snapshots.remove_leftovers(out / SNAPSHOTS)
 
 
-def _check_same(path: Path, settings: dict[str, object]) -> None:
-    before = _read(path)
-    given, found = (dict(_flat(value)) for value in (json.loads(json.dumps(settings)), before))
-    for name in sorted(given.keys() | found.keys()):
-        if given.get(name) != found.get(name):
+def _check_same(path: Path, settings: dict[str, Any]) -> None:
+    given, recorded = (dict(_flat(value)) for value in (json.loads(json.dumps(settings)), _read(path)))
+    for name in sorted(given.keys() | recorded.keys()):
+        if given.get(name) != recorded.get(name):
             raise ValueError(
-                f"{path.parent} holds a run with {name}={found.get(name)!r}, the settings say {given.get(name)!r}; "
+                f"{path.parent} holds a run with {name}={recorded.get(name)!r}, the settings say {given.get(name)!r}; "
                 "a run is resumed with the settings it began with"
             )
 
@@ -120,7 +178,5 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomic(path, json.dumps(value, indent=1) + "\n")

@@ -1,18 +1,18 @@
 """Snapshots of a training run: everything that decides its next step, in folders that appear whole or not at all.
 
-`FOLDER/step-00000500/` holds `snapshot.json` and safetensors files in the layout of torch's distributed checkpoints, one per
-process, so that a run may go on with another number of processes. The last two are kept.
+`FOLDER/step-00000500/` holds safetensors files in the layout of torch's distributed checkpoints, one per process, so that a
+run may go on with another number of processes, and `snapshot.json` with their digests. The last two snapshots are kept.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from replacement.data.activation_cache import sha256_of
+from replacement.files import atomic_folder
 from replacement.training.parallel import SINGLE, Parallel
 
 FACTS_FILE = "snapshot.json"
@@ -37,44 +39,42 @@ def save(
         folder: holds all snapshots of a run.
         tensors: plain tensors, or DTensors where every process holds a part.
         facts: JSON values.
+
+    Raises:
+        ValueError: the snapshot cannot be written (disk full, no permission); nothing of it is left.
     """
-    target, partial = _path(folder, step), folder / f".{_path(folder, step).name}.partial"
+    target = _path(folder, step)
+    with contextlib.ExitStack() as stack:
+        scratch = None
+        if parallel.is_first:
+            shutil.rmtree(target, ignore_errors=True)
+            scratch = stack.enter_context(atomic_folder(target))
+        scratch = Path(parallel.from_first(str(scratch)))
+        # Tensors only: this writer makes no pickle.
+        writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
+        try:
+            with _one_process_is_meant():
+                dcp.save(dict(tensors), storage_writer=writer, no_dist=parallel.mesh is None)
+        except dcp.CheckpointException as error:
+            raise OSError(errno.EIO, _reason(error)) from None
+        if parallel.is_first:
+            digests = {file.name: sha256_of(file) for file in sorted(scratch.iterdir())}
+            content = json.dumps({**facts, "step": step, "sha256": digests}, indent=1) + "\n"
+            (scratch / FACTS_FILE).write_text(content, encoding="utf-8")
     if parallel.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    parallel.barrier()
-    # Tensors only: this writer makes no pickle.
-    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _one_process_is_meant():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=parallel.mesh is None)
-    parallel.barrier()
-    if parallel.is_first:
-        (partial / FACTS_FILE).write_text(json.dumps({**facts, "step": step}, indent=1) + "\n", encoding="utf-8")
-        for file in partial.iterdir():
-            _reach_disk(file)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        _reach_disk(folder)
         for old in _all(folder)[:-KEPT]:
             shutil.rmtree(old)
     parallel.barrier()
 
 
-def latest(folder: Path) -> dict[str, Any] | None:
-    """Facts of the newest snapshot, with its `step`; None if there is none.
+def newest_step(folder: Path) -> int | None:
+    """Step of the newest snapshot; None if there is none.
 
     Raises:
         ValueError: its facts cannot be read.
     """
-    found = _all(folder)
-    if not found:
-        return None
-    path = found[-1] / FACTS_FILE
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; delete {found[-1]} to go on from the one before") from None
-    return dict(facts)
+    snapshots = _all(folder)
+    return None if not snapshots else int(_facts(snapshots[-1])["step"])
 
 
 def load(folder: Path, step: int, tensors: Mapping[str, Tensor], *, parallel: Parallel = SINGLE) -> None:
@@ -84,18 +84,47 @@ def load(folder: Path, step: int, tensors: Mapping[str, Tensor], *, parallel: Pa
         ValueError: the snapshot is damaged, or holds other tensors.
     """
     path = _path(folder, step)
+    # Snapshots of earlier versions have no digests.
+    for name, expected in _facts(path).get("sha256", {}).items() if parallel.is_first else ():
+        if not (path / name).is_file() or sha256_of(path / name) != expected:
+            raise _damaged(path, f"{name} is not what was written")
     try:
         with _one_process_is_meant():
-            dcp.load(
-                dict(tensors),
-                storage_reader=HuggingFaceStorageReader(str(path)),
-                no_dist=parallel.mesh is None,
-            )
-    except (dcp.CheckpointException, RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{path} is damaged or of another run: {reason}; delete it to go on from the one before"
-        ) from error
+            reader = HuggingFaceStorageReader(str(path))
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=parallel.mesh is None)
+    except dcp.CheckpointException as error:
+        raise _damaged(path, _reason(error)) from None
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left of a snapshot; only for the process that holds the lock of the run."""
+    for scratch in folder.glob(".step-*"):
+        shutil.rmtree(scratch)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{FACTS_FILE} cannot be read: {error}") from None
+    if not isinstance(facts, dict) or facts.get("step") != int(path.name.removeprefix("step-")):
+        raise _damaged(path, f"{FACTS_FILE} does not name its step")
+    if not isinstance(facts.get("sha256", {}), dict):
+        raise _damaged(path, f"{FACTS_FILE} holds no digests")
+    return facts
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    short = " ".join(reason.split())[:300]
+    return ValueError(f"{path} is damaged or of another run: {short}; delete it to go on from the one before")
+
+
+def _reason(error: dcp.CheckpointException) -> str:
+    """What went wrong in the first process that failed, without its traceback."""
+    cause = next(iter(error.failures.values()))[0]
+    return getattr(cause, "strerror", None) or str(cause)
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -103,20 +132,11 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _all(folder: Path) -> list[Path]:
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def _reach_disk(path: Path) -> None:
-    """A rename is only safe once what it names is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
+@contextlib.contextmanager
 def _one_process_is_meant() -> Iterator[None]:
     """Without a process group torch warns that it saves for one process, which is what a run of one process wants."""
     with warnings.catch_warnings():

@@ -67,8 +67,8 @@ def execute(runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1, t
 def main() -> None:
     """Do the runs of a file; `stop_at` asks a run to stop after a step, as a scheduler would; `die_at` kills the last
     process after a step."""
-    from replacement.training.run import Interrupted, run
     from replacement.training.run_config import run_config
+    from replacement.training.runs import Interrupted, run
 
     for options in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         stop_at, die_at = options.pop("stop_at", None), options.pop("die_at", None)

@@ -15,10 +15,9 @@ from torch.autograd.functional import jacobian
 from replacement import BatchTopK, Crosscoder, JumpReLU, ReLU, Site, TopK, Wiring
 from replacement.splicing.splice import read_rows
 from replacement.training.config import TrainingConfig
-from replacement.training.jacobian import JacobianMatching, directions
-from replacement.training.loss_table import loss_from_dict
 from replacement.training.losses import StepState
-from replacement.training.output_kl import OutputKL
+from replacement.training.model_losses import JacobianMatching, OutputKL, directions
+from replacement.training.run_config import run_config
 from replacement.training.scaling import measure
 from replacement.training.trainer import RowsRead, Trainer
 
@@ -131,7 +130,7 @@ def test_output_kl_needs_rows_of_one_model(language_model: Any) -> None:
         OutputKL(1.0)(state)
     with pytest.raises(ValueError, match="spliced with reads='clean' only"):
         OutputKL(1.0)(state_of(lm, tiny.crosscoder_for(lm, wiring=Wiring.acausal(lm))))
-    with pytest.raises(ValueError, match="the coefficient of output_kl must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="the coefficient of output_kl must be 0 or more and finite, got -1"):
         OutputKL(-1.0)
 
 
@@ -315,7 +314,8 @@ def test_it_unlearns_a_memorised_point() -> None:
 
 @pytest.mark.parametrize("loss", [OutputKL(0.5), JacobianMatching(0.25)])
 def test_configuration_files_know_them(loss: Any) -> None:
-    assert loss_from_dict(loss.to_dict()) == loss
+    config = run_config({"training": {"n_tokens": 4096, "losses": [loss.to_dict()]}})
+    assert config.training.losses == [loss]
 
 
 @pytest.mark.parametrize("loss", [OutputKL(3.0), JacobianMatching(1.0)])

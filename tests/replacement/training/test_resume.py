@@ -20,8 +20,8 @@ import training_runs
 from safetensors.torch import load_file, save_file
 
 from replacement.training.metrics_log import read_metrics
-from replacement.training.run import Interrupted, run
 from replacement.training.run_config import run_config
+from replacement.training.runs import Interrupted, run
 from replacement.training.trainer import Progress
 
 WEIGHTS = Path("crosscoder") / "crosscoder.safetensors"
@@ -69,10 +69,13 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(
     value = training_runs.settings(model_folder("gpt2"), tokens, n_steps=40) | {"checkpoint_every": 2}
     run(run_config(value), tmp_path / "whole")
     out, moments = tmp_path / "killed", random.Random(0)
-    arguments = training_runs.command([{"config": value, "out": str(out), "resume": True}], tmp_path)
+    begin, go_on = (
+        training_runs.command([{"config": value, "out": str(out), "resume": resume}], tmp_path)
+        for resume in (False, True)
+    )
     environment = os.environ | {"OMP_NUM_THREADS": str(__import__("torch").get_num_threads())}
     n_killed = 0
-    for goal in (4, 14, 24):
+    for goal, arguments in ((4, begin), (14, go_on), (24, go_on)):
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
         while process.poll() is None and not _has_snapshot(out, goal):
             time.sleep(0.002)
@@ -82,7 +85,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(
         process.stderr.close()
     assert n_killed == 3
     assert not (out / "crosscoder").exists()
-    subprocess.run(arguments, check=True, env=environment, capture_output=True)
+    subprocess.run(go_on, check=True, env=environment, capture_output=True)
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
     assert [r["step"] for r in read_metrics(out, kind="held_out")] == list(range(2, 41, 2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -23,13 +24,14 @@ from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, T
 from replacement.crosscoder.wiring import Wiring
 from replacement.data.documents import special_ids
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens
-from replacement.training.config import CrosscoderConfig, DataConfig, TrainingConfig
+from replacement.training.config import CrosscoderConfig, DataConfig, RunConfig, TrainingConfig
 from replacement.training.losses import Auxiliary, Tanh
 from replacement.training.metrics_log import MetricsLog, read_metrics
-from replacement.training.output_kl import OutputKL
+from replacement.training.model_losses import OutputKL
 from replacement.training.reads import choose_reads
-from replacement.training.run import run
-from replacement.training.run_config import ACTIVATIONS, RunConfig, read_config, run_config, setting_names
+from replacement.training.run_config import ACTIVATIONS, read_config, run_config
+from replacement.training.runs import run
+from replacement.training.settings import settings_table
 
 TEXT = """
 model = "somewhere"
@@ -95,24 +97,45 @@ def test_any_settings_survive_json(n_tokens: int, k: int, seed: int, clip: float
     assert run_config(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_there_are_fewer_than_thirty_settings_and_each_is_explained() -> None:
-    import inspect
+def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names and default values of a dataclass of settings and its sections."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        section = {"data": DataConfig, "crosscoder": CrosscoderConfig, "training": TrainingConfig}.get(field.name)
+        if section is not None:
+            values |= defaults(section, f"{field.name}.")
+        elif field.default_factory is not dataclasses.MISSING:
+            values[prefix + field.name] = field.default_factory()
+        else:
+            values[prefix + field.name] = field.default
+    return values
 
-    from replacement.training import config, run_config
 
-    names = setting_names()
-    assert len(names) < 30
-    source = inspect.getsource(config) + inspect.getsource(run_config)
-    sections = {"data", "crosscoder", "training"}
-    for name in {name.split(".")[-1] for name in names} - sections:
-        assert re.search(rf'\n    {name}: [^\n]*\n    """', source), f"{name} has no docstring"
+def test_the_table_of_settings_is_that_of_the_dataclasses() -> None:
+    """Fewer than thirty, each with its default, a unit and a line of explanation."""
+    names = {"TopK": TopK, "Auxiliary": Auxiliary, "auto": None, "needed": dataclasses.MISSING, "true": True}
+    shown = {setting.name: eval(setting.default, {**names, "false": False}) for setting in settings_table()}
+    assert shown == defaults(RunConfig)
+    assert len(shown) == 29
+    for setting in settings_table():
+        assert setting.unit
+        assert 10 < len(setting.meaning) < 200, setting
+
+
+def test_help_shows_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    words = capsys.readouterr().out.split()
+    assert {setting.name for setting in settings_table()} <= set(words)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.lerning_rate=1"], "unknown setting lerning_rate: expected some of model, data.source,"),
-        (["training.n_tokens=many"], 'wrong value type for field "training.n_tokens"'),
+        (
+            ["training.lerning_rate=1"],
+            "unknown setting lerning_rate: expected some of model, checkpoint_every, data.source,",
+        ),
+        (["training.n_tokens=many"], "training.n_tokens must be a whole number, got 'many'"),
         (["training.n_tokens=0"], "n_tokens must be 1 or more, got 0"),
         (["model.size=3"], "model is not a section of the settings, so model.size cannot be set"),
         (["n_tokens"], "expected key=value, such as training.n_tokens=1_000_000; got 'n_tokens'"),
@@ -122,20 +145,55 @@ def test_there_are_fewer_than_thirty_settings_and_each_is_explained() -> None:
         (['crosscoder.activation={name="gelu"}'], "unknown activation 'gelu'"),
         (['training.losses=[{name="l0"}]'], "unknown loss 'l0': expected one of l1, l2, tanh"),
         (['training.losses=[{name="l1"}]'], "the loss l1 has the parameters ['coefficient'], needs ['coefficient']"),
-        (['training.losses=[{name="l1", coefficient=-1.0}]'], "the coefficient of l1 must be 0 or more, got -1.0"),
+        (
+            ['training.losses=[{name="l1", coefficient=-1.0}]'],
+            "the coefficient of l1 must be 0 or more and finite, got -1.0",
+        ),
         (['training.losses=[{name="auxiliary", k=0}]'], "the auxiliary k must be 1 or more, got 0"),
         (
             ['training.losses=[{name="l1", coefficient=1}, {name="auxiliary"}, {name="l1", coefficient=2}]'],
             "losses names l1 2 times: expected each loss at most once",
         ),
-        (['crosscoder.layers="01"'], 'wrong value type for field "crosscoder.layers" - should be "list"'),
-        (["training.seed=true"], 'wrong value type for field "training.seed" - should be "int"'),
-        (["training.gradient_clip=true"], 'wrong value type for field "training.gradient_clip" - should be "float"'),
+        (['crosscoder.layers="01"'], "crosscoder.layers must be a list of whole numbers, got '01'"),
+        (["crosscoder.layers=[]"], "layers must name one layer or more, counted from 0; got []"),
+        (["crosscoder.layers=[0, -1]"], "layers must name one layer or more, counted from 0; got [0, -1]"),
+        (["crosscoder.undecomposed_positions=-1"], "undecomposed_positions must be 0 or more, got -1"),
+        (["training.seed=true"], "training.seed must be a whole number, got True"),
+        (["training.seed=-1"], "seed must be 0 or more, got -1"),
+        (["training.gradient_clip=true"], "training.gradient_clip must be a number, got True"),
+        (["training.n_tokens=inf"], "training.n_tokens must be a whole number, got inf"),
+        ([f"training.n_tokens={10**400}"], "training.n_tokens must be a whole number, got 1000"),
+        ([f"training.learning_rate={10**400}"], "training.learning_rate must be a number, got 1000"),
+        (["training.learning_rate=inf"], "learning_rate must be above 0 and finite, got inf"),
+        (["training.gradient_clip=nan"], "gradient_clip must be above 0 and finite, got nan"),
+        (["training=3"], "training must be a table of settings, got 3"),
+        (["data.source=3"], "data.source must be text, or a list of texts, got 3"),
+        (
+            ['training.losses=[{name="l1", coefficient=inf}]'],
+            "the coefficient of l1 must be 0 or more and finite, got inf",
+        ),
+        (['training.losses=[{name="tanh", coefficient=1, c=nan}]'], "the tanh c must be above 0 and finite, got nan"),
     ],
 )
 def test_mistakes_are_named(file: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         read_config(file, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.n_tokens=x{}",
+        "x{}",
+        "training.losses=x{}",
+        'crosscoder.activation={{name="x{}"}}',
+        "x{}=1",
+    ],
+)
+def test_long_inputs_are_not_shown_whole(file: Path, override: str) -> None:
+    with pytest.raises(ValueError, match=r"expected|must be") as caught:
+        read_config(file, overrides=[override.format("1" * 5000)])
+    assert len(str(caught.value)) < 1000 + len(str(file))
 
 
 NUMBER_OR_LIST = "a whole number, or a list of whole numbers"
@@ -418,18 +476,31 @@ def test_weights_and_biases_without_a_login_is_one_message(tmp_path: Path, monke
 
 
 def test_a_half_written_line_is_dropped_on_resume(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path) as log:
-        for step in (1, 2, 3):
-            log.write("train", step, {"loss": 1.0})
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", step, {"loss": 1.0})
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text(encoding="utf-8") + '{"kind": "tr', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 4 is no record of a run"):
         read_metrics(tmp_path)
-    with MetricsLog(tmp_path, last_step=2):
-        pass
+    MetricsLog(tmp_path, last_step=2)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
     with pytest.raises(ValueError, match="is not the folder of a training run"):
         read_metrics(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"[1]", b'{"kind": "train"}', b'{"step": 2}', b"{"])
+def test_a_damaged_line_between_others_is_named(tmp_path: Path, line: bytes) -> None:
+    """Records after it would be lost without a word."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "train", "step": 1}\n' + line + b'\n{"kind": "train", "step": 3}\n')
+    before = path.read_bytes()
+    for use in (read_metrics, lambda folder: MetricsLog(folder, last_step=3)):
+        with pytest.raises(
+            ValueError, match=r"metrics\.jsonl is damaged: line 2 is no record of a run; delete the line"
+        ):
+            use(tmp_path)
+    assert path.read_bytes() == before
 
 
 def test_defaults_need_only_a_budget() -> None:

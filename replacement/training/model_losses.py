@@ -1,7 +1,7 @@
-"""Derivatives of the model's own MLPs as a training loss. B rows, D site width, S active features.
+"""Losses that run the language model: the derivatives of its MLPs, and its output with the crosscoder spliced in.
 
 A crosscoder that gives the right outputs may give them for the wrong reasons: features that memorise inputs reconstruct as
-well as features that compute. Circuits are derivatives, so here the derivatives are compared.
+well as features that compute. Circuits are derivatives, so `JacobianMatching` compares the derivatives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.sparse import with_encoder_gradient
+from replacement.splicing.splice import Splice
 from replacement.training.losses import Loss, StepState
+from replacement.validation.metrics import kl_divergence
 
 OriginalMap = Callable[[Tensor], Tensor]
 """Rows `[B, D]` at a read site to rows `[B, D]` at a written site, in the model's own scale; each row on its own."""
@@ -140,3 +142,35 @@ def _slopes(state: StepState, group: int, read: Site, v_BD: Tensor) -> Features:
     with torch.no_grad():
         slope_S = (v_BD @ weight_FD.T)[part.row, part.index]
     return part.replace_activations(with_encoder_gradient(slope_S, v_BD, weight_FD, None, part.row, part.index))
+
+
+@dataclass(frozen=True)
+class OutputKL(Loss):
+    """`mean_k KL(p_k || q_k)` from the original next-token distribution to that of the spliced model, in nats.
+
+    Every written site is replaced and the crosscoder reads its own stream, so the gradient reaches each group through all
+    that follows it in the model ("end-to-end" training: Braun et al. 2024, "Identifying Functionally Important Features").
+    Costs two forward passes of the language model and one backward pass.
+    """
+
+    name: ClassVar[str] = "output_kl"
+    needs_rows: ClassVar[bool] = True
+
+    def __call__(self, state: StepState) -> Float[Tensor, ""]:
+        """`coefficient *` the mean over kept tokens.
+
+        Raises:
+            ValueError: the step has no language model or tokens, or the crosscoder cannot be spliced into one model.
+        """
+        lm, tokens_RT, keep_RT = state.language_model, state.tokens_RT, state.keep_RT
+        if lm is None or tokens_RT is None or keep_RT is None:
+            raise ValueError(f"the loss {self.name} needs the language model and whole rows of tokens in every step")
+        threshold = state.crosscoder.threshold
+        before = None if threshold is None else threshold.detach().clone()
+        splice = Splice(lm, state.crosscoder, tokens_RT, scales=state.scales, keep_BT=keep_RT)
+        spliced_KV = splice.run()[keep_RT]
+        if threshold is not None and before is not None and not threshold.requires_grad:
+            threshold.copy_(before)  # the step itself has measured BatchTopK's running threshold
+        with torch.no_grad():
+            original_KV = lm(tokens_RT)[keep_RT]
+        return self.coefficient * kl_divergence(original_KV, spliced_KV).sum() / state.n_rows

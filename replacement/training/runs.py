@@ -5,6 +5,7 @@
     OUT/metrics.jsonl       one line per record (see `metrics_log`)
     OUT/snapshots/          state of the run (see `snapshots`)
     OUT/crosscoder/         the result, once the run is finished
+    OUT/.lock               held by the process that writes here (see `run_folder`)
 
 The order of the data and every random choice are functions of (seed, step), so the state is the weights, the optimizer's
 moments and the number of steps. A resumed run gives the weights of one that never stopped, bit for bit, on the same CPU
@@ -13,15 +14,20 @@ with the same number of threads and processes (GPU kernels may add in another or
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from replacement.crosscoder import checkpoint
 from replacement.crosscoder.crosscoder import Crosscoder
@@ -29,23 +35,24 @@ from replacement.crosscoder.sites import Site
 from replacement.data.activation_cache import ActivationCache
 from replacement.data.activation_stream import ActivationStream
 from replacement.data.documents import special_ids
-from replacement.training import snapshots
+from replacement.files import check_folder
+from replacement.training import run_folder, snapshots
 from replacement.training.build import build_crosscoder, load_models, open_tokens
-from replacement.training.evaluation import evaluate
-from replacement.training.metrics_log import MetricsLog
-from replacement.training.parallel import Parallel, connect
+from replacement.training.config import RunConfig
+from replacement.training.metrics_log import MetricsLog, read_metrics
+from replacement.training.parallel import Parallel, connect, is_first_process
 from replacement.training.reads import choose_reads, read_rows, replaced_sites
-from replacement.training.run_config import RunConfig
-from replacement.training.run_folder import RESULT, check_inputs, digest, is_finished, open_folder
 from replacement.training.scaling import Batch, Statistics, measure, sites_of
 from replacement.training.sharding import feature_dim, local_part, plan, whole
-from replacement.training.stopping import StopRequest
 from replacement.training.trainer import Progress, RowsRead, Trainer
+from replacement.validation.fidelity import measure_fidelity
 
 LOG_EVERY = 10
 """Steps between two records of training metrics."""
 SCALE_TOKENS = 16_384
 """Tokens that measure the scale, mean and variance of every site."""
+LOGITS_PER_PASS = 2**26
+"""Logits of one pass over held-out rows, 256 MiB in float32; several such tensors are compared at a time."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped because it was asked to
@@ -68,72 +75,115 @@ def run(
     >>> crosscoder = run(read_config("clt.toml"), "runs/clt")   # doctest: +SKIP
 
     Args:
-        out: folder of the run.
-        resume: go on from the newest checkpoint in it, or start where there is none. A finished run is only read: its
-            settings are compared, its models and data are not loaded.
+        out: folder of the run; locked while the run lasts.
+        resume: go on from the newest checkpoint in the folder, which must hold a run. A finished run is only read: its
+            settings are compared, its models and data are not loaded. See `holds_run`.
         device: `cpu`, or `cuda`.
         feature_shards: processes that share the features, in a run started by `torchrun`; the others share the rows.
         loggers: copies of the metrics, `tensorboard` or `wandb`.
         progress: called after each step.
 
     Raises:
-        ValueError: settings that do not fit the model or the data, a folder in use, or a checkpoint of other settings,
-            models or data.
+        ValueError: settings that do not fit the model or the data, a model that cannot be replaced exactly, a folder in use
+            or that cannot be written, nothing to resume, or a checkpoint of other settings, models or data.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
     """
     parallel = connect(feature_shards=feature_shards, device=device)
     out = Path(out)
-    step = open_folder(config, out, parallel, resume=resume)
-    if is_finished(out):
-        return checkpoint.load(out / RESULT, device=device)
-    going = _Run(config, out, parallel, device=device, step=step)
-    last_step = going.trainer.steps_done
-    log = MetricsLog(out, last_step=last_step, loggers=loggers, config=config.to_dict(), silent=not parallel.is_first)
-    with log, StopRequest() as stop:
-        going.go(log, stop, progress)
-    return going.finish()
+    run_folder.find_start(config, out, resume=resume)  # mistakes are told before models are loaded
+    if run_folder.is_finished(out):
+        return checkpoint.load(out / run_folder.RESULT, device=device)
+    check_folder(out)
+    run_folder.check_not_locked(out, parallel)
+    active = _Run(config, out, parallel, device=device)
+    with run_folder.locked(out, parallel):
+        step = run_folder.find_start(config, out, resume=resume)
+        run_folder.begin(config, out, active.inputs(), parallel)
+        active.start(step)
+        log = MetricsLog(
+            out, last_step=step or 0, loggers=loggers, config=config.to_dict(), silent=not parallel.is_first
+        )
+        with _stop_request() as stop:
+            active.go(log, stop, progress)
+        return active.finish()
+
+
+def run_with_bar(config: RunConfig, out: Path, **options: Any) -> dict[str, Any]:
+    """Run with a bar that shows speed, loss, L0 and the time left on a terminal; returns the facts of the result.
+
+    Args:
+        options: those of `run`, except `progress`.
+    """
+    training = config.training
+    quiet = None if is_first_process() else True  # None: shown on a terminal only
+    with tqdm(total=training.n_steps * training.batch_tokens, unit="tok", unit_scale=True, disable=quiet) as bar:
+
+        def show(progress: Progress) -> None:
+            done = progress.step * training.batch_tokens
+            if bar.n == 0 and progress.step > 1:  # a resumed run: what was done before does not count for the speed
+                bar.initial = bar.n = done - training.batch_tokens
+            bar.set_postfix(
+                {"loss": f"{progress.loss:.4f}", "L0": f"{progress.l0:.1f}", "dead": progress.n_dead}, refresh=False
+            )
+            bar.update(done - bar.n)
+
+        run(config, out, progress=show, **options)
+    held_out = read_metrics(out, kind="held_out")
+    if not held_out:
+        raise ValueError(f"{out}: the metrics of the run hold no measurement on held-out rows, its last one is lost")
+    return {"crosscoder": str(out / run_folder.RESULT), **{k: v for k, v in held_out[-1].items() if k != "kind"}}
 
 
 class _Run:
-    """What one run holds while it goes on."""
+    """The parts of a run in progress; making it reads models and data, and writes nothing."""
 
-    def __init__(self, config: RunConfig, out: Path, parallel: Parallel, *, device: str, step: int | None) -> None:
-        self.config, self.out, self.parallel = config, out, parallel
+    def __init__(self, config: RunConfig, out: Path, parallel: Parallel, *, device: str) -> None:
+        self.config, self.out, self.parallel, self.device = config, out, parallel, device
         self.models = load_models(config.model, device=device)
         self.source = open_tokens(config.data, self.models.first)
         self.held_out_RT = self.source.held_out()
         n_rows = -(-SCALE_TOKENS // self.source.context)
         self.first_rows_RT = next(self.source.blocks(n_rows, seed=config.training.seed)).tokens_RT
-        check_inputs(out, self._inputs(), parallel)
         with plan(parallel):
-            crosscoder = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
-        self.activation = crosscoder.activation
-        self.reads = choose_reads(config.training, crosscoder, self.models)
+            self.fresh = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
+        self.activation = self.fresh.activation
+        self.reads = choose_reads(config.training, self.fresh, self.models)
         if config.data.cache and not self._shuffles:
             raise ValueError(
                 "data.cache serves training on shuffled clean activations: set training.reads='clean', or no cache"
             )
-        self.sites = sites_of(crosscoder)
-        self.stream = self._open_stream(crosscoder.undecomposed_positions)
-        part = local_part(crosscoder, parallel, seed=config.training.seed, device=device)
+        self.sites = sites_of(self.fresh)
+        self.stream = self._open_stream(self.fresh.undecomposed_positions)
+        self._check_text()
+
+    def inputs(self) -> dict[str, run_folder.Input]:
+        """Fingerprints of what the settings name without saying what it holds, by what a message calls it."""
+        config = self.config
+        names = [config.model] if isinstance(config.model, str) else config.model
+        inputs = {
+            f"the model {name}": run_folder.Input(lm.fingerprint, lm.has_fingerprint)
+            for name, lm in zip(names, self.models.all, strict=True)
+        }
+        data = run_folder.digest(self.held_out_RT, self.first_rows_RT)
+        return {**inputs, f"the data {config.data.source}": run_folder.Input(data, data.__eq__)}
+
+    def start(self, step: int | None) -> None:
+        """Prepare the trainer: from the snapshot of a step, or afresh."""
+        if self.config.data.cache:
+            self.stream.read_activations = self._cached()
+        part = local_part(self.fresh, self.parallel, seed=self.config.training.seed, device=self.device)
         self.trainer = Trainer(
             part,
-            config.training,
+            self.config.training,
             self._measure(part) if step is None else None,
-            parallel=parallel,
+            parallel=self.parallel,
             language_model=self.models.only,
         )
         if step is not None:
             state = self.trainer.state_tensors()
-            snapshots.load(out / "snapshots", step, self._for_snapshot(state), parallel=parallel)
+            folder = self.out / run_folder.SNAPSHOTS
+            snapshots.load(folder, step, self._for_snapshot(state), parallel=self.parallel)
             self.trainer.restore(state, step)
-
-    def _inputs(self) -> dict[str, str]:
-        """Fingerprints of what the settings name without saying what it holds, by what a message calls it."""
-        names, source = self.config.model, self.config.data.source
-        called = [names] if isinstance(names, str) else names
-        prints = {f"the model {name}": lm.fingerprint for name, lm in zip(called, self.models.all, strict=True)}
-        return {**prints, f"the data {source}": digest(self.held_out_RT, self.first_rows_RT)}
 
     @property
     def _shuffles(self) -> bool:
@@ -152,7 +202,7 @@ class _Run:
         first = share * self.parallel.data_rank
         return ActivationStream(
             self.source,
-            self._cached() if data.cache else self._read,
+            self._read,
             batch_tokens=self.config.training.batch_tokens,
             buffer_tokens=data.buffer_tokens,
             shards=data.shards,
@@ -162,26 +212,38 @@ class _Run:
             undecomposed_positions=undecomposed_positions,
         )
 
+    def _check_text(self) -> None:
+        """Refuse text of unknown words only: a crosscoder would learn a constant, or nothing at all."""
+        lm = self.models.first
+        unknown = getattr(lm.tokenizer, "unk_token_id", None)
+        tokens_N = self.first_rows_RT[self.stream.kept(self.first_rows_RT)].tolist()
+        if set(tokens_N) - {unknown}:
+            return
+        raise ValueError(
+            f"{self.source.name}: none of the first {self.first_rows_RT.numel():,} tokens is a word that {lm.name} knows; all "
+            "are special, padding or unknown tokens: is the text in a language and spelling that the model was made for?"
+        )
+
     def _cached(self) -> ActivationCache:
         """The activations of all rows on disk, computed by the first process if they are not there yet."""
-        folder, names = Path(self.config.data.cache or ""), self.models.fingerprint
+        folder, fingerprint = Path(self.config.data.cache or ""), self.models.fingerprint
         if self.parallel.is_first:
-            ActivationCache.build(folder, self.source, self._read, self.sites, fingerprint=names)
+            ActivationCache.build(folder, self.source, self._read, self.sites, fingerprint=fingerprint)
         self.parallel.barrier()
-        return ActivationCache.open(folder, self.source, fingerprint=names, sites=self.sites)
+        return ActivationCache.open(folder, self.source, fingerprint=fingerprint, sites=self.sites)
 
     def _measure(self, crosscoder: Crosscoder) -> Statistics:
         """Statistics of the first rows of the data, split over the processes like everything else."""
-        mine_RT = self.first_rows_RT[self.parallel.data_rank :: self.parallel.n_data]
+        rows_RT = self.first_rows_RT[self.parallel.data_rank :: self.parallel.n_data]
 
         def batches() -> Iterator[Batch]:
-            for chunk_RT in mine_RT.split(32):
+            for chunk_RT in rows_RT.split(32):
                 kept_RT = self.stream.kept(chunk_RT)
                 yield {site: x_RTD[kept_RT.to(x_RTD.device)] for site, x_RTD in self._read(chunk_RT).items()}
 
         return measure(crosscoder, batches(), parallel=self.parallel)
 
-    def go(self, log: MetricsLog, stop: StopRequest, progress: Callable[[Progress], None] | None) -> None:
+    def go(self, log: MetricsLog, stop: threading.Event, progress: Callable[[Progress], None] | None) -> None:
         """Train to the end, or until asked to stop."""
         trainer, training = self.trainer, self.config.training
         clock = _Clock(training.batch_tokens, trainer.steps_done)
@@ -194,7 +256,7 @@ class _Run:
                 log.write("train", report.step, self._training_record(report, clock.tokens_per_second(report.step)))
             if at_checkpoint:
                 log.write("held_out", report.step, self._held_out_record())
-            stopped = self.parallel.any(stop.requested)
+            stopped = self.parallel.any(stop.is_set())
             if at_checkpoint or stopped:
                 self.save_snapshot()
                 clock.skip()
@@ -235,20 +297,43 @@ class _Run:
         }
 
     def _held_out_record(self) -> dict[str, Any]:
-        """What the first process measures while the others wait; empty there."""
+        """Reconstruction of held-out rows and the output with the crosscoder spliced in, measured by the first process while
+        the others wait; empty there."""
         crosscoder: Crosscoder | None = self.trainer.crosscoder
         if self.parallel.n_feature_shards > 1:
             crosscoder = whole(self.trainer.crosscoder, self.activation, self.parallel)
         if crosscoder is None or not self.parallel.is_first:
             return {}
-        kept_RT = self.stream.kept(self.held_out_RT)
-        scales = self.trainer.statistics.scales
-        return evaluate(crosscoder, self.models, self.held_out_RT, kept_RT, scales=scales)
+        lm, n_logits = self.models.first, self.source.context * self.models.first.vocabulary_size
+        fidelity = measure_fidelity(
+            lm,
+            crosscoder,
+            self.held_out_RT.to(lm.device),
+            keep_RT=self.stream.kept(self.held_out_RT).to(lm.device),
+            scales=self.trainer.statistics.scales,
+            second_model=self.models.second,
+            rows_per_pass=max(1, min(64, LOGITS_PER_PASS // n_logits)),
+        )
+        sites = crosscoder.wiring.write_sites
+        measured = (
+            "kl",
+            "cross_entropy",
+            "cross_entropy_original",
+            "cross_entropy_recovered",
+            "agreement",
+            "agreement_all",
+        )
+        return {
+            "unexplained": {str(site): value for site, value in zip(sites, fidelity.unexplained, strict=True)},
+            "l0": list(fidelity.l0),
+            "l0_total": fidelity.total_l0,
+            **{name: getattr(fidelity, name) for name in measured},
+        }
 
     def save_snapshot(self) -> None:
         """Write the state of the run."""
         snapshots.save(
-            self.out / "snapshots",
+            self.out / run_folder.SNAPSHOTS,
             self.trainer.steps_done,
             self._for_snapshot(self.trainer.state_tensors()),
             {"tokens": self.trainer.steps_done * self.config.training.batch_tokens},
@@ -259,8 +344,8 @@ class _Run:
         """The state as torch's distributed checkpoints want it: which part of each tensor this process holds."""
         view = {}
         for name, tensor in state.items():
-            kind, _, own_name = name.partition(".")
-            dim = feature_dim(own_name, tensor) if kind in ("crosscoder", "exp_avg", "exp_avg_sq") else None
+            kind, _, tensor_name = name.partition(".")
+            dim = feature_dim(tensor_name, tensor) if kind in ("crosscoder", "exp_avg", "exp_avg_sq") else None
             view[name] = self.parallel.distributed(tensor, feature_dim=1 if kind == "silent" else dim)
         return view
 
@@ -269,7 +354,7 @@ class _Run:
         part = self.trainer.finished()
         crosscoder = whole(part, self.activation, self.parallel)
         if crosscoder is not None and self.parallel.is_first:
-            checkpoint.save(crosscoder, self.out / RESULT, training=self.config.to_dict())
+            checkpoint.save(crosscoder, self.out / run_folder.RESULT, training=self.config.to_dict())
         self.parallel.barrier()
         return part if crosscoder is None else crosscoder
 
@@ -291,3 +376,28 @@ class _Clock:
     def skip(self) -> None:
         """Leave out the time that passed."""
         self._since = time.perf_counter()
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[threading.Event]:
+    """While open, the first SIGINT or SIGTERM sets the event, so that the run stops between two steps; the second one acts as
+    usual. Signals reach the main thread only; in another thread nothing sets the event.
+    """
+    requested = threading.Event()
+    handlers: dict[int, Any] = {}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        requested.set()
+        restore()
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        handlers.clear()
+
+    if threading.current_thread() is threading.main_thread():
+        handlers |= {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        restore()
