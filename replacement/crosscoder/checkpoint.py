@@ -156,14 +156,13 @@ def check_fits(crosscoder: Crosscoder, model: ModelShape | HasShape) -> None:
         ValueError: another width, depth or model, with both values.
     """
     crosscoder.wiring.check_fits(model)
-    # Earlier versions recorded another digest of the same weights.
-    known = [digest for kind in ("fingerprint", "legacy_fingerprint") if (digest := getattr(model, kind, ""))]
     name, recorded = getattr(model, "name", ""), crosscoder.model_fingerprint
-    if recorded and known:
-        if recorded not in known:
+    fingerprint = getattr(model, "fingerprint", "")
+    if recorded and fingerprint:
+        if not model.has_fingerprint(recorded):  # type: ignore[union-attr] # which knows digests of earlier versions
             raise ValueError(
                 f"this crosscoder was trained on another model: on {crosscoder.model_name!r} with weights {recorded}, "
-                f"the model is {name!r} with weights {known[0]}"
+                f"the model is {name!r} with weights {fingerprint}"
             )
     elif crosscoder.model_name and name and crosscoder.model_name != name:
         raise ValueError(f"this crosscoder was trained on {crosscoder.model_name!r}, the model is {name!r}")

@@ -66,6 +66,7 @@ class LanguageModel:
         self.tokenizer: Any = bridge.tokenizer
         self.context_length = int(bridge.cfg.n_ctx)
         self._check_special_tokens()
+        self._is_linearisable = False
         if self.dtype in (torch.float32, torch.float64):
             self.check_linearisable()
             self.parts.drop_attention_weights()  # folded again when first needed: training never does
@@ -356,13 +357,15 @@ class LanguageModel:
         return freeze_query_key(self.parts, self.tokens(prompt), layer=layer)
 
     def check_linearisable(self) -> None:
-        """Refuse the architecture by name unless a short prompt is rebuilt exactly from its frozen parts.
+        """Refuse the architecture by name unless a short prompt is rebuilt exactly from its frozen parts; checked once.
 
         Raises:
             ValueError: which part of the model could not be rebuilt, and how far off it was.
         """
-        length = min(6, self.context_length)
-        self.freeze(torch.arange(length, device=self.device) % self.vocabulary_size)
+        if not self._is_linearisable:
+            length = min(6, self.context_length)
+            self.freeze(torch.arange(length, device=self.device) % self.vocabulary_size)
+            self._is_linearisable = True
 
 
 def _as_bridge_hook(hook: Hook) -> Any:

@@ -284,6 +284,9 @@ class Model:
     fingerprint: str = ""
     legacy_fingerprint: str = ""
 
+    def has_fingerprint(self, recorded: str) -> bool:
+        return recorded in (self.fingerprint, self.legacy_fingerprint)
+
 
 def test_check_fits_compares_shape_then_weights_then_names(shape: ModelShape) -> None:
     crosscoder = Crosscoder(Wiring.per_layer(shape), n_features=16, model_name="gpt2", model_fingerprint="aa", seed=0)
