@@ -176,46 +176,47 @@ class Attributor:
 
     def expand_features(self, chosen: np.ndarray) -> None:
         """Rows of the chosen active features (numbers among those of all parts, rising)."""
-        for number, own in enumerate(self.columns.split(chosen)):
-            if len(own):
-                part = self.local.decompositions[number]
-                own_S = torch.from_numpy(own).to(part.features.group.device)
-                make_rows = self._expand_heads if part.kind == "attn_out" else self._expand_stream
-                make_rows(part, own_S, self.columns.feature_columns[number])
+        for number, part_numbers in enumerate(self.columns.split(chosen)):
+            if not len(part_numbers):
+                continue
+            part = self.local.decompositions[number]
+            chosen_S = torch.from_numpy(part_numbers).to(part.features.group.device)
+            make_rows = self._head_rows if part.kind == "attn_out" else self._stream_rows
+            effects_SC, bias_S, depth_S = make_rows(part, chosen_S)
+            for depth in torch.unique(depth_S).tolist():
+                here = torch.nonzero(depth_S == depth)[:, 0]
+                self._add(
+                    depth,
+                    self.columns.feature_columns[number] + chosen_S[here],
+                    effects_SC[here],
+                    bias_S[here],
+                    part.pre_activation_S[chosen_S[here]],
+                )
 
-    def _expand_stream(self, part: Decomposition, chosen_S: Tensor, first: int) -> None:
-        """Rows of features that read the residual stream; their columns count from `first`."""
-        own_N, targets, bias_S = stream_reads(self.local, part, chosen_S)
+    def _stream_rows(self, part: Decomposition, chosen_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Effects `[S, C]`, biases `[S]` and depths `[S]` of features that read the residual stream.
+
+        A feature that reads several sites is several targets: its row is their sum, its depth the deepest.
+        """
+        feature_N, targets, bias_S = stream_reads(self.local, part, chosen_S)
         effects_NC, constant_N = self.transport.attribute(targets)
-        # A feature that reads several sites is several targets; its row is their sum, its depth the deepest.
-        bias_S = bias_S.index_add(0, own_N, constant_N)
-        self._add_features(
-            own_N, targets.depth_N, effects_NC, bias_S, part.pre_activation_S[chosen_S], first + chosen_S
-        )
+        depth_S = torch.zeros_like(chosen_S).scatter_reduce(0, feature_N, targets.depth_N, "amax")
+        if len(feature_N) > len(chosen_S):
+            effects_NC = effects_NC.new_zeros(len(chosen_S), effects_NC.shape[1]).index_add_(0, feature_N, effects_NC)
+        return effects_NC, bias_S.index_add(0, feature_N, constant_N), depth_S
 
-    def _expand_heads(self, part: Decomposition, chosen_S: Tensor, first: int) -> None:
+    def _head_rows(self, part: Decomposition, chosen_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same for features that read `attn_z` of their layer."""
         assert isinstance(self.transport, ResidualTransport)
+        effects, biases, depths = [], [], []
         for group in torch.unique(part.features.group[chosen_S]).tolist():
-            own_S = chosen_S[part.features.group[chosen_S] == group]
-            targets = head_reads(part, own_S, group)
+            group_S = chosen_S[part.features.group[chosen_S] == group]
+            targets = head_reads(part, group_S, group)
             effects_SC, bias_S = self.transport.attribute_heads(targets)
-            bias_S = bias_S + part.crosscoder.b_enc[group][part.features.index[own_S]]
-            self._add(2 * targets.layer, first + own_S, effects_SC, bias_S, part.pre_activation_S[own_S])
-
-    def _add_features(
-        self, own_N: Tensor, depth_N: Tensor, effects_NC: Tensor, bias_S: Tensor, value_S: Tensor, node_S: Tensor
-    ) -> None:
-        depth_S = depth_N.new_zeros(len(node_S)).scatter_reduce(0, own_N, depth_N, "amax")
-        for depth in torch.unique(depth_S).tolist():
-            at_depth = depth_S == depth
-            own = torch.nonzero(at_depth)[:, 0]
-            place = torch.cumsum(at_depth, 0) - 1
-            entries = torch.nonzero(at_depth[own_N])[:, 0]
-            rows = effects_NC[entries]
-            if len(entries) != len(own) or not torch.equal(own_N[entries], own):
-                rows = rows.new_zeros(len(own), rows.shape[1]).index_add(0, place[own_N[entries]], rows)
-            self._add(depth, node_S[own], rows, bias_S[own], value_S[own])
+            effects.append(effects_SC)
+            biases.append(bias_S + part.crosscoder.b_enc[group][part.features.index[group_S]])
+            depths.append(torch.full_like(group_S, 2 * targets.layer))
+        return torch.cat(effects), torch.cat(biases), torch.cat(depths)
 
 
 def _smallest_set(held: np.ndarray, enough: float) -> np.ndarray:

@@ -70,7 +70,7 @@ def check_identity(
     Args:
         values: what the parts should sum to.
         sums: what they sum to.
-        magnitudes: sums of their absolute values.
+        magnitudes: sums of the absolute values of the parts.
         dtype: the precision the values and their parts were computed or stored in, whichever is coarser.
         n_layers: layers of the model.
         name: text for the value with this (flat) number, to be used in the error.

@@ -2,10 +2,9 @@
 
 It shares no code with `circuits.attribution.transport` or `replacement.language_model.frozen_layers`: TransformerLens runs the
 model itself, hooks fix the attention patterns and norm scales, MLP outputs and embeddings become leaves (and attention
-outputs, where a crosscoder
-writes those too), and rows of A are gradients at the leaves times source vectors. Written to be fast as well: the forward
-pass runs once over B copies of the prompt, targets of one layer share backward passes of B targets each, and a backward
-pass stops at the embeddings and never enters an MLP.
+outputs, where a crosscoder writes those too), and rows of A are gradients at the leaves times source vectors. Written to be
+fast as well: the forward pass runs once over B copies of the prompt, targets of one layer share backward passes of B targets
+each, and a backward pass stops at the embeddings and never enters an MLP.
 """
 
 from __future__ import annotations
@@ -13,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.attribution.expansion import Attributor
+from circuits.attribution.targets import LogitTarget, resolve_logit, top_logits
 from replacement import Decomposition, LocalReplacement, ReplacementModel, Site
 
 
@@ -204,3 +206,44 @@ class AutogradOracle:
         parts = len(local.decompositions)
         per_position = embeddings + parts * local.shape.n_layers
         return per_position * local.n_positions + sum(len(part.features) for part in local.decompositions)
+
+
+def expand_all(model: ReplacementModel, tokens_T: Tensor) -> tuple[Attributor, list[LogitTarget]]:
+    """An attributor with the rows of all nodes that the top logits depend on, and these logits."""
+    with torch.no_grad():
+        local = model.localize(tokens_T)
+        logits = [resolve_logit(target, local, model.language_model) for target in top_logits(local)]
+        attributor = Attributor(local, logits)
+        output = np.zeros(attributor.rows.n_nodes)
+        output[attributor.rows.n_columns :] = 1 / len(logits)
+        attributor.expand(output, coverage=1.0, max_nodes=None)
+    return attributor, logits
+
+
+def compare_with_oracle(model: ReplacementModel, tokens_T: Tensor, *, tolerance: float) -> Attributor:
+    """Compare every edge and every constant part of a full graph with the gradients of TransformerLens's forward pass.
+
+    Args:
+        tolerance: relative to the largest edge and, for constants, to the largest value.
+    """
+    attributor, logits = expand_all(model, tokens_T)
+    rows, features = attributor.rows, attributor.columns.features
+    oracle = AutogradOracle(model, attributor.local, batch_size=8)
+    chosen = np.flatnonzero(rows.expanded[features])
+    assert len(chosen)
+    directions_ND = torch.stack([logit.direction_D for logit in logits])
+    of_logits = oracle.logit_rows(directions_ND, torch.tensor([logit.position for logit in logits]))
+    unembedding_N = torch.tensor([logit.bias for logit in logits], dtype=torch.float64)
+    dense_NC = torch.zeros(rows.n_nodes, rows.n_columns, dtype=torch.float64)
+    for block in (block for blocks in rows.blocks.values() for block in blocks):
+        dense_NC[np.repeat(block.node, block.counts), block.source] = torch.from_numpy(block.weight).double()
+    for nodes, (expected_NC, bias_N), constant in (
+        (features.start + chosen, oracle.feature_rows(torch.from_numpy(chosen)), 0.0),
+        (np.arange(rows.n_columns, rows.n_nodes), of_logits, unembedding_N),
+    ):
+        scale = float(expected_NC.abs().max())
+        torch.testing.assert_close(dense_NC[nodes], expected_NC.double(), rtol=0, atol=tolerance * scale)
+        # The oracle's constant is what is left of the value, so it is as exact as the value is.
+        scale, bias = float(np.abs(rows.value).max()), torch.from_numpy(rows.bias[nodes])
+        torch.testing.assert_close(bias, bias_N.double() + constant, rtol=0, atol=tolerance * scale)
+    return attributor

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from autograd_oracle import AutogradOracle
+from autograd_oracle import compare_with_oracle
 
 from circuits import DifferenceTarget, FeatureTarget, NodeKind, TokenTarget, trace
-from circuits.attribution.expansion import Attributor
-from circuits.attribution.targets import parse_target, resolve_logit, top_logits
+from circuits.attribution.targets import parse_target
 from circuits.attribution.transport import Transport
 from replacement import BatchTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 
@@ -24,51 +23,6 @@ DTYPES = [torch.float32, torch.float64]
 def model_of(lm: Any, **options: Any) -> ReplacementModel:
     """A replacement model with a random crosscoder."""
     return ReplacementModel(lm, tiny.crosscoder_for(lm, **options))
-
-
-def expand_all(model: ReplacementModel, tokens: torch.Tensor, local: Any) -> Any:
-    """Rows of every feature that any logit target depends on."""
-    with torch.no_grad():
-        logits = [resolve_logit(one, local, model.language_model) for one in top_logits(local)]
-        attributor = Attributor(local, logits)
-        output = np.zeros(attributor.rows.n_nodes)
-        output[attributor.rows.n_columns :] = 1 / len(logits)
-        return attributor, attributor.expand(output, coverage=1.0, max_nodes=None), logits
-
-
-def dense_rows(rows: Any, nodes: np.ndarray) -> torch.Tensor:
-    """Rows of A of some nodes as a dense matrix, in the precision they were computed in."""
-    dense = np.zeros((rows.n_nodes, rows.n_columns))
-    for blocks in rows.blocks.values():
-        for block in blocks:
-            dense[np.repeat(block.node, block.counts), block.source] = block.weight
-    return torch.from_numpy(dense[nodes])
-
-
-def compare_with_oracle(model: ReplacementModel, tokens: torch.Tensor, *, tolerance: float) -> None:
-    """Every edge and every constant part, against gradients of TransformerLens's own forward pass."""
-    local = model.localize(tokens)
-    attributor, rows, logits = expand_all(model, tokens, local)
-    oracle = AutogradOracle(model, local, batch_size=8)
-    chosen = torch.from_numpy(np.flatnonzero(rows.expanded[attributor.columns.features.start : rows.n_columns]))
-    assert len(chosen)
-    nodes = attributor.columns.features.start + chosen.numpy()
-    expected, bias = oracle.feature_rows(chosen)
-    _assert_close(dense_rows(rows, nodes), expected, tolerance)
-    # The oracle's constant is what is left of the value, so it is as exact as the value is.
-    value = float(np.abs(rows.value).max())
-    _assert_close(torch.from_numpy(rows.bias[nodes]), bias, tolerance, scale=value)
-    directions = torch.stack([one.direction_D for one in logits])
-    expected, bias = oracle.logit_rows(directions, torch.tensor([one.position for one in logits]))
-    nodes = np.arange(rows.n_columns, rows.n_nodes)
-    _assert_close(dense_rows(rows, nodes), expected, tolerance)
-    bias = bias + torch.tensor([one.bias for one in logits])
-    _assert_close(torch.from_numpy(rows.bias[nodes]), bias, tolerance, scale=value)
-
-
-def _assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, *, scale: float = 0.0) -> None:
-    scale = scale or float(expected.abs().max())
-    torch.testing.assert_close(found, expected.double(), rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp64"])

@@ -22,6 +22,7 @@ from replacement import Crosscoder, ModelShape, TopK, Wiring, checkpoint
 from replacement.loading import ARTIFACTS
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
+CROSSCODER = str(ARTIFACTS / "crosscoder")
 PROMPT = "the capital of the state containing Dallas is"
 
 
@@ -104,7 +105,8 @@ def test_cli_prints_one_json_object_and_writes_every_file(tmp_path: Path, capsys
         (["trace", "the " * 70], "the prompt has 71 tokens: demo reads at most 64"),
         (["trace", "the capital of Atlantis is"], "does not know 'Atlantis'"),
         (["trace", PROMPT, "--target", "Narnia"], "'Narnia' is not a single token"),
-        (["trace", PROMPT, "--model", "/nowhere"], "no language model folder at /nowhere"),
+        (["trace", PROMPT, "--model", "/nowhere"], "expected a crosscoder made for /nowhere"),
+        (["trace", PROMPT, "--model", "/nowhere", "--crosscoder", CROSSCODER], "no language model folder at /nowhere"),
         (["trace", PROMPT, "--crosscoder", "/nowhere"], "/nowhere is not a folder"),
     ],
 )
@@ -163,9 +165,13 @@ def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     tensors = load_file(broken / "model.safetensors")
     tensors["transformer.h.2.mlp.c_fc.weight"][3, 5] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    assert "holds NaN or infinity" in fails(["--model", str(broken)], tmp_path / "out", capsys)
+    assert "holds NaN or infinity" in fails(
+        ["--model", str(broken), "--crosscoder", CROSSCODER], tmp_path / "out", capsys
+    )
     (broken / "tokenizer.json").write_text("{}")
-    assert "cannot load the language model" in fails(["--model", str(broken)], tmp_path / "out", capsys)
+    assert "cannot load the language model" in fails(
+        ["--model", str(broken), "--crosscoder", CROSSCODER], tmp_path / "out", capsys
+    )
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from autograd_oracle import AutogradOracle
+from autograd_oracle import compare_with_oracle
 
 from circuits import CircuitGraph, FeatureTarget, NodeKind, trace
 from circuits.attribution import residual_transport as transport_file
-from circuits.attribution.expansion import Attributor
 from circuits.attribution.residual_transport import ResidualTransport
-from circuits.attribution.targets import parse_target, resolve_logit, top_logits
+from circuits.attribution.targets import parse_target
 from replacement import JumpReLU, ReplacementModel, Site, Wiring
 
 IDENTITY = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -31,45 +30,14 @@ def model_of(lm: Any, *, attention: dict[str, Any] | None = None, **options: Any
     return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention_crosscoder=of_attention)
 
 
-def every_row(model: ReplacementModel, tokens: torch.Tensor) -> tuple[Attributor, Any, list[Any], torch.Tensor]:
-    """Rows of every node that the top logits depend on: the attributor, its rows, the logits and the dense `A [N, C]`."""
-    with torch.no_grad():
-        local = model.localize(tokens)
-        logits = [resolve_logit(one, local, model.language_model) for one in top_logits(local)]
-        attributor = Attributor(local, logits)
-        output = np.zeros(attributor.rows.n_nodes)
-        output[attributor.rows.n_columns :] = 1 / len(logits)
-        rows = attributor.expand(output, coverage=1.0, max_nodes=None)
-    dense_NC = np.zeros((rows.n_nodes, rows.n_columns))
-    for block in (block for blocks in rows.blocks.values() for block in blocks):
-        dense_NC[np.repeat(block.node, block.counts), block.source] = block.weight
-    return attributor, rows, logits, torch.from_numpy(dense_NC)
-
-
-def compare_with_oracle(model: ReplacementModel, tokens: torch.Tensor, *, tolerance: float) -> None:
-    """Every edge and every constant part, against gradients of TransformerLens's own forward pass."""
-    attributor, rows, logits, dense_NC = every_row(model, tokens)
+def compare_both_parts(model: ReplacementModel, tokens: torch.Tensor, *, tolerance: float) -> None:
+    """Compare with the oracle, and check that features of both parts were compared."""
+    attributor = compare_with_oracle(model, tokens, tolerance=tolerance)
     assert isinstance(attributor.transport, ResidualTransport)
-    oracle = AutogradOracle(model, attributor.local, batch_size=8)
-    features, n_mlp = attributor.columns.features, len(attributor.local.features)
-    chosen = np.flatnonzero(rows.expanded[features])
+    chosen = np.flatnonzero(attributor.rows.expanded[attributor.columns.features])
+    n_mlp = len(attributor.local.features)
     assert (chosen < n_mlp).any(), "no feature of an MLP was expanded"
     assert (chosen >= n_mlp).any(), "no feature of attention was expanded"
-    found = oracle.feature_rows(torch.from_numpy(chosen))
-    directions_ND = torch.stack([one.direction_D for one in logits])
-    of_logits = oracle.logit_rows(directions_ND, torch.tensor([one.position for one in logits]))
-    offset = torch.tensor([one.bias for one in logits], dtype=torch.float64)
-    for nodes, (expected_NC, bias_N), own in (
-        (features.start + chosen, found, 0.0),
-        (np.arange(rows.n_columns, rows.n_nodes), of_logits, offset),
-    ):
-        scale = float(expected_NC.abs().max())
-        torch.testing.assert_close(dense_NC[nodes], expected_NC.double(), rtol=0, atol=tolerance * scale)
-        # The oracle's constant is what is left of the value, so it is as exact as the value is.
-        value = float(np.abs(rows.value).max())
-        torch.testing.assert_close(
-            torch.from_numpy(rows.bias[nodes]), bias_N.double() + own, rtol=0, atol=tolerance * value
-        )
 
 
 @EVERYWHERE
@@ -90,7 +58,7 @@ def test_identity_holds_for_every_expanded_target(language_model: Any, architect
 @SKIP
 def test_autograd_oracle_agrees(language_model: Any, architecture: str, dtype: torch.dtype, skip: bool) -> None:
     model = model_of(language_model(architecture, dtype), skip=skip)
-    compare_with_oracle(model, tiny.random_tokens(6), tolerance=ORACLE[dtype])
+    compare_both_parts(model, tiny.random_tokens(6), tolerance=ORACLE[dtype])
 
 
 @SKIP
@@ -99,7 +67,7 @@ def test_autograd_oracle_agrees(language_model: Any, architecture: str, dtype: t
 def test_autograd_oracle_agrees_for_other_reads(language_model: Any, architecture: str, read: str, skip: bool) -> None:
     lm = language_model(architecture, torch.float64)
     model = model_of(lm, wiring=Wiring.strictly_causal(lm, read=read), skip=skip)
-    compare_with_oracle(model, tiny.random_tokens(8), tolerance=1e-12)
+    compare_both_parts(model, tiny.random_tokens(8), tolerance=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +82,7 @@ def test_autograd_oracle_agrees_for_other_reads(language_model: Any, architectur
 )
 def test_autograd_oracle_agrees_for_other_crosscoders(language_model: Any, options: dict[str, Any]) -> None:
     model = model_of(language_model("gemma2", torch.float64), **options)
-    compare_with_oracle(model, tiny.random_tokens(8), tolerance=1e-12)
+    compare_both_parts(model, tiny.random_tokens(8), tolerance=1e-12)
 
 
 def test_attention_crosscoder_of_one_layer(language_model: Any) -> None:
@@ -122,7 +90,7 @@ def test_attention_crosscoder_of_one_layer(language_model: Any) -> None:
     lm = language_model("llama", torch.float64)
     wiring = Wiring("one", ((Site(1, "attn_z"),),), ((Site(1, "attn_out"),),), {"attn_z": 32, "attn_out": 32})
     model, tokens = model_of(lm, attention={"wiring": wiring}), tiny.random_tokens(8)
-    compare_with_oracle(model, tokens, tolerance=1e-12)
+    compare_both_parts(model, tokens, tolerance=1e-12)
     local = model.localize(tokens)
     assert local.attention is not None
     for layer in (0, 2):
