@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from replacement import LanguageModel
@@ -245,3 +248,23 @@ def test_a_stream_refuses_the_cache_of_another_source(tmp_path: Path, read: Read
     cache = build(tmp_path / "cache", read)
     with pytest.raises(ValueError, match="the cache was opened for the rows, not for the token rows"):
         ActivationStream(StoredRows(ROWS), cache, batch_tokens=8, buffer_tokens=96, seed=0)
+
+
+def test_a_second_process_that_builds_the_same_cache_waits_for_the_first(tmp_path: Path, read: Read) -> None:
+    """Otherwise each would replace parts whose digests the other has recorded."""
+    n_read: list[int] = []
+
+    def counting(tokens_BT: Tensor) -> dict[Site, Tensor]:
+        n_read.append(len(tokens_BT))
+        return read(tokens_BT)
+
+    build(tmp_path / "done", read)
+    (tmp_path / "cache").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(tmp_path / "cache" / ".lock"):
+            second = pool.submit(build, tmp_path / "cache", counting)
+            assert not wait([second], timeout=0.5).done
+            for path in (tmp_path / "done").glob("[!.]*"):  # the first one ends
+                shutil.copy(path, tmp_path / "cache")
+        assert second.result(timeout=60).sites == SITES
+    assert n_read == [1], "the second one looks at the widths and computes nothing"

@@ -317,6 +317,20 @@ def test_many_rows_and_an_endless_source_are_stored(tmp_path: Path, monkeypatch:
     assert np.load(tmp_path / "demo.npy").tolist() == next(demo.blocks(7, seed=0)).tokens_RT.tolist()
     with pytest.raises(ValueError, match=r"expected a file name that ends in \.npy"):
         store_rows(demo, tmp_path / "demo.npz", n_rows=7)
+    with pytest.raises(ValueError, match="n_rows must be 1 or more, got 0"):
+        store_rows(demo, tmp_path / "none.npy", n_rows=0)
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.npy: expected a file name, given a folder"):
+        store_rows(demo, tmp_path / "folder.npy", n_rows=7)
+
+
+def test_rows_that_cannot_be_written_to_the_end_leave_the_old_file(tmp_path: Path, lm: LanguageModel) -> None:
+    store_rows(open_source(IDS, lm, context=4), tmp_path / "rows.npy")
+    foreign = open_source(lambda: iter([[5, 6, 7, 8]] * 2000 + [[1, 2, 3, 97]]), lm, context=4)
+    with pytest.raises(ValueError, match=re.escape("token ids must lie in [0, 97), got 1 to 97")):
+        store_rows(foreign, tmp_path / "rows.npy")
+    assert np.load(tmp_path / "rows.npy").tolist() == IDS.reshape(10, 4).tolist()
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.npy"]
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------
@@ -429,6 +443,17 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         lambda folder: lambda: iter([[1, 2]]),
         {},
         "row 0: expected 4 integer token ids (the context), got int64",
+    ),
+    "ragged rows": (
+        lambda folder: lambda: iter([[1, 2, 3, [4, 5]]]),
+        {},
+        "row 0: expected 4 integer token ids (the context), got object",
+    ),
+    "nested JSON": (written("a.jsonl", "[" * 100_000), {}, "a.jsonl, line 1 is not JSON"),
+    "folder like a file": (
+        lambda folder: written("a.txt/notes.md", "x")(folder).parent.parent,
+        {},
+        "is no saved dataset and holds no .npy",
     ),
     "mixed items": (lambda folder: lambda: iter(["w5", 3]), {}, "item 1: expected text, got int"),
     "foreign rows": (lambda folder: lambda: iter([[1, 2, 3, 97]]), {}, "token ids must lie in [0, 97), got 1 to 97"),
