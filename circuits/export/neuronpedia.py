@@ -45,7 +45,10 @@ def to_neuronpedia(graph: GraphData) -> dict[str, Any]:
     cumulative = np.ones(len(host))
     cumulative[shown] = cumulative_influence(merged[shown])
     metadata = graph.metadata
-    pruning = metadata.get("pruning")
+    thresholds: dict[str, Any] = {}
+    if pruning := metadata.get("pruning"):
+        settings = {"node_threshold": pruning["nodes"], "edge_threshold": pruning["edges"]}
+        thresholds = {"node_threshold": pruning["nodes"], "pruning_settings": settings}
     return {
         "metadata": {
             "slug": slug(metadata["prompt"]),
@@ -54,17 +57,12 @@ def to_neuronpedia(graph: GraphData) -> dict[str, Any]:
             "prompt": metadata["prompt"],
             "schema_version": 1,
             "info": {"generator": {"name": "crosstrace"}},
-            **({"node_threshold": pruning["nodes"]} if pruning else {}),
-            **({"pruning_settings": _pruning_settings(pruning)} if pruning else {}),
+            **thresholds,
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": [_node(graph, row, ids[row], float(cumulative[row])) for row in shown.tolist()],
         "links": _links(graph, host, ids),
     }
-
-
-def _pruning_settings(pruning: dict[str, float]) -> dict[str, float]:
-    return {"node_threshold": pruning["nodes"], "edge_threshold": pruning["edges"]}
 
 
 def _hosts(graph: GraphData) -> tuple[np.ndarray, list[str]]:

@@ -56,11 +56,8 @@ def head_tags(graph: GraphData, influence: np.ndarray, *, most: int) -> dict[int
         return found
     for edge in np.argsort(-influence, kind="stable").tolist():
         heads = graph.heads.of(edge)
-        total = sum(abs(weight) for _, _, weight in heads) + abs(float(graph.heads.direct[edge]))
-        total += abs(float(graph.heads.rest[edge]))
-        named = [
-            f"L{layer}H{head}" for layer, head, weight in heads[:HEADS_PER_EDGE] if abs(weight) >= LEAST_SHARE * total
-        ]
+        least = LEAST_SHARE * graph.heads.magnitude(edge)
+        named = [f"L{layer}H{head}" for layer, head, weight in heads[:HEADS_PER_EDGE] if abs(weight) >= least]
         if named and influence[edge] > 0:
             found[edge] = " ".join(named)
         if len(found) == most:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +23,9 @@ _MAX_EDGES = 400
 _FEW_TOKENS = 24
 _MAX_TAGS, _TAG = 24, 9.0
 
+Curve = tuple[float, float, float, float]
+"""x and y of the start of an edge, on top of its source, and of its end, below its target."""
+
 
 @register("svg", suffix=".svg", description="picture, tokens x layers; needs no program")
 def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
@@ -37,13 +39,13 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
     influence = node_influence(graph)
     shown = _shown(graph.nodes, influence, max_nodes)
     rank = (influence + graph.nodes.output_weight)[shown]
-    nodes = graph.nodes.select(shown)
-    layout = place(nodes, rank)
     edge_mask, crossing = _shown_edges(graph, shown)
-    edges = graph.edges.select(shown, edge_mask)
-    heads = _heads(graph, shown, edge_mask)
+    drawn = graph.select(shown, edge_mask)
+    layout = place(drawn.nodes, rank)
+    curves = _curve_ends(drawn.edges, layout)
+    tags = head_tags(drawn, crossing, most=_MAX_TAGS)
     width, height = layout.width, layout.height + _HEAD + _FOOT
-    caption = _caption(graph, drawn_nodes=len(nodes), drawn_edges=len(edges))
+    caption = _caption(graph, drawn_nodes=len(drawn.nodes), drawn_edges=len(drawn.edges))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="{_FONTS}" font-size="{FONT:g}">',
@@ -52,11 +54,11 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
         _title(graph, width),
         f'<g transform="translate(0 {_HEAD:g})">',
         *_bands(layout),
-        *_edges(nodes, edges, crossing, layout, heads.texts),
-        *(_node(nodes, box, influence[shown]) for box in layout.boxes),
-        *_tags(edges, heads.tags, layout),
+        *_edges(drawn, crossing, curves),
+        *(_node(drawn.nodes, box, influence[shown]) for box in layout.boxes),
+        *_tags(tags, curves, layout),
         "</g>",
-        *_footer(nodes, caption, layout, heads=bool(heads.tags)),
+        *_footer(drawn.nodes, caption, layout, heads=bool(tags)),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -99,11 +101,8 @@ def _title(graph: GraphData, width: float) -> str:
     nodes = graph.nodes
     top = int(np.argmax(nodes.output_weight))
     prompt = printable(graph.metadata["prompt"])
-    answer = printable(nodes.label[top]).strip()
-    if nodes.kind[top] == NodeKind.LOGIT and answer:
-        tail = f" → {fit(answer, 160.0, 15.0)}"
-    else:
-        tail = f" → {fit(full_name(nodes, top), 260.0, 15.0)}"
+    answer = printable(nodes.label[top]).strip() if nodes.kind[top] == NodeKind.LOGIT else ""
+    tail = f" → {fit(answer, 160.0, 15.0) if answer else fit(full_name(nodes, top), 260.0, 15.0)}"
     head = fit(prompt, width - 36.0 - text_width(tail, 15.0) * 1.1, 15.0)
     return (
         f'<text x="18" y="31" font-size="15" font-weight="600" fill="{_INK}" xml:space="preserve">{escape(head)}'
@@ -133,18 +132,18 @@ def _line(x1: float, x2: float, y1: float, y2: float, *, stroke: str, width: flo
     return f'<line {ends} stroke="{stroke}" stroke-width="{width:g}"/>'
 
 
-def _edges(nodes: NodeTable, edges: Edges, influence: np.ndarray, layout: Layout, heads: Sequence[str]) -> list[str]:
+def _edges(graph: GraphData, influence: np.ndarray, curves: Sequence[Curve]) -> list[str]:
     """Curves from the top of a source to the bottom of its target, weakest first."""
+    nodes, edges = graph.nodes, graph.edges
     source, target = edges.source.tolist(), edges.target.tolist()
-    ends = _ends(edges, layout)
     strength = emphasis(influence)
     parts = []
     for number in np.argsort(strength, kind="stable").tolist():
-        x1, y1, x2, y2 = ends[number]
+        x1, y1, x2, y2 = curves[number]
         bend = max(0.5 * (y1 - y2), 14.0)
         weight, share = float(edges.weight[number]), float(strength[number])
         names = f"{full_name(nodes, source[number])} → {full_name(nodes, target[number])}: {weight:+.4g}"
-        names += f" ({heads[number]})" if heads else ""
+        names += f" ({graph.heads.text(number)})" if graph.heads is not None else ""
         curve = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 - bend:.1f} {x2:.1f} {y2 + bend:.1f} {x2:.1f} {y2:.1f}"
         parts.append(
             f'<path d="{curve}" fill="none" stroke="{EDGE_COLOURS[weight > 0]}" '
@@ -154,8 +153,7 @@ def _edges(nodes: NodeTable, edges: Edges, influence: np.ndarray, layout: Layout
     return parts
 
 
-def _ends(edges: Edges, layout: Layout) -> list[tuple[float, float, float, float]]:
-    """Where each curve starts, on top of its source, and ends, below its target: x and y of both."""
+def _curve_ends(edges: Edges, layout: Layout) -> list[Curve]:
     box = {placed.node: placed for placed in layout.boxes}
     source, target = edges.source.tolist(), edges.target.tolist()
     starts, stops = _ports(source, target, box), _ports(target, source, box)
@@ -165,12 +163,12 @@ def _ends(edges: Edges, layout: Layout) -> list[tuple[float, float, float, float
     ]
 
 
-def _tags(edges: Edges, tags: dict[int, str], layout: Layout) -> list[str]:
+def _tags(tags: dict[int, str], curves: Sequence[Curve], layout: Layout) -> list[str]:
     """Heads named on the curves they carry, where there is room: between rows, away from boxes and other names."""
-    ends, parts = _ends(edges, layout), []
+    parts: list[str] = []
     taken = [(b.x - b.width / 2, b.top, b.x + b.width / 2, b.bottom) for b in layout.boxes]
     for edge, tag in tags.items():
-        x1, y1, x2, y2 = ends[edge]
+        x1, y1, x2, y2 = curves[edge]
         half = text_width(tag, _TAG) / 2 + 2
         for t in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8):
             # A cubic curve whose control points share their ends' x and meet half-way in y.
@@ -187,24 +185,6 @@ def _tags(edges: Edges, tags: dict[int, str], layout: Layout) -> list[str]:
                 )
                 break
     return parts
-
-
-class _Heads(NamedTuple):
-    """What is written about heads of the drawn edges: tags of some, tooltips of all (none where heads are not known)."""
-
-    tags: dict[int, str]
-    texts: list[str]
-
-
-def _heads(graph: GraphData, shown: np.ndarray, edge_mask: np.ndarray) -> _Heads:
-    if graph.heads is None:
-        return _Heads({}, [])
-    drawn = np.flatnonzero(graph.edges.kept(shown, edge_mask))
-    number = {edge: place_ for place_, edge in enumerate(drawn.tolist())}
-    influence = np.zeros(len(graph.edges))
-    influence[drawn] = edge_influence(graph)[drawn]
-    tags = {number[edge]: tag for edge, tag in head_tags(graph, influence, most=_MAX_TAGS).items()}
-    return _Heads(tags, [graph.heads.text(edge) for edge in drawn.tolist()])
 
 
 def _ports(ends: list[int], others: list[int], box: dict[int, Box]) -> list[float]:

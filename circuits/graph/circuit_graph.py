@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from circuits.graph.edge_heads import EdgeHeads
-from circuits.graph.edges import Edges
+from circuits.graph.edges import Edges, GraphData
 from circuits.graph.exporters import export, exporter
 from circuits.graph.influence import node_influence
 from circuits.graph.metadata import as_stored
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.pruning import prune
-from circuits.graph.rows import EdgeRow, NodeRow, Rows, find_node, top_edges, top_nodes
+from circuits.graph.rows import EdgeRow, NodeRow, Rows, node_number, node_rows, top_edges, top_nodes
 from circuits.graph.scores import Scores, scores
 from circuits.graph.storage import load, save
 
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     import networkx as nx
 
 
-@dataclass(frozen=True, eq=False)
-class CircuitGraph:
+@dataclass(frozen=True, eq=False, repr=False)
+class CircuitGraph(GraphData):
     """Nodes, edges and metadata of one traced prompt; never changed in place.
 
     Raises `ValueError` when the parts do not fit together: edges over another number of nodes, output weights that
@@ -34,15 +33,6 @@ class CircuitGraph:
     exceed the recorded inflow, heads that do not sum to their edge, or metadata that is incomplete or cannot be
     written as JSON.
     """
-
-    nodes: NodeTable
-    edges: Edges
-    metadata: Mapping[str, Any]
-    """JSON facts: `prompt`, `tokens` (text of each), `n_layers` and `identity_error` always; by tracing also
-    `token_ids`, `model`, `crosscoder`, `targets`, `coverage`, `stopped_by`, `unexpanded_share`, `seconds`; `pruning`
-    when pruned, `heads` when split by heads."""
-    heads: EdgeHeads | None = None
-    """The heads that carry each edge; see `circuits.with_heads`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metadata", as_stored(self.metadata))
@@ -103,7 +93,7 @@ class CircuitGraph:
 
         Raises `ValueError` for a node that the graph does not have.
         """
-        return find_node(self, name, n_tokens=len(self.metadata["tokens"]))
+        return node_rows(self, np.array([node_number(self, name)]), node_influence(self) + self.nodes.output_weight)[0]
 
     def prune(self, *, nodes: float = 0.8, edges: float = 0.98) -> CircuitGraph:
         """The smallest subgraph with that share of node influence, then of edge influence (see `circuits/graph/pruning.py`).
@@ -111,12 +101,8 @@ class CircuitGraph:
         Raises `ValueError` for thresholds outside 0..1. The thresholds are noted in `metadata["pruning"]`.
         """
         kept = prune(self, nodes=nodes, edges=edges)
-        return CircuitGraph(
-            nodes=self.nodes.select(kept.nodes),
-            edges=self.edges.select(kept.nodes, kept.edges),
-            metadata={**self.metadata, "pruning": {"nodes": float(nodes), "edges": float(edges)}},
-            heads=None if self.heads is None else self.heads.select(self.edges.kept(kept.nodes, kept.edges)),
-        )
+        facts = {**self.metadata, "pruning": {"nodes": float(nodes), "edges": float(edges)}}
+        return replace(self.select(kept.nodes, kept.edges), metadata=facts)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the graph to one `.safetensors` file, atomically."""
@@ -178,14 +164,10 @@ def _check_fit(nodes: NodeTable, edges: Edges, *, n_tokens: int) -> None:
     total = float(nodes.output_weight.sum())
     if abs(total - 1.0) > 1e-6:
         raise ValueError(f"CircuitGraph.nodes: expected output weights that sum to 1, given {total}")
-    has_edges = np.diff(edges.indptr) > 0
-    if (has_edges & ~nodes.expanded).any():
-        row = int(np.flatnonzero(has_edges & ~nodes.expanded)[0])
+    for row in np.flatnonzero((np.diff(edges.indptr) > 0) & ~nodes.expanded):
         raise ValueError(f"CircuitGraph.edges: expected edges into expanded nodes only, given some into node {row}")
     kept = edges.row_sums(np.abs(edges.weight.astype(np.float64)))
-    over = kept > nodes.inflow * (1 + 1e-3) + 1e-12
-    if over.any():
-        row = int(np.flatnonzero(over)[0])
+    for row in np.flatnonzero(kept > nodes.inflow * (1 + 1e-3) + 1e-12):
         raise ValueError(
             f"CircuitGraph.nodes: expected an inflow of at least the kept edges' {kept[row]:.6g} in row {row}, "
             f"given {nodes.inflow[row]:.6g}"
@@ -195,16 +177,11 @@ def _check_fit(nodes: NodeTable, edges: Edges, *, n_tokens: int) -> None:
 def _check_heads(heads: EdgeHeads, edges: Edges, inflow: np.ndarray) -> None:
     if len(heads) != len(edges):
         raise ValueError(f"CircuitGraph.heads: expected heads of {len(edges)} edges, given {len(heads)}")
-    weight, parts = edges.weight.astype(np.float64), np.abs(heads.direct) + np.abs(heads.rest)
-    parts = parts + np.bincount(
-        np.repeat(np.arange(len(edges)), np.diff(heads.indptr)), np.abs(heads.weight), minlength=len(edges)
-    )
+    weight, total = edges.weight.astype(np.float64), heads.totals()
     # An edge that is a tiny remainder of its row is only as exact as the row's rounding.
-    allowed = np.maximum(1e-3 * np.maximum(np.abs(weight), parts), 1e-5 * inflow[edges.target])
-    wrong = np.abs(heads.totals() - weight) > allowed
-    if wrong.any():
-        edge = int(np.flatnonzero(wrong)[0])
+    allowed = np.maximum(1e-3 * np.maximum(np.abs(weight), heads.magnitudes()), 1e-5 * inflow[edges.target])
+    for edge in np.flatnonzero(np.abs(total - weight) > allowed):
         raise ValueError(
             f"CircuitGraph.heads: expected parts that sum to the edge's {weight[edge]:.6g}, "
-            f"given {heads.totals()[edge]:.6g} for edge {edge}"
+            f"given {total[edge]:.6g} for edge {edge}"
         )

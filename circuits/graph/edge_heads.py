@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,10 +94,27 @@ class EdgeHeads:
         columns = (self.layer[row].tolist(), self.head[row].tolist(), self.weight[row].tolist())
         return list(zip(*columns, strict=True))
 
+    def magnitude(self, edge: int) -> float:
+        """|direct| + sum of |heads| + |rest| of one edge; `magnitudes` has those of all."""
+        heads = sum(abs(weight) for *_, weight in self.of(edge))
+        return heads + abs(float(self.direct[edge])) + abs(float(self.rest[edge]))
+
     def totals(self) -> np.ndarray:
         """float64[E], direct + heads + rest: the edges' weights."""
-        edge = np.repeat(np.arange(len(self)), np.diff(self.indptr))
-        return self.direct.astype(np.float64) + self.rest + np.bincount(edge, self.weight, minlength=len(self))
+        return self._sums(lambda part: part)
+
+    def magnitudes(self) -> np.ndarray:
+        """float64[E], |direct| + sum of |heads| + |rest|."""
+        return self._sums(np.abs)
+
+    @property
+    def edge(self) -> np.ndarray:
+        """int64[P], the edge each listed head is of."""
+        return np.repeat(np.arange(len(self)), np.diff(self.indptr))
+
+    def _sums(self, of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        apart = of(self.direct.astype(np.float64)) + of(self.rest.astype(np.float64))
+        return apart + np.bincount(self.edge, of(self.weight), minlength=len(self))
 
     def select(self, edges: np.ndarray) -> EdgeHeads:
         """The heads of the edges where `edges` (bool[E]) is true."""
@@ -120,14 +138,10 @@ class EdgeHeads:
         """
         parts = [(f"L{layer}H{head}", weight) for layer, head, weight in self.of(edge)]
         parts.append(("direct", float(self.direct[edge])))
-        total = sum(abs(weight) for _, weight in parts) + abs(float(self.rest[edge]))
-        parts.sort(key=lambda part: -abs(part[1]))
-        named = [
-            (name, abs(weight) / total, weight < 0) for name, weight in parts if total and abs(weight) / total >= least
-        ]
-        return ", ".join(
-            f"{'−' if negative else ''}{name} {100 * share:.0f} %" for name, share, negative in named[:most]
-        )
+        total = self.magnitude(edge) or 1.0
+        parts = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))
+        named = [(name, weight / total) for name, weight in parts[:most] if abs(weight) / total >= least]
+        return ", ".join(f"{'−' if share < 0 else ''}{name} {100 * abs(share):.0f} %" for name, share in named)
 
 
 def _describe(column: object) -> str:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.nodes import NodeTable
+
+COLUMNS: dict[str, np.dtype] = {
+    "indptr": np.dtype(np.int64),
+    "source": np.dtype(np.int32),
+    "weight": np.dtype(np.float32),
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,11 +34,11 @@ class Edges:
     """float32[E], signed direct effect of the source on the target's pre-activation or logit."""
 
     def __post_init__(self) -> None:
-        for name, dtype in (("indptr", np.int64), ("source", np.int32), ("weight", np.float32)):
+        for name, dtype in COLUMNS.items():
             column = getattr(self, name)
             if not isinstance(column, np.ndarray) or column.dtype != dtype or column.ndim != 1:
                 given = f"{column.dtype}{column.shape}" if isinstance(column, np.ndarray) else type(column).__name__
-                raise ValueError(f"Edges.{name}: expected a 1-D array of {np.dtype(dtype)}, given {given}")
+                raise ValueError(f"Edges.{name}: expected a 1-D array of {dtype}, given {given}")
             column = column.view()
             column.flags.writeable = False
             object.__setattr__(self, name, column)
@@ -54,8 +60,7 @@ class Edges:
         if outside.any():
             raise ValueError(f"Edges.from_coo: expected targets in 0..{n_nodes - 1}, given {target[outside][0]}")
         order = np.lexsort((source, target))
-        indptr = np.zeros(n_nodes + 1, dtype=np.int64)
-        np.cumsum(np.bincount(target.astype(np.int64), minlength=n_nodes), out=indptr[1:])
+        indptr = np.searchsorted(target[order], np.arange(n_nodes + 1)).astype(np.int64)
         return cls(indptr, source[order].astype(np.int32), weight[order].astype(np.float32))
 
     def __repr__(self) -> str:
@@ -67,7 +72,7 @@ class Edges:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Edges):
             return NotImplemented
-        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in ("indptr", "source", "weight"))
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in COLUMNS)
 
     @property
     def n_nodes(self) -> int:
@@ -102,38 +107,31 @@ class Edges:
         )
 
 
-@runtime_checkable
-class GraphData(Protocol):
-    """What the algorithms and exporters need of a graph; `CircuitGraph` is the one that people hold."""
+Graph = TypeVar("Graph", bound="GraphData")
 
-    @property
-    def nodes(self) -> NodeTable:
-        """The node table."""
-        ...
 
-    @property
-    def edges(self) -> Edges:
-        """The edges among those nodes."""
-        ...
+@dataclass(frozen=True, eq=False)
+class GraphData:
+    """The parts of a graph, which algorithms and exporters take; `CircuitGraph` is the one that people hold."""
 
-    @property
-    def heads(self) -> EdgeHeads | None:
-        """The heads that carry each edge, where they are known."""
-        ...
+    nodes: NodeTable
+    edges: Edges
+    metadata: Mapping[str, Any]
+    """JSON facts: `prompt`, `tokens` (text of each), `n_layers` and `identity_error` always; by tracing also
+    `token_ids`, `model`, `crosscoder`, `targets`, `coverage`, `stopped_by`, `unexpanded_share`, `seconds`; `pruning`
+    when pruned, `heads` when split by heads."""
+    heads: EdgeHeads | None = None
+    """The heads that carry each edge; see `circuits.with_heads`."""
 
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Facts about prompt, model and run."""
-        ...
+    def select(self: Graph, nodes: np.ndarray, edges: np.ndarray) -> Graph:
+        """The nodes where `nodes` (bool[N]) is true, and the edges among them where `edges` (bool[E]) is."""
+        heads = None if self.heads is None else self.heads.select(self.edges.kept(nodes, edges))
+        return replace(self, nodes=self.nodes.select(nodes), edges=self.edges.select(nodes, edges), heads=heads)
 
 
 def _check_rows(edges: Edges) -> None:
-    if (
-        len(edges.indptr) == 0
-        or edges.indptr[0] != 0
-        or edges.indptr[-1] != len(edges)
-        or (np.diff(edges.indptr) < 0).any()
-    ):
+    ends = edges.indptr[[0, -1]].tolist() if len(edges.indptr) else []
+    if ends != [0, len(edges)] or (np.diff(edges.indptr) < 0).any():
         raise ValueError(f"Edges.indptr: expected to rise from 0 to the {len(edges)} edges")
     if edges.weight.shape != edges.source.shape:
         raise ValueError(f"Edges.weight: expected {len(edges)} weights like the sources, given {len(edges.weight)}")

@@ -54,6 +54,7 @@ COLUMNS: dict[str, np.dtype] = {
 }
 
 _DEFAULTS: dict[str, Any] = {"layer": -1, "index": -1}
+_NOT_NEGATIVE = ("position", "output_weight", "inflow", "probability")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -209,28 +210,19 @@ def _first(mask: np.ndarray) -> int:
 
 
 def _check_kinds(table: NodeTable) -> None:
-    unknown = ~table.mask(*NodeKind)
-    if unknown.any():
-        raise ValueError(
-            f"NodeTable.kind: expected values 0 to 4, given {table.kind[unknown][0]} in row {_first(unknown)}"
-        )
-    if ((table.part < 0) | (table.part > max(Part))).any():
-        raise ValueError(f"NodeTable.part: expected values 0 and 1, given {table.part.min()} to {table.part.max()}")
-    for name in ("position", "output_weight", "inflow", "probability"):
-        negative = getattr(table, name) < 0
-        if negative.any():
-            row = _first(negative)
-            raise ValueError(f"NodeTable.{name}: expected values >= 0, given {getattr(table, name)[row]} in row {row}")
-    sources = table.mask(NodeKind.TOKEN, NodeKind.POSITION, NodeKind.ERROR) & table.expanded
-    if sources.any():
-        raise ValueError(
-            f"NodeTable.expanded: expected only features and logits to be expanded, given row {_first(sources)}"
-        )
-    misplaced = table.of_attention & ~table.mask(NodeKind.ERROR, NodeKind.FEATURE)
-    if misplaced.any():
-        raise ValueError(
-            f"NodeTable.part: expected only errors and features to be of attention, given row {_first(misplaced)}"
-        )
+    sources = table.mask(NodeKind.TOKEN, NodeKind.POSITION, NodeKind.ERROR)
+    of_part = table.mask(NodeKind.ERROR, NodeKind.FEATURE)
+    checks = {
+        ("kind", "values 0 to 4"): table.mask(*NodeKind),
+        ("part", "values 0 and 1"): np.isin(table.part, list(Part)),
+        **{(name, "values >= 0"): getattr(table, name) >= 0 for name in _NOT_NEGATIVE},
+        ("expanded", "only features and logits to be expanded"): ~(sources & table.expanded),
+        ("part", "only errors and features to be of attention"): of_part | ~table.of_attention,
+    }
+    for (name, expected), fits in checks.items():
+        if not fits.all():
+            row = _first(~fits)
+            raise ValueError(f"NodeTable.{name}: expected {expected}, given {getattr(table, name)[row]} in row {row}")
 
 
 def _check_order(table: NodeTable) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 REPR_ROWS = 20
 """Rows that `repr` and notebooks show; indexing and iteration give all."""
 _WIDTH = 140
+SIMILAR = 4
+"""Nodes that an error message proposes instead of an unknown one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,17 +191,6 @@ def top_edges(graph: GraphData, count: int | None) -> Rows[EdgeRow]:
     return Rows(tuple(rows), EDGE_HEADS)
 
 
-def find_node(graph: GraphData, name: str | int, *, n_tokens: int) -> NodeRow:
-    """A node by number, id, or the name of a feature such as `2/345@7` (a negative position counts from the end).
-
-    Raises:
-        ValueError: there is no such node; similar ones are named.
-    """
-    return node_rows(
-        graph, np.array([_number(graph, name, n_tokens)]), node_influence(graph) + graph.nodes.output_weight
-    )[0]
-
-
 def node_rows(graph: GraphData, numbers: np.ndarray, influence: np.ndarray) -> tuple[NodeRow, ...]:
     """Rows of the nodes of some numbers, with `influence` (float64[N]) noted."""
     nodes, ids = graph.nodes, graph.nodes.ids()
@@ -220,7 +211,12 @@ def node_rows(graph: GraphData, numbers: np.ndarray, influence: np.ndarray) -> t
     )
 
 
-def _number(graph: GraphData, name: str | int, n_tokens: int) -> int:
+def node_number(graph: GraphData, name: str | int) -> int:
+    """Row of a node given by number, id, or the name of a feature such as `2/345@7` (a negative position counts from the end).
+
+    Raises:
+        ValueError: there is no such node; similar ones are named.
+    """
     nodes = graph.nodes
     if isinstance(name, int | np.integer) and not isinstance(name, bool):
         if not 0 <= name < len(nodes):
@@ -228,23 +224,47 @@ def _number(graph: GraphData, name: str | int, n_tokens: int) -> int:
         return int(name)
     if not isinstance(name, str):
         raise ValueError(f"node: expected a name, an id or a number, given {type(name).__name__}")
-    ids = nodes.ids()
-    if name.strip() in ids:
-        return ids.index(name.strip())
+    ids, name = nodes.ids(), name.strip()
+    if name in ids:
+        return ids.index(name)
     if "/" not in name:
-        similar = difflib.get_close_matches(name, ids, n=4, cutoff=0.5)
+        similar = difflib.get_close_matches(shorten(name, 60), ids, n=SIMILAR, cutoff=0.5)
         hint = f"; similar ones: {', '.join(similar)}" if similar else ""
         raise ValueError(f"node: the graph has no node {shorten(name, 60)!r}{hint}")
     part, layer, index, position = parse_feature_name(name)
-    position += n_tokens if position < 0 else 0
+    position += len(graph.metadata["tokens"]) if position < 0 else 0
     features = nodes.mask(NodeKind.FEATURE) & (nodes.of_attention == (part == "attention"))
     same = features & (nodes.layer == min(layer, 2**31 - 1)) & (nodes.index == min(index, 2**62))
-    found = np.flatnonzero(same & (nodes.position == min(position, 2**31 - 1)))
-    if not len(found):
+    matches = np.flatnonzero(same & (nodes.position == min(position, 2**31 - 1)))
+    if not len(matches):
         places = ", ".join(map(str, nodes.position[same].tolist()))
         known = f"; it has that feature at {places}" if places else ""
         raise ValueError(f"node: the graph has no feature {shorten(name, 60)}{known}")
-    return int(found[0])
+    return int(matches[0])
+
+
+def edge_number(graph: GraphData, text: str) -> int:
+    """Row of the edge written `SOURCE->TARGET`, both ends as `node_number` reads them.
+
+    Raises:
+        ValueError: another form, a node that is not in the graph, or no such edge (the target's strongest sources are named).
+    """
+    ends = [end.strip() for end in text.split("->", 1)]
+    if len(ends) != 2 or not all(ends):
+        raise ValueError(f"edge: expected two node ids as SOURCE->TARGET, given {shorten(text, 60)!r}")
+    try:
+        source, target = (node_number(graph, end) for end in ends)
+    except ValueError as error:
+        raise ValueError(f"edge: {str(error).removeprefix('node: ')}") from error
+    into = graph.edges.into(np.array([target]))
+    matches = into[graph.edges.source[into] == source]
+    if not len(matches):
+        ids = graph.nodes.ids()
+        strongest = into[np.argsort(-np.abs(graph.edges.weight[into]), kind="stable")][:SIMILAR]
+        names = ", ".join(ids[graph.edges.source[number]] for number in strongest)
+        known = f"{ids[target]} is reached from {names or 'no node'}"
+        raise ValueError(f"edge: the graph has no edge {ids[source]}->{ids[target]}; {known}")
+    return int(matches[0])
 
 
 def _checked(count: int | None) -> int | None:

@@ -18,16 +18,17 @@ from safetensors.numpy import save as serialise
 
 from circuits.graph.edge_heads import COLUMNS as HEAD_COLUMNS
 from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.edges import COLUMNS as EDGE_COLUMNS
 from circuits.graph.edges import Edges, GraphData
 from circuits.graph.exporters import register
-from circuits.graph.nodes import COLUMNS, NodeTable
+from circuits.graph.nodes import COLUMNS as NODE_COLUMNS
+from circuits.graph.nodes import NodeTable
 from replacement.files import write_atomic
 
 FORMAT = "crosstrace.circuit"
 SCHEMA = 3
 """2 added heads of edges and a bool column `attention`, which 3 replaces by `part`; files of schema 1 have none of them. 3 also
 added the digest, which older files lack."""
-_EDGE_COLUMNS = ("indptr", "source", "weight")
 
 
 def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
@@ -38,10 +39,17 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
 @register("safetensors", suffix=".safetensors", description="the graph itself, which `CircuitGraph.load` reads")
 def to_bytes(graph: GraphData) -> bytes:
     """Content of the graph file."""
-    tensors = {f"nodes.{name}": np.ascontiguousarray(getattr(graph.nodes, name)) for name in COLUMNS}
-    tensors |= {f"edges.{name}": np.ascontiguousarray(getattr(graph.edges, name)) for name in _EDGE_COLUMNS}
-    if graph.heads is not None:
-        tensors |= {f"heads.{name}": np.ascontiguousarray(getattr(graph.heads, name)) for name in HEAD_COLUMNS}
+    tables = (
+        ("nodes", graph.nodes, NODE_COLUMNS),
+        ("edges", graph.edges, EDGE_COLUMNS),
+        ("heads", graph.heads, HEAD_COLUMNS),
+    )
+    tensors = {
+        f"{name}.{column}": np.ascontiguousarray(getattr(table, column))
+        for name, table, columns in tables
+        if table is not None
+        for column in columns
+    }
     header = {
         "format": FORMAT,
         "schema": str(SCHEMA),
@@ -83,12 +91,12 @@ def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]
             raise ValueError("its content is not that of its digest")
         if schema < 3:
             tensors["nodes.part"] = tensors.get("nodes.attention", np.zeros_like(tensors["nodes.kind"])).astype(np.int8)
-        table = NodeTable(**{name: tensors[f"nodes.{name}"] for name in COLUMNS}, label=_labels(header))
-        edges = Edges(**{name: tensors[f"edges.{name}"] for name in _EDGE_COLUMNS})
+        nodes = NodeTable(**{name: tensors[f"nodes.{name}"] for name in NODE_COLUMNS}, label=_labels(header))
+        edges = Edges(**{name: tensors[f"edges.{name}"] for name in EDGE_COLUMNS})
         heads = None
         if "heads.weight" in tensors:
             heads = EdgeHeads(**{name: tensors[f"heads.{name}"] for name in HEAD_COLUMNS})
-        return table, edges, _metadata(header), heads
+        return nodes, edges, _metadata(header), heads
     except _ForeignError as error:
         raise ValueError(str(error)) from None
     except KeyError as error:

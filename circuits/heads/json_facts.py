@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,15 +12,17 @@ import numpy as np
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.influence import edge_influence
+from circuits.graph.nodes import NodeKind
 from circuits.graph.text import full_name
+from circuits.heads.heat_map import plot_heads
 
 if TYPE_CHECKING:
-    from circuits.heads.feature_heads import HeadView
-    from circuits.heads.qk_attribution import QKAttribution
-    from circuits.heads.removal_check import HeadCheck
+    from replacement import ReplacementModel
 
 LEAST = 0.01
 """Heads of an edge are named from this part of its summed magnitudes on."""
+
+CHECK_PROMPTS, CHECK_TOKENS, CHECK_FEATURES = 20, 32, 4
 
 Facts = dict[str, Any]
 
@@ -36,9 +39,7 @@ def graph_facts(graph: CircuitGraph, *, top: int) -> Facts:
     """
     assert graph.heads is not None
     heads, influence_E = graph.heads, edge_influence(graph)
-    edge_P = np.repeat(np.arange(len(heads)), np.diff(heads.indptr))
-    size_E = np.bincount(edge_P, np.abs(heads.weight), minlength=len(heads))
-    size_E = size_E + np.abs(heads.direct) + np.abs(heads.rest)
+    edge_P, size_E = heads.edge, heads.magnitudes()
     per_unit_E = np.divide(influence_E, size_E, out=np.zeros_like(influence_E), where=size_E > 0)
     carried_P = per_unit_E[edge_P] * np.abs(heads.weight)
     total = float(influence_E[size_E > 0].sum())
@@ -71,15 +72,27 @@ def graph_facts(graph: CircuitGraph, *, top: int) -> Facts:
     }
 
 
-def edge_facts(graph: CircuitGraph, edge: int, *, last: Facts, first: Facts) -> Facts:
-    """One edge by last and by first hop (`edge_parts` of each)."""
-    return {**_ends(graph, edge), "last": last, "first": first}
+def edge_facts(model: ReplacementModel, graph: CircuitGraph, edge: int) -> Facts:
+    """One edge by last and by first hop (`edge_parts` of each), split in a graph of that edge alone."""
+    from circuits.heads.edge_split import split_heads
+
+    chosen_E = np.arange(len(graph.edges)) == edge
+    kept_N = graph.nodes.mask(NodeKind.LOGIT) | graph.nodes.is_target
+    kept_N[[graph.edges.source[edge], graph.edges.target[edge]]] = True
+    alone = graph.select(kept_N, chosen_E)
+
+    def parts(hop: str) -> Facts:
+        split = split_heads(model, alone, hop=hop)
+        return edge_parts(EdgeHeads.from_dense(split.direct_E, split.heads_ELH), 0)
+
+    last = parts("last") if graph.heads is None else edge_parts(graph.heads, edge)
+    return {**_ends(graph, edge), "last": last, "first": parts("first")}
 
 
 def edge_parts(heads: EdgeHeads, edge: int) -> Facts:
     """The direct part of an edge, its heads from `LEAST` of the summed magnitudes on, and the rest."""
     listed, direct = heads.of(edge), float(heads.direct[edge])
-    total = sum(abs(weight) for *_, weight in listed) + abs(direct) + abs(float(heads.rest[edge]))
+    total = heads.magnitude(edge)
     named = [
         {"layer": layer, "head": head, "weight": weight, "share": _share(abs(weight), total)}
         for layer, head, weight in listed
@@ -89,12 +102,19 @@ def edge_parts(heads: EdgeHeads, edge: int) -> Facts:
     return {"direct": direct, "direct_share": _share(abs(direct), total), "heads": named, "rest": rest}
 
 
-def feature_facts(view: HeadView, rule: str, *, top: int) -> Facts:
-    """The players of one feature with the credit a rule gives them, strongest first; and what is left.
+def feature_facts(
+    model: ReplacementModel, graph: CircuitGraph, name: str, *, rule: str, top: int, plot: Path | None
+) -> Facts:
+    """The players of one feature of the graph's prompt with the credit a rule gives them, strongest first; and what is left.
 
     Args:
         top: heads named; all others are summed.
+        plot: file for a picture of heads x tokens.
     """
+    from circuits.attribution.grounding import traced_tokens
+    from circuits.heads.feature_heads import head_view
+
+    view = head_view(model, traced_tokens(model, graph), name)
     credit, feature = view.credit(rule), view.feature
     columns = (view.contributions, credit.credit_J, credit.standard_error_J)
     *players, direct = (
@@ -121,22 +141,41 @@ def feature_facts(view: HeadView, rule: str, *, top: int) -> Facts:
         },
         "direct": direct,
         "residual": credit.residual,
+        "files": {} if plot is None else {"plot": str(plot_heads(view, plot))},
     }
 
 
-def attends_facts(score: QKAttribution, tokens: Sequence[str], *, top: int) -> Facts:
+def attends_facts(model: ReplacementModel, graph: CircuitGraph, place: Mapping[str, int], *, top: int) -> Facts:
     """Why a head attends to a key: pairs of nodes, and the sums of each node's pairs, largest magnitude first.
 
+    The score is compared with the mean of the other keys, because softmax sees differences only.
+
     Args:
-        score: the divided score.
-        tokens: the prompt, token by token.
+        place: `layer`, `head`, and where they are given the positions `query` and `key`.
         top: pairs and nodes of each side that are named.
     """
+    from circuits.attribution.grounding import traced_tokens
+    from circuits.heads.qk_attributor import attribute_score
+
+    score = attribute_score(model, traced_tokens(model, graph), **place, contrast="mean")
+    tokens = model.language_model.token_strings(graph.metadata["token_ids"])
     return {"query_token": tokens[score.query], "key_token": tokens[score.key], **score.to_json(top)}
 
 
-def check_facts(check: HeadCheck) -> Facts:
-    """Correlation and relative error of every rule on every rung; null where they are not defined."""
+def check_facts(model: ReplacementModel, graph: CircuitGraph | None) -> Facts:
+    """Correlation and relative error of every rule on every rung; null where they are not defined.
+
+    Checked on the graph's own prompt, or on rows of the demo's corpus that it was not trained on.
+    """
+    from circuits.attribution.grounding import traced_tokens
+    from circuits.heads.removal_check import check_heads
+    from replacement.demo.corpus.mixture import held_out_rows
+
+    if graph is not None:
+        check = check_heads(model, [traced_tokens(model, graph)], n_features=CHECK_FEATURES * CHECK_PROMPTS)
+    else:
+        rows = held_out_rows(model.language_model.tokenizer, n_rows=CHECK_PROMPTS, context=CHECK_TOKENS, seed=0)
+        check = check_heads(model, [row.tolist() for row in rows], n_features=CHECK_FEATURES)
     return {
         "prompts": check.n_prompts,
         "features": check.n_features,

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from circuits.attribution.grounding import Grounding
-from circuits.attribution.targets import check_position
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
-from circuits.graph.text import parse_feature_name, shorten
+from circuits.graph.rows import node_number
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
 from replacement import BatchTopK, Decomposition, JumpReLU, LocalReplacement, ReLU, ReplacementModel, TopK
 
@@ -55,7 +54,7 @@ def source_credit(
     Raises:
         ValueError: an unknown rule or node, a node that is no feature or was not expanded, or a graph of another model.
     """
-    number = _number(graph, node)
+    number = node_number(graph, node)
     nodes = graph.nodes
     if nodes.kind[number] != NodeKind.FEATURE or not nodes.expanded[number]:
         raise ValueError(f"expected an expanded feature, given {nodes.ids()[number]}")
@@ -111,18 +110,3 @@ def feature_threshold(local: LocalReplacement, part: Decomposition, number: int)
         pre_F[of_group.index[of_group.row == row]] = -torch.inf
         return max(float(pre_F.max()), 0.0)
     raise ValueError(f"features of {type(activation).__name__} have no threshold that is known here")
-
-
-def _number(graph: CircuitGraph, node: int | str) -> int:
-    if isinstance(node, str):
-        node_id, ids = node, graph.nodes.ids()
-        if "/" in node:
-            part, layer, index, position = parse_feature_name(node)
-            position = check_position(position, len(graph.metadata["tokens"]))
-            node_id = f"{'A' if part == 'attention' else ''}{layer}_{index}_{position}"
-        if node_id not in ids:
-            raise ValueError(f"the graph has no node {shorten(node, 60)!r}")
-        return ids.index(node_id)
-    if not 0 <= node < len(graph.nodes):
-        raise ValueError(f"the graph has no node {node}: expected an id, or a number from 0 to {len(graph.nodes) - 1}")
-    return node

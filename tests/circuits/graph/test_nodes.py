@@ -53,8 +53,8 @@ def test_nodes_of_attention_come_behind_those_of_mlps() -> None:
         ({"part": [0, 0, 1, 1, 0, 1, 0]}, "given row 4 after row 3"),
         ({"layer": [-1, 1, 0, 1, 1, 0, 2]}, "given row 5 after row 4"),
         ({"layer": [-1, 1, 0, 1, 1, 1, 2]}, "given row 5 after row 4"),
-        ({"part": [1, 0, 1, 0, 1, 1, 0]}, "expected only errors and features to be of attention, given row 0"),
-        ({"part": [0, 0, 1, 0, 1, 1, 1]}, "expected only errors and features to be of attention, given row 6"),
+        ({"part": [1, 0, 1, 0, 1, 1, 0]}, "expected only errors and features to be of attention, given 1 in row 0"),
+        ({"part": [0, 0, 1, 0, 1, 1, 1]}, "expected only errors and features to be of attention, given 1 in row 6"),
     ],
 )
 def test_misplaced_nodes_of_attention_are_named(changes, message) -> None:
@@ -121,7 +121,7 @@ def test_groups() -> None:
             r"NodeTable.value: expected finite numbers, given NaN or infinity in row 5",
         ),
         ({"inflow": [0, 0, 0, 0, 0, -1, 0]}, r"NodeTable.inflow: expected values >= 0, given -1.0 in row 5"),
-        ({"expanded": [0, 0, 0, 1, 0, 1, 1]}, r"expected only features and logits to be expanded, given row 3"),
+        ({"expanded": [0, 0, 0, 1, 0, 1, 1]}, r"expected only features and logits to be expanded, given True in row 3"),
         ({"bias": [0.0, 0.0]}, r"NodeTable.bias: expected shape \(7,\) like the labels, given \(2,\)"),
         ({"colour": 1}, r"expected columns among kind, .*, given colour"),
     ],

@@ -285,15 +285,15 @@ def test_check_of_a_graphs_prompt(checked: list[dict[str, Any]], graph: CircuitG
         (["--attends", ""], f"{ATTENDS}, given ''"),
         (["--attends", "2.0@1e3"], f"{ATTENDS}, given '2.0@1e3'"),
         (["--edge", ""], "edge: expected two node ids as SOURCE->TARGET, given ''"),
-        (["--edge", "x" * 9999 + "->E_8_8"], "edge: the graph has no node xxxx"),
-        (["--edge", "->".join("ab" * 99)], "edge: the graph has no node a"),
+        (["--edge", "x" * 9999 + "->E_8_8"], "edge: the graph has no node 'xxxx"),
+        (["--edge", "->".join("ab" * 99)], "edge: the graph has no node 'a'"),
         (["--top", "-9"], "top: expected at least 1, given -9"),
         (["--feature", "1/2@3", "--plot", "/proc/heads.svg"], "/proc"),
         (["--feature", "1/2@3", "--plot", "/dev/null/heads.svg"], "/dev/null"),
         (["--plot", "x.svg"], "plot: expected together with --feature"),
         (["--feature", "1/2@3", "--plot", "x.gif"], "x.gif: expected a file that ends in .svg or .png"),
         (["--edge", "E_1_1"], "edge: expected two node ids as SOURCE->TARGET, given 'E_1_1'"),
-        (["--edge", "zzz->E_8_8"], "edge: the graph has no node zzz"),
+        (["--edge", "zzz->E_8_8"], "edge: the graph has no node 'zzz'"),
     ],
 )
 def test_a_mistake_is_one_line(saved: Path, capsys: Any, options: list[str], message: str) -> None:
@@ -323,7 +323,7 @@ def test_mistakes_about_the_file(capsys: Any) -> None:
 def test_mistyped_nodes_are_answered_with_similar_ones(graph: CircuitGraph, saved: Path, capsys: Any) -> None:
     name = strongest_edge(graph)[1]
     source, target = name.split("->")
-    assert f"the graph has no node {source}1; similar ones: {source}" in fails(
+    assert f"the graph has no node '{source}1'; similar ones: {source}" in fails(
         capsys, saved, "--edge", f"{source}1->{target}"
     )
     answer = fails(capsys, saved, "--edge", f"{target}->{source}")
