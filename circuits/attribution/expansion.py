@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuits.attribution.columns import source_table
 from circuits.attribution.identity import check_identity
-from circuits.attribution.readers import head_reads, logit_reads, stream_reads
+from circuits.attribution.readers import head_reads, logit_reads, reading_sizes, stream_reads
 from circuits.attribution.residual_transport import ResidualTransport
 from circuits.attribution.targets import LogitTarget
 from circuits.attribution.transport import Transport
@@ -141,13 +141,21 @@ class Attributor:
             self.expand_features(np.sort(chosen[:room]))
             n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, LARGEST_ROUND)
 
-    def _add(self, depth: int, node_N: Tensor, effects_NC: Tensor, bias_N: Tensor, value_N: Tensor) -> None:
-        """Check the identity on the rows of nodes that read at one depth, and store them."""
+    def _add(
+        self,
+        depth: int,
+        node_N: Tensor,
+        effects_NC: Tensor,
+        bias_N: Tensor,
+        value_N: Tensor,
+        size_N: Tensor | float = 0.0,
+    ) -> None:
+        """Check the identity on the rows of nodes that read at one depth, and store them; sizes as in `reading_sizes`."""
         inflow_N = effects_NC.abs().sum(1)
         gap = check_identity(
             value_N,
             effects_NC.sum(1) + bias_N,
-            inflow_N + bias_N.abs(),
+            inflow_N + bias_N.abs() + size_N,
             dtype=effects_NC.dtype,
             n_layers=self.local.shape.n_layers,
             name=lambda row: self._name(int(node_N[row])),
@@ -183,6 +191,7 @@ class Attributor:
             chosen_S = torch.from_numpy(part_numbers).to(part.features.group.device)
             make_rows = self._head_rows if part.kind == "attn_out" else self._stream_rows
             effects_SC, bias_S, depth_S = make_rows(part, chosen_S)
+            size_S = reading_sizes(self.local, part, chosen_S)
             for depth in torch.unique(depth_S).tolist():
                 here = torch.nonzero(depth_S == depth)[:, 0]
                 self._add(
@@ -191,6 +200,7 @@ class Attributor:
                     effects_SC[here],
                     bias_S[here],
                     part.pre_activation_S[chosen_S[here]],
+                    size_S[here],
                 )
 
     def _stream_rows(self, part: Decomposition, chosen_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:

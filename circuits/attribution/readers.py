@@ -79,6 +79,24 @@ def stream_reads(local: LocalReplacement, part: Decomposition, chosen_S: Tensor)
     return own_N, Targets(vectors_ND, depth_N, features.row[chosen_S[own_N]]), constant_S
 
 
+def reading_sizes(local: LocalReplacement, part: Decomposition, chosen_S: Tensor) -> Float[Tensor, " S"]:
+    """The size of the numbers that a pre-activation is summed from, `sum over read sites of |encoder| |activation|`.
+
+    Rounding is relative to this and not to the pre-activation, which may be a small remainder: terms inside one inner product
+    cancel too.
+    """
+    features, crosscoder = part.features, part.crosscoder
+    group_S = features.group[chosen_S]
+    size_S = torch.zeros_like(part.pre_activation_S[chosen_S])
+    for group in torch.unique(group_S).tolist():
+        places = torch.nonzero(group_S == group)[:, 0]
+        index, position = features.index[chosen_S[places]], features.row[chosen_S[places]]
+        for site in crosscoder.wiring.reads[group]:
+            norm_T = local.frozen.activations[site].norm(dim=1)
+            size_S[places] += crosscoder.encoder(group, site)[index].norm(dim=1) * norm_T[position]
+    return size_S
+
+
 def head_reads(part: Decomposition, chosen_S: Tensor, group: int) -> HeadTargets:
     """What chosen features of one group of attention's crosscoder read at `attn_z`."""
     (site,) = part.crosscoder.wiring.reads[group]

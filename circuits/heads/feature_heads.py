@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.identity import check_identity
-from circuits.attribution.readers import head_reads, stream_reads
+from circuits.attribution.readers import head_reads, reading_sizes, stream_reads
 from circuits.attribution.targets import FeatureTarget, active_feature, parse_feature
 from circuits.heads.node_credit import feature_threshold
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
@@ -131,11 +131,14 @@ class HeadViews:
             scale_T = self._local.frozen.attentions[layer].scale_out_T
             norm_H = encoder_X.unflatten(0, (shape.n_heads, -1)).norm(dim=1)
             norm_LH[layer] = (norm_H if scale_T is None else norm_H / scale_T[row]).double().cpu().numpy()
-        pre_activation = float(part.pre_activation_S[number])
+        pre_activation, chosen_S = (
+            float(part.pre_activation_S[number]),
+            torch.tensor([number], device=features.row.device),
+        )
         identity_error = check_identity(
             pre_activation,
             math.fsum([*heads_LHT.ravel(), direct, bias]),
-            float(np.abs(heads_LHT).sum()) + abs(direct) + abs(bias),
+            float(np.abs(heads_LHT).sum() + reading_sizes(self._local, part, chosen_S)) + abs(direct) + abs(bias),
             dtype=part.pre_activation_S.dtype,
             n_layers=shape.n_layers,
             name=lambda _: f"feature {feature}, split by heads,",
