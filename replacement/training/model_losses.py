@@ -173,4 +173,4 @@ class OutputKL(Loss):
             threshold.copy_(before)  # the step itself has measured BatchTopK's running threshold
         with torch.no_grad():
             original_KV = lm(tokens_RT)[keep_RT]
-        return self.coefficient * kl_divergence(original_KV, spliced_KV).sum() / state.n_rows
+        return self.coefficient * kl_divergence(original_KV, spliced_KV, dtype=spliced_KV.dtype).sum() / state.n_rows

@@ -51,8 +51,6 @@ LOG_EVERY = 10
 """Steps between two records of training metrics."""
 SCALE_TOKENS = 16_384
 """Tokens that measure the scale, mean and variance of every site."""
-LOGITS_PER_PASS = 2**26
-"""Logits of one pass over held-out rows, 256 MiB in float32; several such tensors are compared at a time."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped because it was asked to
@@ -304,7 +302,7 @@ class _Run:
             crosscoder = whole(self.trainer.crosscoder, self.activation, self.parallel)
         if crosscoder is None or not self.parallel.is_first:
             return {}
-        lm, n_logits = self.models.first, self.source.context * self.models.first.vocabulary_size
+        lm = self.models.first
         fidelity = measure_fidelity(
             lm,
             crosscoder,
@@ -312,7 +310,6 @@ class _Run:
             keep_RT=self.stream.kept(self.held_out_RT).to(lm.device),
             scales=self.trainer.statistics.scales,
             second_model=self.models.second,
-            rows_per_pass=max(1, min(64, LOGITS_PER_PASS // n_logits)),
         )
         sites = crosscoder.wiring.write_sites
         measured = (
