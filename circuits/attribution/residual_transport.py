@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution.constant_stream import constant_stream
 from circuits.attribution.readers import HeadTargets, Targets
 from circuits.attribution.sources import LayerSources, Sources
-from replacement import LocalReplacement, Site
-from replacement.splicing.skip import read_depth
+from circuits.attribution.transport import constant_stream
+from replacement import LocalReplacement
+from replacement.splicing.skip import add_terms
 
 NUMBERS_AT_ONCE = 2**24
 """Targets x positions x D of one chunk of targets that read attention (64 MiB in float32)."""
@@ -64,11 +64,13 @@ class ResidualTransport:
     def _effects(self, rows: _Rows, n_targets: int) -> Tensor:
         """Walk down from the deepest row, meeting what every layer writes."""
         effects_NC = rows.v_RD.new_zeros(n_targets, self.sources.columns.n_columns)
-        pending: dict[int, Tensor] = {}
+        pending: dict[int, Tensor] = {}  # vectors that skip connections add when the walk reaches a depth
+        skips = self.local.skips
         for layer in reversed(range(min(self.local.shape.n_layers, int(rows.depth_R.max()) // 2 + 1))):
             rows.meet(self.sources.mlp.layers[layer], 2 * layer + 2, effects_NC)
-            if self.local.crosscoder.skip:
-                self._branch_into_skips(rows, layer, pending)
+            if skips:
+                reading_RD = rows.v_RD * (rows.depth_R >= 2 * layer + 2)[:, None]
+                add_terms(pending, skips.pull_back(reading_RD, layer, rows.position_R))
             rows.add(pending.pop(2 * layer + 1, None))
             if self.sources.attention is not None:
                 rows.meet(self.sources.attention.layers[layer], 2 * layer + 1, effects_NC)
@@ -79,18 +81,6 @@ class ResidualTransport:
                 effects_NC[rows.target_R, first + rows.position_R] = (rows.v_RD * source_TD[rows.position_R]).sum(-1)
                 first += len(source_TD)
         return effects_NC
-
-    def _branch_into_skips(self, rows: _Rows, layer: int, pending: dict[int, Tensor]) -> None:
-        """Send `W_skip^T v` of the rows that read above one written layer to the points its skip matrices read."""
-        crosscoder, write = self.local.crosscoder, Site(layer, "mlp_out")
-        v_RD = rows.v_RD * (rows.depth_R >= 2 * layer + 2)[:, None]
-        for group in crosscoder.wiring.writers(write):
-            for read in crosscoder.wiring.reads[group]:
-                u_RD = v_RD @ crosscoder.skip_matrix(group, read, write)
-                if read.kind == "mlp_in":
-                    u_RD = self.local.frozen.norms_mlp[read.layer].pull_back(u_RD, rows.position_R)
-                depth = read_depth(read, self.local.shape)
-                pending[depth] = pending[depth] + u_RD if depth in pending else u_RD
 
 
 @dataclass(slots=True)

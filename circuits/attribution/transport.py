@@ -25,12 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution.constant_stream import constant_stream
 from circuits.attribution.readers import Targets
 from circuits.attribution.sources import Sources
-from replacement import LocalReplacement, Site
+from replacement import LocalReplacement
 from replacement.language_model.frozen_layers import Scratch
-from replacement.splicing.skip import read_depth
+from replacement.splicing.skip import add_terms
 
 ROWS_PER_CHUNK = 2048
 """Targets x positions carried at once: enough for full-speed matrix products, small enough to stay near the cache."""
@@ -145,8 +144,11 @@ class _Walk:
             rows = slice(written.offsets[t], written.offsets[t + 1])
             effects_NS = self.v_NTD[:reached, t] @ written.vectors_SD[rows].T
             effects_NC.index_add_(1, written.columns_S[rows], effects_NS)
-        if self.transport.local.crosscoder.skip:
-            self._branch_into_skips(Site(layer, "mlp_out"), self.v_NTD[:reached])
+        positions_T = torch.arange(self.v_NTD.shape[1], device=self.v_NTD.device)
+        for depth, u_NTD in self.transport.local.skips.pull_back(self.v_NTD[:reached], layer, positions_T):
+            if depth in self._pending:  # from a written layer above this one: as many targets or fewer
+                u_NTD[: len(self._pending[depth])] += self._pending[depth]
+            self._pending[depth] = u_NTD
 
     def _meet_embeddings(self, rows: slice) -> None:
         """Inner products with the embeddings, in front of attention 0."""
@@ -166,20 +168,27 @@ class _Walk:
             u_NTD = self._pending.pop(depth)
             self.v_NTD[: len(u_NTD)] += u_NTD
 
-    def _branch_into_skips(self, write: Site, v_NTD: Tensor) -> None:
-        """Send `W_skip^T v` to the points that the skip matrices of one written site read."""
-        local = self.transport.local
-        for group in local.crosscoder.wiring.writers(write):
-            for read in local.crosscoder.wiring.reads[group]:
-                u_NTD = v_NTD @ local.crosscoder.skip_matrix(group, read, write)
-                if read.kind == "mlp_in":
-                    u_NTD = local.frozen.norms_mlp[read.layer].pull_back(
-                        u_NTD, torch.arange(u_NTD.shape[1], device=u_NTD.device)
-                    )
-                depth = read_depth(read, local.shape)
-                if depth in self._pending:  # of a written layer above this one: as many targets or fewer
-                    u_NTD[: len(self._pending[depth])] += self._pending[depth]
-                self._pending[depth] = u_NTD
+
+def constant_stream(local: LocalReplacement, sources: Sources) -> Float[Tensor, "P T D"]:
+    """The residual stream at every depth (P = 2 L + 1) when embeddings, features and errors are zero.
+
+    It is what biases alone make of the stream. The frozen model is affine, so the constant part of a target is its inner
+    product with it.
+    """
+    frozen, shape, skips = local.frozen, local.shape, local.skips
+    x_TD = torch.zeros_like(frozen.token_embedding_TD)
+    positions_T = torch.arange(len(x_TD), device=x_TD.device)
+    stream = x_TD.new_zeros(2 * shape.n_layers + 1, *x_TD.shape)
+    skipped: dict[int, Tensor] = {}  # by the layer written
+    for layer, attention in enumerate(frozen.attentions):
+        stream[2 * layer] = x_TD
+        add_terms(skipped, skips.apply(x_TD, 2 * layer, positions_T))
+        x_TD = x_TD + (attention.apply(x_TD) if sources.attention is None else sources.attention.bias_LD[layer])
+        stream[2 * layer + 1] = x_TD
+        add_terms(skipped, skips.apply(x_TD, 2 * layer + 1, positions_T))
+        x_TD = x_TD + sources.mlp.bias_LD[layer] + skips.bias(layer) + skipped.pop(layer, 0)
+    stream[-1] = x_TD
+    return stream
 
 
 def _embeddings(local: LocalReplacement) -> list[Tensor]:
