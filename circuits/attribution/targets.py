@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from replacement.splicing.intervention import PARTS
 
 TOP_PROBABILITY = 0.95
 TOP_LOGITS = 10
-_FEATURE = re.compile(r"(feature|attention):\d+/\d+")
+_FEATURE = re.compile(r"(feature|attention):\S*/\S*")  # well formed or not; `2/345` alone is a text
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +94,13 @@ def parse_target(text: str) -> Target:
     Raises:
         ValueError: empty text.
     """
+    if _FEATURE.fullmatch(text.strip()):
+        return parse_feature(text)
     body, position = text, -1
     if match := re.fullmatch(r"(.+)@(-?\d+)\s*", text, re.DOTALL):
         body, position = match.group(1), int(match.group(2))
     if not body.strip():
         raise ValueError("a target is empty: expected 'token', 'token - token' or 'feature:layer/index'")
-    if _FEATURE.fullmatch(body.strip()):  # `2/345` alone is a text
-        return replace(parse_feature(body), position=position)
     plus, minus_sign, minus = body.partition(" - ")
     if minus_sign and plus.strip() and minus.strip():
         return DifferenceTarget(plus, minus, position)
@@ -117,12 +118,16 @@ def parse_feature(text: str) -> FeatureTarget:
 
 
 def as_target(target: Target | str | int) -> Target:
-    """Texts are parsed, numbers are token ids, targets stay as they are."""
+    """Texts are parsed, numbers are token ids, targets stay as they are.
+
+    Raises:
+        ValueError: anything else, or a text that `parse_target` does not read.
+    """
     if isinstance(target, str):
         return parse_target(target)
     if isinstance(target, TokenTarget | DifferenceTarget | FeatureTarget):
         return target
-    if isinstance(target, Integral):
+    if _is_whole(target):
         return TokenTarget(int(target))
     raise ValueError(f"cannot read target {target!r}: expected a text, a token id or one of the target types")
 
@@ -134,6 +139,10 @@ def active_feature(target: FeatureTarget, local: LocalReplacement) -> int:
         ValueError: no such part, layer or position, or the feature is not active there.
     """
     position = check_position(target.position, local.n_positions)
+    if not _is_whole(target.layer) or not _is_whole(target.index):
+        raise ValueError(
+            f"the layer and index of a feature must be whole numbers, got {target.layer!r}/{target.index!r}"
+        )
     if target.part not in PARTS:
         raise ValueError(f"the part of a target must be 'mlp' or 'attention', got {target.part!r}")
     if target.part == "attention" and local.attention is None:
@@ -189,8 +198,10 @@ def check_position(position: int, n_positions: int) -> int:
     """Position counted from the start.
 
     Raises:
-        ValueError: it lies outside the prompt.
+        ValueError: it is no whole number or lies outside the prompt.
     """
+    if not _is_whole(position):
+        raise ValueError(f"target position must be a whole number, got {position!r}")
     if not -n_positions <= position < n_positions:
         raise ValueError(f"target position {position} lies outside the prompt of {n_positions} tokens")
     return position % n_positions
@@ -207,6 +218,13 @@ def output_weights(targets: Sequence[LogitTarget]) -> list[float]:
 def _token_id(token: str | int, lm: LanguageModel) -> int:
     if isinstance(token, str):
         return lm.token_id(token)
+    if not _is_whole(token):
+        raise ValueError(f"expected the text of a token or its id, got {token!r}")
     if not 0 <= token < lm.vocabulary_size:
         raise ValueError(f"token id {token} lies outside [0, {lm.vocabulary_size})")
     return token
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edges import Edges
 from circuits.graph.nodes import NodeKind, NodeTable
 from replacement import LocalReplacement, ReplacementModel
+from replacement.crosscoder.number_checks import whole_number
 from replacement.language_model.language_model import Prompt
 
 
@@ -64,10 +67,10 @@ def trace(
     >>> graph.prune().scores()                                                  # doctest: +SKIP
     """
     started = time.perf_counter()
-    if not 0 <= coverage <= 1:
-        raise ValueError(f"coverage must lie in [0, 1], got {coverage}")
-    if max_nodes is not None and max_nodes < 1:
-        raise ValueError(f"max_nodes must be 1 or more, got {max_nodes}")
+    if isinstance(coverage, bool) or not isinstance(coverage, Real) or not 0 <= coverage <= 1:
+        raise ValueError(f"coverage must lie in [0, 1], got {coverage!r}")
+    if max_nodes is not None:
+        max_nodes = whole_number("max_nodes", max_nodes, least=1)
     lm = model.language_model
     layers = [model.crosscoder.wiring.group_layer(group) for group in range(model.crosscoder.n_groups)]
     if sorted(set(layers)) != layers:
@@ -85,7 +88,7 @@ def trace(
     metadata = {
         "prompt": prompt if isinstance(prompt, str) else "".join(lm.token_strings(tokens_T.tolist())),
         **trace_facts(model, local, logits, roots, rows),
-        "coverage": coverage,
+        "coverage": float(coverage),
         "seconds": time.perf_counter() - started,
     }
     return CircuitGraph(nodes, edges, metadata)
@@ -100,8 +103,11 @@ def _resolve(
     if targets is None:
         named: Iterable[Target] = top_logits(local)
     else:
-        given = [targets] if isinstance(targets, str | int) or not isinstance(targets, Sequence) else targets
-        named = [as_target(one) for one in given]
+        # Bytes are a sequence of numbers, but no list of token ids.
+        given: Sequence[Any] = (
+            [targets] if isinstance(targets, str | bytes) or not isinstance(targets, Sequence) else targets
+        )
+        named = [as_target(target) for target in given]
     logits, roots = [], []
     for target in named:
         if isinstance(target, FeatureTarget):
@@ -112,7 +118,9 @@ def _resolve(
         raise ValueError(
             "expected at least one target, all logits or all features, got " + ("both" if logits else "none")
         )
-    if len({(one.position, one.token_id, one.label) for one in logits}) < len(logits) or len(set(roots)) < len(roots):
+    if len({(logit.position, logit.token_id, logit.label) for logit in logits}) < len(logits) or len(set(roots)) < len(
+        roots
+    ):
         raise ValueError("the same target is named twice")
     return logits, roots
 
@@ -155,11 +163,11 @@ def _columns(local: LocalReplacement, logits: Sequence[LogitTarget]) -> dict[str
     of_logits = {
         "kind": np.full(len(logits), int(NodeKind.LOGIT)),
         "layer": np.full(len(logits), local.shape.n_layers),
-        "position": np.array([one.position for one in logits], dtype=np.int64),
-        "index": np.array([one.token_id for one in logits], dtype=np.int64),
+        "position": np.array([logit.position for logit in logits], dtype=np.int64),
+        "index": np.array([logit.token_id for logit in logits], dtype=np.int64),
     }
     columns = {
         name: np.concatenate([column, of_logits.get(name, np.zeros(len(logits), column.dtype))])
         for name, column in sources.items()
     }
-    return columns | {"probability": np.array([0.0] * n_columns + [one.probability for one in logits])}
+    return columns | {"probability": np.array([0.0] * n_columns + [logit.probability for logit in logits])}

@@ -265,6 +265,16 @@ def test_expansion_takes_the_most_influential_first(language_model: Any) -> None
         ({"targets": " "}, "a target is empty"),
         ({"targets": FeatureTarget(9, 0)}, "the crosscoder has no features in layer 9"),
         ({"targets": FeatureTarget(1, 10**6)}, "feature 1/1000000 is not active at position 9"),
+        ({"targets": True}, "cannot read target True: expected a text, a token id or one of the target types"),
+        ({"targets": [5, False]}, "cannot read target False"),
+        ({"targets": DifferenceTarget(True, 3)}, "expected the text of a token or its id, got True"),
+        ({"targets": f"feature:2/{10**20 - 1}@7"}, f"feature 2/{10**20 - 1} is not active at position 7"),
+        ({"targets": f"feature:{10**20}/3@7"}, f"the crosscoder has no features in layer {10**20}"),
+        ({"targets": f"feature:2/3@{10**20}"}, f"target position {10**20} lies outside the prompt of 10 tokens"),
+        ({"targets": "feature:-1/3@7"}, "expected the name of a feature such as 2/345@7 .*, got 'feature:-1/3@7'"),
+        ({"targets": "feature:2/@7"}, "expected the name of a feature such as 2/345@7"),
+        ({"targets": "feature:2/3@7@1"}, "expected the name of a feature such as 2/345@7"),
+        ({"max_nodes": True}, "max_nodes must be a whole number, got True"),
     ],
 )
 def test_bad_requests(language_model: Any, options: dict[str, Any], message: str) -> None:
