@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from autograd_oracle import compare_with_oracle
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from circuits import trace
@@ -23,6 +23,7 @@ Groups = tuple[tuple[Site, ...], ...]
 RANDOM = settings(
     max_examples=8,
     deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
