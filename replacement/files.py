@@ -1,4 +1,4 @@
-"""Writing files and folders so that a reader meets the old content or the whole new one, never a part.
+"""Reading JSON files, and writing files and folders so that a reader meets the old content or the whole new one, never a part.
 
 Everything is first written into a scratch folder, flushed to disk, and then renamed to its place. The name of a scratch folder
 holds the host and the process id: the next write to the same place removes what a killed process left behind. The process's
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ import stat
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -32,6 +35,24 @@ _KINDS = {
 }
 _NUMBERS = itertools.count()
 """Numbers of the scratch folders of this process; none is used twice, because another thread may still remove it."""
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: names the file that cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:

@@ -22,7 +22,7 @@ from replacement.crosscoder.checks import finite_values, float_dtype
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape
 from replacement.crosscoder.wiring import HasShape, Wiring
-from replacement.files import atomic_folder
+from replacement.files import atomic_folder, read_json, sha256_of
 
 FORMAT = "crosstrace crosscoder"
 VERSION = 2
@@ -69,7 +69,7 @@ def save(
     if training is not None and not isinstance(training, Mapping):
         raise ValueError(f"training must be a mapping of JSON values, got {training!r:.50}")
     if (target / CONFIG_FILE).is_file():
-        _read_json(target / CONFIG_FILE)
+        _read_checked(target / CONFIG_FILE)
     tensors = {name: value.to("cpu", dtype).contiguous() for name, value in crosscoder.state_dict().items()}
     for name, value in tensors.items():
         finite_values(f"the tensor {name}", value)
@@ -85,7 +85,7 @@ def save(
     config = json.loads(json.dumps(config))  # as it will be read: JSON has no tuples, and only texts as keys
     with atomic_folder(target, replaces=(CONFIG_FILE, TENSOR_FILE)) as scratch:
         save_file(tensors, scratch / TENSOR_FILE)
-        config["tensors_sha256"] = _digest_of_file(scratch / TENSOR_FILE)
+        config["tensors_sha256"] = sha256_of(scratch / TENSOR_FILE)
         config["config_sha256"] = _digest_of_entries(config)
         (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -113,7 +113,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
         float_dtype(f"{path}: the dtype of the tensor {name}", value.dtype)
         tensors[name] = value.to(dtype, copy=True)  # into aligned memory: sums are then the same as before saving
         finite_values(f"{path}: the tensor {name}", tensors[name])
-    if config["version"] > 1 and _digest_of_file(path) != config["tensors_sha256"]:
+    if config["version"] > 1 and sha256_of(path) != config["tensors_sha256"]:
         raise ValueError(f"{path} is damaged: its digest is not the one recorded in {CONFIG_FILE}")
     crosscoder.load_state_dict(tensors, assign=True)
     try:
@@ -133,7 +133,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a folder: expected a crosscoder checkpoint")
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {folder} is not a crosscoder checkpoint")
-    config = _read_json(path)
+    config = _read_checked(path)
     version = config.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(f"{path} has format version {version!r:.50}; this library reads versions up to {VERSION}")
@@ -185,11 +185,8 @@ def _described(config: Mapping[str, Any], path: Path, dtype: torch.dtype) -> Cro
         raise ValueError(f"{path} does not describe a crosscoder: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+def _read_checked(path: Path) -> dict[str, Any]:
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         given = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} is no crosscoder checkpoint: expected format {FORMAT!r}, got {given!r:.50}")
@@ -204,11 +201,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
-
-
-def _digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of_entries(config: Mapping[str, Any]) -> str:

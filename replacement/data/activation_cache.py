@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from replacement.crosscoder.sites import Site
 from replacement.data.token_sources import StoredRows, TokenSource
-from replacement.files import atomic_file, check_folder, write_atomic
+from replacement.files import atomic_file, check_folder, read_json, sha256_of, write_atomic
 
 FORMAT = "crosstrace activation cache"
 VERSION = 1
@@ -242,10 +242,7 @@ def _read_metadata(folder: Path) -> _Metadata:
     path = folder / METADATA_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {folder} is not an activation cache")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    value = read_json(path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"{path} is no activation cache: expected format {FORMAT!r}")
     if not isinstance(value.get("version"), int) or value["version"] > VERSION:
@@ -299,9 +296,3 @@ def _read_part(
         if not bool(torch.isfinite(x_RTD).all()):
             raise ValueError(f"the activations at {site} hold values that {dtype} cannot: choose another dtype")
     return acts
-
-
-def sha256_of(path: Path) -> str:
-    """Digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

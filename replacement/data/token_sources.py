@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,15 +152,12 @@ class StoredRows(TokenSource):
     def blocks(self, n: int, *, first: int = 0, seed: int) -> Iterator[Rows]:
         """Endless blocks of rows, shuffled over the whole source in every epoch."""
 
-        @lru_cache(maxsize=1)
         def order(epoch: int) -> np.ndarray:
             return np.random.default_rng([_EPOCH_STREAM, seed, epoch]).permutation(self.n_rows)
 
-        while True:
-            index_R, epoch = _laid_end_to_end(order, self.n_rows, first, n)
-            index = torch.from_numpy(index_R + self.n_held_out)
-            yield Rows(self.take(index), index, epoch)
-            first += n
+        for place_R, epoch in _laid_end_to_end(order, self.n_rows, first, n):
+            index_R = torch.from_numpy(place_R + self.n_held_out)
+            yield Rows(self.take(index_R), index_R, epoch)
 
     def one_pass(self) -> Iterator[Int[Tensor, "R T"]]:
         """The training rows once, in the order in which they are stored."""
@@ -255,13 +252,11 @@ class DemoRows(TokenSource):
         """Endless blocks of rows, all of them new, whatever the seed."""
         from replacement.demo.corpus import sample_rows
 
-        @lru_cache(maxsize=1)
         def drawn(part: int) -> np.ndarray:
             corpus_seed = DEMO_FIRST_SEED + part
             return sample_rows(self.tokenizer, n_rows=DEMO_ROWS_PER_SEED, context=self.context, seed=corpus_seed)
 
-        while True:
-            rows_RT, _ = _laid_end_to_end(drawn, DEMO_ROWS_PER_SEED, first, n)
+        for rows_RT, _ in _laid_end_to_end(drawn, DEMO_ROWS_PER_SEED, first, n):
             yield Rows(self._checked(rows_RT), torch.arange(first, first + n), 0)
             first += n
 
@@ -270,8 +265,13 @@ class DemoRows(TokenSource):
         return (rows.tokens_RT for rows in self.blocks(_ROWS_AT_A_TIME, seed=0))
 
 
-def _laid_end_to_end(part: Callable[[int], np.ndarray], size: int, first: int, n: int) -> tuple[np.ndarray, int]:
-    """Entries `first` to `first + n` of `part(0), part(1), ...` (of `size` entries each), and the number of the last part."""
-    part_R, place_R = np.divmod(np.arange(first, first + n), size)
-    numbers = range(int(part_R[0]), int(part_R[-1]) + 1)
-    return np.concatenate([part(number)[place_R[part_R == number]] for number in numbers]), numbers[-1]
+def _laid_end_to_end(
+    part: Callable[[int], np.ndarray], size: int, first: int, n: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Endless blocks of `n` entries of `part(0), part(1), ...` (`size` entries each), from entry `first`, each with the number
+    of the last part it takes entries from."""
+    part = lru_cache(maxsize=1)(part)
+    for start in count(first, n):
+        part_R, place_R = np.divmod(np.arange(start, start + n), size)
+        numbers = range(int(part_R[0]), int(part_R[-1]) + 1)
+        yield np.concatenate([part(number)[place_R[part_R == number]] for number in numbers]), numbers[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging as transformers_logging
+
+from replacement.files import read_json
 
 
 def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tuple[TransformerBridge, str]:
@@ -46,10 +47,7 @@ def _check_folder(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is not valid JSON: {error}") from error
+    content = read_json(config)
     if not isinstance(content, dict):
         raise ValueError(f"{config} is no model configuration: expected a JSON object, got a {type(content).__name__}")
     if not any(folder.glob("*.safetensors")):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -101,8 +101,8 @@ class Loss(ABC):
         """The term of this step, differentiable in the crosscoder's weights."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON value: the name and the parameters."""
-        return {"name": self.name, **asdict(self)}
+        """Plain JSON value: the name and the parameters, which are the fields that count in comparisons."""
+        return {"name": self.name, **{field.name: getattr(self, field.name) for field in fields(self) if field.compare}}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,6 @@ class L1OfNorms(Penalty):
     name: ClassVar[str] = "l1"
 
     def of_group(self, acts_S: Float[Tensor, " S"], norms_SW: Float[Tensor, "S W"]) -> Float[Tensor, ""]:
-        """Sum over the active features of one group."""
         return (acts_S * norms_SW.sum(dim=1)).sum()
 
 
@@ -147,7 +146,6 @@ class L2OfNorms(Penalty):
     name: ClassVar[str] = "l2"
 
     def of_group(self, acts_S: Float[Tensor, " S"], norms_SW: Float[Tensor, "S W"]) -> Float[Tensor, ""]:
-        """Sum over the active features of one group."""
         return (acts_S * norms_SW.norm(dim=1)).sum()
 
 
@@ -169,7 +167,6 @@ class Tanh(Penalty):
             raise ValueError(f"the tanh c must be above 0 and finite, got {self.c}")
 
     def of_group(self, acts_S: Float[Tensor, " S"], norms_SW: Float[Tensor, "S W"]) -> Float[Tensor, ""]:
-        """Sum over the active features of one group."""
         return torch.tanh(self.c * norms_SW.norm(dim=1) * acts_S).sum()
 
 
@@ -185,7 +182,6 @@ class PreActivation(Loss):
     sums_over_features: ClassVar[bool] = True
 
     coefficient: float = 3e-6
-    """Weight of the term."""
 
     def __call__(self, state: StepState) -> Float[Tensor, ""]:
         """`coefficient * sum / B`."""
@@ -209,7 +205,6 @@ class Auxiliary(Loss):
     name: ClassVar[str] = "auxiliary"
 
     coefficient: float = 1 / 32
-    """Weight of the term."""
     k: int = 32
     """Dead features used per group and row."""
 

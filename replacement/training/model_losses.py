@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -75,10 +75,6 @@ class JacobianMatching(Loss):
             raise ValueError(f"the loss {self.name} needs the language model in every step, or maps")
         original = lm.parts.mlp_map(write.layer, read.kind)
         return lambda x_BD: original(x_BD.to(lm.device, lm.dtype)).to(x_BD)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON value, without the maps."""
-        return {"name": self.name, "coefficient": self.coefficient}
 
 
 def directions(state: StepState, width: int) -> Float[Tensor, "B D"]:

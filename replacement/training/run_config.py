@@ -6,6 +6,7 @@ import reprlib
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,21 +71,24 @@ def run_config(value: Mapping[str, Any]) -> RunConfig:
     Raises:
         ValueError: a key is unknown or missing, or a value has another type or is out of range.
     """
-    hooks = {Activation: _as_activation, list[Loss]: _as_losses, list[int]: _as_list, **_NUMBERS}
+    hooks: dict[Any, Callable[[Any], Any]] = {
+        Activation: partial(_from_table, kinds=ACTIVATIONS, what="activation", setting="crosscoder.activation"),
+        list[Loss]: _as_losses,
+        list[int]: _as_list,
+        **_NUMBERS,
+    }
     try:
         return dacite.from_dict(RunConfig, dict(value), dacite.Config(type_hooks=hooks, strict=True))
     except dacite.UnexpectedDataError as error:
-        given, known = ", ".join(map(_short_text, sorted(error.keys))), ", ".join(setting_names())
+        given, known = (
+            ", ".join(map(_short_text, sorted(error.keys))),
+            ", ".join(setting.name for setting in settings_table()),
+        )
         raise ValueError(f"unknown setting {given}: expected some of {known}") from None
     except dacite.MissingValueError as error:
         raise ValueError(f"the setting {error.field_path} is missing") from None
     except dacite.WrongTypeError as error:
         raise ValueError(_wrong_type(str(error.field_path), _type_name(error.field_type), error.value)) from None
-
-
-def setting_names() -> list[str]:
-    """Dotted names of all settings."""
-    return [setting.name for setting in settings_table()]
 
 
 # Numbers and lists, stricter than dacite takes them -------------------------------------------------------------------
@@ -112,10 +116,6 @@ _NUMBERS: dict[Any, Callable[[Any], Any]] = {int: _number(int), float: _number(f
 
 
 # Tables that choose a kind by name ------------------------------------------------------------------------------------
-
-
-def _as_activation(value: Any) -> Activation:
-    return _from_table(value, ACTIVATIONS, what="activation", setting="crosscoder.activation")
 
 
 def _as_losses(value: Any) -> list[Loss]:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Int
 from torch import Tensor
 
-from replacement.files import check_folder, write_atomic
+from replacement.files import check_folder, read_json, write_atomic
 from replacement.training import snapshots
 from replacement.training.config import RunConfig
 from replacement.training.parallel import Parallel, restarted
@@ -169,10 +169,7 @@ def _flat(value: object, prefix: str = "") -> list[tuple[str, object]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: expected a JSON object, got {type(value).__name__}")
     return value

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from replacement.data.activation_cache import sha256_of
-from replacement.files import atomic_folder
+from replacement.files import atomic_folder, read_json, sha256_of
 from replacement.training.parallel import SINGLE, Parallel
 
 FACTS_FILE = "snapshot.json"
@@ -106,8 +105,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def _facts(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        facts = read_json(path / FACTS_FILE)
+    except ValueError as error:
         raise _damaged(path, f"{FACTS_FILE} cannot be read: {error}") from None
     if not isinstance(facts, dict) or facts.get("step") != int(path.name.removeprefix("step-")):
         raise _damaged(path, f"{FACTS_FILE} does not name its step")

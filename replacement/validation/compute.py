@@ -8,11 +8,12 @@ loss is taken to be linear in the logarithm of compute.
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from pathlib import Path
 from typing import Any
+
+from replacement.files import read_json
 
 
 def read_curve(path: str | Path) -> list[tuple[float, float]]:
@@ -27,10 +28,7 @@ def read_curve(path: str | Path) -> list[tuple[float, float]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: expected a JSON file of [compute, loss] pairs")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    value = read_json(path)
     points = value.get("curve") if isinstance(value, dict) else value
     if not isinstance(points, list) or len(points) < 2:
         raise ValueError(

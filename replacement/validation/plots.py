@@ -39,9 +39,15 @@ Facts = dict[str, Any]
 
 def plots(facts: Facts) -> dict[str, Figure]:
     """Every plot that has data, by name."""
-    makers = {"layers": _layers, "protocols": _protocols, "slices": _slices, "controls": _controls, "compute": _compute}
+    controls = [(row["name"], row["kl"]) for row in facts["controls"]]
     with matplotlib.rc_context(STYLE):
-        figures = {name: make(facts) for name, make in makers.items()}
+        figures = {
+            "layers": _layers(facts),
+            "protocols": _protocols(facts),
+            "slices": _slices(facts),
+            "controls": _bars(controls, "mean KL, nats, as many active features"),
+            "compute": _compute(facts),
+        }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -119,10 +125,6 @@ def _slices(facts: Facts) -> Figure | None:
     return figure
 
 
-def _controls(facts: Facts) -> Figure | None:
-    return _bars([(row["name"], row["kl"]) for row in facts["controls"]], "mean KL, nats, as many active features")
-
-
 def _bars(rows: list[tuple[str, int | float | None]], title: str) -> Figure | None:
     """Horizontal bars on a logarithmic axis, the first of them in colour."""
     if not rows:
@@ -134,7 +136,7 @@ def _bars(rows: list[tuple[str, int | float | None]], title: str) -> Figure | No
     colours = [BLUE] + [GREY] * (len(rows) - 1)
     bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
     axes.bar_label(bars, [nats(value) for _, value in rows], padding=4, fontsize=8.5)
-    axes.set_yticks(range(len(rows)), [_plain(name) for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name, _ in rows])  # no dollar sign starts a formula
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(min(known) / 2, max(known) * 3)
@@ -167,8 +169,3 @@ def _compute(facts: Facts) -> Figure | None:
     axes.set_xlabel("training compute of the original")
     axes.set_title("cross-entropy, nats", loc="left", fontsize=9.5)
     return figure
-
-
-def _plain(text: str) -> str:
-    """A name as it stands: no dollar sign starts a formula."""
-    return text.replace("$", r"\$")

@@ -223,7 +223,7 @@ def test_broken_folders(model_folder: Any, tmp_path: Path) -> None:
         LanguageModel.from_pretrained(foreign)
     damaged = _copy(model_folder("gpt2"), tmp_path / "damaged")
     (damaged / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         LanguageModel.from_pretrained(damaged)
     truncated = _copy(model_folder("gpt2"), tmp_path / "truncated")
     data = (truncated / "model.safetensors").read_bytes()
