@@ -145,11 +145,6 @@ class Features:
         dense_BF = part.activation.new_zeros(self.n_rows, self.n_features)
         return dense_BF.index_put((part.row, part.index), part.activation)
 
-    def row_offsets(self, group: int) -> Int[Tensor, " B_plus_1"]:
-        """CSR offsets `[B + 1]`: the features of row b in `of(group)` are `offsets[b]` to `offsets[b + 1]`."""
-        row_S = self.of(group).row.contiguous()
-        return torch.searchsorted(row_S, torch.arange(self.n_rows + 1, device=row_S.device))
-
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Features:
         """Convert the activations' dtype and move all columns."""
         columns = {name: getattr(self, name).to(device=device) for name in _COLUMNS}

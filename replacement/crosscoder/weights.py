@@ -156,26 +156,13 @@ class CrosscoderWeights(nn.Module):
         return made.train(other.training)
 
     @classmethod
-    def _without_memory(
-        cls: type[Kind],
-        other: CrosscoderWeights,
-        *,
-        n_features: int | None = None,
-        activation: Activation | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Kind:
+    def _without_memory(cls: type[Kind], other: CrosscoderWeights, **changes: Any) -> Kind:
+        """A crosscoder on the meta device with the arguments of another one, apart from the changes that are not None."""
+        names = ("n_features", "activation", "tied", "skip", "dtype", "model_name", "model_fingerprint")
+        arguments = {name: getattr(other, name) for name in (*names, "undecomposed_positions")}
+        arguments |= {name: value for name, value in changes.items() if value is not None}
         with torch.device("meta"):
-            return cls(
-                other.wiring,
-                n_features=other.n_features if n_features is None else n_features,
-                activation=other.activation if activation is None else activation,
-                tied=other.tied,
-                skip=other.skip,
-                dtype=other.dtype if dtype is None else dtype,
-                model_name=other.model_name,
-                model_fingerprint=other.model_fingerprint,
-                undecomposed_positions=other.undecomposed_positions,
-            )
+            return cls(other.wiring, **arguments)
 
     def to_inference(self: Kind, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Kind:
         """A frozen copy in evaluation mode, for splicing into a model; this crosscoder is left as it is.

@@ -146,7 +146,7 @@ class ActivationStream:
             yield RowBatch(tokens_RT, self.kept(tokens_RT))
 
     def kept(self, tokens_RT: Int[Tensor, "R T"]) -> Bool[Tensor, "R T"]:
-        """Which tokens count: not an excluded one, not among the undecomposed positions."""
+        """Which tokens count; see `RowBatch`."""
         kept_RT = ~torch.isin(tokens_RT, self.excluded_ids)
         if self.undecomposed_positions:
             kept_RT[:, : self.undecomposed_positions] = False

@@ -22,7 +22,7 @@ from replacement.data.documents import (
     whole_documents,
 )
 from replacement.data.token_files import TOKEN_SUFFIXES, JoinedRows, as_rows, map_ids, resolve
-from replacement.data.token_sources import DemoRows, StoredRows, StreamedRows, TokenSource
+from replacement.data.token_sources import DemoRows, StoredRows, StreamedRows, TokenSource, first_rows
 from replacement.files import atomic_file
 from replacement.language_model.language_model import LanguageModel
 
@@ -111,7 +111,7 @@ def store_rows(source: TokenSource, path: str | Path, *, n_rows: int | None = No
     with atomic_file(target) as scratch, scratch.open("wb") as file:
         n_written = 0
         _write_header(file, dtype, 0, source.context)
-        for rows_RT in itertools.chain([source.held_out()], _first(source.one_pass(), n_rows)):
+        for rows_RT in itertools.chain([source.held_out()], first_rows(source.one_pass(), n_rows)):
             file.write(rows_RT.numpy().astype(dtype).tobytes())
             n_written += len(rows_RT)
         file.seek(0)
@@ -122,18 +122,6 @@ def _write_header(file: BinaryIO, dtype: np.dtype, n_rows: int, context: int) ->
     """A `.npy` header; NumPy pads it for the first axis to grow, so that every number of rows takes the same room."""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n_rows, context)}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def _first(parts: Iterator[Tensor], n_rows: int | None) -> Iterator[Tensor]:
-    if n_rows is None:
-        yield from parts
-        return
-    while n_rows > 0:
-        rows_RT = next(parts, None)
-        if rows_RT is None:
-            return
-        yield rows_RT[:n_rows]
-        n_rows -= len(rows_RT)
 
 
 @dataclass(frozen=True)

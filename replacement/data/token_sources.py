@@ -275,3 +275,13 @@ def _laid_end_to_end(
         part_R, place_R = np.divmod(np.arange(start, start + n), size)
         numbers = range(int(part_R[0]), int(part_R[-1]) + 1)
         yield np.concatenate([part(number)[place_R[part_R == number]] for number in numbers]), numbers[-1]
+
+
+def first_rows(blocks: Iterable[Tensor], n_rows: int | None) -> Iterator[Tensor]:
+    """The first `n_rows` rows of some blocks `[R, T]`, 1 or more; all of them if None."""
+    for block_RT in blocks:
+        yield block_RT[:n_rows]
+        if n_rows is not None:
+            n_rows -= len(block_RT)
+            if n_rows <= 0:
+                return

@@ -6,31 +6,42 @@ import importlib
 from typing import Any
 
 # Imported on first use: the settings that `replacement train --help` lists must not wait for torch.
-_MODULES = {
-    "ActivationStream": "replacement.data.activation_stream",
-    "Auxiliary": "replacement.training.losses",
-    "CrosscoderConfig": "replacement.training.config",
-    "DataConfig": "replacement.training.config",
-    "Interrupted": "replacement.training.runs",
-    "L1OfNorms": "replacement.training.losses",
-    "L2OfNorms": "replacement.training.losses",
-    "Loss": "replacement.training.losses",
-    "Penalty": "replacement.training.losses",
-    "PreActivation": "replacement.training.losses",
-    "Progress": "replacement.training.trainer",
-    "RunConfig": "replacement.training.config",
-    "Tanh": "replacement.training.losses",
-    "Trainer": "replacement.training.trainer",
-    "TrainingConfig": "replacement.training.config",
-    "holds_run": "replacement.training.run_folder",
-    "open_source": "replacement.data.open_tokens",
-    "read_config": "replacement.training.run_config",
-    "read_metrics": "replacement.training.metrics_log",
-    "run": "replacement.training.runs",
-    "settings_table": "replacement.training.settings",
-    "store_rows": "replacement.data.open_tokens",
-    "train": "replacement.training.trainer",
+_NAMES = {
+    "replacement.data.activation_stream": ("ActivationStream",),
+    "replacement.data.open_tokens": (
+        "open_source",
+        "store_rows",
+    ),
+    "replacement.training.config": (
+        "CrosscoderConfig",
+        "DataConfig",
+        "RunConfig",
+        "TrainingConfig",
+    ),
+    "replacement.training.losses": (
+        "Auxiliary",
+        "L1OfNorms",
+        "L2OfNorms",
+        "Loss",
+        "Penalty",
+        "PreActivation",
+        "Tanh",
+    ),
+    "replacement.training.metrics_log": ("read_metrics",),
+    "replacement.training.run_config": ("read_config",),
+    "replacement.training.run_folder": ("holds_run",),
+    "replacement.training.runs": (
+        "Interrupted",
+        "run",
+    ),
+    "replacement.training.settings": ("settings_table",),
+    "replacement.training.trainer": (
+        "Progress",
+        "Trainer",
+        "train",
+    ),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_MODULES)
 

@@ -84,16 +84,21 @@ class Parallel:
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         """Sum over processes with other rows; no gradient."""
-        return self._sum(x, DATA) if self.n_data > 1 else x
+        return self._reduce(x, DATA)
 
     def sum_over_features(self, x: Tensor) -> Tensor:
         """Sum over processes with other features; no gradient."""
-        return self._sum(x, FEATURES) if self.n_feature_shards > 1 else x
+        return self._reduce(x, FEATURES)
 
-    def _sum(self, x: Tensor, axis: str) -> Tensor:
-        assert self.mesh is not None
+    def least_over_data(self, x: Tensor) -> Tensor:
+        """Smallest value over processes with other rows; no gradient."""
+        return self._reduce(x, DATA, dist.ReduceOp.MIN)
+
+    def _reduce(self, x: Tensor, axis: str, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        if self.mesh is None or self.mesh[axis].size() == 1:
+            return x
         total = x.detach().clone()
-        dist.all_reduce(total, group=self.mesh[axis].get_group())
+        dist.all_reduce(total, op=operation, group=self.mesh[axis].get_group())
         return total
 
     def counts_over_data(self, n: int) -> list[int]:
@@ -102,14 +107,6 @@ class Parallel:
             return [n]
         counts: list[int] = self.gather(torch.tensor(n, device=self.mesh.device_type), DATA).tolist()
         return counts
-
-    def least_over_data(self, x: Tensor) -> Tensor:
-        """Smallest value over processes with other rows."""
-        if self.n_data == 1 or self.mesh is None:
-            return x
-        least = x.clone()
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.mesh[DATA].get_group())
-        return least
 
     def sum_partial(self, partial: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """Add up what the features of every process write, in tensors of their own; the gradient of each share is that of

@@ -146,10 +146,9 @@ def digest(*rows: Int[Tensor, "_ T"]) -> str:
 
 def _remove_leftovers(out: Path) -> None:
     """Scratch files of processes that were killed; nobody else writes here while the lock is held."""
-    for name in (SETTINGS_FILE, INPUTS_FILE):
-        for scratch in out.glob(f".{name}.*"):
+    for pattern in (f".{SETTINGS_FILE}.*", f".{INPUTS_FILE}.*", f"{SNAPSHOTS}/.step-*"):
+        for scratch in out.glob(pattern):
             shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
-    snapshots.remove_leftovers(out / SNAPSHOTS)
 
 
 def _check_same(path: Path, settings: dict[str, Any]) -> None:

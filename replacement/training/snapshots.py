@@ -97,12 +97,6 @@ def load(folder: Path, step: int, tensors: Mapping[str, Tensor], *, parallel: Pa
         raise _damaged(path, str(error)) from None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left of a snapshot; only for the process that holds the lock of the run."""
-    for scratch in folder.glob(".step-*"):
-        shutil.rmtree(scratch)
-
-
 def _facts(path: Path) -> dict[str, Any]:
     try:
         facts = read_json(path / FACTS_FILE)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from replacement.data.documents import special_ids
-from replacement.data.token_sources import DEMO_HELD_OUT_SEED, DemoRows, TokenSource
+from replacement.data.token_sources import DEMO_HELD_OUT_SEED, DemoRows, TokenSource, first_rows
 from replacement.language_model.language_model import LanguageModel
 
 DEMO_ROWS_PER_SEED = 512
@@ -88,7 +88,8 @@ def stream(name: str, about: str, source: TokenSource, lm: LanguageModel, *, n_t
 
     def batches() -> Iterator[Batch]:
         has_words = False
-        for tokens_BT in _first_rows(_held_out_rows(source, lm), n_rows, size):
+        blocks = first_rows(_held_out_rows(source, lm), n_rows)
+        for tokens_BT in (tokens_BT for block_RT in blocks for tokens_BT in block_RT.split(size)):
             keep_BT = ~torch.isin(tokens_BT, special)
             has_words |= bool((keep_BT if unknown is None else keep_BT & (tokens_BT != unknown)).any())
             keep_BT[:, 0] = True
@@ -171,12 +172,3 @@ def _held_out_rows(source: TokenSource, lm: LanguageModel) -> Iterator[Tensor]:
     for seed in itertools.count(DEMO_HELD_OUT_SEED):
         rows = held_out_rows(lm.tokenizer, n_rows=DEMO_ROWS_PER_SEED, context=source.context, seed=seed)
         yield torch.from_numpy(rows)
-
-
-def _first_rows(blocks: Iterable[Tensor], n_rows: int, size: int) -> Iterator[Tensor]:
-    """The first `n_rows` rows of some blocks, at most `size` at a time."""
-    for block_RT in blocks:
-        yield from block_RT[:n_rows].split(size)
-        n_rows -= len(block_RT)
-        if n_rows <= 0:
-            return

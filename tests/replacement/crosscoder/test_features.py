@@ -41,14 +41,12 @@ def test_from_unsorted_sorts_any_order(sizes: tuple[int, int, int], seed: int) -
 
 
 @given(SIZES, st.integers(0, 99))
-def test_row_offsets_cut_a_group_into_its_rows(sizes: tuple[int, int, int], seed: int) -> None:
+def test_features_of_a_group_are_sorted_by_row_then_index(sizes: tuple[int, int, int], seed: int) -> None:
     acts_GBF = sparse_acts(sizes, seed)
     features = Features.from_dense(acts_GBF)
     for group, acts_BF in enumerate(acts_GBF):
-        part, offsets = features.of(group), features.row_offsets(group).tolist()
-        assert offsets[-1] == len(part)
-        for row, acts_F in enumerate(acts_BF):
-            assert part.index[offsets[row] : offsets[row + 1]].tolist() == acts_F.nonzero().flatten().tolist()
+        part = features.of(group)
+        assert [part.row.tolist(), part.index.tolist()] == acts_BF.nonzero().T.tolist()
 
 
 @given(SIZES, st.integers(0, 99))
@@ -83,7 +81,6 @@ def test_dense_is_differentiable() -> None:
 def test_no_features_at_all() -> None:
     features = Features.empty(n_rows=3, n_groups=2, n_features=4)
     assert len(features) == 0
-    assert features.row_offsets(1).tolist() == [0, 0, 0, 0]
     assert torch.equal(features.dense(0), torch.zeros(3, 4))
 
 
