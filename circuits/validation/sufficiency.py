@@ -215,14 +215,14 @@ def _largest(features: Features, share_T: Tensor) -> Tensor:
     return mask
 
 
-def _join(one: Features, other: Features) -> Features:
+def _join(kept: Features, other: Features) -> Features:
     """Two tables without a common entry."""
     return Features.from_unsorted(
-        torch.cat([one.group, other.group]),
-        torch.cat([one.row, other.row]),
-        torch.cat([one.index, other.index]),
-        torch.cat([one.activation, other.activation]),
-        n_rows=one.n_rows,
-        n_groups=one.n_groups,
-        n_features=one.n_features,
+        torch.cat([kept.group, other.group]),
+        torch.cat([kept.row, other.row]),
+        torch.cat([kept.index, other.index]),
+        torch.cat([kept.activation, other.activation]),
+        n_rows=kept.n_rows,
+        n_groups=kept.n_groups,
+        n_features=kept.n_features,
     )

@@ -259,7 +259,7 @@ def train(
 ) -> Crosscoder:
     """Train a crosscoder on an iterator of batches and return it, with the scales folded in, in evaluation mode.
 
-    For runs with checkpoints, metrics and data of their own see `training.run`. Equal weights, batches and settings give
+    For runs with checkpoints, metrics and data of their own see `training.runs`. Equal weights, batches and settings give
     equal results.
 
     Args:
