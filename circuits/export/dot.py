@@ -33,21 +33,6 @@ def to_dot(graph: GraphData) -> str:
     return str(picture.source)
 
 
-def _register_picture(picture_format: str) -> None:
-    @register(
-        f"dot-{picture_format}",
-        suffix=f".{picture_format}",
-        description=f"{picture_format.upper()} drawn by Graphviz",
-        fallback="dot",
-    )
-    def draw(graph: GraphData) -> bytes:
-        return render(to_dot(graph), picture_format)
-
-
-for _format in ("svg", "png", "pdf"):
-    _register_picture(_format)
-
-
 def render(dot: str, picture_format: str) -> bytes:
     """DOT text as `svg`, `png` or `pdf`.
 
@@ -64,6 +49,12 @@ def render(dot: str, picture_format: str) -> bytes:
         raise ValueError(
             f"expected Graphviz to draw the graph as {picture_format}, but `dot` failed ({words})"
         ) from error
+
+
+for _format in ("svg", "png", "pdf"):
+    register(
+        f"dot-{_format}", suffix=f".{_format}", description=f"{_format.upper()} drawn by Graphviz", fallback="dot"
+    )(lambda graph, picture_format=_format: render(to_dot(graph), picture_format))
 
 
 def _add_ranks(picture: graphviz.Digraph, graph: GraphData) -> None:

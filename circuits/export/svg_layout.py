@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,11 @@ _PAGE = 980.0
 _CAPS = (160.0, 146.0, 132.0, 120.0, 110.0, 100.0, 92.0)
 _MIN_COLUMN = 34.0
 _MIN_WIDTH = 480.0
+_WIDTHS = {
+    **dict.fromkeys("ijlI.,:;'|!` ", 0.33),
+    **dict.fromkeys('ftr()[]{}/-–"\\', 0.43),
+    **dict.fromkeys("mwMW@%…→←—", 0.92),
+}
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,8 @@ def text_width(text: str, size: float = FONT) -> float:
     for character in text:
         if unicodedata.east_asian_width(character) in "WF":
             units += 1.02
-        elif character in "ijlI.,:;'|!` ":
-            units += 0.33
-        elif character in 'ftr()[]{}/-–"\\':
-            units += 0.43
-        elif character in "mwMW@%…→←—":
-            units += 0.92
         else:
-            units += 0.69 if character.isupper() else 0.6
+            units += _WIDTHS.get(character) or (0.69 if character.isupper() else 0.6)
     return units * size
 
 
@@ -178,12 +177,6 @@ def _box_width(text: str, cap: float) -> float:
     return max(text_width(line) for line in wrap(text, cap - 2 * _PAD_X)) + 2 * _PAD_X
 
 
-def _box(node: int, text: str, x: float, top: float, width: float) -> Box:
-    lines = wrap(text, width - 2 * _PAD_X)
-    height = len(lines) * LINE + 2 * _PAD_Y
-    return Box(node, x, top + height / 2, width, height, lines)
-
-
 def _outputs(nodes: NodeTable, rank: np.ndarray) -> list[tuple[int, str, float]]:
     """Logits by position and rank: node, text and width."""
     logits = np.flatnonzero(nodes.kind == NodeKind.LOGIT).tolist()
@@ -233,7 +226,7 @@ def _place_row(
     for stack, height in stacks.values():
         # Inputs stand on the floor of the picture, features hang in the middle of their row.
         shift = start + _ROW_PAD + (tallest - height) * (1.0 if row < 0 else 0.5)
-        boxes.extend(Box(b.node, b.x, b.y + shift, b.width, b.height, b.lines) for b in stack)
+        boxes.extend(replace(box, y=box.y + shift) for box in stack)
     size = tallest + 2 * _ROW_PAD
     rows.append(Band(row_title(row), start, size))
     return start + size
@@ -250,9 +243,10 @@ def _stack(nodes: NodeTable, cell: list[int], column: Band, width: float) -> tup
     for number in range(beside):
         top = 0.0
         for row in boxed[number::beside]:
-            box = _box(row, short_name(nodes, row), left + number * (width + _GAP), top, width)
-            stack.append(box)
-            top = box.bottom + _GAP
+            lines = wrap(short_name(nodes, row), width - 2 * _PAD_X)
+            height = len(lines) * LINE + 2 * _PAD_Y
+            stack.append(Box(row, left + number * (width + _GAP), top + height / 2, width, height, lines))
+            top += height + _GAP
         bottom = max(bottom, top)
     for number, row in enumerate(errors):
         x = centre + (number - (len(errors) - 1) / 2) * (_DIAMOND + _GAP)

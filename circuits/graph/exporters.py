@@ -19,7 +19,7 @@ class MissingProgramError(ValueError):
     """An exporter needs a program that is not installed."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Exporter:
     """One way to turn a graph into something else."""
 
@@ -42,9 +42,7 @@ def register(
     """Decorator that registers a conversion of graphs under a name; see `Exporter`."""
 
     def add(convert: Convert) -> Convert:
-        _EXPORTERS[name] = Exporter(
-            name=name, convert=convert, suffix=suffix, description=description, fallback=fallback
-        )
+        _EXPORTERS[name] = Exporter(name, convert, suffix, description, fallback)
         return convert
 
     return add

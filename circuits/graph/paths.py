@@ -58,17 +58,14 @@ def describe_path(graph: GraphData, path: Sequence[int]) -> str:
     """
     if not path:
         return "no path from a token to the output"
-    words = [full_name(graph.nodes, path[0])]
+    edges, words = graph.edges, [full_name(graph.nodes, path[0])]
     for source, target in itertools.pairwise(path):
-        weight = _weight(graph, source, target)
-        sign = "+" if weight > 0 else "−"
+        row = slice(edges.indptr[target], edges.indptr[target + 1])
+        weight = edges.weight[row][edges.source[row] == source]
+        if not len(weight):
+            raise ValueError(
+                f"describe_path: expected a path along edges, given none from node {source} to node {target}"
+            )
+        sign = "+" if weight[0] > 0 else "−"
         words.append(f"—({sign})→ {full_name(graph.nodes, target)}")
     return " ".join(words)
-
-
-def _weight(graph: GraphData, source: int, target: int) -> float:
-    row = slice(graph.edges.indptr[target], graph.edges.indptr[target + 1])
-    place = np.flatnonzero(graph.edges.source[row] == source)
-    if not len(place):
-        raise ValueError(f"describe_path: expected a path along edges, given none from node {source} to node {target}")
-    return float(graph.edges.weight[row][place[0]])

@@ -108,10 +108,10 @@ def _check_feature(text: str | None, rule: str | None, plot: Path | None) -> Non
     """Raise `ValueError`, before anything is read, for a wrong name of a feature and wrong options beside it."""
     if rule is not None and rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, given {shorten(rule, _LONGEST_ECHO)!r}")
+    for name, given in (("rule", rule), ("plot", plot)):
+        if given is not None and text is None:
+            raise ValueError(f"{name}: expected together with --feature")
     if text is None:
-        for name, given in (("rule", rule), ("plot", plot)):
-            if given is not None:
-                raise ValueError(f"{name}: expected together with --feature")
         return
     if plot is not None:
         check_picture(plot)

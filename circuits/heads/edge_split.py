@@ -128,6 +128,10 @@ class _Split:
                 self._first_hop()
         direct_E, heads_ELH = self.direct_E.double().cpu().numpy(), self.heads_ELH.double().cpu().numpy()
         edges, nodes = self.graph.edges, self.graph.nodes
+
+        def ends(edge: int) -> tuple[int, int]:
+            return int(edges.source[edge]), int(edges.target[edge])
+
         sum_error = check_identity(
             edges.weight.astype(np.float64),
             direct_E + heads_ELH.sum((1, 2)),
@@ -135,7 +139,7 @@ class _Split:
             np.abs(direct_E) + np.abs(heads_ELH).sum((1, 2)) + nodes.inflow[edges.target],
             dtype=max(self.local.W_U.dtype, torch.float32, key=lambda dtype: torch.finfo(dtype).eps),
             n_layers=self.local.shape.n_layers,
-            name=lambda edge: f"edge {edge_name(self.graph, edge)} ({hop} hop)",
+            name=lambda edge: f"edge {' -> '.join(full_name(nodes, end) for end in ends(edge))} ({hop} hop)",
         )
         return HeadSplit(direct_E, heads_ELH, sum_error)
 
@@ -172,8 +176,7 @@ class _Split:
             for depth, read_MD in self.reads.at_own_position()
             if depth % 2 and depth <= deepest
         }
-        for edges_E, sources_N, start, stop in self._source_chunks():
-            row_E, target_E = torch.searchsorted(sources_N, self.source_E[edges_E]), self.target_E[edges_E]
+        for edges_E, row_E, target_E, sources_N, start, stop in self._source_chunks():
             position_E = self.position_M[target_E] - start
             for layer, mixed_NTX in self.writes.carry_up(sources_N, start, stop, deepest):
                 parts_EX = mixed_NTX[row_E, position_E] * read_MX[layer][target_E]
@@ -183,8 +186,7 @@ class _Split:
         depth = 2 * chain[-1][0] + 1
         read_MD = next(read_MD for at, read_MD in self.reads.at_own_position() if at == depth)
         weight_E = torch.zeros_like(self.direct_E)
-        for edges_E, sources_N, start, stop in self._source_chunks():
-            row_E, target_E = torch.searchsorted(sources_N, self.source_E[edges_E]), self.target_E[edges_E]
+        for edges_E, row_E, target_E, sources_N, start, stop in self._source_chunks():
             written_NTD = self.writes.through_chain(chain, sources_N, start, stop)
             written_ED = written_NTD[row_E, self.position_M[target_E] - start]
             weight_E[edges_E] = (written_ED * read_MD[target_E]).sum(-1)
@@ -201,20 +203,16 @@ class _Split:
                 parts_EX = z_XNT[:, row_E, self.position_S[source_E]].T * values_SX[source_E]
                 self.heads_ELH[edges_E, layer] = _per_head(parts_EX, attentions[layer])
 
-    def _source_chunks(self) -> Iterator[tuple[Tensor, Tensor, int, int]]:
-        """Edges of some sources of similar position, these sources, and the first and last position they are carried to."""
+    def _source_chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:
+        """Edges of some sources of similar position, the row of each edge's source in its chunk and its target; these sources;
+        and the first and last position they are carried to."""
         if not len(self.graph.edges):
             return
         stop = int(self.position_M.max()) + 1
         for sources_N in _chunks(self.position_S, lambda position: stop - position):
             edges_E = torch.nonzero(torch.isin(self.source_E, sources_N))[:, 0]
-            yield edges_E, sources_N, int(self.position_S[sources_N].min()), stop
-
-
-def edge_name(graph: CircuitGraph, edge: int) -> str:
-    """Readable names of an edge's two ends."""
-    source, target = int(graph.edges.source[edge]), int(graph.edges.target[edge])
-    return f"{full_name(graph.nodes, source)} -> {full_name(graph.nodes, target)}"
+            row_E = torch.searchsorted(sources_N, self.source_E[edges_E])
+            yield edges_E, row_E, self.target_E[edges_E], sources_N, int(self.position_S[sources_N].min()), stop
 
 
 def _chunks(positions: Tensor, n_rows: Callable[[int], int]) -> Iterator[Tensor]:

@@ -59,13 +59,9 @@ def source_credit(
     if nodes.kind[number] != NodeKind.FEATURE or not nodes.expanded[number]:
         raise ValueError(f"expected an expanded feature, given {nodes.ids()[number]}")
     grounding = Grounding.of(model, graph)
-    part, feature = next(
-        (part, int(numbers[0]))
-        for part, (places, numbers) in zip(
-            grounding.local.decompositions, grounding.feature_numbers(np.array([number])), strict=True
-        )
-        if len(places)
-    )
+    numbers_by_part = [numbers for _, numbers in grounding.feature_numbers(np.array([number]))]
+    parts = zip(grounding.local.decompositions, numbers_by_part, strict=True)
+    part, feature = next((part, int(numbers[0])) for part, numbers in parts if len(numbers))
     threshold = feature_threshold(grounding.local, part, feature)
     edges = graph.edges.into(np.array([number]))
     weights, bias = graph.edges.weight[edges].astype(np.float64), float(nodes.bias[number])

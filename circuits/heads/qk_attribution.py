@@ -115,16 +115,12 @@ class QKAttribution:
     def to_json(self, n: int = 50) -> dict[str, Any]:
         """What it says, as plain values for JSON: the facts, and the top n pairs and nodes of each side."""
         facts = ("layer", "head", "query", "key", "contrast", "score", "pattern", "value", "identity_error")
-        sides = {"by_query": self.by_query(n), "by_key": self.by_key(n)}
+        pairs = ((query.to_json(), key.to_json(), value) for query, key, value in self.top(n))
         return {
             **{name: getattr(self, name) for name in facts},
-            "pairs": [
-                {"query": query.to_json(), "key": key.to_json(), "contribution": value}
-                for query, key, value in self.top(n)
-            ],
-            **{
-                name: [node.to_json() | {"contribution": value} for node, value in side] for name, side in sides.items()
-            },
+            "pairs": [{"query": query, "key": key, "contribution": value} for query, key, value in pairs],
+            "by_query": [node.to_json() | {"contribution": value} for node, value in self.by_query(n)],
+            "by_key": [node.to_json() | {"contribution": value} for node, value in self.by_key(n)],
         }
 
     def _marginal(self, nodes: tuple[SourceNode, ...], sums: np.ndarray, n: int) -> list[tuple[SourceNode, float]]:

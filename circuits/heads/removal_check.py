@@ -113,11 +113,8 @@ def check_heads(model: ReplacementModel, prompts: Sequence[Prompt], *, n_feature
 def _draw(local: LocalReplacement, n_features: int, rng: np.random.Generator) -> list[HeadView]:
     """Views of features drawn at random among those of all parts whose heads are not trivial."""
     views = HeadViews(local, ("",) * local.n_positions)
-    candidates = [
-        (part, number)
-        for part in local.decompositions
-        for number in torch.nonzero(part.features.row > 0)[:, 0].tolist()
-    ]
+    behind_first = ((part, torch.nonzero(part.features.row > 0)[:, 0].tolist()) for part in local.decompositions)
+    candidates = [(part, number) for part, numbers in behind_first for number in numbers]
     drawn: list[HeadView] = []
     for place in rng.permutation(len(candidates)):
         if len(drawn) == n_features:
