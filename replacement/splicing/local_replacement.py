@@ -164,15 +164,27 @@ def check_localizable(crosscoder: Crosscoder, attention: Crosscoder | None, shap
     """Refuse crosscoders whose features the frozen linear model cannot attribute; they can be spliced all the same.
 
     Raises:
-        ValueError: the crosscoder of the MLPs reads a site off the residual stream, or that of attention has skip connections.
+        ValueError: the crosscoder of the MLPs reads a site off the residual stream, or that of attention has skip connections,
+            groups that read several layers, or groups that are not in the order of their layers.
     """
     for site in crosscoder.wiring.read_sites:
         try:
             read_depth(site, shape)
         except ValueError as error:
             raise ValueError(f"cannot attribute features of a crosscoder for MLPs that reads {site}: {error}") from None
-    if attention is not None and attention.skip:
+    if attention is None:
+        return
+    if attention.skip:
         raise ValueError("cannot attribute features of an attention crosscoder with skip connections")
+    if any(len(reads) > 1 for reads in attention.wiring.reads):
+        raise ValueError(
+            "cannot attribute features of an attention crosscoder whose groups read attn_z of several layers"
+        )
+    layers = [attention.wiring.group_layer(group) for group in range(attention.n_groups)]
+    if sorted(set(layers)) != layers:
+        raise ValueError(
+            f"cannot name features by layer: the attention crosscoder's groups belong to the layers {layers}"
+        )
 
 
 def _pre_activations(crosscoder: Crosscoder, features: Features, frozen: FrozenPrompt) -> Tensor:

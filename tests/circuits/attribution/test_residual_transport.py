@@ -98,6 +98,29 @@ def test_attention_crosscoder_of_one_layer(language_model: Any) -> None:
         torch.testing.assert_close(local.attention.errors_LTD[layer], whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([(0, 1)], "cannot attribute features of an attention crosscoder whose groups read attn_z of several layers"),
+        ([(1,), (0,)], "cannot name features by layer: the attention crosscoder's groups belong to the layers [1, 0]"),
+        ([(1,), (1,)], "cannot name features by layer: the attention crosscoder's groups belong to the layers [1, 1]"),
+    ],
+    ids=["two_reads", "out_of_order", "one_layer_twice"],
+)
+def test_other_attention_crosscoders_are_refused_by_name(
+    language_model: Any, layers: list[tuple[int, ...]], message: str
+) -> None:
+    """They can be spliced all the same."""
+    lm, tokens = language_model("llama"), tiny.random_tokens(6)
+    reads = tuple(tuple(Site(layer, "attn_z") for layer in group) for group in layers)
+    writes = tuple((Site(max(group), "attn_out"),) for group in layers)
+    wiring = Wiring("other", reads, writes, {"attn_z": 32, "attn_out": 32})
+    model = model_of(lm, attention={"wiring": wiring})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trace(model, tokens)
+    assert model(tokens).shape == (6, tiny.VOCABULARY)
+
+
 def test_undecomposed_positions_have_errors_alone(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     options = {"undecomposed_positions": 2}
