@@ -20,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from replacement.data.token_files import JoinedRows, as_rows
+from replacement.demo.corpus import held_out_rows, sample_rows, vocabulary
 
 _EPOCH_STREAM = 0  # first word of the random seeds of row orders; the shuffle buffers use another
 _ROWS_AT_A_TIME = 1024
@@ -230,8 +231,6 @@ class DemoRows(TokenSource):
     name: str = "the demo corpus"
 
     def __post_init__(self) -> None:
-        from replacement.demo.corpus import vocabulary
-
         super().__post_init__()
         unknown = sorted(set(vocabulary()) - self.tokenizer.get_vocab().keys())
         if unknown:
@@ -243,14 +242,11 @@ class DemoRows(TokenSource):
 
     def held_out(self) -> Int[Tensor, "R T"]:
         """`n_held_out` rows from a random stream that training never uses."""
-        from replacement.demo.corpus import held_out_rows
-
         rows_RT = held_out_rows(self.tokenizer, n_rows=self.n_held_out, context=self.context, seed=DEMO_HELD_OUT_SEED)
         return self._checked(rows_RT.reshape(self.n_held_out, self.context))
 
     def blocks(self, n: int, *, first: int = 0, seed: int) -> Iterator[Rows]:
         """Endless blocks of rows, all of them new, whatever the seed."""
-        from replacement.demo.corpus import sample_rows
 
         def drawn(part: int) -> np.ndarray:
             corpus_seed = DEMO_FIRST_SEED + part

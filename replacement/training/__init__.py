@@ -8,38 +8,15 @@ from typing import Any
 # Imported on first use: the settings that `replacement train --help` lists must not wait for torch.
 _NAMES = {
     "replacement.data.activation_stream": ("ActivationStream",),
-    "replacement.data.open_tokens": (
-        "open_source",
-        "store_rows",
-    ),
-    "replacement.training.config": (
-        "CrosscoderConfig",
-        "DataConfig",
-        "RunConfig",
-        "TrainingConfig",
-    ),
-    "replacement.training.losses": (
-        "Auxiliary",
-        "L1OfNorms",
-        "L2OfNorms",
-        "Loss",
-        "Penalty",
-        "PreActivation",
-        "Tanh",
-    ),
+    "replacement.data.open_tokens": ("open_source", "store_rows"),
+    "replacement.training.config": ("CrosscoderConfig", "DataConfig", "RunConfig", "TrainingConfig"),
+    "replacement.training.losses": ("Auxiliary", "L1OfNorms", "L2OfNorms", "Loss", "Penalty", "PreActivation", "Tanh"),
     "replacement.training.metrics_log": ("read_metrics",),
     "replacement.training.run_config": ("read_config",),
     "replacement.training.run_folder": ("holds_run",),
-    "replacement.training.runs": (
-        "Interrupted",
-        "run",
-    ),
+    "replacement.training.runs": ("Interrupted", "run"),
     "replacement.training.settings": ("settings_table",),
-    "replacement.training.trainer": (
-        "Progress",
-        "Trainer",
-        "train",
-    ),
+    "replacement.training.trainer": ("Progress", "Trainer", "train"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from replacement.data.documents import special_ids
 from replacement.data.token_sources import DEMO_HELD_OUT_SEED, DemoRows, TokenSource, first_rows
+from replacement.demo.corpus import behaviours, cities_of, held_out_rows, states, two_hop_probe
 from replacement.language_model.language_model import LanguageModel
 
 DEMO_ROWS_PER_SEED = 512
@@ -121,8 +122,6 @@ def shuffled(whole: Slice) -> Slice:
 
 def demo_slices(lm: LanguageModel, *, n_probes: int) -> list[Slice]:
     """The demo's behaviours, each on at most `n_probes` held-out probes, and one template with more cities in it."""
-    from replacement.demo.corpus import behaviours, cities_of, states, two_hop_probe
-
     slices = []
     for behaviour in behaviours():
         prompts = [(probe.prompt, probe.answers) for probe in behaviour.probes[:n_probes]]
@@ -167,8 +166,6 @@ def _held_out_rows(source: TokenSource, lm: LanguageModel) -> Iterator[Tensor]:
     if not isinstance(source, DemoRows):
         yield from source.one_pass()
         return
-    from replacement.demo.corpus import held_out_rows
-
     for seed in itertools.count(DEMO_HELD_OUT_SEED):
         rows = held_out_rows(lm.tokenizer, n_rows=DEMO_ROWS_PER_SEED, context=source.context, seed=seed)
         yield torch.from_numpy(rows)

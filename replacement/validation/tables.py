@@ -76,6 +76,13 @@ def tables(facts: Facts) -> list[Table]:
     return [table for table in (make(facts) for make in makers) if table.rows]
 
 
+_INCREASE: Column = ("cross-entropy increase, nats", lambda row: signed(row["cross_entropy_increase"]))
+_RECOVERED: list[Column] = [
+    ("recovered against zero", lambda row: share(row["cross_entropy_recovered"].get("zero"))),
+    ("recovered against mean", lambda row: share(row["cross_entropy_recovered"].get("mean"))),
+]
+
+
 def _filled(columns: list[Column], rows: Iterable[Facts]) -> dict[str, Any]:
     """Heads and rows of a table, from its columns and the facts of each row."""
     return {
@@ -110,9 +117,8 @@ def _protocols(facts: Facts) -> Table:
     names = {"zero": "zero ablation", "mean": "mean ablation"}
     columns: list[Column] = [
         ("replaced", lambda row: str(names.get(row["name"], row["name"]))),
-        ("cross-entropy increase, nats", lambda row: signed(row["cross_entropy_increase"])),
-        ("recovered against zero", lambda row: share(row["cross_entropy_recovered"].get("zero"))),
-        ("recovered against mean", lambda row: share(row["cross_entropy_recovered"].get("mean"))),
+        _INCREASE,
+        *_RECOVERED,
         ("KL mean, nats", lambda row: nats(row["kl"]["mean"])),
         ("median", lambda row: nats(row["kl"]["median"])),
         ("p95", lambda row: nats(row["kl"]["p95"])),
@@ -181,7 +187,7 @@ def _slices(facts: Facts) -> Table:
         ("KL mean, nats", lambda row: nats(row["kl"]["mean"])),
         ("KL max", lambda row: nats(row["kl"]["max"])),
         ("KL gap", lambda row: signed(row["gap"]["kl"])),
-        ("cross-entropy increase, nats", lambda row: signed(row["cross_entropy_increase"])),
+        _INCREASE,
         ("KL of mean ablation", lambda row: nats(row["kl_mean_ablation"])),
         ("top-1 agreement", lambda row: percent(row["agreement"])),
         ("original right", lambda row: percent(row["accuracy_original"])),
@@ -203,9 +209,8 @@ def _controls(facts: Facts) -> Table:
         ("active per token", lambda row: one_decimal(row["l0"])),
         ("variance unexplained", lambda row: share(row["unexplained"])),
         ("KL, nats", lambda row: nats(row["kl"])),
-        ("cross-entropy increase, nats", lambda row: signed(row["cross_entropy_increase"])),
-        ("recovered against zero", lambda row: share(row["cross_entropy_recovered"].get("zero"))),
-        ("recovered against mean", lambda row: share(row["cross_entropy_recovered"].get("mean"))),
+        _INCREASE,
+        *_RECOVERED,
         ("top-1 agreement", lambda row: percent(row["agreement"])),
     ]
     about = "; ".join(f"{row['name']}: {row['about']}" for row in facts["controls"][1:])
