@@ -67,7 +67,7 @@ def _tokens(facts: Mapping[str, Any]) -> list[RenderableType]:
         inside = position is not None and position + 1 < len(tokens)
         title = f"Token after position {position} ({printable(tokens[position])})" if inside else "Next token"
         parts.append(section(title, _likely(likely)))
-    if targets and not {target.get("token") for target in targets} <= {one.get("token") for one in likely}:
+    if targets and not {target.get("token") for target in targets} <= {token.get("token") for token in likely}:
         parts.append(section("Targets", _likely(targets)))
     return parts
 

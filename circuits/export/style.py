@@ -51,15 +51,15 @@ def head_tags(graph: GraphData, influence: np.ndarray, *, most: int) -> dict[int
         influence: float64[E], influence of the edges.
         most: edges at most.
     """
-    found: dict[int, str] = {}
+    tags: dict[int, str] = {}
     if graph.heads is None:
-        return found
+        return tags
     for edge in np.argsort(-influence, kind="stable").tolist():
         heads = graph.heads.of(edge)
         least = LEAST_SHARE * graph.heads.magnitude(edge)
         named = [f"L{layer}H{head}" for layer, head, weight in heads[:HEADS_PER_EDGE] if abs(weight) >= least]
         if named and influence[edge] > 0:
-            found[edge] = " ".join(named)
-        if len(found) == most:
+            tags[edge] = " ".join(named)
+        if len(tags) == most:
             break
-    return found
+    return tags

@@ -196,8 +196,8 @@ def _ports(ends: list[int], others: list[int], box: dict[int, Box]) -> list[floa
     for end, numbers in by_end.items():
         numbers.sort(key=lambda number: box[others[number]].x)
         spread = 0.6 * box[end].width if box[end].lines else 0.0
-        for place_, number in enumerate(numbers):
-            ports[number] = box[end].x + spread * ((place_ + 0.5) / len(numbers) - 0.5)
+        for rank, number in enumerate(numbers):
+            ports[number] = box[end].x + spread * ((rank + 0.5) / len(numbers) - 0.5)
     return ports
 
 
@@ -256,8 +256,8 @@ def _footer(nodes: NodeTable, caption: str, layout: Layout, *, heads: bool) -> l
         x += 28 + text_width("error (not reconstructed)")
     if nodes.unexpanded.any():
         fill, stroke, _ = NODE_COLOURS[NodeKind.FEATURE]
-        place_ = f'x="{x:.1f}" y="{y - 11:.1f}" width="22" height="14"'
-        parts.append(f'<rect {place_} rx="6" fill="{fill}" stroke="{stroke}" stroke-dasharray="4 2.5"/>')
+        area = f'x="{x:.1f}" y="{y - 11:.1f}" width="22" height="14"'
+        parts.append(f'<rect {area} rx="6" fill="{fill}" stroke="{stroke}" stroke-dasharray="4 2.5"/>')
         parts.append(_words(x + 28, y, "causes not traced"))
         x += 40 + text_width("causes not traced")
     if heads:

@@ -64,17 +64,17 @@ class EdgeHeads:
         """
         flat = heads.reshape(len(heads), heads.shape[1] * heads.shape[2]).astype(np.float64)
         order = np.argsort(-np.abs(flat), axis=1, kind="stable")
-        sorted_ = np.take_along_axis(flat, order, axis=1)
-        before = np.cumsum(np.abs(sorted_), axis=1) - np.abs(sorted_)
-        keep = (before < listed * np.abs(flat).sum(1, keepdims=True)) & (sorted_ != 0)
+        strongest = np.take_along_axis(flat, order, axis=1)
+        before = np.cumsum(np.abs(strongest), axis=1) - np.abs(strongest)
+        keep = (before < listed * np.abs(flat).sum(1, keepdims=True)) & (strongest != 0)
         number = order[keep]
         return cls(
             direct=direct.astype(np.float32),
-            rest=np.where(keep, 0.0, sorted_).sum(1).astype(np.float32),
+            rest=np.where(keep, 0.0, strongest).sum(1).astype(np.float32),
             indptr=np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int64),
             layer=(number // heads.shape[2]).astype(np.int16),
             head=(number % heads.shape[2]).astype(np.int16),
-            weight=sorted_[keep].astype(np.float32),
+            weight=strongest[keep].astype(np.float32),
         )
 
     def __repr__(self) -> str:
