@@ -20,7 +20,7 @@ from circuits.graph.text import slug
 from circuits.heads.command import heads as heads_command
 from circuits.report import page, summary
 from circuits.validation.command import validate as validate_command
-from replacement.command_line import AsJson, ModelOptions, model_options, new_app, run
+from replacement.command_line import AsJson, ModelOptions, model_options, new_app, path_option, run
 from replacement.console import show as show_page
 from replacement.console import show_json
 from replacement.files import atomic_folder, check_file, check_folder
@@ -64,7 +64,9 @@ def trace(
     max_nodes: Annotated[int | None, typer.Option(help="Most features to expand.", show_default="no limit")] = None,
     node_threshold: NodeThreshold = 0.8,
     edge_threshold: EdgeThreshold = 0.98,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="circuit-<prompt>")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path_option, help="Folder to write to.", show_default="circuit-<prompt>")
+    ] = None,
     options: ModelOptions,
     as_json: AsJson = False,
 ) -> None:
@@ -74,8 +76,7 @@ def trace(
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of the command line that are not UTF-8
         raise ValueError("prompt: expected text in UTF-8, given other bytes")
     _check_thresholds(node_threshold, edge_threshold)
-    if not 0.0 <= coverage <= 1.0:
-        raise ValueError(f"coverage: expected a share of influence between 0 and 1, given {coverage}")
+    check_threshold("coverage", coverage)
     if max_nodes is not None and max_nodes < 1:
         raise ValueError(f"max-nodes: expected at least 1, given {max_nodes}")
     options = _with_attention(options, attention)
@@ -109,7 +110,9 @@ def prune(
     *,
     node_threshold: NodeThreshold = 0.8,
     edge_threshold: EdgeThreshold = 0.98,
-    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="FILE-pruned.safetensors")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path_option, help="File to write.", show_default="FILE-pruned.safetensors")
+    ] = None,
 ) -> None:
     """Prune a saved graph."""
     _check_thresholds(node_threshold, edge_threshold)
@@ -127,7 +130,7 @@ def export(
     file_format: Annotated[
         str, typer.Option("--format", help=f"One of {', '.join(file_formats())}.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(parser=path_option, help="File to write.", show_default=False)],
 ) -> None:
     """Write a saved graph in another format."""
     exporter(file_format, writes_files=True)

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
-from replacement.command_line import DEMO, AsJson, ModelOptions, model_options, new_app, run
+from replacement.command_line import DEMO, AsJson, ModelOptions, model_options, new_app, path_option, run
 from replacement.console import add_row, pairs, section, show_json, table
 from replacement.console import show as show_page
 
@@ -57,7 +57,10 @@ class _TrainCommand(TyperCommand):
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file with the settings.", show_default=False)],
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the run; the result is OUT/crosscoder.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(parser=path_option, help="Folder of the run; the result is OUT/crosscoder.", show_default=False),
+    ],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
     overrides: Annotated[
         list[str] | None,
@@ -116,7 +119,8 @@ def validate(
     context: Annotated[int | None, typer.Option(help="Tokens per row; the data's own by default.")] = None,
     controls: Annotated[bool, typer.Option(help="Measure what the crosscoder has to beat.")] = True,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for a page, plots, tables and facts.", show_default=False)
+        Path | None,
+        typer.Option(parser=path_option, help="Folder for a page, plots, tables and facts.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -25,6 +26,14 @@ PANEL = "Model"
 """Title of these options in the help."""
 MOST_OF_WORD, MOST_OF_MESSAGE = 160, 800
 """Characters of a word and of a whole error message that are shown; the middle of longer ones is left out."""
+
+
+def path_option(text: str) -> Path:
+    """Parser of options that name something to write: an empty text is not the working directory."""
+    if not str(text).strip():
+        raise typer.BadParameter(f"expected the name of a file or folder, given {str(text)!r}")
+    return Path(text)
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 

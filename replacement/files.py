@@ -55,13 +55,44 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """The path, existing or not.
+
+    Raises:
+        ValueError: an empty text, something that is no path, or a name that no file can have.
+    """
+    if not isinstance(path, str | os.PathLike) or not str(path).strip():
+        raise ValueError(f"expected the path of a file or folder, given {path!r:.50}")
+    _kind(Path(path))
+    return Path(path)
+
+
+def read_text(path: str | os.PathLike[str], *, expected: str) -> str:
+    """Text of a regular file in UTF-8, with or without a byte order mark.
+
+    Args:
+        expected: what the file should hold, for messages.
+
+    Raises:
+        ValueError: nothing is there, or something other than a regular file, or other bytes than UTF-8.
+    """
+    path = checked_path(path)
+    if not path.is_file():
+        found = f"is a {_kind(path.resolve())}" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {found}: expected {expected}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected {expected} in UTF-8, but it cannot be read so ({error})") from error
+
+
 def check_file(path: str | os.PathLike[str]) -> Path:
     """Check, before the work is done, that `write_atomic` can write to `path`; leaves nothing behind.
 
     Raises:
         ValueError: something other than a regular file is there, or its folder takes no new files.
     """
-    path = Path(path)
+    path = checked_path(path)
     _check_regular_file(path)
     check_folder(path.parent)
     return path
@@ -73,7 +104,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: the path or a part of it is no folder, or takes no new files (permissions, full disk, `/proc`).
     """
-    path = Path(folder)
+    path = checked_path(folder)
     existing = _existing_folder(path)
     try:
         os.rmdir(_make_folder(existing, path.name))
@@ -105,7 +136,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         ValueError: names the path and the reason (see `check_file`; a full disk). Operating system errors inside the block
             are reported so, too.
     """
-    path = Path(path)
+    path = checked_path(path)
     _check_regular_file(path)
     with _errors_named(path), _scratch_folder(path.parent, path.name) as scratch:
         yield scratch / path.name
@@ -133,7 +164,7 @@ def atomic_folder(
         ValueError: names the path and the reason: something other than a folder is there, a folder with other content, no
             permission, a full disk. Operating system errors inside the block are reported so, too.
     """
-    path = Path(path)
+    path = checked_path(path)
     merges = _kind(path) is not None and keep_others and path.is_dir()
     with _errors_named(path), _scratch_folder(path if merges else path.parent, path.name) as scratch:
         _check_replaceable(path, replaces, keep_others)
@@ -174,7 +205,8 @@ def _check_replaceable(path: Path, replaces: Collection[str], keep_others: bool)
         return
     if kind != "folder":
         raise ValueError(f"{path}: expected a folder, but it is a {kind}, which is never replaced")
-    with _errors_named(path):
+    others: list[str] = []
+    with _errors_named(path), contextlib.suppress(FileNotFoundError):  # another writer may have moved it aside just now
         others = sorted(set(os.listdir(path)) - set(replaces))
     if others:
         raise ValueError(f"{path}: holds {others[0]!r}, which would be lost; choose another folder")

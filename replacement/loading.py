@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from replacement.crosscoder import checkpoint
+from replacement.crosscoder.checks import float_dtype
+from replacement.files import checked_path
 from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.replacement_model import ReplacementModel
 
@@ -34,10 +36,11 @@ def load(
     Raises:
         ValueError: one of them is missing, damaged or of another model, or a dtype or device that cannot be used.
     """
-    is_demo = str(model) == DEMO
+    is_demo = str(checked_path(model)) == DEMO
     if crosscoder is None and not is_demo:
         raise ValueError(f"expected a crosscoder for the model {str(model)!r}: give load(..., crosscoder=FOLDER)")
-    crosscoder, dtype, device = crosscoder or DEMO, _dtype(dtype), _device(device)
+    crosscoder = DEMO if crosscoder is None else crosscoder
+    dtype, device = _dtype(dtype), _device(device)
     folders = [crosscoder_folder(crosscoder)]
     if attention_crosscoder is not None:
         folders.append(crosscoder_folder(attention_crosscoder, shipped="attention_crosscoder"))
@@ -58,6 +61,7 @@ def _dtype(given: torch.dtype | str) -> torch.dtype:
     dtype = getattr(torch, given, None) if isinstance(given, str) else given
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"expected a floating-point dtype such as 'float32' or torch.float64, got {given!r}")
+    float_dtype("the dtype of a model", dtype)
     return dtype
 
 
@@ -84,5 +88,6 @@ def crosscoder_folder(given: str | Path, *, shipped: str = "crosscoder") -> Path
     """
     if str(given) == DEMO:
         return ARTIFACTS / shipped
-    result = Path(given) / "crosscoder"
-    return result if result.is_dir() else Path(given)
+    folder = checked_path(given)
+    inside = folder / "crosscoder"
+    return inside if inside.is_dir() else folder

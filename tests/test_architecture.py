@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 MODELS = {"torch", "transformer_lens", "transformers"}
 
 # Room -> the rooms it may import besides itself. A module belongs to the room with the longest matching name.
-_SHARED = ["replacement.files", "replacement.console", "replacement.start"]
+_SHARED = ["replacement.number_checks", "replacement.files", "replacement.console", "replacement.start"]
 _LIBRARY = [
     "replacement.crosscoder",
     "replacement.language_model",
@@ -34,8 +34,8 @@ ROOMS |= {room: {*_SHARED, *_LIBRARY[:number]} for number, room in enumerate(_LI
 ROOMS["replacement"] = {*_SHARED, *_LIBRARY}
 _REPLACEMENT = {*_SHARED, *_LIBRARY, *_COMMANDS}
 ROOMS |= {
-    "circuits.graph": {"replacement.files", "replacement.console", "replacement.splicing"},
-    "circuits.export": {"circuits.graph"},
+    "circuits.graph": {*_SHARED, "replacement.splicing"},
+    "circuits.export": {"replacement.number_checks", "circuits.graph"},
     "circuits.attribution": {"circuits.graph", *_REPLACEMENT},
     "circuits.heads": {"circuits.graph", "circuits.attribution", *_REPLACEMENT},
     "circuits.validation": {"circuits.graph", "circuits.attribution", "circuits.heads", *_REPLACEMENT},

@@ -15,7 +15,7 @@ from torch import Tensor
 from circuits.attribution.columns import Columns, source_table
 from circuits.attribution.metadata import crosscoder_fingerprint, legacy_crosscoder_fingerprint
 from circuits.attribution.sources import Sources
-from circuits.attribution.targets import DifferenceTarget, LogitTarget, TokenTarget, resolve_logit
+from circuits.attribution.targets import DifferenceTarget, LogitTarget, TokenTarget, check_model, resolve_logit
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
 from replacement import LocalReplacement, ReplacementModel
@@ -42,8 +42,9 @@ class Grounding:
         Raises:
             ValueError: as `traced_tokens`, or a node that is not active in this model.
         """
+        tokens_T = traced_tokens(model, graph)
         with torch.no_grad():
-            local = model.localize(traced_tokens(model, graph))
+            local = model.localize(tokens_T)
         return cls(graph, local, Columns.of(local), _find_columns(graph, local), _logits(graph, local, model))
 
     @property
@@ -94,6 +95,9 @@ def traced_tokens(model: ReplacementModel, graph: CircuitGraph) -> Tensor:
         ValueError: the graph was traced with another model or crosscoder, with or without one of attention unlike this model,
             or does not say which tokens it explains.
     """
+    check_model(model)
+    if not isinstance(graph, CircuitGraph):
+        raise ValueError(f"expected a graph, as circuits.trace or CircuitGraph.load gives it, got {graph!r:.50}")
     facts, lm = graph.metadata, model.language_model
     if "token_ids" not in facts or "model_fingerprint" not in facts:
         raise ValueError("the graph does not name its model and tokens: expected one made by circuits.trace")

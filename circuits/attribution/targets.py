@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from circuits.graph.text import parse_feature_name
-from replacement import LanguageModel, LocalReplacement
+from replacement import LanguageModel, LocalReplacement, ReplacementModel
+from replacement.number_checks import integer
 from replacement.splicing.intervention import PARTS
 
 TOP_PROBABILITY = 0.95
@@ -97,7 +98,7 @@ def parse_target(text: str) -> Target:
     if _FEATURE.fullmatch(text.strip()):
         return parse_feature(text)
     body, position = text, -1
-    if match := re.fullmatch(r"(.+)@(-?\d+)\s*", text, re.DOTALL):
+    if match := re.fullmatch(r"(.+)@(-?\d{1,40})\s*", text, re.DOTALL):
         body, position = match.group(1), int(match.group(2))
     if not body.strip():
         raise ValueError("a target is empty: expected 'token', 'token - token' or 'feature:layer/index'")
@@ -117,12 +118,8 @@ def parse_feature(text: str) -> FeatureTarget:
     return FeatureTarget(layer, index, position, part=part)
 
 
-def as_target(target: Target | str | int) -> Target:
-    """Texts are parsed, numbers are token ids, targets stay as they are.
-
-    Raises:
-        ValueError: anything else, or a text that `parse_target` does not read.
-    """
+def as_target(target: object) -> Target:
+    """Texts are parsed, numbers are token ids, targets stay as they are; anything else raises `ValueError`."""
     if isinstance(target, str):
         return parse_target(target)
     if isinstance(target, TokenTarget | DifferenceTarget | FeatureTarget):
@@ -139,24 +136,21 @@ def active_feature(target: FeatureTarget, local: LocalReplacement) -> int:
         ValueError: no such part, layer or position, or the feature is not active there.
     """
     position = check_position(target.position, local.n_positions)
-    if not _is_whole(target.layer) or not _is_whole(target.index):
-        raise ValueError(
-            f"the layer and index of a feature must be whole numbers, got {target.layer!r}/{target.index!r}"
-        )
+    layer, wanted = integer("the layer of a target", target.layer), integer("the index of a target", target.index)
     if target.part not in PARTS:
         raise ValueError(f"the part of a target must be 'mlp' or 'attention', got {target.part!r}")
     if target.part == "attention" and local.attention is None:
         raise ValueError("there are no attention features: load the model with an attention crosscoder")
     part = local.decompositions[PARTS.index(target.part)]
     wiring, features = part.crosscoder.wiring, part.features
-    groups = [g for g in range(wiring.n_groups) if wiring.group_layer(g) == target.layer]
+    groups = [g for g in range(wiring.n_groups) if wiring.group_layer(g) == layer]
     if not groups:
-        raise ValueError(f"the crosscoder has no features in layer {target.layer}")
-    index = target.index if 0 <= target.index < part.crosscoder.n_features else -1  # which no feature has
+        raise ValueError(f"the crosscoder has no features in layer {layer}")
+    index = wanted if 0 <= wanted < part.crosscoder.n_features else -1  # which no feature has
     found = (features.group == groups[0]) & (features.row == position) & (features.index == index)
     if not bool(found.any()):
         kind = "attention feature" if target.part == "attention" else "feature"
-        raise ValueError(f"{kind} {target.layer}/{target.index} is not active at position {position}")
+        raise ValueError(f"{kind} {layer}/{wanted} is not active at position {position}")
     return int(torch.nonzero(found)[0, 0]) + (len(local.features) if target.part == "attention" else 0)
 
 
@@ -194,17 +188,24 @@ def resolve_logit(target: TokenTarget | DifferenceTarget, local: LocalReplacemen
     return LogitTarget(direction_D, float(value), float(bias), position, token, label, probability, pair)
 
 
-def check_position(position: int, n_positions: int) -> int:
+def check_position(position: int, n_positions: int, *, name: str = "target") -> int:
     """Position counted from the start.
 
+    Args:
+        name: whose position it is, for messages.
+
     Raises:
-        ValueError: it is no whole number or lies outside the prompt.
+        ValueError: it is no whole number, or lies outside the prompt.
     """
-    if not _is_whole(position):
-        raise ValueError(f"target position must be a whole number, got {position!r}")
-    if not -n_positions <= position < n_positions:
-        raise ValueError(f"target position {position} lies outside the prompt of {n_positions} tokens")
+    if not -n_positions <= integer(f"{name} position", position) < n_positions:
+        raise ValueError(f"{name} position {position} lies outside the prompt of {n_positions} tokens")
     return position % n_positions
+
+
+def check_model(model: object) -> None:
+    """Raise `ValueError` for anything but a replacement model, such as its name."""
+    if not isinstance(model, ReplacementModel):
+        raise ValueError(f"expected a replacement model, as replacement.load gives it, got {model!r:.50}")
 
 
 def output_weights(targets: Sequence[LogitTarget]) -> list[float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from circuits.attribution.targets import (
     Target,
     active_feature,
     as_target,
+    check_model,
     output_weights,
     resolve_logit,
     top_logits,
@@ -30,9 +30,10 @@ from circuits.attribution.targets import (
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edges import Edges
 from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.pruning import check_threshold
 from replacement import LocalReplacement, ReplacementModel
-from replacement.crosscoder.number_checks import whole_number
 from replacement.language_model.language_model import Prompt
+from replacement.number_checks import whole_number
 
 
 def trace(
@@ -67,10 +68,10 @@ def trace(
     >>> graph.prune().scores()                                                  # doctest: +SKIP
     """
     started = time.perf_counter()
-    if isinstance(coverage, bool) or not isinstance(coverage, Real) or not 0 <= coverage <= 1:
-        raise ValueError(f"coverage must lie in [0, 1], got {coverage!r}")
+    check_model(model)
+    check_threshold("coverage", coverage)
     if max_nodes is not None:
-        max_nodes = whole_number("max_nodes", max_nodes, least=1)
+        whole_number("max_nodes", max_nodes, least=1)
     lm = model.language_model
     layers = [model.crosscoder.wiring.group_layer(group) for group in range(model.crosscoder.n_groups)]
     if sorted(set(layers)) != layers:

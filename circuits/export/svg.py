@@ -15,6 +15,7 @@ from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.scores import scores
 from circuits.graph.text import full_name, printable
+from replacement.number_checks import integer
 
 _FONTS = "-apple-system, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 _HEAD, _FOOT = 50.0, 56.0
@@ -34,7 +35,7 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
     Of a larger graph the `max_nodes` most influential nodes are drawn, and the caption says how many were left out.
     Raises `ValueError` when `max_nodes` is below 1.
     """
-    if max_nodes < 1:
+    if integer("max_nodes", max_nodes) < 1:
         raise ValueError(f"max_nodes: expected at least 1, given {max_nodes}")
     influence = node_influence(graph)
     shown = _shown(graph.nodes, influence, max_nodes)

@@ -35,6 +35,10 @@ class CircuitGraph(GraphData):
     """
 
     def __post_init__(self) -> None:
+        for name, kind in (("nodes", NodeTable), ("edges", Edges)):
+            if not isinstance(getattr(self, name), kind):
+                given = type(getattr(self, name)).__name__
+                raise ValueError(f"CircuitGraph.{name}: expected {kind.__name__}, given {given}")
         object.__setattr__(self, "metadata", as_stored(self.metadata))
         _check_fit(self.nodes, self.edges, n_tokens=len(self.metadata["tokens"]))
         if self.heads is not None:

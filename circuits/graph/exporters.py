@@ -56,7 +56,7 @@ def file_formats() -> dict[str, Exporter]:
 def exporter(name: str, *, writes_files: bool = False) -> Exporter:
     """The exporter of that name; if `writes_files`, one of `file_formats`. Raises `ValueError` where there is none."""
     known = file_formats() if writes_files else _EXPORTERS
-    if name in known:
+    if isinstance(name, str) and name in known:
         return known[name]
     hint = "" if "svg" in _EXPORTERS else "; `import circuits.export` registers the others"
     raise ValueError(f"format: expected one of {', '.join(known)}, given {name!r}{hint}")

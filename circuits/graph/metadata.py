@@ -17,6 +17,8 @@ def as_stored(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises `ValueError` for facts that are missing, of a wrong kind, or cannot be written as JSON.
     """
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"CircuitGraph.metadata: expected a mapping, given {metadata!r:.50}")
     missing = [name for name in REQUIRED if name not in metadata]
     if missing:
         raise ValueError(f"CircuitGraph.metadata: expected {', '.join(REQUIRED)}, but there is no {', '.join(missing)}")

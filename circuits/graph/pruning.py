@@ -21,6 +21,7 @@ import numpy as np
 from circuits.graph.edges import Edges, GraphData
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
+from replacement.number_checks import real
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def prune(graph: GraphData, *, nodes: float = 0.8, edges: float = 0.98) -> Kept:
 
 def check_threshold(name: str, threshold: float) -> None:
     """Raise `ValueError` unless a pruning threshold is a share."""
-    if not 0.0 <= threshold <= 1.0:
+    if not 0.0 <= real(name, threshold) <= 1.0:
         raise ValueError(f"{name}: expected a share of influence between 0 and 1, given {threshold}")
 
 

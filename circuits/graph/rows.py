@@ -17,6 +17,7 @@ from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, Part
 from circuits.graph.text import parse_feature_name, printable, shorten
 from replacement.console import add_row, table
+from replacement.number_checks import integer
 
 if TYPE_CHECKING:
     from replacement import Intervention
@@ -268,6 +269,6 @@ def edge_number(graph: GraphData, text: str) -> int:
 
 
 def _checked(count: int | None) -> int | None:
-    if count is not None and count < 1:
+    if count is not None and integer("the count", count) < 1:
         raise ValueError(f"expected a count of at least 1, given {count}")
     return count

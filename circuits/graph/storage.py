@@ -23,7 +23,7 @@ from circuits.graph.edges import Edges, GraphData
 from circuits.graph.exporters import register
 from circuits.graph.nodes import COLUMNS as NODE_COLUMNS
 from circuits.graph.nodes import NodeTable
-from replacement.files import write_atomic
+from replacement.files import checked_path, write_atomic
 
 FORMAT = "crosstrace.circuit"
 SCHEMA = 3
@@ -76,11 +76,12 @@ def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]
 
     Raises `ValueError` naming the file when it is missing, damaged, not a circuit, or written by a newer version.
     """
-    path = Path(path)
+    path = checked_path(path)
     if path.is_dir():
         raise ValueError(f"{path}: expected a circuit file, given a folder; a traced one holds circuit.safetensors")
     if not path.is_file():
-        raise ValueError(f"{path}: expected a circuit file, but there is no such file")
+        found = "given a device or pipe" if path.exists() else "but there is no such file"
+        raise ValueError(f"{path}: expected a circuit file, {found}")
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}

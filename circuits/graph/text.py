@@ -7,7 +7,7 @@ import unicodedata
 
 from circuits.graph.nodes import NodeKind, NodeTable
 
-_FEATURE = re.compile(r"(?:(feature|attention):)?(\d+)/(\d+)(?:@(-?\d+))?")
+_FEATURE = re.compile(r"(?:(feature|attention):)?(\d{1,40})/(\d{1,40})(?:@(-?\d{1,40}))?")
 _VISIBLE = {"\n": "↵", "\r": "↵", "\t": "⇥"}
 _UNPRINTABLE = {"Cc", "Cs", "Cn", "Co"}
 _REORDERING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # would turn text around them

@@ -21,13 +21,13 @@ from circuits.heads.heat_map import check_picture
 from circuits.heads.json_facts import Facts, attends_facts, check_facts, edge_facts, feature_facts, graph_facts
 from circuits.heads.pages import attends_page, check_page, edge_page, feature_page, graph_page
 from circuits.heads.relu_credit import DEFAULT_RULE, RULES
-from replacement.command_line import AsJson, ModelOptions, model_options
+from replacement.command_line import AsJson, ModelOptions, model_options, path_option
 from replacement.console import show, show_json
 
 if TYPE_CHECKING:
     from replacement import ReplacementModel
 
-_ATTENDS = re.compile(r"(\d+)\.(\d+)(?:@(-?\d+))?(?:<(-?\d+))?")
+_ATTENDS = re.compile(r"(\d{1,40})\.(\d{1,40})(?:@(-?\d{1,40}))?(?:<(-?\d{1,40}))?")
 _LONGEST_ECHO = 60
 """Characters of a wrong input that an error message repeats."""
 
@@ -57,7 +57,9 @@ def heads(
         typer.Option(help=f"Credit with --feature: one of {', '.join(RULES)}.", show_default=DEFAULT_RULE),
     ] = None,
     top: Annotated[int, typer.Option(help="Edges, heads or pairs named.")] = 10,
-    plot: Annotated[Path | None, typer.Option(help="With --feature: draw heads x tokens, .svg or .png.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(parser=path_option, help="With --feature: draw heads x tokens, .svg or .png.")
+    ] = None,
     options: ModelOptions,
     as_json: AsJson = False,
 ) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from circuits.attribution.identity import check_identity
 from circuits.attribution.readers import head_reads, reading_sizes, stream_reads
-from circuits.attribution.targets import FeatureTarget, active_feature, parse_feature
+from circuits.attribution.targets import FeatureTarget, active_feature, check_model, parse_feature
 from circuits.heads.node_credit import feature_threshold
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
 from circuits.heads.writes_and_reads import TargetReads
@@ -89,6 +89,9 @@ def head_view(model: ReplacementModel, prompt: Prompt, feature: FeatureTarget | 
         ValueError: a prompt the model cannot read, or a feature that does not exist or is not active there.
         IdentityError: the parts do not sum to the pre-activation.
     """
+    check_model(model)
+    if not isinstance(feature, str | FeatureTarget):
+        raise ValueError(f"expected a FeatureTarget or the name of a feature such as 2/345@7, got {feature!r:.50}")
     lm = model.language_model
     with torch.no_grad():
         target = parse_feature(feature) if isinstance(feature, str) else feature

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from circuits.graph.text import shorten, token_text
-from replacement.files import check_file, write_atomic
+from replacement.files import check_file, checked_path, write_atomic
 
 if TYPE_CHECKING:
     from circuits.heads.feature_heads import HeadView
@@ -87,7 +87,7 @@ def drawable(text: str) -> str:
 
 def check_picture(path: str | os.PathLike[str]) -> None:
     """Raise `ValueError`, before the work is done, for a file that `plot_heads` cannot write."""
-    if Path(path).suffix.lower() not in FORMATS:
+    if checked_path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: expected a file that ends in {' or '.join(FORMATS)}")
     check_file(path)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from circuits.graph.nodes import NodeKind
+from replacement.number_checks import integer
 
 ROWS_AT_ONCE = 1024
 """Query nodes whose pairs are held at once."""
@@ -150,5 +151,5 @@ def _largest(values: np.ndarray, n: int) -> np.ndarray:
 
 
 def _check_count(n: int) -> None:
-    if n < 1:
+    if integer("n", n) < 1:
         raise ValueError(f"expected to show at least one, got n={n}")

@@ -30,12 +30,14 @@ from circuits.attribution.identity import check_identity
 from circuits.attribution.labels import node_labels
 from circuits.attribution.readers import Targets
 from circuits.attribution.residual_transport import ResidualTransport
+from circuits.attribution.targets import check_model, check_position
 from circuits.attribution.transport import Transport
 from circuits.graph.nodes import NodeKind
 from circuits.heads.qk_attribution import QKAttribution, SourceNode, summed_magnitudes
 from replacement import ReplacementModel
 from replacement.language_model.language_model import Prompt
 from replacement.language_model.queries_and_keys import FrozenQueryKey
+from replacement.number_checks import integer
 from replacement.splicing.intervention import PARTS
 
 NUMBERS_AT_ONCE = 2**24
@@ -51,6 +53,7 @@ class QKAttributor:
         Raises:
             ValueError: a prompt the model cannot read.
         """
+        check_model(model)
         lm = model.language_model
         self.model = model
         self.tokens_T = lm.tokens(prompt)
@@ -81,10 +84,10 @@ class QKAttributor:
         contrast: int | str | None = None,
     ) -> QKAttribution:
         """Attribute one score; see `attribute_score`."""
-        frozen = self.frozen(layer)
-        if not 0 <= head < len(frozen.pattern_HTT):
+        frozen = self.frozen(integer("layer", layer))
+        if not 0 <= integer("head", head) < len(frozen.pattern_HTT):
             raise ValueError(f"layer {layer} has no head {head}: it has {len(frozen.pattern_HTT)} heads")
-        query = self._position("query", query)
+        query = check_position(query, len(self.tokens_T), name="query")
         pattern_T = frozen.pattern_HTT[head, query]
         key = int(pattern_T.argmax()) if key is None else self._visible("key", key, frozen, query)
         others = self._others(contrast, frozen, query, key)
@@ -182,18 +185,12 @@ class QKAttributor:
         return [other]
 
     def _visible(self, name: str, position: int, frozen: FrozenQueryKey, query: int) -> int:
-        position = self._position(name, position)
+        position = check_position(position, len(self.tokens_T), name=name)
         if position > query:
             raise ValueError(f"{name} position {position} lies after query position {query}, which cannot attend to it")
         if not frozen.visible_TT[query, position]:
             raise ValueError(f"{name} position {position} lies outside the attention window of query position {query}")
         return position
-
-    def _position(self, name: str, position: int) -> int:
-        n_positions = len(self.tokens_T)
-        if not -n_positions <= position < n_positions:
-            raise ValueError(f"{name} position {position} lies outside the prompt of {n_positions} tokens")
-        return position % n_positions
 
 
 def attribute_score(

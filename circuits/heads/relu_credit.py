@@ -32,6 +32,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from replacement.number_checks import integer, whole_number
+
 RULES: tuple[str, ...] = ("gate", "path", "shapley", "ablation")
 DEFAULT_RULE = "ablation"
 """The rule that comes closest to what removing a head in the model does, on every rung of `circuits heads --check`."""
@@ -89,7 +91,8 @@ def credit(
     """
     if rule not in RULES:
         raise ValueError(f"expected a rule among {', '.join(RULES)}, given {rule!r}")
-    if samples < 2:
+    whole_number("seed", seed)
+    if integer("samples", samples) < 2:
         raise ValueError(f"expected at least 2 samples, given {samples}")
     c_J, h = _checked(contributions_J, bias=bias, threshold=threshold)
     f_b, f_h = float(activation(bias, threshold)), float(activation(h, threshold))

@@ -10,6 +10,7 @@ import typer
 from circuits.graph.circuit_graph import CircuitGraph
 from replacement import console
 from replacement.command_line import AsJson, ModelOptions, model_options
+from replacement.files import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,14 +19,15 @@ if TYPE_CHECKING:
 
 OTHERS = 8
 """Prompts that features are resampled from."""
+MOST = 2**63 - 1
 
 
 @model_options
 def validate(
     file: Annotated[Path, typer.Argument(help="A graph saved as .safetensors.", show_default=False)],
     *,
-    features: Annotated[int, typer.Option(min=1, help="Features drawn from the graph.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
+    features: Annotated[int, typer.Option(min=1, max=MOST, help="Features drawn from the graph.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Seed of the draw.")] = 0,
     resample: Annotated[
         Path | None,
         typer.Option(
@@ -38,9 +40,9 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Measure how far a graph predicts interventions, and whether its circuit is sufficient and necessary."""
-    if resample is not None and not resample.is_file():
-        raise ValueError(f"{resample}: expected a text file with one prompt per line, but there is no such file")
-    lines = None if resample is None else resample.read_text(encoding="utf-8").splitlines()
+    lines = None
+    if resample is not None:
+        lines = read_text(resample, expected="a text file with one prompt per line").splitlines()
     graph = CircuitGraph.load(file)
     options = options.for_graph(graph.metadata)
 

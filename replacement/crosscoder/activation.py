@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement.crosscoder.number_checks import number, whole_number
+from replacement.number_checks import number, whole_number
 
 Matrix: TypeAlias = Float[Tensor, "B F"]
 Values: TypeAlias = Float[Tensor, " S"]

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import total_ordering
 
-from replacement.crosscoder.number_checks import whole_number
+from replacement.number_checks import whole_number
 
 SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "mlp_in", "mlp_out", "attn_z", "attn_out")
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from replacement.crosscoder.activation import Activation, TopK
 from replacement.crosscoder.checks import finite_values, float_dtype, indices
 from replacement.crosscoder.fingerprint import fingerprint, legacy_fingerprint
-from replacement.crosscoder.number_checks import number, whole_number
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
+from replacement.number_checks import number, whole_number
 
 Kind = TypeVar("Kind", bound="CrosscoderWeights")
 

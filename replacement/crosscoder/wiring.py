@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from replacement.crosscoder.number_checks import whole_number
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.number_checks import whole_number
 
 MLP_READS = ("resid_mid", "resid_pre", "mlp_in")
 WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention")

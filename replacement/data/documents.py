@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from replacement.language_model.language_model import LanguageModel
+from replacement.language_model.language_model import LanguageModel, check_text
 
 HUB_PREFIX = "hf:"
 _PIECE_CHARACTERS = 1 << 18  # a long file is tokenised in pieces of about this size, cut at line ends
@@ -143,6 +143,7 @@ def whole_documents(texts: Iterable[Any], *, name: str) -> Iterator[Piece]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{name}, item {number}: expected text, got {type(text).__name__}")
+        check_text(f"{name}, item {number}", text)
         yield Piece(text, ends_document=True)
 
 
@@ -170,6 +171,7 @@ def _field(line: str, text_field: str, place: str) -> str:
     text = example[text_field]
     if not isinstance(text, str):
         raise ValueError(f"{place}: expected text in the field {text_field!r}, got {type(text).__name__}")
+    check_text(place, text)
     return text
 
 
@@ -195,6 +197,8 @@ def dataset_column(source: str | Sequence[Path], *, split: str, column: str) -> 
     try:
         if name.startswith(HUB_PREFIX):
             path, _, configuration = name.removeprefix(HUB_PREFIX).partition(":")
+            if not path.strip():
+                raise ValueError("expected hf:NAME or hf:NAME:CONFIGURATION")
             dataset: Any = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
         elif not isinstance(source, str) and not source[0].is_dir():
             files = [str(path) for path in source]

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from replacement.files import checked_path
+
 TOKEN_SUFFIXES = (".npy", ".safetensors")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _SUFFIXES = (*TOKEN_SUFFIXES, *TEXT_SUFFIXES)
@@ -42,7 +44,7 @@ def resolve(source: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _files(entry: str | Path) -> list[Path]:
-    path = Path(entry)
+    path = checked_path(entry)
     if path.is_dir():
         if any((path / name).is_file() for name in _SAVED_DATASET):
             return [path]

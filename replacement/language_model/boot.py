@@ -11,7 +11,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging as transformers_logging
 
-from replacement.files import read_json
+from replacement.files import checked_path, read_json
 
 
 def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tuple[TransformerBridge, str]:
@@ -20,7 +20,7 @@ def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tupl
     Raises:
         ValueError: a folder that is missing, incomplete or damaged; weights that are not finite; an unknown architecture.
     """
-    folder = Path(name_or_folder)
+    folder = checked_path(name_or_folder)
     is_folder = isinstance(name_or_folder, Path) or folder.exists() or str(name_or_folder).startswith((".", "/", "~"))
     if is_folder:
         _check_folder(folder)

@@ -120,6 +120,7 @@ class LanguageModel:
             raise ValueError("the prompt is empty: expected at least one word")
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer: give token ids instead of text")
+        check_text("the prompt", prompt)
         # Not verbose: a prompt over the limit is our error to report, in one line.
         options = {"add_special_tokens": False, "return_offsets_mapping": self.tokenizer.is_fast, "verbose": False}
         encoding = self.tokenizer(prompt, **options)
@@ -174,6 +175,9 @@ class LanguageModel:
         """Integer ids `[T]` or `[B, T]` as int64 on the model's device, if the model can read them."""
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise ValueError(f"expected integer token ids, got a tensor of {tokens.dtype}")
+        if tokens.layout != torch.strided or tokens.is_meta:
+            raise ValueError(f"expected a dense tensor of token ids, got a {tokens.layout} one on {tokens.device}")
+        tokens = tokens.to(torch.int64)  # some kinds of integers have no minimum
         if not tokens.numel():
             raise ValueError(f"expected at least one token id, got a tensor of shape {tuple(tokens.shape)}")
         if tokens.shape[-1] > self.context_length:
@@ -181,7 +185,7 @@ class LanguageModel:
                 f"the prompt has {tokens.shape[-1]} tokens: {self.name} reads at most {self.context_length}"
             )
         self._check_range(int(tokens.min()), int(tokens.max()))
-        return tokens.to(self.device, torch.int64)
+        return tokens.to(self.device)
 
     def _check_range(self, low: int, high: int) -> None:
         if low < 0 or high >= self.vocabulary_size:
@@ -198,6 +202,7 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer: name target tokens by id")
+        check_text("a token", text)
         forms = (text,) if text.startswith(" ") else (" " + text, text)
         for form in forms:
             ids = self.tokenizer(form, add_special_tokens=False)["input_ids"]
@@ -366,6 +371,14 @@ class LanguageModel:
             length = min(6, self.context_length)
             self.freeze(torch.arange(length, device=self.device) % self.vocabulary_size)
             self._is_linearisable = True
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse lone surrogates with a `ValueError`, because tokenizers do: bytes that are not UTF-8 become them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: expected text that UTF-8 can hold, got {reprlib.repr(text)}") from None
 
 
 def _as_bridge_hook(hook: Hook) -> Any:

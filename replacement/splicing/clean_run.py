@@ -17,6 +17,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import Hook, LanguageModel
+from replacement.number_checks import integers
 from replacement.splicing.feature_changes import Change, repeat_prompt
 from replacement.splicing.splice import HeldLayers, Splice, check_choice, read_rows, run_together
 
@@ -193,7 +194,8 @@ class CleanRun:
 
     def _held_layers(self, conditions: Conditions) -> frozenset[int]:
         n_layers = self.language_model.shape.n_layers
-        layers = frozenset(conditions.constrained_layers or ())
+        given = conditions.constrained_layers
+        layers = frozenset(() if given is None else integers("constrained_layers", given))
         if wrong := [layer for layer in layers if not 0 <= layer < n_layers]:
             raise ValueError(f"constrained_layers holds {min(wrong)}: the model has layers 0 to {n_layers - 1}")
         return layers

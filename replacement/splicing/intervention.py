@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from replacement.crosscoder.wiring import Wiring
+from replacement.number_checks import LARGEST, integer, real
 
 PARTS = ("mlp", "attention")
 """Parts of a layer that a crosscoder may stand in for."""
@@ -27,7 +28,8 @@ class Intervention:
     Intervention(layer=2, index=345, position=7, activation=None, scale=0.0, add=None, part='mlp')
 
     Raises:
-        ValueError: an unknown part, or none or several ways to change the feature.
+        ValueError: an unknown part, a layer, index or position that is no whole number, a change that is no number, or none or
+            several ways to change the feature.
     """
 
     layer: int
@@ -49,11 +51,15 @@ class Intervention:
     def __post_init__(self) -> None:
         if self.part not in PARTS:
             raise ValueError(f"the part of an intervention must be 'mlp' or 'attention', got {self.part!r}")
+        for name in ("layer", "index", "position"):
+            if name != "position" or self.position is not None:
+                integer(f"the {name} of an intervention", getattr(self, name))
         given = [name for name in _WAYS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"an intervention needs exactly one of activation, scale and add, got {', '.join(given) or 'none'}"
             )
+        real(f"the {given[0]} of an intervention", getattr(self, given[0]))
 
     @property
     def terms(self) -> tuple[float, float]:
@@ -76,7 +82,7 @@ def check_interventions(
 
     Raises:
         UnknownFeatureError: a layer, index or position that does not exist.
-        ValueError: a number that is not finite, or one feature changed twice.
+        ValueError: a number that is not finite or above 1e18, or one feature changed twice.
     """
     checked = []
     for intervention in interventions:
@@ -93,11 +99,11 @@ def check_interventions(
                     f"intervention on position {position}: expected {first_position} to {n_positions - 1}"
                 )
             intervention = replace(intervention, position=from_start)
-        if not all(abs(term) < float("inf") for term in intervention.terms):
+        if not all(abs(term) <= LARGEST for term in intervention.terms):
             name = next(name for name in _WAYS if getattr(intervention, name) is not None)
             raise ValueError(
                 f"intervention on feature {layer}/{index} at {position}: {name}={getattr(intervention, name)} "
-                "is not a finite number"
+                f"is not a finite number of at most {LARGEST:g}"
             )
         checked.append(intervention)
     everywhere = {(known.layer, known.index) for known in checked if known.position is None}

@@ -13,6 +13,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel, Prompt, is_batch
+from replacement.number_checks import integer, integers
 from replacement.splicing.clean_run import WRITES, CleanRun, Conditions
 from replacement.splicing.feature_changes import Change, change_of
 from replacement.splicing.intervention import PARTS, Intervention, check_interventions
@@ -139,6 +140,8 @@ class ReplacementModel:
     def _chosen(self, parts: Iterable[str] | None) -> dict[str, Crosscoder]:
         """The crosscoders of the parts named."""
         crosscoders = self.crosscoders
+        if parts is not None and not isinstance(parts, Iterable):
+            raise ValueError(f"parts must be 'mlp', 'attention' or a list of both, got {parts!r:.50}")
         names = list(crosscoders) if parts is None else [parts] if isinstance(parts, str) else list(parts)
         for name in names:
             if name not in PARTS:
@@ -189,7 +192,7 @@ class ReplacementModel:
         """
         lm, crosscoders = self.language_model, self.crosscoders
         tokens_T = lm.tokens(prompt)
-        if not 0 <= generate <= lm.context_length - len(tokens_T):
+        if not 0 <= integer("generate", generate) <= lm.context_length - len(tokens_T):
             room = lm.context_length - len(tokens_T)
             raise ValueError(f"generate must be 0 to {room} after {len(tokens_T)} tokens, got {generate}")
         conditions = Conditions(
@@ -259,7 +262,7 @@ def _sites_of(crosscoders: Mapping[str, Crosscoder], layers: Iterable[int] | Non
     written = {part: crosscoder.wiring.write_sites for part, crosscoder in crosscoders.items()}
     if layers is None:
         return written
-    chosen = set(layers)
+    chosen = set(integers("layers", layers))
     known = {site.layer for sites in written.values() for site in sites}
     if chosen - known:
         raise ValueError(f"the crosscoder writes layers {sorted(known)}, not layer {min(chosen - known)}")
@@ -271,7 +274,11 @@ def _checked_by_part(
 ) -> dict[str, tuple[Intervention, ...]]:
     """Interventions on the features of each crosscoder, checked."""
     by_part: dict[str, list[Intervention]] = {part: [] for part in crosscoders}
+    if not isinstance(interventions, Iterable):
+        raise ValueError(f"interventions must be a list of Intervention, got {type(interventions).__name__}")
     for intervention in interventions:
+        if not isinstance(intervention, Intervention):
+            raise ValueError(f"interventions must be a list of Intervention, got one that holds {intervention!r:.50}")
         if intervention.part not in by_part:
             raise ValueError(
                 f"an intervention sets a feature of {intervention.part}, which is not replaced in this call"

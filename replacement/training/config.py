@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from replacement.crosscoder.activation import Activation, TopK
 from replacement.training.losses import Auxiliary, Loss
 
+MOST_HELD_OUT_ROWS = 1_000_000
+"""They are held in memory, and the demo's corpus would go on generating them."""
 READS = ("clean", "propagated", "subset")
 
 
@@ -40,6 +42,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_above(self, 1, "buffer_tokens", "shards", "held_out_rows")
         _check_above(self, 2, "context", unit=" tokens")
+        if self.held_out_rows > MOST_HELD_OUT_ROWS:
+            raise ValueError(f"held_out_rows must be at most {MOST_HELD_OUT_ROWS:_}, got {self.held_out_rows}")
+        for name in ("cache", "text_field"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ValueError(f"{name} must be a name or left out, got {value!r}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,6 +119,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _check_above(self, 1, "n_tokens", "batch_tokens", "dead_after_tokens")
         _check_above(self, 0, "seed")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2^32, got {self.seed}")
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -165,6 +175,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_above(self, 1, "checkpoint_every")
+        if self.training.batch_tokens % self.data.shards:
+            raise ValueError(
+                f"batch_tokens={self.training.batch_tokens} is not a multiple of shards={self.data.shards}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON value; `run_config` reads it back."""

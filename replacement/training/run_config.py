@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import dacite
 
 from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from replacement.files import read_text
 from replacement.training.config import RunConfig
 from replacement.training.losses import Auxiliary, L1OfNorms, L2OfNorms, Loss, PreActivation, Tanh
 from replacement.training.model_losses import JacobianMatching, OutputKL
@@ -50,11 +51,9 @@ def read_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     Raises:
         ValueError: the file is missing or not TOML, a key is unknown, or a value has another type or is out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: expected a TOML file with the settings of a training run")
+    text = read_text(path, expected="a TOML file with the settings of a training run")
     try:
-        value = tomllib.loads(path.read_text(encoding="utf-8"))
+        value = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     for override in overrides:

@@ -59,7 +59,8 @@ def find_start(config: RunConfig, out: Path, *, resume: bool) -> int | None:
     if not settings.exists():
         if resume:
             raise ValueError(f"{out} holds no run to resume: start one without --resume")
-        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {LOCK_FILE}):
+        check_folder(out)
+        if out.exists() and ({path.name for path in out.iterdir()} - {LOCK_FILE}):
             raise ValueError(f"{out} is in use and holds no run: choose another folder")
         return None
     begun = holds_run(out)

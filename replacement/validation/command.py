@@ -20,6 +20,8 @@ DEMO = "demo"
 DEMO_CURVE = Path(__file__).parent.parent / "demo" / "artifacts" / "training_curve.json"
 """Written by `examples/train_demo.py`; used for the demo where it is there."""
 WORST_SHOWN = 5
+MOST_TOKENS = 10**9
+"""More than any data is worth: months of computing, and the demo's corpus has no end."""
 
 
 def config_of(
@@ -40,6 +42,8 @@ def config_of(
     for name, given in (("tokens", tokens), ("context", context)):
         if given is not None and given < 1:
             raise ValueError(f"{name}: expected at least 1, given {given}")
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"tokens: expected at most {MOST_TOKENS:_}, given {tokens}")
     if data is not None and not data.strip():
         raise ValueError(f"data: expected text files, a dataset or token ids, given {data!r}")
     if data is None and model != DEMO:

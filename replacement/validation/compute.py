@@ -8,12 +8,13 @@ loss is taken to be linear in the logarithm of compute.
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from pathlib import Path
 from typing import Any
 
-from replacement.files import read_json
+from replacement.files import read_text
 
 
 def read_curve(path: str | Path) -> list[tuple[float, float]]:
@@ -25,10 +26,11 @@ def read_curve(path: str | Path) -> list[tuple[float, float]]:
         ValueError: names the file: missing, not JSON, fewer than two points, or one that is not two finite numbers with
             compute above 0.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: expected a JSON file of [compute, loss] pairs")
-    value = read_json(path)
+    text = read_text(path, expected="a JSON file of [compute, loss] pairs")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     points = value.get("curve") if isinstance(value, dict) else value
     if not isinstance(points, list) or len(points) < 2:
         raise ValueError(

@@ -253,8 +253,8 @@ def test_expansion_takes_the_most_influential_first(language_model: Any) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coverage": 1.5}, r"coverage must lie in \[0, 1\], got 1.5"),
-        ({"coverage": float("nan")}, r"coverage must lie in \[0, 1\], got nan"),
+        ({"coverage": 1.5}, "coverage: expected a share of influence between 0 and 1, given 1.5"),
+        ({"coverage": float("nan")}, "coverage: expected a share of influence between 0 and 1, given nan"),
         ({"max_nodes": 0}, "max_nodes must be 1 or more, got 0"),
         ({"targets": []}, "expected at least one target"),
         ({"targets": ["w5", "w5"]}, "the same target is named twice"),

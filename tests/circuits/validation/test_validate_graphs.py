@@ -240,7 +240,7 @@ def test_other_prompts(language_model: Any) -> None:
         (["--features", "0"], "'--features': Input should be greater than or equal to 1"),
         (["--seed", "-1"], "'--seed': Input should be greater than or equal to 0"),
         (["--resample", "SHORT"], "resample: expected a prompt of at least 9 tokens, the graph's number; given none"),
-        (["--resample", "/nowhere"], "expected a text file with one prompt per line, but there is no such file"),
+        (["--resample", "/nowhere"], "/nowhere does not exist: expected a text file with one prompt per line"),
         (["--model", "/nowhere"], "no language model folder at /nowhere"),
     ],
 )
