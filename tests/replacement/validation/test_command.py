@@ -266,7 +266,7 @@ def test_a_report_with_a_curve_names_the_compute(tiny_run: dict[str, str], tmp_p
         ({"dtype": "int8"}, "dtype: expected one of float32, float64"),
         ({"training-curve": "/nowhere.json"}, "/nowhere.json does not exist"),
         ({"training-curve": "FOLDER"}, "expected a JSON file of [compute, loss] pairs"),
-        ({"training-curve": "BINARY"}, "binary.json is not JSON"),
+        ({"training-curve": "BINARY"}, "binary.json: expected a JSON file of [compute, loss] pairs in UTF-8"),
         ({"report": __file__}, "expected a folder, but"),
         ({"report": f"{__file__}/report"}, "expected a folder, but"),
         ({"report": "/dev/null"}, "/dev/null: expected a folder, but /dev/null is a device"),
