@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from circuits.heads.feature_heads import HeadView, head_view
     from circuits.heads.heat_map import plot_heads
     from circuits.heads.node_credit import source_credit
-    from circuits.heads.qk_attribution import QKAttribution
-    from circuits.heads.qk_attributor import QKAttributor, attribute_score
+    from circuits.heads.qk_attribution import QKAttributor, attribute_score
+    from circuits.heads.qk_result import QKAttribution
 
 __all__ = [
     "CircuitGraph",
@@ -51,11 +51,11 @@ _LAZY = {
     "HeadView": "circuits.heads.feature_heads",
     "NodeKind": "circuits.graph.nodes",
     "NodeTable": "circuits.graph.nodes",
-    "QKAttribution": "circuits.heads.qk_attribution",
-    "QKAttributor": "circuits.heads.qk_attributor",
+    "QKAttribution": "circuits.heads.qk_result",
+    "QKAttributor": "circuits.heads.qk_attribution",
     "Scores": "circuits.graph.scores",
     "TokenTarget": "circuits.attribution.targets",
-    "attribute_score": "circuits.heads.qk_attributor",
+    "attribute_score": "circuits.heads.qk_attribution",
     "head_view": "circuits.heads.feature_heads",
     "plot_heads": "circuits.heads.heat_map",
     "source_credit": "circuits.heads.node_credit",

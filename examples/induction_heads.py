@@ -29,7 +29,7 @@ import circuits
 import replacement
 from circuits import FeatureTarget, NodeKind, QKAttributor
 from circuits.graph.influence import edge_influence
-from circuits.heads.qk_attribution import SourceNode
+from circuits.heads.qk_result import SourceNode
 from replacement import LanguageModel, ReplacementModel, Site
 from replacement.demo.accuracy import answer_probes, measure_accuracy
 from replacement.demo.corpus import behaviours

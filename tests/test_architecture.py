@@ -47,7 +47,7 @@ ROOMS |= {
 PURE_ROOMS = ("circuits.graph.", "circuits.export.")
 PURE_MODULES = (
     "circuits.heads.relu_credit",
-    "circuits.heads.qk_attribution",
+    "circuits.heads.qk_result",
     "replacement.start",
     "replacement.console",
 )
@@ -148,11 +148,11 @@ def test_pure_rooms_reach_no_model() -> None:
 def test_the_walker_sees_an_import(tmp_path: Path) -> None:
     """The tests above could pass by seeing nothing."""
     graph = import_graph()
-    assert graph.has_edge("circuits.attribution.transport", "circuits.attribution.sources")
+    assert graph.has_edge("circuits.attribution.direct_effects", "circuits.attribution.sources")
     assert graph.has_edge("replacement.command_line", "replacement"), "lazily"
     assert graph.has_edge("replacement", "replacement.loading"), "by name"
     assert graph.has_edge("circuits", "circuits.export"), "through importlib"
-    assert "torch" in imports(MODULES["circuits.attribution.transport"])
+    assert "torch" in imports(MODULES["circuits.attribution.direct_effects"])
     file = tmp_path / "a.py"
     file.write_text(
         "from typing import TYPE_CHECKING\nfrom replacement import Wiring\nif TYPE_CHECKING:\n    import numpy\n"

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.columns import source_table
+from circuits.attribution.direct_effects import Transport
+from circuits.attribution.direct_effects_with_attention import ResidualTransport
 from circuits.attribution.identity import check_identity
 from circuits.attribution.readers import head_reads, logit_reads, reading_sizes, stream_reads
-from circuits.attribution.residual_transport import ResidualTransport
 from circuits.attribution.targets import LogitTarget
-from circuits.attribution.transport import Transport
 from replacement import Decomposition, LocalReplacement
 
 FIRST_ROUND = 128
@@ -54,7 +54,7 @@ class Attribution:
     n_columns: int
     n_nodes: int
     blocks: dict[int, list[Block]] = field(default_factory=dict)
-    """Rows by the depth at which their nodes read (see `circuits.attribution.transport`)."""
+    """Rows by the depth at which their nodes read (see `circuits.attribution.direct_effects`)."""
     value: np.ndarray = field(init=False)
     bias: np.ndarray = field(init=False)
     inflow: np.ndarray = field(init=False)

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.attribution.direct_effects import ROWS_PER_CHUNK
 from circuits.attribution.grounding import Grounding
 from circuits.attribution.identity import check_identity
-from circuits.attribution.transport import ROWS_PER_CHUNK
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.text import full_name

@@ -155,7 +155,7 @@ def attends_facts(model: ReplacementModel, graph: CircuitGraph, place: Mapping[s
         top: pairs and nodes of each side that are named.
     """
     from circuits.attribution.grounding import traced_tokens
-    from circuits.heads.qk_attributor import attribute_score
+    from circuits.heads.qk_attribution import attribute_score
 
     score = attribute_score(model, traced_tokens(model, graph), **place, contrast="mean")
     tokens = model.language_model.token_strings(graph.metadata["token_ids"])

@@ -1,155 +1,227 @@
-"""One attention score divided among pairs of nodes, as a value: what `circuits.heads.qk_attributor` makes.
+"""Why a head attends: the score of one key at one query as an exact sum over pairs of nodes.
 
-N query nodes, M key nodes. Each side lists its nodes with an effect, then its constants.
+With norm scales frozen, query and key are linear in the nodes below their layer, so the score is bilinear:
+
+    score(q, k) = scale (R_q query(x_q)) . (R_k key(x_k)) = sum_{n, m} Q_n . K_m
+
+`Q_n` is what node n puts into the scaled and rotated query, `K_m` what node m puts into the rotated key, along all paths
+through lower attention layers whose patterns are frozen. Nodes are tokens, learned positions, errors and features; each
+side has one more entry, last, for all constants. The K channels of a query are K targets of the same transport that
+attributes features.
+
+Frozen are the scales of all norms, also of those of queries and keys (Gemma 3, Qwen 3). The score is the one before a
+soft-cap (Gemma 2). Softmax only sees differences between keys: a contrast subtracts the score at another key, or the mean
+over the other visible keys, and what all keys share cancels. N query nodes, M key nodes.
+
+Source: Kamath, Ameisen et al. 2025, Tracing Attention Computation Through Feature Interactions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from circuits.attribution.columns import source_table
+from circuits.attribution.direct_effects import Transport
+from circuits.attribution.direct_effects_with_attention import ResidualTransport
+from circuits.attribution.identity import check_identity
+from circuits.attribution.labels import node_labels
+from circuits.attribution.readers import Targets
+from circuits.attribution.targets import check_model, check_position
 from circuits.graph.nodes import NodeKind
+from circuits.heads.qk_result import QKAttribution, SourceNode, summed_magnitudes
+from replacement import ReplacementModel
+from replacement.language_model.language_model import Prompt
+from replacement.language_model.queries_and_keys import FrozenQueryKey
 from replacement.number_checks import integer
+from replacement.splicing.intervention import PARTS
 
-ROWS_AT_ONCE = 1024
-"""Query nodes whose pairs are held at once."""
-
-Labeller = Callable[[Sequence[int]], list[str]]
-"""Readable texts of some source columns, which rise."""
+NUMBERS_AT_ONCE = 2**24
+"""Effects held at once: channels x positions x sources (128 MiB in float64)."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceNode:
-    """A node that writes to the residual stream, or the constants of one side."""
+class QKAttributor:
+    """Attributes attention scores of one prompt; what they share is made once."""
 
-    kind: NodeKind | None
-    """None for the constants."""
-    part: str = "mlp"
-    """`mlp` or `attention`: whose output an error or feature is of."""
-    layer: int = -1
-    """Layer of an error or feature; -1 elsewhere."""
-    position: int = -1
-    index: int = -1
-    """Feature: index in its group. Token: vocabulary id. -1 elsewhere."""
-    label: str = ""
-    """Readable text; empty until a node is shown."""
-    column: int = -1
-    """Source column of the prompt (see `circuits.attribution.columns`); -1 for the constants."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        facts = asdict(self)
-        del facts["column"]
-        return {**facts, "kind": "bias" if self.kind is None else self.kind.name.lower()}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class QKAttribution:
-    """One attention score, divided among pairs of a query node and a key node. The last node of each side is its constants.
-
-    Only nodes with an effect are listed. Pairs are kept as two factors, so that long prompts fit in memory.
-    """
-
-    layer: int
-    head: int
-    query: int
-    """Position that attends."""
-    key: int
-    """Position attended to."""
-    contrast: int | str | None
-    """Key position whose score is subtracted, `mean` for the mean over the other visible keys, None for neither."""
-    score: float
-    """The model's own score, before any soft-cap."""
-    pattern: float
-    """Attention probability of this key."""
-    value: float
-    """What the pairs sum to: the score, or its difference to the contrast's; from the model itself."""
-    query_nodes: tuple[SourceNode, ...]
-    key_nodes: tuple[SourceNode, ...]
-    query_vectors_NK: np.ndarray
-    """float64[N, K], what each query node puts into the query."""
-    key_vectors_MK: np.ndarray
-    """float64[M, K], what each key node puts into the key (minus its part of the contrast's keys)."""
-    identity_error: float
-    """Gap between the sum of all pairs and `value`, relative to it or to 1 % of the summed magnitudes of pairs and scores."""
-    _labels: Labeller = field(repr=False)
-
-    @property
-    def pairs(self) -> np.ndarray:
-        """float64[N, M], contribution of every pair; made on each access."""
-        return self.query_vectors_NK @ self.key_vectors_MK.T
-
-    def top(self, n: int = 10) -> list[tuple[SourceNode, SourceNode, float]]:
-        """The n pairs of largest magnitude, with labelled nodes: query node, key node, contribution.
+    def __init__(self, model: ReplacementModel, prompt: Prompt) -> None:
+        """Freeze the prompt.
 
         Raises:
-            ValueError: n is below 1.
+            ValueError: a prompt the model cannot read.
         """
-        _check_count(n)
-        pairs: list[tuple[float, int, int]] = []
-        for start in range(0, len(self.query_nodes), ROWS_AT_ONCE):
-            block = self.query_vectors_NK[start : start + ROWS_AT_ONCE] @ self.key_vectors_MK.T
-            for place in _largest(block.ravel(), n):
-                row, column = divmod(int(place), block.shape[1])
-                pairs.append((float(block[row, column]), start + row, column))
-        pairs = sorted(pairs, key=lambda pair: -abs(pair[0]))[:n]
-        label = self._labeller(
-            [node for _, query, key in pairs for node in (self.query_nodes[query], self.key_nodes[key])]
+        check_model(model)
+        lm = model.language_model
+        self.model = model
+        self.tokens_T = lm.tokens(prompt)
+        with torch.no_grad():
+            self.local = model.localize(self.tokens_T)
+            self.transport = Transport(self.local) if self.local.attention is None else ResidualTransport(self.local)
+        self._table = source_table(self.local)
+        self._frozen: dict[int, FrozenQueryKey] = {}
+
+    def frozen(self, layer: int) -> FrozenQueryKey:
+        """Queries and keys of one layer; its `pattern_HTT` says which heads attend where.
+
+        Raises:
+            ValueError: no such layer, or an architecture whose scores are not a product of queries and keys alone.
+        """
+        if layer not in self._frozen:
+            self._frozen[layer] = self.model.language_model.freeze_query_key(self.tokens_T, layer=layer)
+        return self._frozen[layer]
+
+    @torch.no_grad()
+    def score(
+        self,
+        *,
+        layer: int,
+        head: int,
+        query: int = -1,
+        key: int | None = None,
+        contrast: int | str | None = None,
+    ) -> QKAttribution:
+        """Attribute one score; see `attribute_score`."""
+        frozen = self.frozen(integer("layer", layer))
+        if not 0 <= integer("head", head) < len(frozen.pattern_HTT):
+            raise ValueError(f"layer {layer} has no head {head}: it has {len(frozen.pattern_HTT)} heads")
+        query = check_position(query, len(self.tokens_T), name="query")
+        pattern_T = frozen.pattern_HTT[head, query]
+        key = int(pattern_T.argmax()) if key is None else self._visible("key", key, frozen, query)
+        others = self._others(contrast, frozen, query, key)
+        weights = {key: 1.0} | {other: -1 / len(others) for other in others}
+        queries_CK = self._vectors(frozen.query, layer, head, {query: 1.0})
+        keys_CK = self._vectors(frozen.key, layer, head, weights)
+        scores_T = frozen.scores_HTT[head, query].double()
+        parts = [weight * float(scores_T[position]) for position, weight in weights.items()]
+        value = sum(parts)
+        (query_nodes, queries_NK), (key_nodes, keys_MK) = self._nodes(queries_CK), self._nodes(keys_CK)
+        identity_error = check_identity(
+            value,
+            float(queries_NK.sum(0) @ keys_MK.sum(0)),
+            summed_magnitudes(queries_NK, keys_MK) + sum(abs(part) for part in parts),
+            dtype=self.local.W_U.dtype,
+            n_layers=self.local.shape.n_layers,
+            name=lambda _: f"the score of head {layer}.{head} for query {query} and key {key}",
         )
-        return [(label(self.query_nodes[query]), label(self.key_nodes[key]), value) for value, query, key in pairs]
+        return QKAttribution(
+            layer=layer,
+            head=head,
+            query=query,
+            key=key,
+            contrast=contrast if contrast is None or isinstance(contrast, str) else others[0],
+            score=float(scores_T[key]),
+            pattern=float(pattern_T[key]),
+            value=value,
+            query_nodes=query_nodes,
+            key_nodes=key_nodes,
+            query_vectors_NK=queries_NK,
+            key_vectors_MK=keys_MK,
+            identity_error=identity_error,
+            _labels=self._label,
+        )
 
-    def by_query(self, n: int = 10) -> list[tuple[SourceNode, float]]:
-        """The n query nodes of largest magnitude, each with the sum of its pairs.
+    def _vectors(
+        self,
+        read: Callable[[int, int], tuple[Tensor, Tensor]],
+        layer: int,
+        head: int,
+        weights: dict[int, float],
+    ) -> np.ndarray:
+        """float64[C + 1, K]: what every source, and last the constants, put into queries or keys at weighted positions."""
+        positions, parts = list(weights), []
+        step = max(1, NUMBERS_AT_ONCE // (self.local.shape.d_head * self.transport.sources.columns.n_columns))
+        for start in range(0, len(positions), step):
+            chosen = positions[start : start + step]
+            vectors_PKC = self._read_at(read, layer, head, chosen)
+            weight_P = vectors_PKC.new_tensor([weights[position] for position in chosen])
+            parts.append(torch.einsum("p,pkc->ck", weight_P, vectors_PKC))
+        return torch.stack(parts).sum(0).cpu().numpy()
 
-        Raises:
-            ValueError: n is below 1.
-        """
-        return self._marginal(self.query_nodes, self.query_vectors_NK @ self.key_vectors_MK.sum(0), n)
+    def _read_at(
+        self, read: Callable[[int, int], tuple[Tensor, Tensor]], layer: int, head: int, positions: Sequence[int]
+    ) -> Float[Tensor, "P K C"]:
+        """The same, position by position, in float64."""
+        reads = [read(head, position) for position in positions]
+        vectors_ND = torch.cat([vectors_KD for vectors_KD, _ in reads])
+        constant_PK = torch.stack([constant_K for _, constant_K in reads])
+        position_N = torch.tensor(positions, device=vectors_ND.device).repeat_interleave(constant_PK.shape[1])
+        depth_N = torch.full_like(position_N, 2 * layer)
+        effects_NC, bias_N = self.transport.attribute(Targets(vectors_ND.contiguous(), depth_N, position_N))
+        bias_PK = bias_N.view_as(constant_PK) + constant_PK
+        return torch.cat([effects_NC.unflatten(0, constant_PK.shape), bias_PK[..., None]], -1).double()
 
-    def by_key(self, n: int = 10) -> list[tuple[SourceNode, float]]:
-        """The same for key nodes."""
-        return self._marginal(self.key_nodes, self.key_vectors_MK @ self.query_vectors_NK.sum(0), n)
+    def _nodes(self, vectors_CK: np.ndarray) -> tuple[tuple[SourceNode, ...], np.ndarray]:
+        """Nodes with an effect, then the constants, and their rows."""
+        kept = np.flatnonzero(vectors_CK[:-1].any(1))
+        columns = [self._table[name][kept].tolist() for name in ("kind", "part", "layer", "position", "index")]
+        nodes = [
+            SourceNode(NodeKind(kind), PARTS[part], layer, position, index, column=int(column))
+            for kind, part, layer, position, index, column in zip(*columns, kept, strict=True)
+        ]
+        return (*nodes, SourceNode(None)), vectors_CK[[*kept, -1]]
 
-    def to_json(self, n: int = 50) -> dict[str, Any]:
-        """What it says, as plain values for JSON: the facts, and the top n pairs and nodes of each side."""
-        facts = ("layer", "head", "query", "key", "contrast", "score", "pattern", "value", "identity_error")
-        pairs = ((query.to_json(), key.to_json(), value) for query, key, value in self.top(n))
-        return {
-            **{name: getattr(self, name) for name in facts},
-            "pairs": [{"query": query, "key": key, "contribution": value} for query, key, value in pairs],
-            "by_query": [node.to_json() | {"contribution": value} for node, value in self.by_query(n)],
-            "by_key": [node.to_json() | {"contribution": value} for node, value in self.by_key(n)],
-        }
+    def _label(self, columns: Sequence[int]) -> list[str]:
+        kept = np.zeros(len(self._table["kind"]), dtype=bool)
+        kept[list(columns)] = True
+        return node_labels(self.model, self.local, [], self._table, kept)
 
-    def _marginal(self, nodes: tuple[SourceNode, ...], sums: np.ndarray, n: int) -> list[tuple[SourceNode, float]]:
-        _check_count(n)
-        chosen = _largest(sums, n)
-        label = self._labeller([nodes[i] for i in chosen])
-        return [(label(nodes[i]), float(sums[i])) for i in chosen]
+    def _others(self, contrast: int | str | None, frozen: FrozenQueryKey, query: int, key: int) -> list[int]:
+        """Key positions whose mean score is subtracted."""
+        if contrast is None:
+            return []
+        if contrast == "mean":
+            others = [other for other in torch.nonzero(frozen.visible_TT[query])[:, 0].tolist() if other != key]
+            if not others:
+                raise ValueError(f"no contrast: position {key} is the only key that position {query} sees")
+            return others
+        if isinstance(contrast, str):
+            raise ValueError(f"contrast must be a key position, 'mean' or None, got {contrast!r}")
+        other = self._visible("contrast", contrast, frozen, query)
+        if other == key:
+            raise ValueError(f"contrast needs another key than position {key}")
+        return [other]
 
-    def _labeller(self, nodes: Sequence[SourceNode]) -> Callable[[SourceNode], SourceNode]:
-        """A function that labels these nodes."""
-        columns = sorted({node.column for node in nodes if node.kind is not None})
-        labels = dict(zip(columns, self._labels(columns), strict=True)) | {-1: "constants"}
-        return lambda node: replace(node, label=labels[node.column])
-
-
-def summed_magnitudes(queries_NK: np.ndarray, keys_MK: np.ndarray) -> float:
-    """Sum of |Q_n . K_m| over all pairs."""
-    starts = range(0, len(queries_NK), ROWS_AT_ONCE)
-    return sum(float(np.abs(queries_NK[start : start + ROWS_AT_ONCE] @ keys_MK.T).sum()) for start in starts)
-
-
-def _largest(values: np.ndarray, n: int) -> np.ndarray:
-    """Places of the n values of largest magnitude, in falling order."""
-    size = np.abs(values)
-    chosen = np.argpartition(-size, n - 1)[:n] if n < len(size) else np.arange(len(size))
-    return chosen[np.argsort(-size[chosen], kind="stable")]
+    def _visible(self, name: str, position: int, frozen: FrozenQueryKey, query: int) -> int:
+        position = check_position(position, len(self.tokens_T), name=name)
+        if position > query:
+            raise ValueError(f"{name} position {position} lies after query position {query}, which cannot attend to it")
+        if not frozen.visible_TT[query, position]:
+            raise ValueError(f"{name} position {position} lies outside the attention window of query position {query}")
+        return position
 
 
-def _check_count(n: int) -> None:
-    if integer("n", n) < 1:
-        raise ValueError(f"expected to show at least one, got n={n}")
+def attribute_score(
+    model: ReplacementModel,
+    prompt: Prompt,
+    *,
+    layer: int,
+    head: int,
+    query: int = -1,
+    key: int | None = None,
+    contrast: int | str | None = None,
+) -> QKAttribution:
+    """Divide a head's attention score among pairs of a query node and a key node; for several scores, `QKAttributor`.
+
+    Args:
+        model: language model with a crosscoder spliced in.
+        prompt: text, or a list or 1-D tensor of token ids.
+        layer: layer of the head.
+        head: query head; it shares its key head with others where the model has fewer of those.
+        query: position that attends; negative counts from the end.
+        key: position attended to, at most `query`; by default the one with the largest attention probability.
+        contrast: subtract the score at this key position, or with `mean` the mean over the other visible keys. It costs
+            K targets per key position.
+
+    Raises:
+        ValueError: a prompt the model cannot read, a layer, head or position it does not have, a key the query does not
+            see, or an architecture whose scores are not a product of queries and keys alone (ALiBi).
+        IdentityError: the pairs do not sum to the score.
+
+    >>> attribution = attribute_score(model, prompt, layer=2, head=3, contrast="mean")  # doctest: +SKIP
+    >>> attribution.top(3)                                                             # doctest: +SKIP
+    """
+    attributor = QKAttributor(model, prompt)
+    return attributor.score(layer=layer, head=head, query=query, key=key, contrast=contrast)

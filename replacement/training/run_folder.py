@@ -59,8 +59,9 @@ def find_start(config: RunConfig, out: Path, *, resume: bool) -> int | None:
     if not settings.exists():
         if resume:
             raise ValueError(f"{out} holds no run to resume: start one without --resume")
-        check_folder(out)
-        if out.exists() and ({path.name for path in out.iterdir()} - {LOCK_FILE}):
+        if not out.is_dir():
+            check_folder(out)
+        elif {path.name for path in out.iterdir()} - {LOCK_FILE}:
             raise ValueError(f"{out} is in use and holds no run: choose another folder")
         return None
     begun = holds_run(out)

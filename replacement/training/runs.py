@@ -91,6 +91,7 @@ def run(
     run_folder.find_start(config, out, resume=resume)  # mistakes are told before models are loaded
     if run_folder.is_finished(out):
         return checkpoint.load(out / run_folder.RESULT, device=device)
+    parallel.barrier()  # the check below makes a folder and removes it, which no process must meet while it looks
     check_folder(out)
     run_folder.check_not_locked(out, parallel)
     active = _Run(config, out, parallel, device=device)

@@ -1,7 +1,7 @@
 """Attribution by automatic differentiation: an independent implementation that the explicit transport is compared with.
 
-It shares no code with `circuits.attribution.transport` or `replacement.language_model.frozen_layers`: TransformerLens runs the
-model itself, hooks fix the attention patterns and norm scales, MLP outputs and embeddings become leaves (and attention
+It shares no code with `circuits.attribution.direct_effects` or `replacement.language_model.frozen_layers`: TransformerLens runs
+the model itself, hooks fix the attention patterns and norm scales, MLP outputs and embeddings become leaves (and attention
 outputs, where a crosscoder writes those too), and rows of A are gradients at the leaves times source vectors. Written to be
 fast as well: the forward pass runs once over B copies of the prompt, targets of one layer share backward passes of B targets
 each, and a backward pass stops at the embeddings and never enters an MLP.

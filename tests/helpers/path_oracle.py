@@ -1,7 +1,7 @@
 """Heads by dense matrices: an independent implementation that the split of edges by heads is compared with.
 
 It shares no code with `replacement.language_model.frozen_layers`, `circuits.heads.writes_and_reads` or
-`circuits.attribution.transport`: one `[T D, T D]` matrix per head is built from the bridge's raw
+`circuits.attribution.direct_effects`: one `[T D, T D]` matrix per head is built from the bridge's raw
 `W_V`, `W_O` and norm gains, the model's own patterns and its own streams, and whatever a
 source writes is carried through all layers with only some heads switched on. With `on(S)` the edge that a set S of heads
 leaves, the part of the paths that go through exactly the heads of a chain follows by inclusion and exclusion:

@@ -11,8 +11,8 @@ import torch
 from autograd_oracle import compare_with_oracle
 
 from circuits import DifferenceTarget, FeatureTarget, NodeKind, TokenTarget, trace
+from circuits.attribution.direct_effects import Transport
 from circuits.attribution.targets import parse_target
-from circuits.attribution.transport import Transport
 from replacement import BatchTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 
 IDENTITY = {torch.float32: 1e-4, torch.float64: 1e-10}

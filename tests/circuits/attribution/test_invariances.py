@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from circuits import CircuitGraph, NodeKind, trace
+from circuits.attribution.direct_effects import Transport
+from circuits.attribution.direct_effects_with_attention import ResidualTransport
 from circuits.attribution.readers import Targets
-from circuits.attribution.residual_transport import ResidualTransport
-from circuits.attribution.transport import Transport
 from replacement import Crosscoder, ReLU, ReplacementModel, Wiring
 
 TOKENS = tiny.random_tokens(9)

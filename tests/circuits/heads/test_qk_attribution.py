@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 import circuits.heads.qk_attribution
-import circuits.heads.qk_attributor
+import circuits.heads.qk_result
 from circuits import NodeKind, QKAttributor, attribute_score
 from circuits.attribution.identity import IdentityError
 from replacement import LanguageModel, LocalReplacement, ReplacementModel, Wiring
@@ -256,7 +256,7 @@ def test_contrast_subtracts_what_other_keys_get(attributor_of: Any, architecture
                 sums[node.column] = sums[node.column] + weight * row
         expected = np.stack([sums[node.column] for node in contrasted.key_nodes])
         np.testing.assert_allclose(contrasted.key_vectors_MK, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
-    monkeypatch.setattr(circuits.heads.qk_attributor, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(circuits.heads.qk_attribution, "NUMBERS_AT_ONCE", 1)
     np.testing.assert_allclose(attributor.score(**where, key=6, contrast="mean").pairs, mean.pairs, rtol=0, atol=1e-9)
 
 
@@ -286,7 +286,7 @@ def test_top_pairs_and_marginals(language_model: Any, monkeypatch: Any) -> None:
         values = [value for _, value in marginal(10**6)]
         np.testing.assert_allclose(values, sums[np.argsort(-np.abs(sums))], rtol=1e-6, atol=1e-9)
         assert len(marginal(3)) == 3
-    monkeypatch.setattr(circuits.heads.qk_attribution, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(circuits.heads.qk_result, "ROWS_AT_ONCE", 7)
     assert found.top(12) == top
     assert len(found.top(10**6)) == pairs.size
 

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.attribution.direct_effects import constant_stream
 from circuits.attribution.readers import HeadTargets, Targets
 from circuits.attribution.sources import LayerSources, Sources
-from circuits.attribution.transport import constant_stream
 from replacement import LocalReplacement
 from replacement.splicing.skip import add_terms
 

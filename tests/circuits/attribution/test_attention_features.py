@@ -12,8 +12,8 @@ import torch
 from autograd_oracle import compare_with_oracle
 
 from circuits import CircuitGraph, FeatureTarget, NodeKind, trace
-from circuits.attribution import residual_transport as transport_file
-from circuits.attribution.residual_transport import ResidualTransport
+from circuits.attribution import direct_effects_with_attention as transport_file
+from circuits.attribution.direct_effects_with_attention import ResidualTransport
 from circuits.attribution.targets import parse_target
 from replacement import JumpReLU, ReplacementModel, Site, Wiring
 
