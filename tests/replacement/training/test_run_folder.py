@@ -270,8 +270,8 @@ def test_snapshots_of_earlier_versions_resume(value: dict[str, Any], out: Path, 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("run.json", b"{", "run.json is damaged: "),
-        ("run.json", b"\xff", "run.json is damaged: "),
+        ("run.json", b"{", "run.json is not JSON: "),
+        ("run.json", b"\xff", "run.json is not JSON: "),
         ("run.json", b"[]", "run.json is damaged: expected a JSON object, got list"),
         ("inputs.json", b"3", "inputs.json is damaged: expected a JSON object, got int"),
         ("inputs.json", b"{}", "is not what it was when the run in "),
