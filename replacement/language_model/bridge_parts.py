@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from replacement.crosscoder.sites import ModelShape, Site
@@ -127,8 +127,20 @@ class BridgeParts:
         """Norms of one layer, in forward order; `_post` ones act on what a branch writes (Gemma 2 and 3)."""
         return [name for name in ("ln1", "ln1_post", "ln2", "ln2_post") if name in self.bridge.blocks[layer]._modules]
 
-    def norm_weights(self, path: str) -> NormWeights:
-        """Gain and offset of the norm at `blocks.{layer}.{name}` or `ln_final`."""
+    def norm_before(self, layer: int, part: str) -> str | None:
+        """Path of the norm through which `attention` or `mlp` reads the stream; None where it reads the stream itself.
+
+        Parallel blocks may share one norm (Phi, GPT-J, Falcon, Cohere); OLMo 2 has norms behind its sub-layers only.
+        """
+        shared = ("ln2", "ln1") if self.shape.parallel else ("ln2",)
+        present = [name for name in (("ln1",) if part == "attention" else shared) if name in self.norm_names(layer)]
+        return f"blocks.{layer}.{present[0]}" if present else None
+
+    def norm_weights(self, path: str | None) -> NormWeights:
+        """Gain and offset of the norm at `blocks.{layer}.{name}` or `ln_final`; the identity for None."""
+        if path is None:
+            zeros_D = torch.zeros(self.shape.d_model, dtype=self.dtype, device=self.device)
+            return NormWeights(zeros_D + 1, zeros_D, centred=False)
         norm = self._component(path)
         original = norm.original_component
         weight = getattr(original, "weight", None)
@@ -160,7 +172,7 @@ class BridgeParts:
             W_K=attention.W_K.detach(),
             b_Q=None if b_Q is None else b_Q.detach(),
             b_K=None if b_K is None else b_K.detach(),
-            norm_in=self.norm_weights(f"blocks.{layer}.ln1"),
+            norm_in=self.norm_weights(self.norm_before(layer, "attention")),
             query_norm=norms.get("q_norm"),
             key_norm=norms.get("k_norm"),
             scale=scale,
@@ -190,9 +202,17 @@ class BridgeParts:
         return [f"blocks.{layer}.attn.{name}" for name in ours]
 
     def unembedding(self) -> tuple[Tensor, Tensor]:
-        """`W_U [D, V]` and `b_U [V]` (zeros where the model has none)."""
+        """`W_U [D, V]` and `b_U [V]` (zeros where the model has none), a factor of all logits (Granite, Cohere) included."""
         W_U, b_U = self.bridge.W_U.detach(), self.bridge.b_U
-        return W_U, W_U.new_zeros(W_U.shape[1]) if b_U is None else b_U.detach()
+        b_U = W_U.new_zeros(W_U.shape[1]) if b_U is None else b_U.detach()
+        scale = self._logit_scale()
+        return (W_U, b_U) if scale == 1 else (W_U * scale, b_U * scale)
+
+    def _logit_scale(self) -> float:
+        """Slope at zero, where a soft-cap has slope 1, of what the model makes of the unembedding's output."""
+        adapter = getattr(self.bridge, "adapter", None)
+        near_zero = torch.tensor(2.0**-40, dtype=torch.float64)
+        return 1.0 if adapter is None else float(adapter.apply_output_logits_transform(near_zero) / near_zero)
 
     def soft_cap(self, logits: Tensor) -> Tensor:
         """The model's last step: `cap * tanh(logits / cap)` where it has a soft-cap (Gemma 2), else the logits."""
@@ -215,9 +235,14 @@ class BridgeParts:
             W_O=attention.W_O.detach(),
             b_V=None if b_V is None else b_V.detach(),
             b_O=None if b_O is None else b_O.detach(),
-            norm_in=self.norm_weights(f"blocks.{layer}.ln1"),
+            norm_in=self.norm_weights(self.norm_before(layer, "attention")),
             norm_out=self.norm_weights(f"blocks.{layer}.ln1_post") if post else None,
+            residual_scale=self._residual_scale(layer),
         )
+
+    def _residual_scale(self, layer: int) -> float:
+        """What multiplies the outputs of attention and MLP before they are added to the stream (Granite)."""
+        return float(getattr(self.bridge.blocks[layer], "residual_contribution_scale", 1.0))
 
     def _component(self, path: str) -> Any:
         component: Any = self.bridge
@@ -230,22 +255,26 @@ class BridgeParts:
         if blocks is None or getattr(self.bridge, "ln_final", None) is None:
             raise ValueError(f"{self.architecture} cannot be linearised exactly: it has no plain stack of blocks")
         for layer, block in enumerate(blocks):
-            for part in ("ln1", "attn", "ln2", "mlp"):
-                if part not in block._modules:
-                    raise ValueError(
-                        f"{self.architecture} cannot be linearised exactly: layer {layer} has no '{part}' to freeze"
-                    )
+            attention = getattr(block, "attn", None)
+            missing = [part for part in ("attn", "mlp") if part not in block._modules]
+            missing += [f"attn.{part}" for part in "vo" if attention is not None and part not in attention._modules]
+            if missing:
+                raise ValueError(
+                    f"{self.architecture} cannot be linearised exactly: layer {layer} has no '{missing[0]}' to freeze"
+                )
 
     def _float64_norm_hooks(self) -> tuple[list[NamedHook], list[NamedHook]]:
-        """In float64, redo the RMS norms: Hugging Face computes them in float32 whatever the model's dtype.
+        """In float64, redo the norms of other classes than PyTorch's: Hugging Face computes them in float32 in any dtype.
 
         Returns:
             Hooks that keep each norm's input, and hooks that compute its output from it.
         """
-        if self.dtype != torch.float64 or not self.bridge.ln_final.uses_rms_norm:
+        if self.dtype != torch.float64:
             return [], []
         head_norms = [path for layer in range(self.shape.n_layers) for path in self._head_norms(layer)]
-        pairs = [self._float64_norm(path) for path in [*head_norms, *self.norm_paths]]
+        paths = [*head_norms, *self.norm_paths]
+        redone = [path for path in paths if not isinstance(self._component(path).original_component, nn.LayerNorm)]
+        pairs = [self._float64_norm(path) for path in redone]
         return [keep for keep, _ in pairs], [redo for _, redo in pairs]
 
     def norm_map(self, path: str) -> Callable[[Tensor], Tensor]:
@@ -276,13 +305,14 @@ class BridgeParts:
         stream = "resid_pre" if self.shape.parallel else "resid_mid"
         if read not in ("mlp_in", stream):
             raise ValueError(f"mlp_out is a function of mlp_in or {stream} at each position, not of {read}")
-        mlp = self.bridge.blocks[layer].mlp
-        before = self.norm_map(f"blocks.{layer}.ln2") if read == stream else None
+        mlp, scale = self.bridge.blocks[layer].mlp, self._residual_scale(layer)
+        norm = self.norm_before(layer, "mlp")
+        before = self.norm_map(norm) if read == stream and norm is not None else None
         after = self.norm_map(f"blocks.{layer}.ln2_post") if "ln2_post" in self.norm_names(layer) else None
 
         def apply(x_BD: Tensor) -> Tensor:
             y_BD = mlp((before(x_BD) if before else x_BD)[None])[0]
-            return after(y_BD) if after else y_BD
+            return (after(y_BD) if after else y_BD) * scale
 
         return apply
 

@@ -74,7 +74,7 @@ def freeze(parts: BridgeParts, tokens_T: Tensor, *, sites: Iterable[Site] = ()) 
         token_embedding_TD=cache["hook_embed"],
         position_embedding_TD=cache.get("hook_pos_embed"),
         attentions=tuple(_freeze_attention(parts, layer, cache) for layer in layers),
-        norms_mlp=tuple(_freeze_norm(parts, f"blocks.{layer}.ln2", cache) for layer in layers),
+        norms_mlp=tuple(_freeze_norm(parts, parts.norm_before(layer, "mlp"), cache) for layer in layers),
         norm_final=_freeze_norm(parts, "ln_final", cache),
         activations={site: cache[name].flatten(1) for name, site in names.items()},
     )
@@ -141,13 +141,18 @@ def _freeze_attention(parts: BridgeParts, layer: int, cache: Mapping[str, Tensor
     scale_out = cache.get(f"{block}.ln1_post.hook_scale")
     return parts.attention_weights[layer].freeze(
         cache[f"{block}.attn.hook_pattern"],
-        cache[f"{block}.ln1.hook_scale"][:, 0],
+        _norm_scale(parts.norm_before(layer, "attention"), cache),
         None if scale_out is None else scale_out[:, 0],
     )
 
 
-def _freeze_norm(parts: BridgeParts, path: str, cache: Mapping[str, Tensor]) -> FrozenNorm:
-    return parts.norm_weights(path).freeze(cache[f"{path}.hook_scale"][:, 0])
+def _freeze_norm(parts: BridgeParts, path: str | None, cache: Mapping[str, Tensor]) -> FrozenNorm:
+    return parts.norm_weights(path).freeze(_norm_scale(path, cache))
+
+
+def _norm_scale(path: str | None, cache: Mapping[str, Tensor]) -> Tensor:
+    """Scale `[T]` of a norm; ones where there is none."""
+    return cache[f"{path}.hook_scale"][:, 0] if path is not None else torch.ones_like(cache["ln_final.hook_scale"][:, 0])
 
 
 def _check_exact(frozen: FrozenPrompt, output_TV: Tensor, cache: Mapping[str, Tensor], parts: BridgeParts) -> None:

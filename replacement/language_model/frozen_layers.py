@@ -103,8 +103,9 @@ class AttentionWeights:
         b_O: Tensor | None,
         norm_in: NormWeights,
         norm_out: NormWeights | None,
+        residual_scale: float = 1.0,
     ) -> AttentionWeights:
-        """Fold both norms into the weights `W_V [H or fewer, D, K]` and `W_O [H, K, D]`."""
+        """Fold both norms, and the factor of what is written, into `W_V [H or fewer, D, K]` and `W_O [H, K, D]`."""
         n_heads = W_O.shape[0]
         b_V = W_V.new_zeros(W_V.shape[0], W_V.shape[2]) if b_V is None else b_V
         b_O = W_O.new_zeros(W_O.shape[2]) if b_O is None else b_O
@@ -118,6 +119,8 @@ class AttentionWeights:
                 W_O = W_O - W_O.mean(-1, keepdim=True)
                 b_O = b_O - b_O.mean()
             W_O, b_O, norm_bias = W_O * norm_out.weight_D, b_O * norm_out.weight_D, norm_out.bias_D
+        if residual_scale != 1:
+            W_O, b_O, norm_bias = W_O * residual_scale, b_O * residual_scale, norm_bias * residual_scale
         groups = n_heads // W_V.shape[0]
         W_V_XD = einops.repeat(W_V, "g d k -> (g r k) d", r=groups)
         W_O_XD = einops.rearrange(W_O, "h k d -> (h k) d").contiguous()
