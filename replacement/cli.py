@@ -178,6 +178,14 @@ def show(
     show_page(pairs(facts.items()))
 
 
+@app.command()
+def architectures() -> None:
+    """Which architectures can be traced, and why the others cannot, as a Markdown table."""
+    from replacement.language_model.architectures import markdown_table
+
+    typer.echo(markdown_table())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
     return run(app, "replacement", arguments)

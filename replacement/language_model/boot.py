@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,8 +28,9 @@ def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tupl
     try:
         with _quiet():
             bridge = TransformerBridge.boot_transformers(str(name_or_folder), dtype=dtype, device=device)
-            if dtype == torch.float64 and hasattr(bridge.original_model, "set_experts_implementation"):
-                bridge.original_model.set_experts_implementation("eager")  # the fused kernel knows no float64
+            model: Any = bridge.original_model
+            if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+                model.set_experts_implementation("eager")  # the fused kernel knows no float64
     except Exception as error:  # the loaders below raise types of their own, tokenizers a bare Exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load the language model {str(name_or_folder)!r}: {reason[:300]}") from error

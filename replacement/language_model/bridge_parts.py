@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.language_model.frozen_layers import AttentionWeights, NormWeights
-from replacement.language_model.queries_and_keys import QueryKeyWeights
+from replacement.language_model.queries_and_keys import QueryKeyWeights, Rotation
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -89,12 +90,25 @@ class BridgeParts:
         return [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.shape.n_layers)]
 
     def pattern_hooks(self, patterns: Sequence[Tensor]) -> list[NamedHook]:
-        """Hooks that hold every attention pattern at a given value, whatever the queries and keys."""
+        """Hooks that hold every attention pattern at a given value, whatever the queries and keys.
 
-        def hold(pattern_BHTT: Tensor) -> Any:
-            return lambda x, hook: pattern_BHTT.to(x).expand_as(x)
+        They mix the values themselves: some modules show a pattern only when it has been used (GPT-J, GPT-Neo, OPT).
+        """
+        pairs = [self._held_pattern(layer, pattern_BHTT) for layer, pattern_BHTT in enumerate(patterns)]
+        return [hook for pair in pairs for hook in pair]
 
-        return [(name, hold(pattern)) for name, pattern in zip(self.pattern_names, patterns, strict=True)]
+    def _held_pattern(self, layer: int, pattern_BHTT: Tensor) -> tuple[NamedHook, NamedHook]:
+        seen: dict[str, Tensor] = {}
+
+        def keep(v_BTGK: Tensor, hook: Any) -> None:
+            seen["v"] = v_BTGK
+
+        def mix(z_BTHK: Tensor, hook: Any) -> Tensor:
+            v_BTHK = seen.pop("v").view(*z_BTHK.shape[:2], -1, z_BTHK.shape[-1])
+            v_BTHK = v_BTHK.repeat_interleave(z_BTHK.shape[2] // v_BTHK.shape[2], 2)
+            return torch.einsum("bhts,bshk->bthk", pattern_BHTT.to(z_BTHK).expand(len(z_BTHK), -1, -1, -1), v_BTHK)
+
+        return (f"blocks.{layer}.attn.v.hook_out", keep), (f"blocks.{layer}.attn.hook_z", mix)
 
     @property
     def norm_paths(self) -> list[str]:
@@ -145,9 +159,9 @@ class BridgeParts:
         original = norm.original_component
         weight = getattr(original, "weight", None)
         bias = getattr(original, "bias", None)
-        width = self.shape.d_model if weight is None else len(weight)  # norms of queries and keys are over d_head
+        width = self.shape.d_model if weight is None else weight.numel()  # norms of queries and keys are not over D
         zeros_D = torch.zeros(width, dtype=self.dtype, device=self.device)
-        weight_D = zeros_D + 1 if weight is None else weight.detach() + (1 if norm.uses_weight_offset else 0)
+        weight_D = zeros_D + 1 if weight is None else weight.detach().flatten() + (1 if norm.uses_weight_offset else 0)
         return NormWeights(weight_D, zeros_D if bias is None else bias.detach(), centred=not norm.uses_rms_norm)
 
     @property
@@ -194,12 +208,41 @@ class BridgeParts:
         names = {f"blocks.{layer}.{hook}" for hook in ("hook_resid_pre", "ln1.hook_scale")}
         return (names | {f"blocks.{layer}.attn.{hook}" for hook in hooks}) & set(self.bridge.hook_dict)
 
+    def rotation(self, layer: int, shown: Mapping[str, Tensor], n_positions: int) -> Rotation | None:
+        """Rotary embedding of one layer, from what its hooks showed, or from the table of a module that has it inside."""
+        attention, cfg = self.bridge.blocks[layer].attn, self.bridge.cfg
+        cos_TR, sin_TR = shown.get("hook_cos"), shown.get("hook_sin")
+        table = getattr(attention.original_component, "embed_positions", None)
+        if cos_TR is None and isinstance(table, Tensor):  # GPT-J
+            sin_TR, cos_TR = table[:n_positions].to(self.dtype).repeat_interleave(2, -1).chunk(2, -1)
+            return Rotation(cos_TR, sin_TR, neighbours=True)
+        if cos_TR is None or sin_TR is None:
+            return None
+        if getattr(cfg, "rotary_interleaved_cos_sin", False):
+            return Rotation(cos_TR, sin_TR, neighbours=True)
+        if getattr(cfg, "rotary_adjacent_pairs", False):
+            halves = (x.chunk(2, -1)[0].repeat_interleave(2, -1) for x in (cos_TR, sin_TR))
+            return Rotation(*halves, neighbours=True)
+        if 2 * cos_TR.shape[-1] == self.shape.d_head and get_rotary_pct_from_config(cfg) == 1:  # GPT-OSS
+            cos_TR, sin_TR = torch.cat([cos_TR, cos_TR], -1), torch.cat([sin_TR, sin_TR], -1)
+        return Rotation(cos_TR, sin_TR, neighbours=False)
+
+    def head_norm_scale(self, layer: int, name: str, shown: Mapping[str, Tensor]) -> Tensor | None:
+        """Scale `[H or 1, T, 1]` of the norm of queries (`q_norm`) or keys (`k_norm`); None where there is none."""
+        scale = shown.get(f"{name}.hook_scale")
+        if scale is None or scale.ndim == 2:  # one norm of all heads at once: OLMo 2
+            return None if scale is None else scale[None]
+        weight = self._component(f"blocks.{layer}.attn.{name}").weight
+        return (
+            scale.transpose(0, 1) if weight.ndim == 2 else scale
+        )  # a gain for every head comes with [T, H, 1]: Cohere
+
     def _head_norms(self, layer: int) -> list[str]:
-        """Norms over `d_head` of queries and keys (Gemma 3, Qwen 3); one over all heads at once is another thing."""
+        """Norms of queries and keys: over the channels of a head (Gemma 3, Qwen 3) or over all heads at once (OLMo 2)."""
         modules = self.bridge.blocks[layer].attn._modules
         weights = {name: getattr(modules.get(name), "weight", None) for name in ("q_norm", "k_norm")}
-        ours = [name for name, weight in weights.items() if weight is not None and weight.shape == (self.shape.d_head,)]
-        return [f"blocks.{layer}.attn.{name}" for name in ours]
+        gains = [name for name, weight in weights.items() if weight is not None and weight.ndim > 0]
+        return [f"blocks.{layer}.attn.{name}" for name in gains]
 
     def unembedding(self) -> tuple[Tensor, Tensor]:
         """`W_U [D, V]` and `b_U [V]` (zeros where the model has none), a factor of all logits (Granite, Cohere) included."""
@@ -251,17 +294,27 @@ class BridgeParts:
         return component
 
     def _require_parts(self) -> None:
-        blocks = getattr(self.bridge, "blocks", None)
-        if blocks is None or getattr(self.bridge, "ln_final", None) is None:
-            raise ValueError(f"{self.architecture} cannot be linearised exactly: it has no plain stack of blocks")
+        if (why := self._missing_part()) is not None:
+            raise ValueError(f"{self.architecture} cannot be linearised exactly: {why}")
+
+    def _missing_part(self) -> str | None:
+        blocks: Any = getattr(self.bridge, "blocks", None)
+        if blocks is None:
+            return "it has no plain stack of blocks"
+        if getattr(getattr(self.bridge, "ln_final", None), "original_component", None) is None:
+            return "it has no norm in front of the unembedding"
+        if getattr(self.bridge.cfg, "new_decoder_architecture", False):
+            return "TransformerLens takes the fused projections of Falcon's new decoder architecture apart in another order"
         for layer, block in enumerate(blocks):
-            attention = getattr(block, "attn", None)
-            missing = [part for part in ("attn", "mlp") if part not in block._modules]
-            missing += [f"attn.{part}" for part in "vo" if attention is not None and part not in attention._modules]
-            if missing:
-                raise ValueError(
-                    f"{self.architecture} cannot be linearised exactly: layer {layer} has no '{missing[0]}' to freeze"
-                )
+            attention = block._modules.get("attn")
+            present = {
+                *block._modules,
+                *(f"attn.{part}" for part in (attention._modules if attention is not None else ())),
+            }
+            for part in ("attn", "mlp", "attn.v", "attn.o"):
+                if part not in present:
+                    return f"layer {layer} has no '{part}' to freeze"
+        return None
 
     def _float64_norm_hooks(self) -> tuple[list[NamedHook], list[NamedHook]]:
         """In float64, redo the norms of other classes than PyTorch's: Hugging Face computes them in float32 in any dtype.
@@ -283,7 +336,8 @@ class BridgeParts:
 
         def apply(x: Tensor) -> Tensor:
             c = x - x.mean(-1, keepdim=True) if weights.centred else x
-            return c / (c.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * weights.weight_D + weights.bias_D
+            gain, offset = (w.unflatten(0, (-1, x.shape[-1])) for w in (weights.weight_D, weights.bias_D))
+            return c / (c.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * gain + offset
 
         return apply
 

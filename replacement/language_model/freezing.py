@@ -17,7 +17,7 @@ from torch import Tensor
 from replacement.crosscoder.sites import Site
 from replacement.language_model.bridge_parts import BridgeParts
 from replacement.language_model.frozen_layers import FrozenAttention, FrozenNorm
-from replacement.language_model.queries_and_keys import FrozenQueryKey, QueryKeyWeights
+from replacement.language_model.queries_and_keys import FrozenQueryKey, QueryKeyWeights, Rotation
 
 # Rounding of a rebuilt activation, relative to the largest term of its sum; anything above is a different computation.
 _EXACT = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -103,14 +103,14 @@ def freeze_query_key(parts: BridgeParts, tokens_T: Tensor, *, layer: int) -> Fro
     visible_TT = torch.ones_like(pattern_HTT[0], dtype=torch.bool).tril()
     if not shows_pattern:
         visible_TT &= shown_HTT[0] > torch.finfo(shown_HTT.dtype).min / 2
-    own_HTT = _own_scores(weights, attention) if shows_pattern or weights.soft_cap is not None else shown_HTT
+    rotation = parts.rotation(layer, attention, len(tokens_T))
+    own_HTT = _own_scores(weights, rotation, attention) if shows_pattern or weights.soft_cap is not None else shown_HTT
     frozen = FrozenQueryKey(
         weights=weights,
-        scale_in_T=cache[f"{block}.ln1.hook_scale"][:, 0],
-        query_gain_HTK=weights.query_gain(attention.get("q_norm.hook_scale"), len(tokens_T)),
-        key_gain_GTK=weights.key_gain(attention.get("k_norm.hook_scale"), len(tokens_T)),
-        cos_TR=attention.get("hook_cos"),
-        sin_TR=attention.get("hook_sin"),
+        scale_in_T=_norm_scale(parts, parts.norm_before(layer, "attention"), cache, len(tokens_T)),
+        query_gain_HTK=weights.query_gain(parts.head_norm_scale(layer, "q_norm", attention), len(tokens_T)),
+        key_gain_GTK=weights.key_gain(parts.head_norm_scale(layer, "k_norm", attention), len(tokens_T)),
+        rotation=rotation,
         scores_HTT=own_HTT.masked_fill(~visible_TT, -torch.inf),
         pattern_HTT=pattern_HTT,
         visible_TT=visible_TT,
@@ -124,11 +124,19 @@ def freeze_query_key(parts: BridgeParts, tokens_T: Tensor, *, layer: int) -> Fro
     return frozen
 
 
-def _own_scores(weights: QueryKeyWeights, attention: Mapping[str, Tensor]) -> Tensor:
-    """The model's own scores before any soft-cap, from its own queries and keys (rotated ones where it has those)."""
-    q_THK, k_TGK = (attention.get(f"hook_rot_{name}", attention[f"{name}.hook_out"]) for name in "qk")
-    k_THK = k_TGK.repeat_interleave(q_THK.shape[1] // k_TGK.shape[1], 1)
-    return torch.einsum("thk,shk->hts", q_THK, k_THK) * weights.scale
+def _own_scores(weights: QueryKeyWeights, rotation: Rotation | None, attention: Mapping[str, Tensor]) -> Tensor:
+    """The model's own scores before any soft-cap, from its own queries and keys (rotated here if it does not show them so)."""
+    q_HTK, k_GTK = (
+        rotated.transpose(0, 1)
+        if (rotated := attention.get(f"hook_rot_{name}")) is not None
+        else _rotated(attention[f"{name}.hook_out"].transpose(0, 1), rotation)
+        for name in "qk"
+    )
+    return q_HTK @ k_GTK.repeat_interleave(len(q_HTK) // len(k_GTK), 0).transpose(1, 2) * weights.scale
+
+
+def _rotated(x_HTK: Tensor, rotation: Rotation | None) -> Tensor:
+    return x_HTK if rotation is None else rotation.apply(x_HTK)
 
 
 def _require_exact_dtype(parts: BridgeParts) -> None:
@@ -141,18 +149,20 @@ def _freeze_attention(parts: BridgeParts, layer: int, cache: Mapping[str, Tensor
     scale_out = cache.get(f"{block}.ln1_post.hook_scale")
     return parts.attention_weights[layer].freeze(
         cache[f"{block}.attn.hook_pattern"],
-        _norm_scale(parts.norm_before(layer, "attention"), cache),
+        _norm_scale(parts, parts.norm_before(layer, "attention"), cache, len(cache["ln_final.hook_in"])),
         None if scale_out is None else scale_out[:, 0],
     )
 
 
 def _freeze_norm(parts: BridgeParts, path: str | None, cache: Mapping[str, Tensor]) -> FrozenNorm:
-    return parts.norm_weights(path).freeze(_norm_scale(path, cache))
+    return parts.norm_weights(path).freeze(_norm_scale(parts, path, cache, len(cache["ln_final.hook_in"])))
 
 
-def _norm_scale(path: str | None, cache: Mapping[str, Tensor]) -> Tensor:
+def _norm_scale(parts: BridgeParts, path: str | None, cache: Mapping[str, Tensor], n_positions: int) -> Tensor:
     """Scale `[T]` of a norm; ones where there is none."""
-    return cache[f"{path}.hook_scale"][:, 0] if path is not None else torch.ones_like(cache["ln_final.hook_scale"][:, 0])
+    if path is None:
+        return torch.ones(n_positions, dtype=parts.dtype, device=parts.device)
+    return cache[f"{path}.hook_scale"][:, 0]
 
 
 def _check_exact(frozen: FrozenPrompt, output_TV: Tensor, cache: Mapping[str, Tensor], parts: BridgeParts) -> None:

@@ -3,11 +3,11 @@
 Letters: T tokens, H query heads, G key heads (H = G x queries per key), K d_head, R rotated part of K, D d_model.
 
     score(q, k) = scale (R_q query(x_q)) . (R_k key(x_k))
-    query(x) = gain_q ((centre(x) weight / scale_in) W_Q + b_Q)        gain: of the norm over d_head, where there is one
+    query(x) = gain_q ((centre(x) weight / scale_in) W_Q + b_Q)        gain: of the norm of queries, where there is one
 
-The norm's weight and centring are folded into `W_Q` and `W_K`; its scale, the scale of the norms of queries and keys
-(Gemma 3, Qwen 3) and the rotation `R` are fixed per position. A soft-cap on scores (Gemma 2) is not part of the map:
-scores are those before it.
+The norm's weight and centring are folded into `W_Q` and `W_K`; its scale, the scale of the norms of queries and keys (of each
+head: Gemma 3, Qwen 3, Cohere; of all heads at once: OLMo 2) and the rotation `R` are fixed per position. A soft-cap on scores
+(Gemma 2) is not part of the map: scores are those before it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class QueryKeyWeights:
     """What queries hold when the stream is zero: input-norm bias through `W_Q`, plus `b_Q`."""
     W_K_GKD: Float[Tensor, "G K D"]
     b_K_GK: Float[Tensor, "G K"]
-    query_norm_K: Float[Tensor, " K"] | None
-    """Gain of the norm of queries over d_head; None where there is none."""
-    key_norm_K: Float[Tensor, " K"] | None
+    query_norm_HK: Float[Tensor, "H K"] | None
+    """Gain of the norm of queries; None where there is none."""
+    key_norm_GK: Float[Tensor, "G K"] | None
     scale: float
     """Factor of the inner product of query and key."""
     soft_cap: float | None
@@ -53,44 +53,75 @@ class QueryKeyWeights:
         scale: float,
         soft_cap: float | None,
     ) -> QueryKeyWeights:
-        """Fold the input norm into `W_Q [H, D, K]` and `W_K [G, D, K]`."""
-        (W_Q_HKD, b_Q_HK), (W_K_GKD, b_K_GK) = _fold_norm(W_Q, b_Q, norm_in), _fold_norm(W_K, b_K, norm_in)
+        """Fold the input norm, and the centring of the norms of queries and keys, into `W_Q [H, D, K]` and `W_K [G, D, K]`.
+
+        Args:
+            query_norm: gain over the channels of a head, or over those of all heads one after another.
+            key_norm: the same for keys.
+        """
+        W_Q_HKD, b_Q_HK = _fold_norms(W_Q, b_Q, norm_in, query_norm)
+        W_K_GKD, b_K_GK = _fold_norms(W_K, b_K, norm_in, key_norm)
         return cls(
             W_Q_HKD=W_Q_HKD,
             b_Q_HK=b_Q_HK,
             W_K_GKD=W_K_GKD,
             b_K_GK=b_K_GK,
-            query_norm_K=None if query_norm is None else query_norm.weight_D,
-            key_norm_K=None if key_norm is None else key_norm.weight_D,
+            query_norm_HK=None if query_norm is None else query_norm.weight_D.view(-1, W_Q.shape[2]).expand_as(b_Q_HK),
+            key_norm_GK=None if key_norm is None else key_norm.weight_D.view(-1, W_K.shape[2]).expand_as(b_K_GK),
             scale=scale,
             soft_cap=soft_cap,
         )
 
     def query_gain(self, norm_scale_HT1: Tensor | None, n_positions: int) -> Float[Tensor, "H T K"]:
         """What multiplies every query: gain and frozen scale of the norm of queries, or ones."""
-        return _gain(self.b_Q_HK, self.query_norm_K, norm_scale_HT1, n_positions)
+        return _gain(self.b_Q_HK, self.query_norm_HK, norm_scale_HT1, n_positions)
 
     def key_gain(self, norm_scale_GT1: Tensor | None, n_positions: int) -> Float[Tensor, "G T K"]:
         """The same for keys."""
-        return _gain(self.b_K_GK, self.key_norm_K, norm_scale_GT1, n_positions)
+        return _gain(self.b_K_GK, self.key_norm_GK, norm_scale_GT1, n_positions)
 
     def cap(self, scores: Tensor) -> Tensor:
         """What the softmax sees of scores."""
         return scores if self.soft_cap is None else self.soft_cap * torch.tanh(scores / self.soft_cap)
 
 
-def _fold_norm(W: Tensor, b: Tensor | None, norm_in: NormWeights) -> tuple[Tensor, Tensor]:
+def _fold_norms(
+    W: Tensor, b: Tensor | None, norm_in: NormWeights, norm_out: NormWeights | None
+) -> tuple[Tensor, Tensor]:
     bias = torch.einsum("d,hdk->hk", norm_in.bias_D, W)
+    bias = bias if b is None else bias + b
     folded = W * norm_in.weight_D[:, None]
     if norm_in.centred:
         folded = folded - folded.mean(1, keepdim=True)
-    return folded.transpose(1, 2).contiguous(), bias if b is None else bias + b
+    if norm_out is not None and norm_out.centred:
+        folded, bias = folded - folded.mean(2, keepdim=True), bias - bias.mean(1, keepdim=True)
+    return folded.transpose(1, 2).contiguous(), bias
 
 
-def _gain(b_HK: Tensor, norm_K: Tensor | None, norm_scale_HT1: Tensor | None, n_positions: int) -> Tensor:
-    if norm_K is None or norm_scale_HT1 is None:
+def _gain(b_HK: Tensor, norm_HK: Tensor | None, norm_scale_HT1: Tensor | None, n_positions: int) -> Tensor:
+    if norm_HK is None or norm_scale_HT1 is None:
         return b_HK.new_ones(b_HK.shape[0], n_positions, b_HK.shape[1])
-    return norm_K / norm_scale_HT1
+    return norm_HK[:, None] / norm_scale_HT1
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotary position embedding: the first R channels are turned, pair by pair, by an angle that depends on the position."""
+
+    cos_TR: Float[Tensor, "T R"]
+    sin_TR: Float[Tensor, "T R"]
+    neighbours: bool
+    """Pairs are the channels (0, 1), (2, 3), ... (GPT-J, Cohere); otherwise (i, i + R / 2)."""
+
+    def apply(self, x: Tensor, position: int | slice = slice(None)) -> Tensor:
+        """Rotate the last axis of `[..., K]`: for one position, or for all along the axis before it."""
+        rotated, rest = x.tensor_split([self.cos_TR.shape[-1]], dim=-1)
+        turned = _rotate_neighbours(rotated) if self.neighbours else rotate_half(rotated)
+        return torch.cat([rotated * self.cos_TR[position] + turned * self.sin_TR[position], rest], -1)
+
+
+def _rotate_neighbours(x: Tensor) -> Tensor:
+    return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +133,8 @@ class FrozenQueryKey:
     """Scale of the norm in front of the layer."""
     query_gain_HTK: Float[Tensor, "H T K"]
     key_gain_GTK: Float[Tensor, "G T K"]
-    cos_TR: Float[Tensor, "T R"] | None
-    """Rotary embedding of every position, over the first R channels; None where positions are learned."""
-    sin_TR: Float[Tensor, "T R"] | None
+    rotation: Rotation | None
+    """None where positions are learned, or the layer has none (SmolLM 3, Cohere 2)."""
     scores_HTT: Float[Tensor, "H T T"]
     """The model's own scores `[head, query, key]` before any soft-cap; minus infinity where a key is masked."""
     pattern_HTT: Float[Tensor, "H T T"]
@@ -155,9 +185,4 @@ class FrozenQueryKey:
         return self._rotate(vectors_DK, position).T, self._rotate(b_K * gain_K, position)
 
     def _rotate(self, x: Tensor, position: int | slice) -> Tensor:
-        """The model's rotation, on the last axis of `[..., K]`: of one position, or of all along the axis before it."""
-        if self.cos_TR is None or self.sin_TR is None:
-            return x
-        rotated, rest = x.tensor_split([self.cos_TR.shape[-1]], dim=-1)
-        rotated = rotated * self.cos_TR[position] + rotate_half(rotated) * self.sin_TR[position]
-        return torch.cat([rotated, rest], -1)
+        return x if self.rotation is None else self.rotation.apply(x, position)

@@ -69,15 +69,14 @@ class AutogradOracle:
 
     def _forward(self) -> None:
         lm = self.model.language_model
-        norms = [f"blocks.{i}.{n}" for i in range(lm.shape.n_layers) for n in lm.parts.norm_names(i)] + ["ln_final"]
         hooks: list[tuple[str, Any]] = []
-        for path in norms:
+        for path in lm.parts.norm_paths:
             hooks += self._frozen_norm(path)
         # Norms of queries and keys, which some models compute in float32, are as exact in these as in the local model.
         names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(lm.shape.n_layers)]
         _, patterns = lm.parts.capture(self.local.frozen.tokens_T, set(names))
         for layer, name in enumerate(names):
-            hooks.append((name, lambda x, hook, name=name: patterns[name].expand_as(x)))
+            hooks += self._frozen_pattern(layer, patterns[name])
             hooks.append((f"blocks.{layer}.hook_mlp_out", self._mlp_leaf(layer)))
             if self.local.attention is not None:
                 hooks.append((f"blocks.{layer}.hook_attn_out", self._leaf(f"attn_out.{layer}")))
@@ -133,13 +132,27 @@ class AutogradOracle:
             x, original = seen.pop("x"), norm.original_component
             if not norm.uses_rms_norm:
                 x = x - x.mean(-1, keepdim=True)
-            epsilon = getattr(original, "variance_epsilon", getattr(original, "eps", None))
+            epsilon = getattr(original, "variance_epsilon", getattr(original, "eps", 1e-5))  # OLMo 1 names none
             scale = (x.detach().pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
-            gain = original.weight + (1 if norm.uses_weight_offset else 0)
+            gain = getattr(original, "weight", 1) + (1 if norm.uses_weight_offset else 0)
             bias = getattr(original, "bias", None)
             return x / scale * gain + (0 if bias is None else bias)
 
         return [(f"{path}.hook_in", keep), (f"{path}.hook_out", redo)]
+
+    def _frozen_pattern(self, layer: int, pattern_HTT: Tensor) -> list[tuple[str, Any]]:
+        """Mix the values by a constant pattern; some modules show theirs only when it has been used."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(v: Tensor, hook: Any) -> None:
+            seen["v"] = v.reshape(*v.shape[:2], -1, self.model.language_model.shape.d_head)
+
+        def mix(z: Tensor, hook: Any) -> Tensor:
+            v = seen.pop("v")
+            group_H = torch.arange(len(pattern_HTT)) * v.shape[2] // len(pattern_HTT)
+            return torch.einsum("hts,bshk->bthk", pattern_HTT, v[:, :, group_H])
+
+        return [(f"blocks.{layer}.attn.v.hook_out", keep), (f"blocks.{layer}.attn.hook_z", mix)]
 
     def _rows(self, stream: str, vectors_ND: Tensor, position_N: Tensor) -> tuple[Tensor, Tensor]:
         """One backward pass: gradients of `vectors[n] . stream[n, position[n]]` at every leaf, times the sources."""

@@ -50,16 +50,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_model(architecture: str, folder: Path) -> Path:
+    """Write a model of one of the architectures above."""
+    _, model_class, options = HUGGING_FACE[architecture]
+    return write_model(model_class, options, folder)
+
+
+def write_model(model_class: str, options: dict[str, Any], folder: Path) -> Path:
     """Write a model with every weight away from its default, so that no norm gain or bias is trivial."""
-    config, model_class, options = HUGGING_FACE[architecture]
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(getattr(transformers, config)(**options))
+    build = getattr(transformers, model_class)
+    model = build(build.config_class(**options))
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter) * 0.3
             parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    words = tokenizer()
+    words.eos_token = words.bos_token  # some classes of tokenizers add one of their own past the vocabulary
+    words.save_pretrained(folder)
     return folder
 
 

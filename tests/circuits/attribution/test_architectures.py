@@ -1,0 +1,123 @@
+"""Every row of the architecture table: what it says works is exact, and what it says is refused is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from architectures import SETTINGS
+from autograd_oracle import compare_with_oracle
+
+from circuits import trace
+from replacement import LanguageModel, ReplacementModel
+from replacement.cli import main
+from replacement.language_model.architectures import ARCHITECTURES, Architecture, markdown_table
+
+ROOT = Path(__file__).parents[3]
+TRACED = [row for row in ARCHITECTURES if not row.refused]
+REFUSED = [row for row in ARCHITECTURES if row.refused]
+
+
+LOADED: dict[tuple[Path, torch.dtype], LanguageModel] = {}
+REASONS = {
+    "BERT (as a decoder)": "the embedding, rebuilt from frozen parts, is off",
+    "DeepSeek V3": "layer 0 has no 'attn.v' to freeze",
+    "Falcon (40B, 180B, 11B)": "TransformerLens takes the fused projections of .* apart in another order",
+    "GPT": "it has no norm in front of the unembedding",
+    "Mamba": "layer 0 has no 'attn' to freeze",
+    "nanochat": "the embedding, rebuilt from frozen parts, is off",
+    "OPT (350M)": "it has no norm in front of the unembedding",
+    "RecurrentGemma": "layer 0 has no 'attn' to freeze",
+    "T5": "it has no plain stack of blocks",
+    "XGLM": "the embedding, rebuilt from frozen parts, is off",
+}
+
+
+@pytest.fixture(params=TRACED, ids=[row.name for row in TRACED], scope="module")
+def traced(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Architecture, Path]]:
+    """A row that works, and the folder of a tiny model."""
+    folder = tmp_path_factory.mktemp("architecture")
+    yield request.param, tiny.write_model(request.param.model_class, SETTINGS[request.param.name], folder)
+    LOADED.clear()
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """The model of a folder, loaded once."""
+    if (folder, dtype) not in LOADED:
+        LOADED[folder, dtype] = LanguageModel.from_pretrained(folder, dtype=dtype)
+    return LOADED[folder, dtype]
+
+
+def test_every_row_has_a_model() -> None:
+    assert list(SETTINGS) == [row.name for row in ARCHITECTURES]
+
+
+def test_logits_are_those_of_transformers(traced: tuple[Architecture, Path]) -> None:
+    row, folder = traced
+    lm, tokens_T = load(folder), tiny.random_tokens()
+    original = getattr(transformers, row.model_class).from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected_TV = original(tokens_T[None]).logits[0]
+    torch.testing.assert_close(lm(tokens_T), expected_TV, rtol=0, atol=1e-5 * float(expected_TV.abs().max()))
+    in_float64 = load(folder, torch.float64)(tokens_T)
+    torch.testing.assert_close(in_float64.float(), expected_TV, rtol=0, atol=1e-4 * float(expected_TV.abs().max()))
+
+
+def test_a_graph_is_exact(traced: tuple[Architecture, Path]) -> None:
+    lm = load(traced[1])
+    graph = trace(ReplacementModel(lm, tiny.crosscoder_for(lm)), tiny.random_tokens(), coverage=1.0)
+    assert 0 < graph.identity_error <= 1e-5
+    lm = load(traced[1], torch.float64)
+    compare_with_oracle(
+        ReplacementModel(lm, tiny.crosscoder_for(lm, n_features=16)), tiny.random_tokens(6), tolerance=1e-11
+    )
+
+
+def test_a_massive_first_token_hides_no_error(traced: tuple[Architecture, Path]) -> None:
+    lm = LanguageModel.from_pretrained(traced[1])
+    lm.freeze(tiny.with_massive_first_token(lm))
+
+
+def test_frozen_patterns_and_norms_are_held(traced: tuple[Architecture, Path]) -> None:
+    """With both of another prompt the logits are neither prompt's; with its own they are the model's."""
+    lm, (first, second) = load(traced[1]), (tiny.random_tokens(seed=seed) for seed in (0, 1))
+    held = {"patterns": lm.read_patterns(first), "norm_scales": lm.read_norm_scales(first)}
+    size = float(lm(first).abs().max())
+    torch.testing.assert_close(lm.run(first, {}, **held), lm(first), rtol=0, atol=1e-4 * size)
+    for name, value in held.items():
+        assert float((lm.run(second, {}, **{name: value}) - lm(second)).abs().max()) > 1e-3 * size
+
+
+def test_attention_scores(traced: tuple[Architecture, Path]) -> None:
+    row, folder = traced
+    for dtype in (torch.float32, torch.float64):
+        lm = load(folder, dtype)
+        if row.scores == "yes" or (row.scores == "float32 only" and dtype == torch.float32):
+            for layer in range(lm.shape.n_layers):
+                lm.freeze_query_key(tiny.random_tokens(), layer=layer)
+        else:
+            with pytest.raises(ValueError, match=f"attention scores of {row.model_class} cannot be attributed exactly"):
+                lm.freeze_query_key(tiny.random_tokens(), layer=0)
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=[row.name for row in REFUSED])
+def test_refused(row: Architecture, tmp_path: Path) -> None:
+    tiny.write_model(row.model_class, SETTINGS[row.name], tmp_path)
+    with pytest.raises(ValueError, match=f"{row.model_class} cannot be linearised exactly: {REASONS[row.name]}"):
+        LanguageModel.from_pretrained(tmp_path)
+
+
+def test_the_readme_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["architectures"]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed == markdown_table()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (held,) = re.findall(r"<!-- replacement architectures -->\n(.*?)\n<!-- end -->", readme, re.S)
+    assert held.strip() == printed
