@@ -221,8 +221,8 @@ class BridgeParts:
         if getattr(cfg, "rotary_interleaved_cos_sin", False):
             return Rotation(cos_TR, sin_TR, neighbours=True)
         if getattr(cfg, "rotary_adjacent_pairs", False):
-            halves = (x.chunk(2, -1)[0].repeat_interleave(2, -1) for x in (cos_TR, sin_TR))
-            return Rotation(*halves, neighbours=True)
+            cos_TR, sin_TR = (x.chunk(2, -1)[0].repeat_interleave(2, -1) for x in (cos_TR, sin_TR))
+            return Rotation(cos_TR, sin_TR, neighbours=True)
         if 2 * cos_TR.shape[-1] == self.shape.d_head and get_rotary_pct_from_config(cfg) == 1:  # GPT-OSS
             cos_TR, sin_TR = torch.cat([cos_TR, cos_TR], -1), torch.cat([sin_TR, sin_TR], -1)
         return Rotation(cos_TR, sin_TR, neighbours=False)

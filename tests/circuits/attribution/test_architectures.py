@@ -13,7 +13,7 @@ import transformers
 from architectures import SETTINGS
 from autograd_oracle import compare_with_oracle
 
-from circuits import trace
+from circuits import attribute_score, trace
 from replacement import LanguageModel, ReplacementModel
 from replacement.cli import main
 from replacement.language_model.architectures import ARCHITECTURES, Architecture, markdown_table
@@ -95,16 +95,18 @@ def test_frozen_patterns_and_norms_are_held(traced: tuple[Architecture, Path]) -
         assert float((lm.run(second, {}, **{name: value}) - lm(second)).abs().max()) > 1e-3 * size
 
 
-def test_attention_scores(traced: tuple[Architecture, Path]) -> None:
-    row, folder = traced
-    for dtype in (torch.float32, torch.float64):
-        lm = load(folder, dtype)
-        if row.scores == "yes" or (row.scores == "float32 only" and dtype == torch.float32):
-            for layer in range(lm.shape.n_layers):
-                lm.freeze_query_key(tiny.random_tokens(), layer=layer)
-        else:
-            with pytest.raises(ValueError, match=f"attention scores of {row.model_class} cannot be attributed exactly"):
-                lm.freeze_query_key(tiny.random_tokens(), layer=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_attention_scores(traced: tuple[Architecture, Path], dtype: torch.dtype) -> None:
+    (row, folder), tokens_T = traced, tiny.random_tokens()
+    lm = load(folder, dtype)
+    if row.scores == "yes" or (row.scores == "float32 only" and dtype == torch.float32):
+        for layer in range(lm.shape.n_layers):
+            lm.freeze_query_key(tokens_T, layer=layer)
+        score = attribute_score(ReplacementModel(lm, tiny.crosscoder_for(lm)), tokens_T, layer=1, head=2)
+        assert score.identity_error <= {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
+    else:
+        with pytest.raises(ValueError, match=f"attention scores of {row.model_class} cannot be attributed exactly"):
+            lm.freeze_query_key(tokens_T, layer=0)
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=[row.name for row in REFUSED])

@@ -96,7 +96,7 @@ def test_local_and_global_layers_rotate_differently(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path)
     lm = LanguageModel.from_pretrained(tmp_path, dtype=torch.float64)
     attributor = QKAttributor(model_of(lm), tiny.random_tokens())
-    cos = [attributor.frozen(layer).cos_TR for layer in range(3)]
+    cos = [attributor.frozen(layer).rotation.cos_TR for layer in range(3)]
     assert torch.equal(cos[0], cos[2])
     assert not torch.allclose(cos[0], cos[1], atol=1e-3)
     for layer in range(3):
@@ -353,12 +353,12 @@ def test_bad_counts(attributor_of: Any) -> None:
     ("name", "options"),
     [
         ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": tiny.VOCABULARY, "max_seq_len": 32}),
-        ("Glm", {**tiny.SIZES, **tiny.GROUPED}),
+        ("HunYuanDenseV1", {**tiny.SIZES, **tiny.GROUPED}),
     ],
-    ids=["biased scores", "another rotation"],
+    ids=["biased scores", "norms after the rotation"],
 )
 def test_other_scores_are_refused_by_name(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    """ALiBi adds what no node causes; GLM rotates neighbouring channels. Attribution of features works in both."""
+    """ALiBi adds what no node causes; HunYuan normalises what it has rotated. Attribution of features works in both."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**options)
     getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(tmp_path)

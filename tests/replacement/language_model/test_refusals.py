@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import replacement
 from replacement import LanguageModel
+from replacement.language_model.bridge_parts import BridgeParts
 
 
 def save(folder: Path, kind: str, options: dict[str, Any], head: str = "ForCausalLM") -> Path:
@@ -28,9 +29,6 @@ def save(folder: Path, kind: str, options: dict[str, Any], head: str = "ForCausa
 @pytest.mark.parametrize(
     ("kind", "head", "options", "message"),
     [
-        ("Granite", "ForCausalLM", {"residual_multiplier": 0.2}, "GraniteForCausalLM cannot be linearised exactly"),
-        ("Granite", "ForCausalLM", {"logits_scaling": 2.0}, "GraniteForCausalLM .* exactly: the unembedding"),
-        ("Bert", "LMHeadModel", {"is_decoder": True}, "BertLMHeadModel cannot be linearised exactly"),
         ("Bert", "ForMaskedLM", {}, "BertForMaskedLM cannot be linearised exactly"),
         ("GPT2", "LMHeadModel", {**tiny.GPT2, "n_layer": 0}, "n_layers must be 1 or more, got 0"),
     ],
@@ -41,6 +39,18 @@ def test_architectures_are_refused_when_the_model_is_made(
     sizes = {} if kind == "GPT2" else tiny.SIZES
     with pytest.raises(ValueError, match=message):
         LanguageModel.from_pretrained(save(tmp_path, kind, {**sizes, **options}, head))
+
+
+@pytest.mark.parametrize(
+    ("factor", "part"), [("_residual_scale", "attention of layer 0"), ("_logit_scale", "unembedding")]
+)
+def test_a_factor_that_is_left_out_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: str, part: str
+) -> None:
+    save(tmp_path, "Granite", {**tiny.SIZES, "residual_multiplier": 0.2, "logits_scaling": 2.0})
+    monkeypatch.setattr(BridgeParts, factor, lambda self, *given: 1.0)
+    with pytest.raises(ValueError, match=f"GraniteForCausalLM cannot be linearised exactly: the {part}, rebuilt"):
+        LanguageModel.from_pretrained(tmp_path)
 
 
 def test_the_check_leaves_no_second_copy_of_the_weights(model_folder: Callable[[str], Path]) -> None:
