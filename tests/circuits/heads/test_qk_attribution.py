@@ -359,11 +359,7 @@ def test_bad_counts(attributor_of: Any) -> None:
 )
 def test_other_scores_are_refused_by_name(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     """ALiBi adds what no node causes; HunYuan normalises what it has rotated. Attribution of features works in both."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**options)
-    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    model = model_of(LanguageModel.from_pretrained(tmp_path))
+    model = model_of(LanguageModel.from_pretrained(tiny.write_model(f"{name}ForCausalLM", options, tmp_path)))
     with pytest.raises(ValueError, match=f"attention scores of {name}ForCausalLM cannot be attributed exactly"):
         attribute_score(model, tiny.random_tokens(), layer=0, head=0)
 
