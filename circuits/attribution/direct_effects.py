@@ -31,12 +31,14 @@ from replacement import LocalReplacement
 from replacement.language_model.frozen_layers import Scratch
 from replacement.splicing.skip import add_terms
 
-ROWS_PER_CHUNK = 2048
-"""Targets x positions carried at once: enough for full-speed matrix products, small enough to stay near the cache."""
+ROWS_PER_CHUNK = {"cpu": 2048, "cuda": 2**16, "mps": 2**14}
+"""Targets x positions carried at once: enough for fast matrix products, and on CPUs small enough to stay near the cache."""
+LEAST_TARGETS = 16
+"""Targets of a chunk however long the prompt is: each source row that is read from memory is then used this often."""
 PUSHED_NUMBERS = 2**25
 """Most numbers that embeddings pushed through attention 0 may take (128 MiB in float32)."""
 PADDING = 1.1
-"""Carried rows over rows in a causal cone, above which a chunk of a fair size is closed early."""
+"""Largest ratio of carried rows to rows inside a causal cone, for chunks that are not small."""
 
 
 class Transport:
@@ -44,7 +46,7 @@ class Transport:
 
     def __init__(self, local: LocalReplacement) -> None:
         self.local = local
-        self.sources = Sources.of(local)
+        self.sources = Sources(local)
         self.constants = constant_stream(local, self.sources)
         self.pushed = None if local.crosscoder.skip else _push_embeddings(local)
         self.scratch = Scratch()
@@ -60,21 +62,21 @@ class Transport:
         bias_N = (vectors_ND * self.constants[depth_N, position_N]).sum(-1)
         effects_NC = vectors_ND.new_empty(len(vectors_ND), self.sources.columns.n_columns)
         order_N = torch.argsort(position_N, stable=True)
-        for chunk in _chunks(position_N[order_N].tolist()):
+        for chunk in _chunks(position_N[order_N].tolist(), ROWS_PER_CHUNK.get(vectors_ND.device.type, 2**14)):
             chosen = order_N[chunk]
             chosen = chosen[torch.argsort(depth_N[chosen], descending=True, stable=True)]
             walk = _Walk(self, vectors_ND[chosen], depth_N[chosen].tolist(), position_N[chosen])
-            effects_NC[chosen] = walk.down()
+            effects_NC[chosen] = walk.down().T
         return effects_NC, bias_N
 
 
-def _chunks(position_N: list[int]) -> Iterator[slice]:
-    """Cut targets, sorted by position, into runs of similar position and at most `ROWS_PER_CHUNK` carried rows."""
+def _chunks(position_N: list[int], rows: int) -> Iterator[slice]:
+    """Cut targets, sorted by position, into runs of similar position and about `rows` carried rows."""
     start, cone = 0, 0
     for n, position in enumerate(position_N):
         carried = (n + 1 - start) * (position + 1)
-        padded = carried > PADDING * (cone + position + 1) and carried > ROWS_PER_CHUNK / 4
-        if n > start and (carried > ROWS_PER_CHUNK or padded):
+        padded = carried > PADDING * (cone + position + 1) and carried > rows / 4
+        if n >= start + LEAST_TARGETS and (carried > rows or padded):
             yield slice(start, n)
             start, cone = n, 0
         cone += position + 1
@@ -90,7 +92,8 @@ class _Walk:
     depths: list[int]
     position_N: Tensor
     v_NTD: Tensor = field(init=False)
-    effects_NC: Tensor = field(init=False)
+    effects_CN: Tensor = field(init=False)
+    """Sources first: adding a source's effects on all targets then moves contiguous memory."""
     _pending: dict[int, Tensor] = field(init=False, default_factory=dict)
     """Vectors that skip matrices add when the walk reaches a depth."""
 
@@ -98,10 +101,10 @@ class _Walk:
         n_targets, D = self.vectors_ND.shape
         self.v_NTD = self.vectors_ND.new_zeros(n_targets, int(self.position_N.max()) + 1, D)
         self.v_NTD[torch.arange(n_targets, device=self.v_NTD.device), self.position_N] = self.vectors_ND
-        self.effects_NC = self.vectors_ND.new_zeros(n_targets, self.transport.sources.columns.n_columns)
+        self.effects_CN = self.vectors_ND.new_zeros(self.transport.sources.columns.n_columns, n_targets)
 
     def down(self) -> Tensor:
-        """Walk to the embeddings; return the effects `[N, C]`."""
+        """Walk to the embeddings; return the effects `[C, N]`."""
         pushed = self.transport.pushed
         for layer in reversed(range(min(self.transport.local.shape.n_layers, self.depths[0] // 2 + 1))):
             self._meet_mlp(layer, self._under_way(2 * layer + 2))
@@ -110,12 +113,12 @@ class _Walk:
                 reached = self._under_way(1)
                 self._meet_pushed(pushed, reached)
                 self._meet_embeddings(slice(reached, None))
-                return self.effects_NC
+                return self.effects_CN
             for rows, z_XNT in self._mix_back(layer):
                 self.transport.local.frozen.attentions[layer].add_values_back_(z_XNT, self.v_NTD[rows])
             self._add_pending(2 * layer)
         self._meet_embeddings(slice(None))
-        return self.effects_NC
+        return self.effects_CN
 
     def _mix_back(self, layer: int) -> Iterator[tuple[slice, Tensor]]:
         """Pull the targets under way back to the value vectors of one layer.
@@ -134,18 +137,20 @@ class _Walk:
 
     def _under_way(self, depth: int) -> int:
         """Number of targets that read at this depth or deeper; they are a prefix."""
-        return sum(one >= depth for one in self.depths)
+        return sum(target_depth >= depth for target_depth in self.depths)
 
     def _meet_mlp(self, layer: int, reached: int) -> None:
         if not reached:
             return
-        written, effects_NC = self.transport.sources.mlp.layers[layer], self.effects_NC[:reached]
-        for t in range(self.v_NTD.shape[1]):
-            rows = slice(written.offsets[t], written.offsets[t + 1])
-            effects_NS = self.v_NTD[:reached, t] @ written.vectors_SD[rows].T
-            effects_NC.index_add_(1, written.columns_S[rows], effects_NS)
-        positions_T = torch.arange(self.v_NTD.shape[1], device=self.v_NTD.device)
-        for depth, u_NTD in self.transport.local.skips.pull_back(self.v_NTD[:reached], layer, positions_T):
+        written, v_NTD = self.transport.sources.written(0, layer), self.v_NTD[:reached]
+        for block in written.blocks:
+            positions_P = block.positions_P[block.positions_P < v_NTD.shape[1]]
+            everywhere = len(positions_P) == v_NTD.shape[1]  # a view then, not a copy
+            v_PND = (v_NTD if everywhere else v_NTD[:, positions_P]).transpose(0, 1)
+            effects_PSN, columns_PS = written.products(block, v_PND)
+            self.effects_CN[columns_PS.flatten(), :reached] += effects_PSN.flatten(0, 1)  # no column occurs twice
+        positions_T = torch.arange(v_NTD.shape[1], device=v_NTD.device)
+        for depth, u_NTD in self.transport.local.skips.pull_back(v_NTD, layer, positions_T):
             if depth in self._pending:  # from a written layer above this one: as many targets or fewer
                 u_NTD[: len(self._pending[depth])] += self._pending[depth]
             self._pending[depth] = u_NTD
@@ -155,13 +160,13 @@ class _Walk:
         T, n_tokens = self.v_NTD.shape[1], len(self.transport.local.frozen.tokens_T)
         for place, source_TD in enumerate(_embeddings(self.transport.local)):
             columns = slice(place * n_tokens, place * n_tokens + T)
-            self.effects_NC[rows, columns] = torch.einsum("ntd,td->nt", self.v_NTD[rows], source_TD[:T])
+            self.effects_CN[columns, rows] = torch.einsum("ntd,td->tn", self.v_NTD[rows], source_TD[:T])
 
     def _meet_pushed(self, pushed_TDC: Tensor, reached: int) -> None:
         """Inner products with the embeddings after attention 0: one matrix product instead of the last pull-back."""
         T = self.v_NTD.shape[1]
         n_columns = pushed_TDC.shape[2]
-        self.effects_NC[:reached, :n_columns] = self.v_NTD[:reached].flatten(1) @ pushed_TDC[:T].flatten(0, 1)
+        self.effects_CN[:n_columns, :reached] = (self.v_NTD[:reached].flatten(1) @ pushed_TDC[:T].flatten(0, 1)).T
 
     def _add_pending(self, depth: int) -> None:
         if depth in self._pending:
@@ -179,14 +184,15 @@ def constant_stream(local: LocalReplacement, sources: Sources) -> Float[Tensor, 
     x_TD = torch.zeros_like(frozen.token_embedding_TD)
     positions_T = torch.arange(len(x_TD), device=x_TD.device)
     stream = x_TD.new_zeros(2 * shape.n_layers + 1, *x_TD.shape)
+    mlp_LD, attention_LD = sources.bias(0), None if local.attention is None else sources.bias(1)
     skipped: dict[int, Tensor] = {}  # by the layer written
     for layer, attention in enumerate(frozen.attentions):
         stream[2 * layer] = x_TD
         add_terms(skipped, skips.apply(x_TD, 2 * layer, positions_T))
-        x_TD = x_TD + (attention.apply(x_TD) if sources.attention is None else sources.attention.bias_LD[layer])
+        x_TD = x_TD + (attention.apply(x_TD) if attention_LD is None else attention_LD[layer])
         stream[2 * layer + 1] = x_TD
         add_terms(skipped, skips.apply(x_TD, 2 * layer + 1, positions_T))
-        x_TD = x_TD + sources.mlp.bias_LD[layer] + skips.bias(layer) + skipped.pop(layer, 0)
+        x_TD = x_TD + mlp_LD[layer] + skips.bias(layer) + skipped.pop(layer, 0)
     stream[-1] = x_TD
     return stream
 

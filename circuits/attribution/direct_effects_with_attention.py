@@ -30,7 +30,7 @@ class ResidualTransport:
 
     def __init__(self, local: LocalReplacement) -> None:
         self.local = local
-        self.sources = Sources.of(local)
+        self.sources = Sources(local)
         self.constants = constant_stream(local, self.sources)
 
     def attribute(self, targets: Targets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
@@ -40,7 +40,8 @@ class ResidualTransport:
         """
         n_targets, position_N, depth_N = len(targets.depth_N), targets.position_N, targets.depth_N
         target_N = torch.arange(n_targets, device=position_N.device)
-        effects_NC = self._effects(_Rows.sort(target_N, position_N, depth_N, targets.vectors_ND), n_targets)
+        rows = _Rows.sort(target_N, position_N, depth_N, targets.vectors_ND, self.constants.shape[1])
+        effects_NC = self._effects(rows, n_targets)
         return effects_NC, (targets.vectors_ND * self.constants[depth_N, position_N]).sum(-1)
 
     def attribute_heads(self, targets: HeadTargets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
@@ -56,9 +57,8 @@ class ResidualTransport:
             positions_T = torch.arange(v_NTD.shape[1], device=position_N.device)
             target_R, position_R = torch.nonzero(positions_T <= position_N[:, None], as_tuple=True)
             depth_R = torch.full_like(position_R, depth)
-            parts.append(
-                self._effects(_Rows.sort(target_R, position_R, depth_R, v_NTD[target_R, position_R]), len(w_NX))
-            )
+            rows = _Rows.sort(target_R, position_R, depth_R, v_NTD[target_R, position_R], T)
+            parts.append(self._effects(rows, len(w_NX)))
         return torch.cat(parts) if parts else targets.vectors_NX.new_zeros(0, self.sources.columns.n_columns), bias_N
 
     def _effects(self, rows: _Rows, n_targets: int) -> Tensor:
@@ -67,13 +67,13 @@ class ResidualTransport:
         pending: dict[int, Tensor] = {}  # vectors that skip connections add when the walk reaches a depth
         skips = self.local.skips
         for layer in reversed(range(min(self.local.shape.n_layers, int(rows.depth_R.max()) // 2 + 1))):
-            rows.meet(self.sources.mlp.layers[layer], 2 * layer + 2, effects_NC)
+            rows.meet(self.sources.written(0, layer), 2 * layer + 2, effects_NC)
             if skips:
                 reading_RD = rows.v_RD * (rows.depth_R >= 2 * layer + 2)[:, None]
                 add_terms(pending, skips.pull_back(reading_RD, layer, rows.position_R))
             rows.add(pending.pop(2 * layer + 1, None))
-            if self.sources.attention is not None:
-                rows.meet(self.sources.attention.layers[layer], 2 * layer + 1, effects_NC)
+            if self.local.attention is not None:
+                rows.meet(self.sources.written(1, layer), 2 * layer + 1, effects_NC)
             rows.add(pending.pop(2 * layer, None))
         frozen, first = self.local.frozen, 0
         for source_TD in (frozen.token_embedding_TD, frozen.position_embedding_TD):
@@ -91,23 +91,31 @@ class _Rows:
     position_R: Int[Tensor, " R"]
     depth_R: Int[Tensor, " R"]
     v_RD: Float[Tensor, "R D"]
-    offsets: list[int]
+    first_T: Int[Tensor, " T"]
+    """First row of every position."""
 
     @classmethod
-    def sort(cls, target_R: Tensor, position_R: Tensor, depth_R: Tensor, v_RD: Tensor) -> _Rows:
+    def sort(cls, target_R: Tensor, position_R: Tensor, depth_R: Tensor, v_RD: Tensor, n_positions: int) -> _Rows:
         order_R = torch.argsort(position_R * (int(depth_R.max()) + 1) + depth_R.max() - depth_R, stable=True)
-        counts = torch.bincount(position_R)
-        offsets = [0, *torch.cumsum(counts, 0).tolist()]
-        return cls(target_R[order_R], position_R[order_R], depth_R[order_R], v_RD[order_R], offsets)
+        counts_T = torch.bincount(position_R, minlength=n_positions)
+        first_T = torch.cumsum(counts_T, 0) - counts_T
+        return cls(target_R[order_R], position_R[order_R], depth_R[order_R], v_RD[order_R], first_T)
 
     def meet(self, written: LayerSources, depth: int, effects_NC: Tensor) -> None:
-        """Add the inner products of rows that read at `depth` or above it with what is written there."""
-        for t, (begin, end) in enumerate(zip(self.offsets[:-1], self.offsets[1:], strict=True)):
-            reached = slice(begin, begin + int((self.depth_R[begin:end] >= depth).sum()))
-            if reached.stop > begin:
-                sources = slice(written.offsets[t], written.offsets[t + 1])
-                effects_RS = self.v_RD[reached] @ written.vectors_SD[sources].T
-                effects_NC[self.target_R[reached, None], written.columns_S[sources]] += effects_RS
+        """Add the inner products of rows that read at `depth` or above it with what is written there.
+
+        Positions with equally many sources and equally many such rows are one batched product.
+        """
+        reached_T = torch.bincount(self.position_R[self.depth_R >= depth], minlength=len(self.first_T))
+        for block in written.blocks:
+            reached_P = reached_T[block.positions_P]
+            for n_rows in torch.unique(reached_P[reached_P > 0]).tolist():
+                place_P = torch.nonzero(reached_P == n_rows)[:, 0]
+                steps_N = torch.arange(n_rows, device=place_P.device)
+                row_PN = self.first_T[block.positions_P[place_P], None] + steps_N
+                effects_PSN, columns_PS = written.products(block, self.v_RD[row_PN], place_P)
+                # A target has one row at a position, and a column one position: no entry occurs twice.
+                effects_NC[self.target_R[row_PN][:, None], columns_PS[..., None]] += effects_PSN
 
     def add(self, u_RD: Tensor | None) -> None:
         """Add what skip matrices send to the point that the walk has reached."""

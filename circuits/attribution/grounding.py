@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.attribution.columns import Columns, source_table
 from circuits.attribution.metadata import crosscoder_fingerprint, legacy_crosscoder_fingerprint
-from circuits.attribution.sources import Sources
+from circuits.attribution.sources import LayerSources
 from circuits.attribution.targets import DifferenceTarget, LogitTarget, TokenTarget, check_model, resolve_logit
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
@@ -67,16 +67,24 @@ class Grounding:
             found.append((own, torch.from_numpy(column[own] - first).to(self.local.W_U.device)))
         return found
 
-    def writes(self, sources: Sources, nodes: np.ndarray) -> list[list[tuple[Tensor, Tensor]]]:
-        """What nodes write: for the MLPs and, where decomposed, attention, per layer places in `nodes` and vectors."""
+    def writes(self, nodes: np.ndarray) -> list[list[tuple[Tensor, Tensor]]]:
+        """What nodes write: for the MLPs and, where decomposed, attention, per layer places in `nodes` and vectors.
+
+        Only the decoder rows of these nodes are read.
+        """
         place_C = torch.full((self.columns.n_columns,), -1, device=self.local.W_U.device)
         place_C[torch.from_numpy(self.column_N[nodes])] = torch.arange(len(nodes), device=place_C.device)
-        parts = [sources.mlp] if sources.attention is None else [sources.mlp, sources.attention]
-        found = []
-        for part in parts:
-            places = [place_C[layer.columns_S] for layer in part.layers]
-            found.append([(p[p >= 0], layer.vectors_SD[p >= 0]) for p, layer in zip(places, part.layers, strict=True)])
-        return found
+        written: list[list[tuple[Tensor, Tensor]]] = []
+        for number, (part, (_, numbers_S)) in enumerate(
+            zip(self.local.decompositions, self.feature_numbers(nodes), strict=True)
+        ):
+            chosen_S, layers = torch.sort(numbers_S).values, []
+            for layer in range(self.local.shape.n_layers):
+                sources = LayerSources.gather(part, self.columns, number, layer, chosen_S)
+                place_S = place_C[sources.columns_S]
+                layers.append((place_S[place_S >= 0], sources.vectors_SD[place_S >= 0]))
+            written.append(layers)
+        return written
 
     def embeddings(self, nodes: np.ndarray) -> tuple[Tensor, Tensor]:
         """Places in `nodes` of tokens and learned positions, and their embeddings."""

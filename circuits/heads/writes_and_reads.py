@@ -21,7 +21,6 @@ from torch import Tensor
 
 from circuits.attribution.grounding import Grounding
 from circuits.attribution.readers import Targets, head_reads, logit_reads, stream_reads
-from circuits.attribution.sources import Sources
 from circuits.graph.nodes import NodeKind
 from replacement import LocalReplacement
 from replacement.language_model.frozen_layers import Scratch
@@ -84,7 +83,7 @@ class SourceWrites:
     def of(cls, grounding: Grounding, nodes: np.ndarray) -> SourceWrites:
         """Of graph nodes."""
         by_depth = {0: grounding.embeddings(nodes)}
-        for part, layers in enumerate(grounding.writes(Sources.of(grounding.local), nodes)):
+        for part, layers in enumerate(grounding.writes(nodes)):
             for layer, (source_S, vectors_SD) in enumerate(layers):
                 if len(source_S):
                     by_depth[2 * layer + 2 - part] = (source_S, vectors_SD)

@@ -14,7 +14,7 @@ import torch
 from circuits import trace
 from circuits.attribution import expansion
 from circuits.attribution.identity import IdentityError, check_identity, identity_tolerance
-from circuits.attribution.sources import LayerSources, PartSources
+from circuits.attribution.sources import LayerSources
 from replacement import LanguageModel, ReLU, ReplacementModel, Site, Wiring
 
 Fault = Callable[[Any], None]
@@ -28,34 +28,30 @@ def model_of(lm: Any, *, attention: bool, **options: Any) -> ReplacementModel:
     return ReplacementModel(lm, tiny.crosscoder_for(lm, **options), attention_crosscoder=of_attention)
 
 
-def with_vectors(part: PartSources, layer: int, change: Callable[[torch.Tensor], torch.Tensor]) -> PartSources:
-    """The sources of a part with those of one layer changed."""
-    written: list[LayerSources] = list(part.layers)
-    written[layer] = dataclasses.replace(written[layer], vectors_SD=change(written[layer].vectors_SD.clone()))
-    return dataclasses.replace(part, layers=tuple(written))
+def change_vectors(transport: Any, part: int, layer: int, change: Callable[[LayerSources], object]) -> None:
+    """Change the source vectors of one layer, which stay in memory."""
+    change(transport.sources.written(part, layer))
 
 
 def forget_an_mlp(transport: Any) -> None:
     """What layer 1 writes is met by no target."""
-    mlp = with_vectors(transport.sources.mlp, 1, torch.zeros_like)
-    transport.sources = dataclasses.replace(transport.sources, mlp=mlp)
+    change_vectors(transport, 0, 1, lambda written: written.vectors_SD.zero_())
 
 
 def forget_an_error_term(transport: Any) -> None:
     """The error of layer 1 at position 6."""
+    column = transport.sources.columns.error_columns[0] + len(transport.local.frozen.tokens_T) + 6
 
-    def change(vectors_SD: torch.Tensor) -> torch.Tensor:
-        vectors_SD[transport.sources.mlp.layers[1].offsets[6]] = 0
-        return vectors_SD
+    def forget(written: LayerSources) -> None:
+        written.vectors_SD[written.columns_S == column] = 0
 
-    transport.sources = dataclasses.replace(transport.sources, mlp=with_vectors(transport.sources.mlp, 1, change))
+    change_vectors(transport, 0, 1, forget)
 
 
 def forget_attention(transport: Any) -> None:
     """What attention of layer 1 writes or moves reaches no target."""
-    if transport.sources.attention is not None:
-        attention = with_vectors(transport.sources.attention, 1, torch.zeros_like)
-        transport.sources = dataclasses.replace(transport.sources, attention=attention)
+    if transport.local.attention is not None:
+        change_vectors(transport, 1, 1, lambda written: written.vectors_SD.zero_())
         return
     attentions = list(transport.local.frozen.attentions)
     attentions[1] = dataclasses.replace(attentions[1], kernel_HTT=torch.zeros_like(attentions[1].kernel_HTT))
@@ -114,7 +110,7 @@ def test_the_error_names_the_feature(
 @BOTH_PARTS
 def test_nan_makes_no_graph(language_model: Any, monkeypatch: pytest.MonkeyPatch, attention: bool) -> None:
     def spoil(transport: Any) -> None:
-        transport.sources.mlp.layers[0].vectors_SD[-1] = float("nan")
+        change_vectors(transport, 0, 0, lambda written: written.vectors_SD[-1].fill_(float("nan")))
 
     inject(monkeypatch, spoil)
     with pytest.raises(IdentityError, match='NaN or infinity at output "w5": the model\'s activations'):
