@@ -31,14 +31,17 @@ from replacement import LocalReplacement
 from replacement.language_model.frozen_layers import Scratch
 from replacement.splicing.skip import add_terms
 
-ROWS_PER_CHUNK = {"cpu": 2048, "cuda": 2**16, "mps": 2**14}
-"""Targets x positions carried at once: enough for fast matrix products, and on CPUs small enough to stay near the cache."""
 LEAST_TARGETS = 16
 """Targets of a chunk however long the prompt is: each source row that is read from memory is then used this often."""
 PUSHED_NUMBERS = 2**25
 """Most numbers that embeddings pushed through attention 0 may take (128 MiB in float32)."""
 PADDING = 1.1
 """Largest ratio of carried rows to rows inside a causal cone, for chunks that are not small."""
+
+
+def rows_per_chunk(device: torch.device) -> int:
+    """Targets x positions carried at once: enough for fast matrix products, and on CPUs small enough to stay near the cache."""
+    return 2048 if device.type == "cpu" else 2**16
 
 
 class Transport:
@@ -62,7 +65,7 @@ class Transport:
         bias_N = (vectors_ND * self.constants[depth_N, position_N]).sum(-1)
         effects_NC = vectors_ND.new_empty(len(vectors_ND), self.sources.columns.n_columns)
         order_N = torch.argsort(position_N, stable=True)
-        for chunk in _chunks(position_N[order_N].tolist(), ROWS_PER_CHUNK.get(vectors_ND.device.type, 2**14)):
+        for chunk in _chunks(position_N[order_N].tolist(), rows_per_chunk(vectors_ND.device)):
             chosen = order_N[chunk]
             chosen = chosen[torch.argsort(depth_N[chosen], descending=True, stable=True)]
             walk = _Walk(self, vectors_ND[chosen], depth_N[chosen].tolist(), position_N[chosen])

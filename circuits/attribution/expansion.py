@@ -28,6 +28,10 @@ FIRST_ROUND = 128
 """Features expanded in the first round; every further round doubles, so early rounds stay selective and late ones
 fast."""
 LARGEST_ROUND = 1024
+DENSE_BYTES = 2**28
+"""Most bytes that the rows of one round take before they are made sparse."""
+DENSE_ENTRIES = 2**22
+"""Most entries that are made sparse at once, and that one block can hold."""
 
 Progress = Callable[[int, float], None]
 """Called after every round with the number of features expanded and the unexpanded share of influence."""
@@ -53,6 +57,8 @@ class Attribution:
 
     n_columns: int
     n_nodes: int
+    drop_below: float = 0.0
+    """Entries of at most this share of their row's inflow are not stored: they count as lost."""
     blocks: dict[int, list[Block]] = field(default_factory=dict)
     """Rows by the depth at which their nodes read (see `circuits.attribution.direct_effects`)."""
     value: np.ndarray = field(init=False)
@@ -77,10 +83,14 @@ class Attribution:
         node = node_N.cpu().numpy()
         self.value[node], self.bias[node] = value_N.cpu().numpy(), bias_N.cpu().numpy()
         self.inflow[node], self.expanded[node] = inflow_N.cpu().numpy(), True
-        effects = effects_NC.cpu().numpy()
-        row, column = np.nonzero(effects)
-        counts = np.bincount(row, minlength=len(node))
-        self.blocks.setdefault(depth, []).append(Block(node, counts, column.astype(np.int32), effects[row, column]))
+        step = max(1, DENSE_ENTRIES // max(1, effects_NC.shape[1]))
+        for start in range(0, len(node), step):
+            rows = slice(start, start + step)
+            effects = effects_NC[rows].cpu().numpy()
+            row, column = np.nonzero(np.abs(effects) > (self.drop_below * self.inflow[node[rows]])[:, None])
+            counts = np.bincount(row, minlength=len(effects))
+            block = Block(node[rows], counts, column.astype(np.int32), effects[row, column])
+            self.blocks.setdefault(depth, []).append(block)
 
     def influence(self, output: np.ndarray) -> np.ndarray:
         """float64[N], influence through the rows made so far: one sweep from the deepest reader to the shallowest."""
@@ -96,13 +106,21 @@ class Attribution:
 class Attributor:
     """Makes rows for one prompt."""
 
-    def __init__(self, local: LocalReplacement, logits: Sequence[LogitTarget]) -> None:
+    def __init__(self, local: LocalReplacement, logits: Sequence[LogitTarget], *, drop_below: float = 0.0) -> None:
+        """Prepare the transport.
+
+        Args:
+            local: the prompt's local replacement model.
+            logits: targets that are logits.
+            drop_below: see `Attribution.drop_below`.
+        """
         self.local = local
         self.logits = logits
         self.transport = Transport(local) if local.attention is None else ResidualTransport(local)
         self.columns = self.transport.sources.columns
         n_columns = self.columns.n_columns
-        self.rows = Attribution(n_columns=n_columns, n_nodes=n_columns + len(logits))
+        self.rows = Attribution(n_columns=n_columns, n_nodes=n_columns + len(logits), drop_below=drop_below)
+        self.largest_round = max(1, min(LARGEST_ROUND, DENSE_BYTES // (n_columns * local.W_U.element_size())))
 
     def expand(
         self,
@@ -127,7 +145,7 @@ class Attributor:
         roots = np.flatnonzero(output[features])
         if len(roots):  # a feature that is a root needs its row whatever the limits
             self.expand_features(roots)
-        n_expanded, size = len(roots), FIRST_ROUND
+        n_expanded, size = len(roots), min(FIRST_ROUND, self.largest_round)
         while True:
             held = (rows.influence(output) + output)[features] * ~rows.expanded[features]
             rows.unexpanded_share = float(held.sum())
@@ -139,7 +157,7 @@ class Attributor:
                 rows.stopped_by = "max_nodes" if len(chosen) else "coverage"
                 return rows
             self.expand_features(np.sort(chosen[:room]))
-            n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, LARGEST_ROUND)
+            n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, self.largest_round)
 
     def _add(
         self,

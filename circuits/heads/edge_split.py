@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.direct_effects import ROWS_PER_CHUNK
+from circuits.attribution.direct_effects import rows_per_chunk
 from circuits.attribution.grounding import Grounding
 from circuits.attribution.identity import check_identity
 from circuits.graph.circuit_graph import CircuitGraph
@@ -216,14 +216,14 @@ class _Split:
 
 
 def _chunks(positions: Tensor, n_rows: Callable[[int], int]) -> Iterator[Tensor]:
-    """Rising numbers of nodes of similar position, as many at once as carry `ROWS_PER_CHUNK` rows.
+    """Rising numbers of nodes of similar position, as many at once as `rows_per_chunk` allows.
 
     Args:
         n_rows: rows that a node at a position carries; those of a chunk's first node count for all of them.
     """
     order, begin = torch.argsort(positions, stable=True), 0
     while begin < len(order):
-        end = begin + max(1, ROWS_PER_CHUNK // n_rows(int(positions[order[begin]])))
+        end = begin + max(1, rows_per_chunk(positions.device) // n_rows(int(positions[order[begin]])))
         yield order[begin:end].sort().values
         begin = end
 

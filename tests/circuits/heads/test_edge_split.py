@@ -258,7 +258,7 @@ def test_chunks_do_not_matter(language_model: Any, monkeypatch: pytest.MonkeyPat
     graph = traced(model, n_tokens=6).prune()
     chain = [(0, 1), (2, 3)]
     whole, whole_chain_E = split_heads(model, graph, hop=hop), chain_weights(model, graph, chain)
-    monkeypatch.setattr(circuits.heads.edge_split, "ROWS_PER_CHUNK", rows)
+    monkeypatch.setattr(circuits.heads.edge_split, "rows_per_chunk", lambda _: rows)
     assert_same_split(split_heads(model, graph, hop=hop), whole)
     chain_E = chain_weights(model, graph, chain)
     np.testing.assert_allclose(chain_E, whole_chain_E, rtol=0, atol=1e-11 * np.abs(whole_chain_E).max())
