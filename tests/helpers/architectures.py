@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny import CAPS, CONTEXT, GPT2, GROUPED, SIZES, VOCABULARY, WINDOW
+from tiny import CAPS, CONTEXT, GPT2, GROUPED, MULTIPLIERS, SIZES, VOCABULARY, WINDOW
 
 _GPT = {**GPT2, "eos_token_id": 1}
 _ROTARY_GPT = {**_GPT, "rotary_dim": 4}
@@ -12,12 +12,6 @@ _LLAMA = {**SIZES, **GROUPED}
 _GROUPED = {**SIZES, "num_key_value_heads": 2}
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_MULTIPLIERS = {
-    "residual_multiplier": 0.3,
-    "embedding_multiplier": 2.0,
-    "attention_multiplier": 0.2,
-    "logits_scaling": 3.0,
-}
 _OPT = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}
 _LATENT = {
     "q_lora_rank": 8,
@@ -72,8 +66,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "GPT-NeoX (Pythia)": SIZES,
     "GPT-NeoX (sequential)": {**SIZES, "use_parallel_residual": False},
     "GPT-OSS": {**_LLAMA, **WINDOW, **_LOCAL},
-    "Granite": {**_GROUPED, **_MULTIPLIERS},
-    "Granite MoE": {**_GROUPED, **_MULTIPLIERS, **_LOCAL},
+    "Granite": {**_GROUPED, **MULTIPLIERS},
+    "Granite MoE": {**_GROUPED, **MULTIPLIERS, **_LOCAL},
     "HunYuan": _LLAMA,
     "Llama": _LLAMA,
     "Ministral 3": _LLAMA,

@@ -65,11 +65,17 @@ class PathOracle:
         gain_D = original.weight.detach() + (1 if norm.uses_weight_offset else 0)
         return gain_D[:, None] * centre_DD / scale_T[:, None, None]
 
+    def _setting(self, name: str) -> float:
+        """A factor in the model's configuration; 1 where it has none."""
+        return float(getattr(getattr(self.parts.bridge.original_model, "config", None), name, 1.0))
+
     def values(self, layer: int, head: int) -> Tensor:
         """`[T, K, T, D]`: what a head puts into `attn_z` at one position, of a stream at another."""
         attention = self.parts.bridge.blocks[layer].attn
         group = head * attention.W_V.shape[0] // attention.W_O.shape[0]
-        value_SKD = attention.W_V[group].detach().T @ self.norms[f"blocks.{layer}.ln1"]
+        value_KD = attention.W_V[group].detach().T
+        norm_SDD = self.norms.get(f"blocks.{layer}.ln1")  # OLMo 2 has none
+        value_SKD = value_KD.expand(self.n_tokens, -1, -1) if norm_SDD is None else value_KD @ norm_SDD
         return torch.einsum("ts,skd->tksd", self.cache[f"blocks.{layer}.attn.hook_pattern"][head], value_SKD)
 
     @cached_property
@@ -77,7 +83,7 @@ class PathOracle:
         """(layer, head) -> `[T D, T D]`, from the stream in front of the layer to what the head adds behind it."""
         matrices, width = {}, self.n_tokens * self.d_model
         for layer, head in itertools.product(range(self.shape.n_layers), range(self.shape.n_heads)):
-            W_O_KD = self.parts.bridge.blocks[layer].attn.W_O[head].detach()
+            W_O_KD = self.parts.bridge.blocks[layer].attn.W_O[head].detach() * self._setting("residual_multiplier")
             matrix = torch.einsum("tksd,ke->tesd", self.values(layer, head), W_O_KD)
             if "ln1_post" in self.parts.norm_names(layer):
                 matrix = torch.einsum("tfe,tesd->tfsd", self.norms[f"blocks.{layer}.ln1_post"], matrix)
@@ -207,7 +213,7 @@ class PathOracle:
 
     def _direction(self, target: int) -> Tensor:
         """Unembedding direction `[D]` of a logit node."""
-        nodes, W_U_DV = self.graph.nodes, self.parts.bridge.W_U.detach()
+        nodes, W_U_DV = self.graph.nodes, self.parts.bridge.W_U.detach() / self._setting("logits_scaling")
         number = int(np.searchsorted(np.flatnonzero(nodes.mask(NodeKind.LOGIT)), target))
         pair = self.graph.metadata["targets"][number].get("token_ids")
         if pair is not None:

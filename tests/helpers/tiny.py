@@ -29,6 +29,12 @@ SIZES = {
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 WINDOW = {"sliding_window": 4}
 CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
+MULTIPLIERS = {
+    "residual_multiplier": 0.3,
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 3.0,
+}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT, "bos_token_id": 1}
 
 HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -38,6 +44,8 @@ HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**SIZES, **GROUPED, **WINDOW}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**SIZES, **GROUPED}),
     "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**SIZES, "num_key_value_heads": 2}),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", {**SIZES, "num_key_value_heads": 2, **MULTIPLIERS}),
 }
 ARCHITECTURES = (*HUGGING_FACE, "native")
 

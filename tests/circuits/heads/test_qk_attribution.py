@@ -123,7 +123,7 @@ def test_pairs_sum_where_attention_outputs_are_features(language_model: Any, arc
 def dense_channels(lm: LanguageModel, cache: dict[str, Tensor], layer: int, side: str, head: int, position: int) -> Any:
     """A function of the stream at a position: the head's rotated query (`q`) or key (`k`), with norm scales as in the run."""
     block = lm.parts.bridge.blocks[layer]
-    attention, norm = block.attn, block.ln1
+    attention, norm = block.attn, block._modules.get("ln1")
     W, b = (attention.W_Q, attention.b_Q) if side == "q" else (attention.W_K, attention.b_K)
     head = head * len(W) // lm.shape.n_heads
 
@@ -132,12 +132,14 @@ def dense_channels(lm: LanguageModel, cache: dict[str, Tensor], layer: int, side
         return weight + 1 if "Gemma" in lm.parts.architecture else weight
 
     def channels(x_D: Tensor) -> Tensor:
-        is_layer_norm = isinstance(norm.original_component, torch.nn.LayerNorm)
-        x_D = (x_D - x_D.mean() * is_layer_norm) / cache["ln1.hook_scale"][position] * offset(norm)
-        x_D = x_D + norm.original_component.bias if is_layer_norm else x_D
+        if norm is not None:
+            is_layer_norm = isinstance(norm.original_component, torch.nn.LayerNorm)
+            x_D = (x_D - x_D.mean() * is_layer_norm) / cache["ln1.hook_scale"][position] * offset(norm)
+            x_D = x_D + norm.original_component.bias if is_layer_norm else x_D
         y_K = x_D @ W[head] + (0 if b is None else b[head])
         if (scale := cache.get(f"attn.{side}_norm.hook_scale")) is not None:
-            y_K = y_K / scale[head, position] * offset(getattr(attention, f"{side}_norm"))
+            gain = offset(getattr(attention, f"{side}_norm")).view(-1, 8)  # of every head, or of all of them (OLMo 2)
+            y_K = y_K / scale.expand(len(W), -1, -1)[head, position] * gain.expand(len(W), -1)[head]
         if "attn.hook_cos" in cache:  # channels i and i + R/2 are one complex number, turned by the position's angle
             half = cache["attn.hook_cos"].shape[-1] // 2
             turn = torch.complex(cache["attn.hook_cos"][position, :half], cache["attn.hook_sin"][position, :half])
@@ -191,7 +193,7 @@ def test_a_dense_formula_agrees_pair_by_pair(attributor_of: Any, architecture: s
         without = [channels(stream_without(attributor.local, node, layer)[position]) for node in nodes]
         changes = [channels(base_TD[position]) - one for one in without[:-1]]
         effects.append(torch.stack([*changes, without[-1]]))
-    scale = {"gemma3": 256, "gemma2": 8}.get(architecture, 8) ** -0.5
+    scale = {"gemma3": 256**-0.5, "granite": tiny.MULTIPLIERS["attention_multiplier"]}.get(architecture, 8**-0.5)
     expected = (effects[0] @ effects[1].T * scale).numpy()
     assert len(found.query_nodes) > (2 if layer else 1)
     np.testing.assert_allclose(found.pairs, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
