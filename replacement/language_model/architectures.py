@@ -36,6 +36,7 @@ ARCHITECTURES = (
     Architecture("ERNIE 4.5", "Ernie4_5ForCausalLM", scores=_SINGLE),
     Architecture("EXAONE 4", "Exaone4ForCausalLM"),
     Architecture("Falcon (7B: parallel, one norm)", "FalconForCausalLM"),
+    Architecture("Falcon (40B, 180B: parallel, two norms)", "FalconForCausalLM"),
     Architecture("Falcon (RW: ALiBi, sequential)", "FalconForCausalLM", scores=_ALIBI),
     Architecture("Gemma", "GemmaForCausalLM"),
     Architecture("Gemma 2", "Gemma2ForCausalLM"),
@@ -81,11 +82,7 @@ ARCHITECTURES = (
     Architecture(
         "DeepSeek V3", "DeepseekV3ForCausalLM", refused="latent attention: values come out of a norm of their own"
     ),
-    Architecture(
-        "Falcon (40B, 180B, 11B)",
-        "FalconForCausalLM",
-        refused="TransformerLens takes their fused projections apart in another order",
-    ),
+    Architecture("Falcon (11B: new decoder, one norm)", "FalconForCausalLM", refused="TransformerLens cannot load it"),
     Architecture("GPT", "OpenAIGPTLMHeadModel", refused="norms on the residual stream itself"),
     Architecture("Mamba", "MambaForCausalLM", refused="a state space in the place of attention"),
     Architecture("nanochat", "NanoChatForCausalLM", refused="a norm between the embedding and the residual stream"),

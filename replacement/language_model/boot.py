@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from replacement.files import checked_path, read_json
@@ -27,7 +28,12 @@ def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tupl
         _check_folder(folder)
     try:
         with _quiet():
-            bridge = TransformerBridge.boot_transformers(str(name_or_folder), dtype=dtype, device=device)
+            overrides = _falcon_overrides(PretrainedConfig.get_config_dict(str(name_or_folder))[0])
+            bridge = TransformerBridge.boot_transformers(
+                str(name_or_folder), dtype=dtype, device=device, hf_config_overrides=overrides
+            )
+            if overrides is not None:
+                _split_falcon(bridge)
             model: Any = bridge.original_model
             if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
                 model.set_experts_implementation("eager")  # the fused kernel knows no float64
@@ -35,6 +41,35 @@ def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tupl
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load the language model {str(name_or_folder)!r}: {reason[:300]}") from error
     return bridge, folder.resolve().name if is_folder else str(name_or_folder)
+
+
+def _falcon_overrides(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the settings of Falcon 40B and 180B mean, said as TransformerLens 4.3 understands it; None for other models.
+
+    There are several key heads whatever `multi_query` says, and two norms where their number is not given.
+    """
+    if not config.get("new_decoder_architecture"):
+        return None
+    return {"multi_query": False, "num_ln_in_parallel_attn": config.get("num_ln_in_parallel_attn") or 2}
+
+
+@torch.no_grad()
+def _split_falcon(bridge: TransformerBridge) -> None:
+    """Take apart the fused projections of Falcon 40B and 180B: one group `[queries, key, value]` for every key head.
+
+    TransformerLens 4.3 reads them as all queries, then all keys, then all values.
+    """
+    for block in bridge.blocks:
+        attention: Any = block.attn
+        fused = attention.original_component.query_key_value
+        n_groups, d_head = attention.k.original_component.out_features // bridge.cfg.d_head, bridge.cfg.d_head
+        for name in ("weight", "bias"):
+            if getattr(fused, name, None) is None:
+                continue
+            groups = getattr(fused, name).unflatten(0, (n_groups, -1, d_head))
+            for part, rows in (("q", slice(-2)), ("k", slice(-2, -1)), ("v", slice(-1, None))):
+                target = getattr(getattr(attention, part).original_component, name)
+                target.copy_(groups[:, rows].reshape(target.shape))
 
 
 def check_finite(module: nn.Module, source: str) -> None:

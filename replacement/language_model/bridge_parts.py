@@ -303,8 +303,6 @@ class BridgeParts:
             return "it has no plain stack of blocks"
         if getattr(getattr(self.bridge, "ln_final", None), "original_component", None) is None:
             return "it has no norm in front of the unembedding"
-        if getattr(self.bridge.cfg, "new_decoder_architecture", False):
-            return "TransformerLens takes the fused projections of Falcon's new decoder architecture apart in another order"
         for layer, block in enumerate(blocks):
             attention = block._modules.get("attn")
             present = {

@@ -12,6 +12,7 @@ _LLAMA = {**SIZES, **GROUPED}
 _GROUPED = {**SIZES, "num_key_value_heads": 2}
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_FALCON_40B = {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": True, "bias": False}
 _OPT = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}
 _LATENT = {
     "q_lora_rank": 8,
@@ -39,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ERNIE 4.5": _LLAMA,
     "EXAONE 4": {**_LLAMA, **WINDOW, "sliding_window_pattern": 2},
     "Falcon (7B: parallel, one norm)": {**SIZES, "multi_query": True, "parallel_attn": True, "bias": False},
+    "Falcon (40B, 180B: parallel, two norms)": _FALCON_40B,
     "Falcon (RW: ALiBi, sequential)": {
         **SIZES,
         "multi_query": False,
@@ -94,13 +96,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "VaultGemma": {**_LLAMA, **WINDOW},
     "BERT (as a decoder)": {**SIZES, "is_decoder": True},
     "DeepSeek V3": {**SIZES, "num_key_value_heads": 4, **_LATENT},
-    "Falcon (40B, 180B, 11B)": {
-        **SIZES,
-        "new_decoder_architecture": True,
-        "num_kv_heads": 2,
-        "multi_query": False,
-        "num_ln_in_parallel_attn": 2,
-    },
+    "Falcon (11B: new decoder, one norm)": {**_FALCON_40B, "num_ln_in_parallel_attn": 1},
     "GPT": _GPT,
     "Mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2},
     "nanochat": _GROUPED,
