@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from circuits.attribution.labels import with_labels
     from circuits.attribution.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.attribution.trace import trace
     from circuits.graph.circuit_graph import CircuitGraph
@@ -41,6 +42,7 @@ __all__ = [
     "split_heads",
     "trace",
     "with_heads",
+    "with_labels",
 ]
 
 # Imported on first use: a command that is interrupted must not be importing yet, and a saved graph needs no torch.
@@ -62,6 +64,7 @@ _LAZY = {
     "split_heads": "circuits.heads.edge_split",
     "trace": "circuits.attribution.trace",
     "with_heads": "circuits.heads.edge_split",
+    "with_labels": "circuits.attribution.labels",
 }
 
 

@@ -93,7 +93,7 @@ def trace(
             max_nodes=max_nodes,
             progress=lambda expanded, share: say(f"{expanded} features expanded, {100 * share:.2g} % left"),
         )
-        circuit = graph.prune(nodes=node_threshold, edges=edge_threshold)
+        circuit = circuits.with_labels(loaded, graph.prune(nodes=node_threshold, edges=edge_threshold))
         return graph, circuits.with_heads(loaded, circuit) if heads else circuit
 
     graph, circuit = options.use(work)

@@ -9,20 +9,26 @@ N features, T tokens, H heads, K d_head, X = H K, D d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.attribution.grounding import Grounding
 from circuits.attribution.readers import read_vectors
 from circuits.attribution.targets import LogitTarget
+from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
-from replacement import Decomposition, LocalReplacement, ReplacementModel
+from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel
 from replacement.splicing.skip import read_depth
 
 WORDS = 3
-CHUNK = 256  # features compared with the vocabulary at once; bounds memory
+LABELLED = 256
+"""Features that `circuits.trace` labels, the most influential ones: more than the default pruning keeps of most prompts."""
+CHUNK = 256
+"""Features compared with the vocabulary at once; bounds memory."""
 
 
 def node_labels(
@@ -31,12 +37,14 @@ def node_labels(
     logits: Sequence[LogitTarget],
     columns: Mapping[str, np.ndarray],
     kept: np.ndarray,
+    shown: np.ndarray | None = None,
 ) -> list[str]:
     """Readable text of every kept node.
 
     Args:
         columns: the node table's `kind`, `part`, `layer` and `position` for all nodes.
         kept: bool[N].
+        shown: bool[N], features that get a label; all by default. The labels of the others are empty.
     """
     lm = model.language_model
     strings = [text.strip() or repr(text) for text in lm.token_strings(local.frozen.tokens_T.tolist())]
@@ -47,81 +55,141 @@ def node_labels(
     errors = of_kind[NodeKind.ERROR]
     parts = ["attention error" if part else "error" for part in columns["part"][errors]]
     label[errors] = [f"{part} in layer {layer}" for part, layer in zip(parts, columns["layer"][errors], strict=True)]
-    label[of_kind[NodeKind.LOGIT]] = [one.label.strip() or repr(one.label) for one in logits]
+    label[of_kind[NodeKind.LOGIT]] = [logit.label.strip() or repr(logit.label) for logit in logits]
     first = int(errors[-1]) + 1  # features follow errors
     for part in local.decompositions:
-        labels, here = FeatureLabels(model, local, part), kept[first : first + len(part.features)]
-        for group in range(part.crosscoder.n_groups):
-            own = np.flatnonzero((part.features.group.cpu().numpy() == group) & here)
-            if len(own):
-                chosen = torch.from_numpy(own)
-                label[first + own] = labels.labels(group, part.features.index[chosen], part.features.row[chosen])
-        first += len(part.features)
+        here = slice(first, first + len(part.features))
+        numbers = np.flatnonzero(kept[here] if shown is None else kept[here] & shown[here])
+        label[first + numbers] = feature_labels(model, local, part, torch.from_numpy(numbers))
+        first = here.stop
     return label[kept].tolist()
 
 
-class FeatureLabels:
-    """Labels the active features of one prompt: `reads → promotes`, the top tokens of each side."""
+@torch.no_grad()
+def with_labels(model: ReplacementModel, graph: CircuitGraph) -> CircuitGraph:
+    """The graph with a label on every feature.
 
-    def __init__(self, model: ReplacementModel, local: LocalReplacement, part: Decomposition) -> None:
-        """Labels of the features of one part: of the MLPs' or of attention's crosscoder."""
-        parts = model.language_model.parts
-        self._lm, self._local, self._part = model.language_model, local, part
-        embedding_VD = parts.bridge.W_E.detach()
-        embedding_VD = embedding_VD - embedding_VD.mean(0)
-        self._embedding_VD = embedding_VD / embedding_VD.norm(dim=1, keepdim=True).clamp(min=1e-9)
-        unembedding_DV = parts.norm_weights("ln_final").weight_D[:, None] * local.W_U
-        self._unembedding_DV = unembedding_DV - unembedding_DV.mean(1, keepdim=True)
-        self._streams = local.streams()
-        self._special = sorted(set(getattr(self._lm.tokenizer, "all_special_ids", None) or ()))
+    `trace` labels the most influential features alone, because a label costs a comparison with the whole vocabulary.
 
-    def labels(self, group: int, index_N: Tensor, position_N: Tensor) -> list[str]:
-        """One label per active feature of a group."""
-        crosscoder = self._part.crosscoder
-        found = []
-        for index, position in zip(index_N.split(CHUNK), position_N.split(CHUNK), strict=True):
-            writes = crosscoder.wiring.writes[group]
-            written_ND = torch.stack([crosscoder.decoder_vectors(group, index, site) for site in writes]).sum(0)
-            read = self._top(self._strongest_read(group, index, position) @ self._embedding_VD.T)
-            promoted = self._top(written_ND @ self._unembedding_DV)
-            found += [f"{left} → {right}" for left, right in zip(read, promoted, strict=True)]
-        return found
+    Raises:
+        ValueError: the graph was traced with another model or crosscoder.
 
-    def _strongest_read(self, group: int, index_N: Tensor, position_N: Tensor) -> Tensor:
-        """Vectors `[N, D]` read from embeddings along the one path that excites each feature most."""
-        crosscoder = self._part.crosscoder
-        reads = crosscoder.wiring.reads[group]
-        if self._part.kind == "attn_out":
-            (site,) = reads
-            return self._strongest_head(site.layer, crosscoder.encoder(group, site)[index_N], position_N)[1]
-        best_ND = torch.stack([read_vectors(self._local, group, site, index_N, position_N)[0] for site in reads]).sum(0)
-        v_ND = best_ND
-        best_N = (v_ND * self._streams[0][position_N]).sum(-1)
-        depth = max(read_depth(site, self._local.shape) for site in reads)
-        for layer in range((depth + 1) // 2):  # attention layers below the point where the feature reads
-            u_NX = v_ND @ self._local.frozen.attentions[layer].weights.W_O_XD.T
-            score_N, pulled_ND = self._strongest_head(layer, u_NX, position_N)
-            better = score_N > best_N
-            best_N, best_ND = torch.where(better, score_N, best_N), torch.where(better[:, None], pulled_ND, best_ND)
+    >>> circuit = with_labels(model, graph.prune(nodes=0.95))  # doctest: +SKIP
+    """
+    features = graph.nodes.mask(NodeKind.FEATURE)
+    missing = np.flatnonzero(features & np.array([not label for label in graph.nodes.label], dtype=bool))
+    if not len(missing):
+        return graph
+    grounding, label = Grounding.of(model, graph), np.array(graph.nodes.label, dtype=object)
+    for part, (places, numbers_S) in zip(
+        grounding.local.decompositions, grounding.feature_numbers(missing), strict=True
+    ):
+        label[missing[places]] = feature_labels(model, grounding.local, part, numbers_S)
+    return replace(graph, nodes=replace(graph.nodes, label=tuple(label)))
+
+
+def feature_labels(
+    model: ReplacementModel, local: LocalReplacement, part: Decomposition, chosen_S: Tensor
+) -> list[str]:
+    """Labels of some active features: `reads → promotes`, the top tokens of each side.
+
+    Args:
+        part: the decomposition that they are of.
+        chosen_S: numbers into `part.features`.
+    """
+    if not len(chosen_S):
+        return []
+    features, crosscoder = part.features, part.crosscoder
+    reads_SD = torch.empty(len(chosen_S), local.W_U.shape[0], dtype=local.W_U.dtype, device=local.W_U.device)
+    writes_SD = torch.zeros_like(reads_SD)
+    streams = local.streams()
+    values = [
+        (x_TD @ attention.weights.W_V_XD.T).unflatten(1, (attention.weights.n_heads, -1)).transpose(0, 1)
+        for x_TD, attention in zip(streams[:-1], local.frozen.attentions, strict=True)
+    ]  # [H, T, K] of every layer
+    group_S = features.group[chosen_S]
+    for group in torch.unique(group_S).tolist():
+        places = torch.nonzero(group_S == group)[:, 0]
+        index, position = features.index[chosen_S[places]], features.row[chosen_S[places]]
+        reads_SD[places] = _strongest_reads(local, part, streams[0], values, group, index, position)
+        for site in crosscoder.wiring.writes[group]:
+            writes_SD[places] += crosscoder.decoder_vectors(group, index, site)
+    lm = model.language_model
+    embedding_VD = lm.parts.bridge.W_E.detach()
+    mean_D = embedding_VD.mean(0)
+    # Cosine with centred embeddings. The unembedding needs no centring: that shifts the scores of all tokens alike.
+    size_V = (embedding_VD.square().sum(1) - 2 * embedding_VD @ mean_D + mean_D.square().sum()).clamp(min=1e-18).sqrt()
+    read = _top_words(lm, reads_SD, embedding_VD.T, mean_D, size_V)
+    promoted = _top_words(lm, writes_SD * lm.parts.norm_weights("ln_final").weight_D, local.W_U)
+    return [f"{left} → {right}" for left, right in zip(read, promoted, strict=True)]
+
+
+def _strongest_reads(
+    local: LocalReplacement,
+    part: Decomposition,
+    stream_TD: Tensor,
+    values: Sequence[Tensor],
+    group: int,
+    index_N: Tensor,
+    position_N: Tensor,
+) -> Tensor:
+    """Vectors `[N, D]` that features of a group read from embeddings along the path that excites each of them most: its own
+    token's stream, or one attention head below it.
+
+    Args:
+        stream_TD: the stream in front of the first layer.
+        values: value vectors `[H, T, K]` of every layer.
+    """
+    crosscoder, reads = part.crosscoder, part.crosscoder.wiring.reads[group]
+    if part.kind == "attn_out":
+        (site,) = reads
+        reading_NX = crosscoder.encoder(group, site)[index_N]
+        best_ND, best_N, layers = torch.zeros(len(index_N), local.W_U.shape[0]).to(local.W_U), None, [site.layer]
+    else:
+        best_ND = torch.stack([read_vectors(local, group, site, index_N, position_N)[0] for site in reads]).sum(0)
+        best_N = (best_ND * stream_TD[position_N]).sum(-1)
+        depth = max(read_depth(site, local.shape) for site in reads)
+        layers = list(range((depth + 1) // 2))  # attention layers below the point where the feature reads
+    if not layers:
         return best_ND
+    readings = [
+        reading_NX if best_N is None else best_ND @ local.frozen.attentions[layer].weights.W_O_XD.T for layer in layers
+    ]
+    scores = [
+        _head_scores(local.frozen.attentions[layer].kernel_HTT, values[layer], u_NX, position_N)
+        for layer, u_NX in zip(layers, readings, strict=True)
+    ]
+    score_N, number_N = torch.cat(scores, 1).max(1)
+    through_head_N = torch.ones_like(score_N, dtype=torch.bool) if best_N is None else score_N > best_N
+    for number in torch.unique(number_N[through_head_N]).tolist():
+        rows = torch.nonzero(through_head_N & (number_N == number))[:, 0]
+        place, head = divmod(number, local.shape.n_heads)
+        weights = local.frozen.attentions[layers[place]].weights
+        W_V_KD = weights.W_V_XD.unflatten(0, (weights.n_heads, -1))[head]
+        best_ND[rows] = readings[place].unflatten(1, (weights.n_heads, -1))[rows, head] @ W_V_KD
+    return best_ND
 
-    def _strongest_head(self, layer: int, u_NX: Tensor, position_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Of vectors that read all heads of a layer: the largest head's part `[N]`, and what it reads, `[N, D]`."""
-        attention = self._local.frozen.attentions[layer]
-        weights = attention.weights
-        u_NHK = u_NX.unflatten(1, (weights.n_heads, -1))
-        z_THK = (self._streams[layer] @ weights.W_V_XD.T).unflatten(1, (weights.n_heads, -1))
-        kernel_NHT = attention.kernel_HTT[:, position_N].transpose(0, 1)
-        excitement_NH = (torch.einsum("nhk,thk->nht", u_NHK, z_THK) * kernel_NHT).sum(-1)
-        score_N, head_N = excitement_NH.max(1)
-        W_V_HKD = weights.W_V_XD.unflatten(0, (weights.n_heads, -1))
-        own_NK = u_NHK[torch.arange(len(u_NX), device=head_N.device), head_N]
-        return score_N, torch.einsum("nk,nkd->nd", own_NK, W_V_HKD[head_N])
 
-    def _top(self, scores_NV: Tensor) -> list[str]:
-        scores_NV[:, self._special] = -torch.inf
+def _head_scores(kernel_HTT: Tensor, values_HTK: Tensor, u_NX: Tensor, position_N: Tensor) -> Tensor:
+    """What vectors that read `attn_z` at one position get from every head, `[N, H]`."""
+    mixed_NHK = (kernel_HTT[:, position_N] @ values_HTK).transpose(0, 1)
+    return (u_NX.view_as(mixed_NHK) * mixed_NHK).sum(-1)
+
+
+def _top_words(
+    lm: LanguageModel,
+    vectors_ND: Tensor,
+    vocabulary_DV: Tensor,
+    mean_D: Tensor | float = 0.0,
+    size_V: Tensor | float = 1.0,
+) -> list[str]:
+    """For every vector the tokens whose `(token - mean) / size` it is largest on, special tokens left out."""
+    special = sorted(set(getattr(lm.tokenizer, "all_special_ids", None) or ()))
+    texts: list[str] = []
+    for rows_ND in vectors_ND.split(CHUNK):
+        scores_NV = (rows_ND @ vocabulary_DV - (rows_ND * mean_D).sum(1, keepdim=True)) / size_V
+        scores_NV[:, special] = -torch.inf
         top_NK = scores_NV.topk(min(WORDS, scores_NV.shape[1]), dim=1).indices
-        return [", ".join(self._words(row)) for row in top_NK.tolist()]
-
-    def _words(self, token_ids: Iterable[int]) -> list[str]:
-        return [text.strip() or repr(text) for text in self._lm.token_strings(token_ids)]
+        words = (lm.token_strings(token_ids) for token_ids in top_NK.tolist())
+        texts += [", ".join(text.strip() or repr(text) for text in row) for row in words]
+    return texts

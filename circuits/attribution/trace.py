@@ -14,7 +14,7 @@ import torch
 
 from circuits.attribution.columns import source_table
 from circuits.attribution.expansion import Attribution, Attributor, Progress
-from circuits.attribution.labels import node_labels
+from circuits.attribution.labels import LABELLED, node_labels
 from circuits.attribution.metadata import trace_facts
 from circuits.attribution.targets import (
     FeatureTarget,
@@ -143,7 +143,8 @@ def _assemble(
     kept[source] = True
     number = np.cumsum(kept) - 1
     edges = Edges.from_coo(number[target], number[source], weight, n_nodes=int(kept.sum()))
-    label = node_labels(model, local, logits, columns, kept)
+    shown = (output > 0) | _most_influential(rows, output, columns["kind"] == NodeKind.FEATURE)
+    label = node_labels(model, local, logits, columns, kept, shown)
     table = {name: column[kept] for name, column in columns.items()}
     nodes = NodeTable.build(
         **table,
@@ -155,6 +156,14 @@ def _assemble(
         inflow=rows.inflow[kept],
     )
     return nodes, edges
+
+
+def _most_influential(rows: Attribution, output: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """bool[N], the nodes with the largest influence among some, as many as are labelled."""
+    influence = np.where(among, rows.influence(output), -1.0)
+    chosen = np.zeros(len(influence), dtype=bool)
+    chosen[np.argsort(-influence, kind="stable")[:LABELLED]] = True
+    return chosen & among
 
 
 def _columns(local: LocalReplacement, logits: Sequence[LogitTarget]) -> dict[str, np.ndarray]:
