@@ -232,10 +232,9 @@ class BridgeParts:
         scale = shown.get(f"{name}.hook_scale")
         if scale is None or scale.ndim == 2:  # one norm of all heads at once: OLMo 2
             return None if scale is None else scale[None]
-        weight = self._component(f"blocks.{layer}.attn.{name}").weight
-        return (
-            scale.transpose(0, 1) if weight.ndim == 2 else scale
-        )  # a gain for every head comes with [T, H, 1]: Cohere
+        # A norm with a gain for every head sees the positions first: Cohere.
+        heads_last = self._component(f"blocks.{layer}.attn.{name}").weight.ndim == 2
+        return scale.transpose(0, 1) if heads_last else scale
 
     def _head_norms(self, layer: int) -> list[str]:
         """Norms of queries and keys: over the channels of a head (Gemma 3, Qwen 3) or over all heads at once (OLMo 2)."""
