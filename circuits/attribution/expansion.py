@@ -22,6 +22,7 @@ from circuits.attribution.direct_effects_with_attention import ResidualTransport
 from circuits.attribution.identity import check_identity
 from circuits.attribution.readers import head_reads, logit_reads, reading_sizes, stream_reads
 from circuits.attribution.targets import LogitTarget
+from circuits.graph.edges import RowBlock
 from replacement import Decomposition, LocalReplacement
 
 FIRST_ROUND = 128
@@ -37,20 +38,6 @@ Progress = Callable[[int, float], None]
 """Called after every round with the number of features expanded and the unexpanded share of influence."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Rows of some nodes that read at one depth: A in CSR form."""
-
-    node: np.ndarray
-    """int64[n], node of every row."""
-    counts: np.ndarray
-    """int64[n], entries per row."""
-    source: np.ndarray
-    """int32[E], source columns, rising inside a row."""
-    weight: np.ndarray
-    """float[E], in the model's own precision."""
-
-
 @dataclass(slots=True)
 class Attribution:
     """Rows of A and what was seen while they were made; arrays over all N nodes."""
@@ -59,7 +46,7 @@ class Attribution:
     n_nodes: int
     drop_below: float = 0.0
     """Entries of at most this share of their row's inflow are not stored: they count as lost."""
-    blocks: dict[int, list[Block]] = field(default_factory=dict)
+    blocks: dict[int, list[RowBlock]] = field(default_factory=dict)
     """Rows by the depth at which their nodes read (see `circuits.attribution.direct_effects`)."""
     value: np.ndarray = field(init=False)
     bias: np.ndarray = field(init=False)
@@ -89,7 +76,7 @@ class Attribution:
             effects = effects_NC[rows].cpu().numpy()
             row, column = np.nonzero(np.abs(effects) > (self.drop_below * self.inflow[node[rows]])[:, None])
             counts = np.bincount(row, minlength=len(effects))
-            block = Block(node[rows], counts, column.astype(np.int32), effects[row, column])
+            block = RowBlock(node[rows], counts, column.astype(np.int32), effects[row, column])
             self.blocks.setdefault(depth, []).append(block)
 
     def influence(self, output: np.ndarray) -> np.ndarray:

@@ -136,14 +136,12 @@ def _assemble(
     """The node table and edges: every token, every target, and whatever else causes one of them."""
     columns = _columns(local, logits)
     blocks = [block for parts in rows.blocks.values() for block in parts]
-    source = np.concatenate([block.source for block in blocks])
-    target = np.concatenate([np.repeat(block.node, block.counts) for block in blocks])
-    weight = np.concatenate([block.weight for block in blocks])
     kept = rows.expanded | (output > 0) | np.isin(columns["kind"], (NodeKind.TOKEN, NodeKind.LOGIT))
-    kept[source] = True
-    number = np.cumsum(kept) - 1
-    edges = Edges.from_coo(number[target], number[source], weight, n_nodes=int(kept.sum()))
+    for block in blocks:
+        kept[block.source] = True
     shown = (output > 0) | _most_influential(rows, output, columns["kind"] == NodeKind.FEATURE)
+    rows.blocks.clear()  # `Edges.from_blocks` frees each block as it copies it
+    edges = Edges.from_blocks(blocks, n_nodes=int(kept.sum()), number=np.cumsum(kept) - 1)
     label = node_labels(model, local, logits, columns, kept, shown)
     table = {name: column[kept] for name, column in columns.items()}
     nodes = NodeTable.build(

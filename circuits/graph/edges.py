@@ -18,6 +18,20 @@ COLUMNS: dict[str, np.dtype] = {
 }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowBlock:
+    """The complete rows of some nodes; attribution hands these to `Edges.from_blocks`."""
+
+    node: np.ndarray
+    """int64[n], node of each row; any order."""
+    counts: np.ndarray
+    """int64[n], number of edges in each row."""
+    source: np.ndarray
+    """int32[E'], the rows' sources one row after the other, rising inside each row."""
+    weight: np.ndarray
+    """float32[E'] or float64[E']."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Edges:
     """A[target, source] for E edges among N nodes; sources rise inside a row.
@@ -62,6 +76,42 @@ class Edges:
         order = np.lexsort((source, target))
         indptr = np.searchsorted(target[order], np.arange(n_nodes + 1)).astype(np.int64)
         return cls(indptr, source[order].astype(np.int32), weight[order].astype(np.float32))
+
+    @classmethod
+    def from_blocks(cls, blocks: list[RowBlock], *, n_nodes: int, number: np.ndarray | None = None) -> Edges:
+        """Edges from blocks of rows in any order, copied row by row without sorting.
+
+        The list is emptied while the rows are copied, so that a block's memory can be freed before the next is copied.
+
+        Args:
+            blocks: each node has at most one row in all of them.
+            n_nodes: number of nodes of the result, N.
+            number: int[nodes of the blocks], the node of the result each node becomes; it rises over the nodes in use. By
+                default nodes keep their numbers.
+
+        Raises:
+            ValueError: a node outside the table, or with two rows.
+        """
+        nodes = [block.node if number is None else number[block.node] for block in blocks]
+        node, lengths = np.concatenate([[], *nodes]).astype(np.int64), np.zeros(n_nodes, dtype=np.int64)
+        outside = (node < 0) | (node >= n_nodes)
+        if outside.any():
+            raise ValueError(f"Edges.from_blocks: expected rows of nodes in 0..{n_nodes - 1}, given {node[outside][0]}")
+        twice = np.flatnonzero(np.bincount(node) > 1)
+        if len(twice):
+            raise ValueError(f"Edges.from_blocks: expected at most one row for each node, given node {twice[0]} twice")
+        lengths[node] = np.concatenate([[], *(block.counts for block in blocks)])
+        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        source, weight = np.empty(indptr[-1], dtype=np.int32), np.empty(indptr[-1], dtype=np.float32)
+        renumber = None if number is None else number.astype(np.int32)
+        while blocks:
+            block = blocks.pop()
+            starts, ends = indptr[nodes.pop()], np.cumsum(block.counts)
+            for start, end, count in zip(starts.tolist(), ends.tolist(), block.counts.tolist(), strict=True):
+                row, sources = slice(start, start + count), block.source[end - count : end]
+                source[row] = sources if renumber is None else renumber[sources]
+                weight[row] = block.weight[end - count : end]
+        return cls(indptr, source, weight)
 
     def __repr__(self) -> str:
         return f"Edges({len(self)} edges among {self.n_nodes} nodes)"

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from circuits.graph.edges import Edges
+from circuits.graph.edges import Edges, RowBlock
 
 
 def test_rows_hold_what_flows_into_a_target() -> None:
@@ -48,3 +50,39 @@ def test_raw_columns_are_checked() -> None:
         Edges(np.array([0, 1]), source.astype(np.int64), weight)
     with pytest.raises(ValueError, match=r"Edges.weight: expected 1 weights like the sources, given 2"):
         Edges(np.array([0, 1]), source, np.ones(2, dtype=np.float32))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.sampled_from([np.float32, np.float64]))
+def test_blocks_equal_coordinates(seed, n_nodes, dtype) -> None:
+    """Rows in any order, over nodes some of which are dropped and the others renumbered."""
+    random = np.random.default_rng(seed)
+    kept = random.random(n_nodes) < 0.7
+    dense = random.normal(size=(n_nodes, n_nodes)).astype(dtype) * (random.random((n_nodes, n_nodes)) < 0.5)
+    dense *= kept[:, None] & kept
+    rows = random.permutation(np.flatnonzero(kept))
+    blocks = []
+    for nodes in np.split(rows, np.sort(random.integers(0, len(rows) + 1, size=2))):
+        row, source = np.nonzero(dense[nodes])
+        counts = np.bincount(row, minlength=len(nodes))
+        blocks.append(RowBlock(nodes, counts, source.astype(np.int32), dense[nodes][row, source]))
+    number = np.cumsum(kept) - 1
+    target, source = np.nonzero(dense)
+    expected = Edges.from_coo(number[target], number[source], dense[target, source], n_nodes=int(kept.sum()))
+    assert Edges.from_blocks(blocks, n_nodes=int(kept.sum()), number=number) == expected
+    assert blocks == [], "a block is given up once it is copied"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([[0, 0]], "expected at most one row for each node, given node 0 twice"),
+        ([[1], [0, 1]], "expected at most one row for each node, given node 1 twice"),
+        ([[0, 2]], "expected rows of nodes in 0..1, given 2"),
+        ([[-1]], "expected rows of nodes in 0..1, given -1"),
+    ],
+)
+def test_blocks_hold_one_row_of_a_node(nodes, message) -> None:
+    empty = np.zeros(0, dtype=np.int32)
+    blocks = [RowBlock(np.array(block), np.zeros(len(block), dtype=int), empty, empty.astype("f4")) for block in nodes]
+    with pytest.raises(ValueError, match=message):
+        Edges.from_blocks(blocks, n_nodes=2)
