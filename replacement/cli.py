@@ -78,9 +78,10 @@ def train(
 
     SIGINT and SIGTERM write a checkpoint before the run ends; --resume goes on exactly there.
     """
+    from replacement.training.command import run_with_bar, summary
     from replacement.training.parallel import is_first_process
     from replacement.training.run_config import read_config
-    from replacement.training.runs import Interrupted, run_with_bar
+    from replacement.training.runs import Interrupted
 
     loggers = [name for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb)) if wanted]
     settings = read_config(config, overrides=overrides or [])
@@ -96,7 +97,7 @@ def train(
     if as_json:
         show_json(facts)
     else:
-        show_page(section(f"Held-out rows after {facts['step']:,} steps", _training_summary(facts)))
+        show_page(section(f"Held-out rows after {facts['step']:,} steps", summary(facts)))
 
 
 @app.command()
@@ -189,21 +190,6 @@ def architectures() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
     return run(app, "replacement", arguments)
-
-
-def _training_summary(facts: dict[str, Any]) -> Table:
-    unexplained = list(facts["unexplained"].values())
-    rows = {
-        "active features per token, all groups": f"{facts['l0_total']:.1f}",
-        "variance unexplained, mean over sites": f"{sum(unexplained) / len(unexplained):.4f}",
-    }
-    if facts["kl"] is not None:
-        rows |= {
-            "KL with the crosscoder spliced in": f"{facts['kl']:.4f} nats",
-            "cross-entropy recovered": f"{facts['cross_entropy_recovered']:.4f}",
-            "top-1 agreement, all tokens": f"{facts['agreement_all']:.4f}",
-        }
-    return pairs([*rows.items(), ("saved in", facts["crosscoder"])])
 
 
 def _accuracy(behaviours: list[dict[str, Any]]) -> Table:

@@ -182,19 +182,22 @@ class ModelOptions:
         import torch
 
         import replacement
+        from replacement.threads import fit_threads
 
         try:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"device: {self.device!r} cannot be used here ({reason})") from error
-        return replacement.load(
+        loaded = replacement.load(
             self.model or DEMO,
             crosscoder=crosscoder,
             attention_crosscoder=self.attention_crosscoder,
             dtype=getattr(torch, self.dtype),
             device=self.device,
         )
+        fit_threads(loaded.language_model.shape.d_model)
+        return loaded
 
     def use(self, work: Callable[[ReplacementModel, Callable[[str], None]], T]) -> T:
         """Load the model and do some work with it, with what libraries print sent to stderr.

@@ -17,7 +17,14 @@ ROOT = Path(__file__).parent.parent
 MODELS = {"torch", "transformer_lens", "transformers"}
 
 # Room -> the rooms it may import besides itself. A module belongs to the room with the longest matching name.
-_SHARED = ["replacement.number_checks", "replacement.files", "replacement.console", "replacement.start"]
+_SHARED = [
+    "replacement.number_checks",
+    "replacement.files",
+    "replacement.console",
+    "replacement.allocator",
+    "replacement.start",
+    "replacement.threads",
+]
 _LIBRARY = [
     "replacement.crosscoder",
     "replacement.language_model",

@@ -4,7 +4,7 @@ A TopK feature is active only relative to its competitors, and a BatchTopK thres
 number of features than training did. A threshold fixed per group after training is neither (Rajamanoharan et al. 2024,
 "Jumping Ahead"; Bussmann et al. 2024, "BatchTopK").
 
-B rows, D site width, F features per group, G groups, N rows of all batches, K candidates.
+B rows, D site width, F features per group, G groups, N rows of all batches, K pre-activations kept.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from replacement.crosscoder.activation import BatchTopK, JumpReLU, TopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 
-# A batch may hold this many times its share of the features kept before the calibration would be inexact.
-_SLACK = 4
+_ROWS_AT_ONCE = 512
+"""Rows whose dense pre-activations of one group exist at a time."""
 
 
 def to_jumprelu(
@@ -38,13 +39,14 @@ def to_jumprelu(
         target_l0: features per row, for every group or one number each; by default the k of a TopK or BatchTopK.
 
     Raises:
-        ValueError: nothing to take a threshold or a target from, a target outside 0 to F, no rows, or batches so unlike
-            each other that the quantile is not known.
+        ValueError: nothing to take a threshold or a target from, a target outside 0 to F, or no rows.
     """
     if batches is None:
         threshold_G = _recorded_threshold(crosscoder, target_l0)
     else:
-        threshold_G = _quantiles(crosscoder, batches, _targets(crosscoder, target_l0))
+        given = list(batches)
+        n_rows = sum(len(batch[crosscoder.wiring.read_sites[0]]) for batch in given)
+        threshold_G = quantile_thresholds(crosscoder, given, n_rows=n_rows, target_l0=target_l0)
     converted = Crosscoder.like(crosscoder, activation=JumpReLU())
     tensors = dict(crosscoder.state_dict())
     tensors["threshold"] = threshold_G[:, None].expand(-1, crosscoder.n_features)
@@ -83,33 +85,36 @@ def _targets(crosscoder: Crosscoder, target_l0: int | float | Sequence[int | flo
 
 
 @torch.no_grad()
-def _quantiles(crosscoder: Crosscoder, batches: Iterable[Mapping[Site, Tensor]], targets: Sequence[float]) -> Tensor:
-    """Threshold of each group, `[G]`: midway between the last value kept and the first one left out."""
-    candidates: list[list[Tensor]] = [[] for _ in targets]
-    discarded = [0.0] * len(targets)
-    n_rows = 0
-    for batch in batches:
-        inputs = {s: x_BD.to(crosscoder.device, crosscoder.dtype) for s, x_BD in batch.items()}
-        for group, target in enumerate(targets):
-            pre_X = torch.relu(crosscoder.pre_activations(inputs, group)).flatten()
-            n_batch = len(pre_X) // crosscoder.n_features
-            largest_K = pre_X.topk(min(len(pre_X), int(_SLACK * target * n_batch) + 2)).values
-            if len(largest_K) < len(pre_X):
-                discarded[group] = max(discarded[group], float(largest_K[-1]))
-            candidates[group].append(largest_K)
-        n_rows += n_batch
+def quantile_thresholds(
+    crosscoder: Crosscoder,
+    batches: Iterable[Mapping[Site, Tensor]],
+    *,
+    n_rows: int,
+    target_l0: int | float | Sequence[int | float] | None = None,
+) -> Tensor:
+    """Threshold of each group, `[G]`, that leaves `target_l0` features per row on average: midway between the smallest
+    pre-activation above it and the largest one below; 0 where no more than these are positive.
+
+    Args:
+        batches, target_l0: as for `to_jumprelu`, in the scale in which the crosscoder reads.
+        n_rows: rows of all batches together.
+
+    Raises:
+        ValueError: no rows, or a target that is missing or outside 0 to F.
+    """
+    sites = crosscoder.wiring.read_sites
     if not n_rows:
         raise ValueError("no rows to measure a threshold on: the batches are empty")
-    thresholds = []
-    for group, target in enumerate(targets):
-        n_kept = max(1, round(target * n_rows))
-        sorted_K = torch.cat(candidates[group]).sort(descending=True).values
-        # With every feature of every row kept nothing is left out: the threshold is 0.
-        left_out = float(sorted_K[n_kept]) if n_kept < len(sorted_K) else 0.0
-        if left_out < discarded[group]:
-            raise ValueError(
-                f"one batch alone has over {_SLACK} times the features of the average batch in group {group}: "
-                "give larger or better shuffled batches"
-            )
-        thresholds.append((float(sorted_K[n_kept - 1]) + left_out) / 2)
-    return torch.tensor(thresholds, device=crosscoder.device, dtype=crosscoder.dtype)
+    n_kept = [max(1, round(target * n_rows)) for target in _targets(crosscoder, target_l0)]
+    largest = [torch.zeros(0, device=crosscoder.device, dtype=crosscoder.dtype) for _ in n_kept]
+    for batch in batches:
+        for first in range(0, len(batch[sites[0]]), _ROWS_AT_ONCE):
+            inputs = {s: batch[s][first : first + _ROWS_AT_ONCE].to(largest[0]) for s in sites}
+            for group, n in enumerate(n_kept):
+                pre_BF = crosscoder.pre_activations(inputs, group)
+                known_K = largest[group]
+                floor = known_K[-1] if len(known_K) > n else 0.0
+                largest_K = torch.cat([known_K, pre_BF[pre_BF > floor]])
+                largest[group] = largest_K.topk(min(n + 1, len(largest_K))).values
+    padded = [functional.pad(v_K, (0, n + 1 - len(v_K))) for v_K, n in zip(largest, n_kept, strict=True)]
+    return torch.stack([v_K[-2:].mean() for v_K in padded])

@@ -35,6 +35,7 @@ def open_source(
     lm: LanguageModel,
     *,
     context: int | None = None,
+    default_context: int = MAX_CONTEXT,
     n_held_out: int = 0,
     text_field: str = "text",
     split: str = "train",
@@ -57,7 +58,8 @@ def open_source(
             - an array or tensor like those in files;
             - a function that starts an iteration over texts, or over rows of T token ids, afresh at every call.
         lm: the model whose tokenizer, vocabulary and context the rows must fit.
-        context: tokens per row T; by default the width of stored rows, and otherwise the model's context, at most 512.
+        context: tokens per row T; by default the width of stored rows, and otherwise the model's context, at most
+            `default_context`.
         n_held_out: the first n rows never appear in training (for the demo, rows of an independent random stream).
         text_field: field of the texts in `.jsonl`, `.parquet` and datasets; a dataset's field of token ids gives rows.
         split: split of a dataset that has several.
@@ -68,7 +70,7 @@ def open_source(
             kind of file, text for a model without a tokenizer, rows longer than the model's context or of several
             lengths, ids outside its vocabulary, or too few rows.
     """
-    opener = _Opener(lm, context, n_held_out)
+    opener = _Opener(lm, context, default_context, n_held_out)
     if isinstance(source, np.ndarray | Tensor):
         return opener.stored({"the token array": source}, "the token array")
     if callable(source):
@@ -130,6 +132,7 @@ class _Opener:
 
     lm: LanguageModel
     context: int | None
+    default_context: int
     n_held_out: int
 
     def __post_init__(self) -> None:
@@ -190,8 +193,8 @@ class _Opener:
 
     @property
     def width(self) -> int:
-        """Tokens per row where the source has none of its own: by default the model's context, at most `MAX_CONTEXT`."""
-        return min(self.lm.context_length, MAX_CONTEXT) if self.context is None else self.context
+        """Tokens per row where the source has none of its own."""
+        return min(self.lm.context_length, self.default_context) if self.context is None else self.context
 
     def _options(self, name: str) -> dict[str, Any]:
         tokenizer, size = self.lm.tokenizer, self.lm.vocabulary_size

@@ -11,7 +11,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import WHOLE_DEPTH, Wiring
 from replacement.data.documents import special_ids
-from replacement.data.open_tokens import open_source
+from replacement.data.open_tokens import MAX_CONTEXT, open_source
 from replacement.data.token_sources import TokenSource
 from replacement.language_model.language_model import LanguageModel
 from replacement.loading import ARTIFACTS
@@ -80,12 +80,13 @@ def _load(name: str, device: str) -> LanguageModel:
     return lm
 
 
-def open_tokens(config: DataConfig, lm: LanguageModel) -> TokenSource:
-    """The source of tokens that the settings name."""
+def open_tokens(config: DataConfig, lm: LanguageModel, *, default_context: int = MAX_CONTEXT) -> TokenSource:
+    """The source of tokens that the settings name; see `open_source`."""
     return open_source(
         config.source,
         lm,
         context=config.context,
+        default_context=default_context,
         n_held_out=config.held_out_rows,
         text_field=config.text_field,
     )

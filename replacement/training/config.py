@@ -1,6 +1,7 @@
 """The settings of a training run, each with its unit and checked where it is declared.
 
-The docstring below a setting begins with a sentence that `replacement train --help` shows (see `settings_table`).
+The docstring below a setting begins with a sentence that `replacement train --help` shows (see `settings_table`). Settings that
+are left out are filled in when the run begins (see `defaults`), and recorded with it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from replacement.training.losses import Auxiliary, Loss
 MOST_HELD_OUT_ROWS = 1_000_000
 """They are held in memory, and the demo's corpus would go on generating them."""
 READS = ("clean", "propagated", "subset")
+ROW_FAMILIES = ("per_layer", "strictly_causal", "attention")
+"""Families whose steps take whole rows by default, if the model has several layers: they replace its layers together."""
+N_STEPS, SMALLEST_BATCH, LARGEST_BATCH = 1000, 256, 4096
+"""Steps that the default batch aims at, and its bounds in tokens."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,12 +32,12 @@ class DataConfig:
     text_field: Annotated[str, "text"] = "text"
     """Column of a dataset that holds the text."""
     context: Annotated[int | None, "tokens"] = None
-    """Tokens per row; by default the width of stored rows, or else the model's context, at most 512."""
+    """Tokens per row; by default the width of stored rows, or else an eighth of a batch, at most the model's context."""
     buffer_tokens: Annotated[int, "tokens"] = 131_072
     """Size of the shuffle buffer. Its memory is this times the widths of all sites."""
-    shards: Annotated[int, "buffers"] = 8
-    """Independent shuffle buffers; each batch takes an equal part of every one. Data parallel runs need a divisor of it, and
-    the batches do not depend on the number of processes."""
+    shards: Annotated[int | None, "buffers"] = None
+    """Independent shuffle buffers, each of which gives an equal part of every batch; by default 8, or what divides a batch.
+    Data parallel runs need a divisor of it, and the batches do not depend on the number of processes."""
     held_out_rows: Annotated[int, "rows"] = 128
     """Rows set aside to measure on."""
     cache: Annotated[str | None, "folder"] = None
@@ -90,8 +95,9 @@ class TrainingConfig:
     n_tokens: Annotated[int, "tokens"]
     """Tokens trained on. Padding and special tokens are not counted among shuffled tokens; they are where whole rows are read
     (`reads` other than `clean`, or a loss that needs whole rows), although no crosscoder is trained on them."""
-    batch_tokens: Annotated[int, "tokens"] = 4096
-    """Tokens per optimizer step, over all processes; where whole rows are read, their left-out tokens included."""
+    batch_tokens: Annotated[int | None, "tokens"] = None
+    """Tokens per optimizer step, over all processes; by default for 1,000 steps, a power of two from 256 to 4,096. Where whole
+    rows are read, their left-out tokens are included."""
     learning_rate: Annotated[float | None, "per step"] = None
     """Peak step size of Adam, for inputs and outputs of mean norm sqrt(D); by default `0.1 / sqrt(F)`."""
     warmup_fraction: Annotated[float, "share of steps"] = 0.02
@@ -136,13 +142,24 @@ class TrainingConfig:
             raise ValueError(
                 f"losses names {repeated[0]} {names.count(repeated[0])} times: expected each loss at most once"
             )
-        if self.n_tokens < self.batch_tokens:
-            raise ValueError(f"n_tokens={self.n_tokens} is less than one batch of {self.batch_tokens}")
+        if self.n_tokens < self.step_tokens:
+            raise ValueError(f"n_tokens={self.n_tokens} is less than one batch of {self.step_tokens}")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per optimizer step: `batch_tokens`, or its default where no run has filled it in."""
+        return self.batch_tokens or self.default_batch_tokens
+
+    @property
+    def default_batch_tokens(self) -> int:
+        """The power of two nearest to a thousandth of the budget, which gives a short run steps enough, from 256 to 4,096."""
+        nearest = 2 ** round(math.log2(self.n_tokens / N_STEPS))
+        return int(min(max(nearest, SMALLEST_BATCH), LARGEST_BATCH, self.n_tokens))
 
     @property
     def n_steps(self) -> int:
         """Optimizer steps."""
-        return self.n_tokens // self.batch_tokens
+        return self.n_tokens // self.step_tokens
 
     def peak_learning_rate(self, n_features: int) -> float:
         """Peak step size for groups of F features."""
@@ -170,15 +187,24 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
     training: TrainingConfig
-    checkpoint_every: Annotated[int, "steps"] = 500
-    """Steps between two checkpoints, each with a measurement on held-out rows. A killed run loses at most these."""
+    checkpoint_every: Annotated[int | None, "steps"] = None
+    """Steps between two measurements on held-out rows; by default a tenth of the run, or what keeps them below a twentieth of
+    the work. Each comes with a snapshot, and there is one every two minutes: a killed run loses at most those."""
 
     def __post_init__(self) -> None:
         _check_above(self, 1, "checkpoint_every")
-        if self.training.batch_tokens % self.data.shards:
-            raise ValueError(
-                f"batch_tokens={self.training.batch_tokens} is not a multiple of shards={self.data.shards}"
-            )
+        batch_tokens, shards, context = self.training.batch_tokens, self.data.shards, self.data.context
+        if batch_tokens and shards and batch_tokens % shards:
+            raise ValueError(f"batch_tokens={batch_tokens} is not a multiple of shards={shards}")
+        if batch_tokens and context and self.reads_rows:
+            rows_per_batch(batch_tokens, context, shards)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether steps certainly take whole rows of tokens: as the settings say, or as crosscoders of several layers do."""
+        reads = self.training.reads
+        several_layers = reads is None and self.crosscoder.wiring in ROW_FAMILIES
+        return several_layers or reads in READS[1:] or any(loss.needs_rows for loss in self.training.losses)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON value; `run_config` reads it back."""
@@ -186,6 +212,28 @@ class RunConfig:
         value["crosscoder"]["activation"] = self.crosscoder.activation.to_dict()
         value["training"]["losses"] = [loss.to_dict() for loss in self.training.losses]
         return value
+
+
+def rows_per_batch(batch_tokens: int, context: int, shards: int | None) -> int:
+    """Whole rows in a batch.
+
+    Raises:
+        ValueError: none, or a number that the shards do not divide; says which settings would do.
+    """
+    n_rows = batch_tokens // context
+    if n_rows and (shards is None or n_rows % shards == 0):
+        return n_rows
+    least = context * (shards or 1)
+    remedies = [f"training.batch_tokens={max(least, batch_tokens // least * least)}"]
+    if batch_tokens // (shards or 1) >= 2:
+        remedies.append(f"data.context={batch_tokens // (shards or 1)} or a divisor of it")
+    if n_rows and shards:
+        remedies.append(f"data.shards={math.gcd(n_rows, shards)}")
+    expected = "at least one" if shards is None else f"a multiple of shards={shards}"
+    raise ValueError(
+        f"batch_tokens={batch_tokens} hold {n_rows} rows of {context} tokens: expected {expected} for batches of whole rows; "
+        f"set {', or '.join(remedies)}"
+    )
 
 
 def _check_above(config: object, least: int, *names: str, unit: str = "") -> None:

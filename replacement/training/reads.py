@@ -12,6 +12,7 @@ from torch import Tensor
 
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.wiring import Wiring
 from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.splice import Splice, possible_reads
 from replacement.training.build import Models
@@ -19,7 +20,7 @@ from replacement.training.config import TrainingConfig
 from replacement.training.scaling import Batch, Statistics, sites_of
 
 
-def choose_reads(config: TrainingConfig, crosscoder: Crosscoder, models: Models) -> str:
+def choose_reads(config: TrainingConfig, wiring: Wiring, models: Models) -> str:
     """What the crosscoder of a run reads: as the settings say, or else what suits its wiring.
 
     Trained on clean activations, a cross-layer transcoder is worse where it is used, with its own errors upstream; trained
@@ -30,7 +31,6 @@ def choose_reads(config: TrainingConfig, crosscoder: Crosscoder, models: Models)
         ValueError: the settings ask for a splice (by `reads` or by a loss that needs whole rows), but the wiring cannot be
             spliced into one model.
     """
-    wiring = crosscoder.wiring
     can_splice = models.only is not None and "propagated" in possible_reads(wiring)
     reads = config.reads
     if reads is None:

@@ -18,6 +18,7 @@ from replacement.files import check_folder, read_json, write_atomic
 from replacement.training import snapshots
 from replacement.training.config import RunConfig
 from replacement.training.parallel import Parallel, restarted
+from replacement.training.run_config import run_config
 
 SETTINGS_FILE = "run.json"
 INPUTS_FILE = "inputs.json"
@@ -25,6 +26,17 @@ LOCK_FILE = ".lock"
 SNAPSHOTS = "snapshots"
 RESULT = "crosscoder"
 """Folder of the result, which appears whole when the run is finished."""
+
+
+class Start(NamedTuple):
+    """What a run goes on from."""
+
+    config: RunConfig
+    """Settings: those given, or those recorded by the run that goes on."""
+    step: int | None
+    """Step of the newest snapshot; None for a start from nothing."""
+    is_new: bool
+    """Whether the settings are those given, and what they leave out is to be filled in."""
 
 
 class Input(NamedTuple):
@@ -45,15 +57,15 @@ def is_finished(out: Path) -> bool:
     return (out / RESULT).exists()
 
 
-def find_start(config: RunConfig, out: Path, *, resume: bool) -> int | None:
-    """Step of the snapshot that a run goes on from, or None for a start from nothing; writes nothing.
+def find_start(config: RunConfig, out: Path, *, resume: bool) -> Start:
+    """Where and with which settings a run begins or goes on; writes nothing.
 
     A run that ended before its first checkpoint is begun anew. Processes that `torchrun` started again after a failure
     resume without being told to.
 
     Raises:
         ValueError: the folder holds something else, holds a run and `resume` is not set, holds none although `resume` is
-            set, or a run of other settings.
+            set, or a run of other settings. Settings that are left out are no others.
     """
     settings = out / SETTINGS_FILE
     if not settings.exists():
@@ -63,13 +75,14 @@ def find_start(config: RunConfig, out: Path, *, resume: bool) -> int | None:
             check_folder(out)
         elif {path.name for path in out.iterdir()} - {LOCK_FILE}:
             raise ValueError(f"{out} is in use and holds no run: choose another folder")
-        return None
+        return Start(config, None, is_new=True)
     begun = holds_run(out)
     if begun and not (resume or restarted()):
         raise ValueError(f"{out} already holds a run: choose another folder, or go on with it by --resume")
-    if begun or resume:
-        _check_same(settings, config.to_dict())
-    return snapshots.newest_step(out / SNAPSHOTS) if begun else None
+    if not (begun or resume):
+        return Start(config, None, is_new=True)
+    recorded = _recorded(settings, config.to_dict())
+    return Start(recorded, snapshots.newest_step(out / SNAPSHOTS) if begun else None, is_new=False)
 
 
 @contextlib.contextmanager
@@ -153,14 +166,20 @@ def _remove_leftovers(out: Path) -> None:
             shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
 
 
-def _check_same(path: Path, settings: dict[str, Any]) -> None:
-    given, recorded = (dict(_flat(value)) for value in (json.loads(json.dumps(settings)), _read(path)))
+def _recorded(path: Path, settings: dict[str, Any]) -> RunConfig:
+    """The settings of a run, which those given must not contradict."""
+    value = _read(path)
+    given, recorded = (dict(_flat(entry)) for entry in (json.loads(json.dumps(settings)), value))
     for name in sorted(given.keys() | recorded.keys()):
-        if given.get(name) != recorded.get(name):
+        if given.get(name) not in (None, recorded.get(name)):
             raise ValueError(
                 f"{path.parent} holds a run with {name}={recorded.get(name)!r}, the settings say {given.get(name)!r}; "
                 "a run is resumed with the settings it began with"
             )
+    try:
+        return run_config(value)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _flat(value: object, prefix: str = "") -> list[tuple[str, object]]:

@@ -1,6 +1,6 @@
 """A training run in a folder: data, steps, metrics, checkpoints, and going on exactly where it stopped.
 
-    OUT/run.json            the settings
+    OUT/run.json            the settings, with what was chosen where they say nothing (see `defaults`)
     OUT/inputs.json         fingerprints of the models and the data
     OUT/metrics.jsonl       one line per record (see `metrics_log`)
     OUT/snapshots/          state of the run (see `snapshots`)
@@ -14,35 +14,36 @@ with the same number of threads and processes (GPU kernels may add in another or
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import signal
+import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from replacement.crosscoder import checkpoint
+from replacement.crosscoder.activation import BatchTopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.data.activation_cache import ActivationCache
 from replacement.data.activation_stream import ActivationStream
 from replacement.data.documents import special_ids
 from replacement.files import check_folder
+from replacement.threads import fit_threads
 from replacement.training import run_folder, snapshots
-from replacement.training.build import build_crosscoder, load_models, open_tokens
+from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens
 from replacement.training.config import RunConfig
-from replacement.training.metrics_log import MetricsLog, read_metrics
-from replacement.training.parallel import Parallel, connect, is_first_process
+from replacement.training.defaults import default_context, fill_batches
+from replacement.training.metrics_log import MetricsLog
+from replacement.training.pacing import Clock, stop_request
+from replacement.training.parallel import Parallel, connect
 from replacement.training.reads import choose_reads, read_rows, replaced_sites
-from replacement.training.scaling import Batch, Statistics, measure, sites_of
+from replacement.training.scaling import Batch, calibrate, measure, sites_of
 from replacement.training.sharding import feature_dim, local_part, plan, whole
 from replacement.training.trainer import Progress, RowsRead, Trainer
 from replacement.validation.fidelity import measure_fidelity
@@ -66,6 +67,7 @@ def run(
     feature_shards: int = 1,
     loggers: Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
+    measuring: Callable[[int, int], None] | None = None,
 ) -> Crosscoder:
     """Train a crosscoder as the settings say, save it in `OUT/crosscoder` and return it (processes that share the features,
     other than the first, return their part of it).
@@ -80,6 +82,7 @@ def run(
         feature_shards: processes that share the features, in a run started by `torchrun`; the others share the rows.
         loggers: copies of the metrics, `tensorboard` or `wandb`.
         progress: called after each step.
+        measuring: called while held-out rows are measured, with the tokens done and in all.
 
     Raises:
         ValueError: settings that do not fit the model or the data, a model that cannot be replaced exactly, a folder in use
@@ -88,72 +91,69 @@ def run(
     """
     parallel = connect(feature_shards=feature_shards, device=device)
     out = Path(out)
-    run_folder.find_start(config, out, resume=resume)  # mistakes are told before models are loaded
+    start = run_folder.find_start(config, out, resume=resume)  # mistakes are told before models are loaded
     if run_folder.is_finished(out):
         return checkpoint.load(out / run_folder.RESULT, device=device)
     parallel.barrier()  # the check below makes a folder and removes it, which no process must meet while it looks
     check_folder(out)
     run_folder.check_not_locked(out, parallel)
-    active = _Run(config, out, parallel, device=device)
-    with run_folder.locked(out, parallel):
-        step = run_folder.find_start(config, out, resume=resume)
-        run_folder.begin(config, out, active.inputs(), parallel)
-        active.start(step)
-        log = MetricsLog(
-            out, last_step=step or 0, loggers=loggers, config=config.to_dict(), silent=not parallel.is_first
-        )
-        with _stop_request() as stop:
-            active.go(log, stop, progress)
-        return active.finish()
-
-
-def run_with_bar(config: RunConfig, out: Path, **options: Any) -> dict[str, Any]:
-    """Run with a bar that shows speed, loss, L0 and the time left on a terminal; returns the facts of the result.
-
-    Args:
-        options: those of `run`, except `progress`.
-    """
-    training = config.training
-    quiet = None if is_first_process() else True  # None: shown on a terminal only
-    with tqdm(total=training.n_steps * training.batch_tokens, unit="tok", unit_scale=True, disable=quiet) as bar:
-
-        def show(progress: Progress) -> None:
-            done = progress.step * training.batch_tokens
-            if bar.n == 0 and progress.step > 1:  # a resumed run: what was done before does not count for the speed
-                bar.initial = bar.n = done - training.batch_tokens
-            bar.set_postfix(
-                {"loss": f"{progress.loss:.4f}", "L0": f"{progress.l0:.1f}", "dead": progress.n_dead}, refresh=False
-            )
-            bar.update(done - bar.n)
-
-        run(config, out, progress=show, **options)
-    held_out = read_metrics(out, kind="held_out")
-    if not held_out:
-        raise ValueError(f"{out}: the metrics of the run hold no measurement on held-out rows, its last one is lost")
-    return {"crosscoder": str(out / run_folder.RESULT), **{k: v for k, v in held_out[-1].items() if k != "kind"}}
+    n_threads = torch.get_num_threads()
+    try:
+        active = _Run(start.config, out, parallel, device=device, is_new=start.is_new)
+        with run_folder.locked(out, parallel):
+            step = run_folder.find_start(active.config, out, resume=resume).step
+            run_folder.begin(active.config, out, active.inputs(), parallel)
+            active.start(step)
+            settings = active.config.to_dict()
+            log = MetricsLog(out, last_step=step or 0, loggers=loggers, config=settings, silent=not parallel.is_first)
+            with stop_request() as stop:
+                active.go(log, stop, progress, measuring)
+            return active.finish()
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 class _Run:
     """The parts of a run in progress; making it reads models and data, and writes nothing."""
 
-    def __init__(self, config: RunConfig, out: Path, parallel: Parallel, *, device: str) -> None:
-        self.config, self.out, self.parallel, self.device = config, out, parallel, device
+    def __init__(self, config: RunConfig, out: Path, parallel: Parallel, *, device: str, is_new: bool) -> None:
+        self.out, self.parallel, self.device = out, parallel, device
         self.models = load_models(config.model, device=device)
-        self.source = open_tokens(config.data, self.models.first)
+        lm = self.models.first
+        fit_threads(lm.shape.d_model)
+        self.reads = choose_reads(config.training, build_wiring(config.crosscoder, lm.shape), self.models)
+        if is_new:
+            self.source = open_tokens(config.data, lm, default_context=default_context(config))
+            config = fill_batches(config, self.source.context, whole_rows=not self._shuffles(config))
+        else:
+            self.source = open_tokens(config.data, lm)
         self.held_out_RT = self.source.held_out()
         n_rows = -(-SCALE_TOKENS // self.source.context)
         self.first_rows_RT = next(self.source.blocks(n_rows, seed=config.training.seed)).tokens_RT
         with plan(parallel):
             self.fresh = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
         self.activation = self.fresh.activation
-        self.reads = choose_reads(config.training, self.fresh, self.models)
-        if config.data.cache and not self._shuffles:
+        self.config = self._with_choices(config) if is_new else config
+        if config.data.cache and not self._shuffles(config):
             raise ValueError(
                 "data.cache serves training on shuffled clean activations: set training.reads='clean', or no cache"
             )
         self.sites = sites_of(self.fresh)
         self.stream = self._open_stream(self.fresh.undecomposed_positions)
         self._check_text()
+
+    def _with_choices(self, config: RunConfig) -> RunConfig:
+        """The settings with what was chosen for this crosscoder, so that all is recorded."""
+        n_features = self.fresh.n_features
+        return replace(
+            config,
+            crosscoder=replace(
+                config.crosscoder, n_features=n_features, undecomposed_positions=self.fresh.undecomposed_positions
+            ),
+            training=replace(
+                config.training, reads=self.reads, learning_rate=config.training.peak_learning_rate(n_features)
+            ),
+        )
 
     def inputs(self) -> dict[str, run_folder.Input]:
         """Fingerprints of what the settings name without saying what it holds, by what a message calls it."""
@@ -170,43 +170,45 @@ class _Run:
         """Prepare the trainer: from the snapshot of a step, or afresh."""
         if self.config.data.cache:
             self.stream.read_activations = self._cached()
-        part = local_part(self.fresh, self.parallel, seed=self.config.training.seed, device=self.device)
-        self.trainer = Trainer(
-            part,
-            self.config.training,
-            self._measure(part) if step is None else None,
-            parallel=self.parallel,
-            language_model=self.models.only,
-        )
+        training, parallel = self.config.training, self.parallel
+        crosscoder = local_part(self.fresh, parallel, seed=training.seed, device=self.device)
+        statistics = None
+        if step is None:
+            mine = self._first_batches(part=parallel.data_rank, n_parts=parallel.n_data)
+            statistics = measure(crosscoder, mine, parallel=parallel)
+        self.trainer = Trainer(crosscoder, training, statistics, parallel=parallel, language_model=self.models.only)
         if step is not None:
             state = self.trainer.state_tensors()
             folder = self.out / run_folder.SNAPSHOTS
             snapshots.load(folder, step, self._for_snapshot(state), parallel=self.parallel)
             self.trainer.restore(state, step)
 
-    @property
-    def _shuffles(self) -> bool:
+    def _shuffles(self, config: RunConfig) -> bool:
         """Whether steps take shuffled tokens; otherwise whole rows, to run the model on them."""
-        return self.reads == "clean" and not any(loss.needs_rows for loss in self.config.training.losses)
+        return self.reads == "clean" and not any(loss.needs_rows for loss in config.training.losses)
 
     def _read(self, tokens_RT: Tensor) -> dict[Site, Tensor]:
         with torch.no_grad():
             return self.models.read(tokens_RT, self.sites)
 
     def _open_stream(self, undecomposed_positions: int) -> ActivationStream:
-        data, n_data = self.config.data, self.parallel.n_data
+        data, training, n_data = self.config.data, self.config.training, self.parallel.n_data
+        assert data.shards is not None
         if data.shards % n_data:
-            raise ValueError(f"shards={data.shards} is not a multiple of the {n_data} processes that share the rows")
+            raise ValueError(
+                f"shards={data.shards} is not a multiple of the {n_data} processes that share the rows: set data.shards and "
+                "training.batch_tokens to multiples of it"
+            )
         share = data.shards // n_data
         first = share * self.parallel.data_rank
         return ActivationStream(
             self.source,
             self._read,
-            batch_tokens=self.config.training.batch_tokens,
+            batch_tokens=training.step_tokens,
             buffer_tokens=data.buffer_tokens,
             shards=data.shards,
             my_shards=range(first, first + share),
-            seed=self.config.training.seed,
+            seed=training.seed,
             excluded_ids=special_ids(self.models.first),
             undecomposed_positions=undecomposed_positions,
         )
@@ -231,42 +233,45 @@ class _Run:
         self.parallel.barrier()
         return ActivationCache.open(folder, self.source, fingerprint=fingerprint, sites=self.sites)
 
-    def _measure(self, crosscoder: Crosscoder) -> Statistics:
-        """Statistics of the first rows of the data, split over the processes like everything else."""
-        rows_RT = self.first_rows_RT[self.parallel.data_rank :: self.parallel.n_data]
+    def _first_batches(self, *, part: int = 0, n_parts: int = 1) -> Iterator[Batch]:
+        """Activations of the first rows of the data, or a part of them."""
+        for chunk_RT in self.first_rows_RT[part::n_parts].split(32):
+            kept_RT = self.stream.kept(chunk_RT)
+            yield {site: x_RTD[kept_RT.to(x_RTD.device)] for site, x_RTD in self._read(chunk_RT).items()}
 
-        def batches() -> Iterator[Batch]:
-            for chunk_RT in rows_RT.split(32):
-                kept_RT = self.stream.kept(chunk_RT)
-                yield {site: x_RTD[kept_RT.to(x_RTD.device)] for site, x_RTD in self._read(chunk_RT).items()}
-
-        return measure(crosscoder, batches(), parallel=self.parallel)
-
-    def go(self, log: MetricsLog, stop: threading.Event, progress: Callable[[Progress], None] | None) -> None:
+    def go(
+        self,
+        log: MetricsLog,
+        stop: threading.Event,
+        progress: Callable[[Progress], None] | None,
+        measuring: Callable[[int, int], None] | None,
+    ) -> None:
         """Train to the end, or until asked to stop."""
-        trainer, training = self.trainer, self.config.training
-        clock = _Clock(training.batch_tokens, trainer.steps_done)
+        trainer, training, every = self.trainer, self.config.training, self.config.checkpoint_every
+        assert every is not None
+        clock = Clock(training.step_tokens, trainer.steps_done)
         for step in self._steps(trainer.steps_done):
             report = step()
             if progress is not None:
                 progress(report)
-            at_checkpoint = report.step % self.config.checkpoint_every == 0 or report.step == training.n_steps
+            at_checkpoint = report.step % every == 0 or report.step == training.n_steps
             if report.step % LOG_EVERY == 0 or at_checkpoint:
                 log.write("train", report.step, self._training_record(report, clock.tokens_per_second(report.step)))
-            if at_checkpoint:
-                log.write("held_out", report.step, self._held_out_record())
-            stopped = self.parallel.any(stop.is_set())
-            if at_checkpoint or stopped:
-                self.save_snapshot()
-                clock.skip()
-            if stopped and report.step < training.n_steps:
-                raise Interrupted(f"stopped after {report.step} of {training.n_steps} steps; go on with --resume")
+            with clock.paused():
+                if at_checkpoint:
+                    log.write("held_out", report.step, self._held_out_record(measuring))
+                if at_checkpoint or self.parallel.any(stop.is_set() or clock.wants_snapshot()):
+                    clock.save(self.save_snapshot)
+                    if self.parallel.any(stop.is_set()) and report.step < training.n_steps:
+                        raise Interrupted(
+                            f"stopped after {report.step} of {training.n_steps} steps; go on with --resume"
+                        )
 
     def _steps(self, done: int) -> Iterator[Callable[[], Progress]]:
         """The remaining steps, each as a function that does it."""
         trainer, training = self.trainer, self.config.training
         left = training.n_steps - done
-        if self._shuffles:
+        if self._shuffles(self.config):
             for batch in itertools.islice(self.stream.batches(start=done), left):
                 yield partial(trainer.step, batch)
             return
@@ -283,7 +288,7 @@ class _Run:
         crosscoder = self.trainer.crosscoder
         n_features = crosscoder.n_groups * crosscoder.n_features * self.parallel.n_feature_shards
         return {
-            "tokens": report.step * self.config.training.batch_tokens,
+            "tokens": report.tokens,
             "loss": report.loss,
             "unexplained": {str(site): value for site, value in report.unexplained_by_site.items()},
             "l0": report.l0_by_group,
@@ -295,12 +300,13 @@ class _Run:
             "tokens_per_second": tokens_per_second,
         }
 
-    def _held_out_record(self) -> dict[str, Any]:
+    def _held_out_record(self, measuring: Callable[[int, int], None] | None) -> dict[str, Any]:
         """Reconstruction of held-out rows and the output with the crosscoder spliced in, measured by the first process while
-        the others wait; empty there."""
+        the others wait; empty there. Thresholds of BatchTopK are calibrated before, in every process."""
         crosscoder: Crosscoder | None = self.trainer.crosscoder
         if self.parallel.n_feature_shards > 1:
             crosscoder = whole(self.trainer.crosscoder, self.activation, self.parallel)
+        self._calibrate(crosscoder)
         if crosscoder is None or not self.parallel.is_first:
             return {}
         lm = self.models.first
@@ -311,6 +317,7 @@ class _Run:
             keep_RT=self.stream.kept(self.held_out_RT).to(lm.device),
             scales=self.trainer.statistics.scales,
             second_model=self.models.second,
+            progress=measuring,
         )
         sites = crosscoder.wiring.write_sites
         measured = (
@@ -328,13 +335,27 @@ class _Run:
             **{name: getattr(fidelity, name) for name in measured},
         }
 
+    def _calibrate(self, crosscoder: Crosscoder | None) -> None:
+        """Set the thresholds of BatchTopK: the first process measures them on its whole crosscoder and tells the others."""
+        own = self.trainer.crosscoder
+        if not isinstance(self.activation, BatchTopK) or own.threshold is None:
+            return
+        measured = []
+        if self.parallel.is_first:
+            assert crosscoder is not None
+            assert crosscoder.threshold is not None
+            n_rows = int(self.stream.kept(self.first_rows_RT).sum())
+            calibrate(crosscoder, self.trainer.statistics, self._first_batches(), n_rows=n_rows)
+            measured = crosscoder.threshold.tolist()
+        own.threshold.copy_(torch.tensor(json.loads(self.parallel.from_first(json.dumps(measured)))))
+
     def save_snapshot(self) -> None:
         """Write the state of the run."""
         snapshots.save(
             self.out / run_folder.SNAPSHOTS,
             self.trainer.steps_done,
             self._for_snapshot(self.trainer.state_tensors()),
-            {"tokens": self.trainer.steps_done * self.config.training.batch_tokens},
+            {"tokens": self.trainer.steps_done * self.config.training.step_tokens},
             parallel=self.parallel,
         )
 
@@ -355,47 +376,3 @@ class _Run:
             checkpoint.save(crosscoder, self.out / run_folder.RESULT, training=self.config.to_dict())
         self.parallel.barrier()
         return part if crosscoder is None else crosscoder
-
-
-class _Clock:
-    """Tokens per second since the last record, checkpoints not counted."""
-
-    def __init__(self, batch_tokens: int, step: int) -> None:
-        self._batch_tokens, self._step = batch_tokens, step
-        self._since = time.perf_counter()
-
-    def tokens_per_second(self, step: int) -> float:
-        """Speed of the steps since the last call."""
-        now = time.perf_counter()
-        speed = (step - self._step) * self._batch_tokens / max(now - self._since, 1e-9)
-        self._since, self._step = now, step
-        return speed
-
-    def skip(self) -> None:
-        """Leave out the time that passed."""
-        self._since = time.perf_counter()
-
-
-@contextlib.contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """While open, the first SIGINT or SIGTERM sets the event, so that the run stops between two steps; the second one acts as
-    usual. Signals reach the main thread only; in another thread nothing sets the event.
-    """
-    requested = threading.Event()
-    handlers: dict[int, Any] = {}
-
-    def request(number: int, frame: FrameType | None) -> None:
-        requested.set()
-        restore()
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        handlers.clear()
-
-    if threading.current_thread() is threading.main_thread():
-        handlers |= {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requested
-    finally:
-        restore()

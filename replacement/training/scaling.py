@@ -1,4 +1,4 @@
-"""Scale, mean and variance of every site, measured before training. B rows, D site width.
+"""Scale, mean and variance of every site, measured before training, and thresholds measured after it.
 
 Sites are scaled to mean norm sqrt(D) while training, so that settings carry over between layers and models; the scale is
 folded into the weights at the end, and the result reads and writes the model's own activations.
@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from replacement.crosscoder.activation import BatchTopK
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.jumprelu import quantile_thresholds
 from replacement.crosscoder.sites import Site
 from replacement.training.parallel import SINGLE, Parallel
 
@@ -146,6 +148,24 @@ def start(crosscoder: Crosscoder, statistics: Statistics) -> None:
     for group, bias_F in enumerate(crosscoder.b_enc):
         means = {site: statistics.means[site][None] for site in crosscoder.wiring.reads[group]}
         bias_F.sub_(crosscoder.pre_activations(means, group)[0])
+
+
+@torch.no_grad()
+def calibrate(crosscoder: Crosscoder, statistics: Statistics, batches: Iterable[Batch], *, n_rows: int) -> None:
+    """Set the thresholds of a BatchTopK crosscoder to those that keep k features per row of the batches; others are left alone.
+
+    While training the threshold is a running mean over many steps. Encoders grow as they learn, so it lags behind: after a
+    few dozen steps it let through several times k features.
+
+    Args:
+        batches: unscaled activations of every read site.
+        n_rows: rows of all batches together.
+    """
+    if not isinstance(crosscoder.activation, BatchTopK) or crosscoder.threshold is None:
+        return
+    sites = crosscoder.wiring.read_sites
+    scaled_batches = (scale_sites(crosscoder, batch, statistics, sites) for batch in batches)
+    crosscoder.threshold.copy_(quantile_thresholds(crosscoder, scaled_batches, n_rows=n_rows)[:, None])
 
 
 def fold(crosscoder: Crosscoder, scales: Mapping[Site, float]) -> None:

@@ -22,7 +22,17 @@ from replacement.language_model.language_model import LanguageModel
 from replacement.training.config import TrainingConfig
 from replacement.training.losses import StepState, reconstruction_losses
 from replacement.training.parallel import SINGLE, Parallel
-from replacement.training.scaling import Batch, Statistics, fold, measure, scale_sites, scaled, sites_of, start
+from replacement.training.scaling import (
+    Batch,
+    Statistics,
+    calibrate,
+    fold,
+    measure,
+    scale_sites,
+    scaled,
+    sites_of,
+    start,
+)
 
 SCALE_BATCHES = 4
 """First batches that measure the scale, mean and variance of every site; they are trained on as well."""
@@ -33,6 +43,8 @@ class Progress(NamedTuple):
 
     step: int
     """Steps done."""
+    tokens: int
+    """Tokens trained on so far."""
     loss: float
     """Loss of this batch, all terms."""
     unexplained: float
@@ -145,7 +157,7 @@ class Trainer:
         n_rows = len(next(iter(whole.values())))
         counts = self.parallel.counts_over_data(n_rows)
         reconstructions, features = self._reconstruct(reads, n_rows)
-        self.silent_GF = self.parallel.least_over_data(_count_silence(self.silent_GF, features, config.batch_tokens))
+        self.silent_GF = self.parallel.least_over_data(_count_silence(self.silent_GF, features, config.step_tokens))
         state = StepState(
             crosscoder=crosscoder,
             inputs={site: reads[site] for site in crosscoder.wiring.read_sites},
@@ -208,6 +220,7 @@ class Trainer:
         by_site = {site: values.pop(str(site)) for site in state.reconstructions}
         return Progress(
             step=self.steps_done + 1,
+            tokens=(self.steps_done + 1) * self.config.step_tokens,
             loss=sum(by_site.values()) + sum(values.values()),
             unexplained=sum(by_site.values()) / len(by_site),
             l0=sum(l0_by_group),
@@ -278,6 +291,8 @@ def train(
             progress(report)
     if trainer.steps_done < config.n_steps:
         raise ValueError(f"the batches ran out after {trainer.steps_done} of {config.n_steps} steps")
+    n_rows = sum(len(next(iter(batch.values()))) for batch in first)
+    calibrate(crosscoder, trainer.statistics, first, n_rows=n_rows)
     return trainer.finished()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -80,6 +80,7 @@ def measure_fidelity(
     scales: Mapping[Site, float] | None = None,
     second_model: LanguageModel | None = None,
     rows_per_pass: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Fidelity:
     """Compare the original model with the spliced one, in which every written site is replaced and errors propagate.
 
@@ -89,6 +90,7 @@ def measure_fidelity(
         keep_RT: bool mask `[R, T]` of the tokens measured and replaced, all by default; the others (padding, special tokens)
             keep their own output. A loss counts where the next token is kept too.
         rows_per_pass: rows per forward pass, which bounds memory; by default few enough for their logits to stay small.
+        progress: called after each forward pass with the tokens run so far and in all.
 
     Raises:
         ValueError: no crosscoder, one of another model, a written site that does not vary over the rows, or what `measure`
@@ -102,7 +104,17 @@ def measure_fidelity(
     has_output = not any(site.model for item in crosscoders for site in item.wiring.read_sites)
     chosen = [protocols(crosscoders)[name] for name in (PROPAGATED, ZERO)] if has_output else []
     batches = batches_of(rows_RT, language_model, keep_RT=keep_RT, rows_per_pass=rows_per_pass)
-    measured = measure(language_model, crosscoders, batches, chosen, scales=scales, second_model=second_model)
+    n_run = 0
+
+    def count(n_tokens: int) -> None:
+        nonlocal n_run
+        n_run += n_tokens
+        if progress is not None:
+            progress(n_run, rows_RT.numel() * (1 + len(chosen)))
+
+    measured = measure(
+        language_model, crosscoders, batches, chosen, scales=scales, second_model=second_model, progress=count
+    )
     unexplained = [error.unexplained for error in measured.errors.values()]
     if None in unexplained:
         raise ValueError("a written site does not vary over the rows: its unexplained variance is not defined")

@@ -89,7 +89,7 @@ def test_training_settings_build_one(language_model: Any) -> None:
         CrosscoderConfig(wiring="attention"), models, torch.ones(1, 4, dtype=torch.int64), seed=0
     )
     # It is used with its own errors upstream, like a cross-layer transcoder, and so is trained on them.
-    assert choose_reads(TrainingConfig(n_tokens=4096), crosscoder, models) == "subset"
+    assert choose_reads(TrainingConfig(n_tokens=4096), crosscoder.wiring, models) == "subset"
 
 
 @pytest.mark.parametrize(

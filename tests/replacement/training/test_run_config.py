@@ -356,7 +356,7 @@ def test_what_is_read_while_training_suits_the_wiring(
 ) -> None:
     models = load_models(str(model_folder("gpt2")))
     crosscoder = build_crosscoder(CrosscoderConfig(wiring=wiring), models, torch.ones(1, 4, dtype=torch.int64), seed=0)
-    assert choose_reads(TrainingConfig(n_tokens=4096, reads=given), crosscoder, models) == expected
+    assert choose_reads(TrainingConfig(n_tokens=4096, reads=given), crosscoder.wiring, models) == expected
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_splices_that_are_impossible_are_refused(
     tokens_RT = torch.ones(1, 4, dtype=torch.int64)
     crosscoder = build_crosscoder(CrosscoderConfig(wiring="acausal"), models, tokens_RT, seed=0)
     with pytest.raises(ValueError, match=re.escape(message)):
-        choose_reads(TrainingConfig(n_tokens=4096, **training), crosscoder, models)
+        choose_reads(TrainingConfig(n_tokens=4096, **training), crosscoder.wiring, models)
 
 
 def test_position_0_is_not_decomposed_where_it_is_special(model_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ from transformers import PreTrainedTokenizerFast
 
 from replacement.cli import main
 from replacement.training import snapshots
+from replacement.training.command import run_with_bar
 from replacement.training.run_config import run_config
 from replacement.training.run_folder import holds_run
-from replacement.training.runs import Interrupted, run, run_with_bar
+from replacement.training.runs import Interrupted, run
 from replacement.training.trainer import Progress
 
 WEIGHTS = Path("crosscoder") / "crosscoder.safetensors"

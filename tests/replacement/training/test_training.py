@@ -302,7 +302,7 @@ def test_sparsity_penalties_ramp() -> None:
     ("setting", "message"),
     [
         ({"n_tokens": 0}, "n_tokens must be 1 or more, got 0"),
-        ({"n_tokens": 100}, "n_tokens=100 is less than one batch of 4096"),
+        ({"n_tokens": 100, "batch_tokens": 4096}, "n_tokens=100 is less than one batch of 4096"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
         ({"warmup_fraction": -1.0}, "warmup_fraction must lie between 0 and 1, got -1.0"),
         ({"decay_fraction": 1.5}, "decay_fraction must lie between 0 and 1, got 1.5"),
