@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from types import FrameType
 from typing import Any
 
@@ -21,12 +21,12 @@ class Clock:
 
     def __init__(self, step_tokens: int, step: int) -> None:
         self._step_tokens, self._step = step_tokens, step
-        self._since = self._saved = time.perf_counter()
+        self._since = self._saved = perf_counter()
         self._saving_seconds = 0.0
 
     def tokens_per_second(self, step: int) -> float:
         """Speed of the steps since the last call, pauses not counted."""
-        now = time.perf_counter()
+        now = perf_counter()
         speed = (step - self._step) * self._step_tokens / max(now - self._since, 1e-9)
         self._since, self._step = now, step
         return speed
@@ -34,19 +34,19 @@ class Clock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """While open, time does not count for the speed."""
-        started = time.perf_counter()
+        started = perf_counter()
         yield
-        self._since += time.perf_counter() - started
+        self._since += perf_counter() - started
 
     def wants_snapshot(self) -> bool:
         """Whether so much has been done since the last snapshot that it should be saved."""
-        return time.perf_counter() - self._saved >= max(SNAPSHOT_SECONDS, self._saving_seconds / SAVING_SHARE)
+        return perf_counter() - self._saved >= max(SNAPSHOT_SECONDS, self._saving_seconds / SAVING_SHARE)
 
     def save(self, save_snapshot: Callable[[], None]) -> None:
         """Write a snapshot, and note how long that takes."""
-        started = time.perf_counter()
+        started = perf_counter()
         save_snapshot()
-        self._saved = time.perf_counter()
+        self._saved = perf_counter()
         self._saving_seconds = self._saved - started
 
 
