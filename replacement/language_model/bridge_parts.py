@@ -1,21 +1,20 @@
 """Access to the parts of a TransformerLens bridge that the linear maps are made of: hooks, norms, attention weights.
 
-Letters: T tokens, D d_model, H heads, K d_head. This is the only file that knows how TransformerLens names things.
+Letters: T tokens, D d_model, H heads, K d_head. This file and `bridge_scores.py` alone know how TransformerLens names things.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.language_model.frozen_layers import AttentionWeights, NormWeights
-from replacement.language_model.queries_and_keys import QueryKeyWeights, Rotation
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -175,24 +174,6 @@ class BridgeParts:
         """Free the folded weights, a second copy of a quarter of the model, until they are needed."""
         self._attention_weights = None
 
-    def query_key_weights(self, layer: int) -> QueryKeyWeights:
-        """Query and key weights of one layer with the input norm folded in."""
-        attention = self.bridge.blocks[layer].attn
-        b_Q, b_K = attention.b_Q, attention.b_K
-        scale, soft_cap = self.score_scale_and_cap(layer)
-        norms = {path.rpartition(".")[2]: self.norm_weights(path) for path in self._head_norms(layer)}
-        return QueryKeyWeights.fold(
-            W_Q=attention.W_Q.detach(),
-            W_K=attention.W_K.detach(),
-            b_Q=None if b_Q is None else b_Q.detach(),
-            b_K=None if b_K is None else b_K.detach(),
-            norm_in=self.norm_weights(self.norm_before(layer, "attention")),
-            query_norm=norms.get("q_norm"),
-            key_norm=norms.get("k_norm"),
-            scale=scale,
-            soft_cap=soft_cap,
-        )
-
     def score_scale_and_cap(self, layer: int) -> tuple[float, float | None]:
         """Factor of the inner product of query and key, and the soft-cap of scores where the layer has one."""
         original = self.bridge.blocks[layer].attn.original_component
@@ -201,42 +182,7 @@ class BridgeParts:
         soft_cap = getattr(original, "attn_logit_softcapping", None) or getattr(original, "attn_scores_soft_cap", None)
         return float(scale), float(soft_cap) if soft_cap and float(soft_cap) > 0 else None
 
-    def query_key_hook_names(self, layer: int) -> set[str]:
-        """Hooks that frozen queries and keys are made of and checked against, as far as this model has them."""
-        hooks = ["hook_attn_scores", "hook_pattern", "hook_cos", "hook_sin", "hook_rot_q", "hook_rot_k"]
-        hooks += ["q.hook_out", "k.hook_out", "q_norm.hook_scale", "k_norm.hook_scale"]
-        names = {f"blocks.{layer}.{hook}" for hook in ("hook_resid_pre", "ln1.hook_scale")}
-        return (names | {f"blocks.{layer}.attn.{hook}" for hook in hooks}) & set(self.bridge.hook_dict)
-
-    def rotation(self, layer: int, shown: Mapping[str, Tensor], n_positions: int) -> Rotation | None:
-        """Rotary embedding of one layer, from what its hooks showed, or from the table of a module that has it inside."""
-        attention, cfg = self.bridge.blocks[layer].attn, self.bridge.cfg
-        cos_TR, sin_TR = shown.get("hook_cos"), shown.get("hook_sin")
-        table = getattr(attention.original_component, "embed_positions", None)
-        if cos_TR is None and isinstance(table, Tensor):  # GPT-J
-            sin_TR, cos_TR = table[:n_positions].to(self.dtype).repeat_interleave(2, -1).chunk(2, -1)
-            return Rotation(cos_TR, sin_TR, neighbours=True)
-        if cos_TR is None or sin_TR is None:
-            return None
-        if getattr(cfg, "rotary_interleaved_cos_sin", False):
-            return Rotation(cos_TR, sin_TR, neighbours=True)
-        if getattr(cfg, "rotary_adjacent_pairs", False):
-            cos_TR, sin_TR = (x.chunk(2, -1)[0].repeat_interleave(2, -1) for x in (cos_TR, sin_TR))
-            return Rotation(cos_TR, sin_TR, neighbours=True)
-        if 2 * cos_TR.shape[-1] == self.shape.d_head and get_rotary_pct_from_config(cfg) == 1:  # GPT-OSS
-            cos_TR, sin_TR = torch.cat([cos_TR, cos_TR], -1), torch.cat([sin_TR, sin_TR], -1)
-        return Rotation(cos_TR, sin_TR, neighbours=False)
-
-    def head_norm_scale(self, layer: int, name: str, shown: Mapping[str, Tensor]) -> Tensor | None:
-        """Scale `[H or 1, T, 1]` of the norm of queries (`q_norm`) or keys (`k_norm`); None where there is none."""
-        scale = shown.get(f"{name}.hook_scale")
-        if scale is None or scale.ndim == 2:  # one norm of all heads at once: OLMo 2
-            return None if scale is None else scale[None]
-        # A norm with a gain for every head sees the positions first: Cohere.
-        heads_last = self._component(f"blocks.{layer}.attn.{name}").weight.ndim == 2
-        return scale.transpose(0, 1) if heads_last else scale
-
-    def _head_norms(self, layer: int) -> list[str]:
+    def head_norms(self, layer: int) -> list[str]:
         """Norms of queries and keys: over the channels of a head (Gemma 3, Qwen 3) or over all heads at once (OLMo 2)."""
         modules = self.bridge.blocks[layer].attn._modules
         weights = {name: getattr(modules.get(name), "weight", None) for name in ("q_norm", "k_norm")}
@@ -321,7 +267,7 @@ class BridgeParts:
         """
         if self.dtype != torch.float64:
             return [], []
-        head_norms = [path for layer in range(self.shape.n_layers) for path in self._head_norms(layer)]
+        head_norms = [path for layer in range(self.shape.n_layers) for path in self.head_norms(layer)]
         paths = [*head_norms, *self.norm_paths]
         redone = [path for path in paths if not isinstance(self._component(path).original_component, nn.LayerNorm)]
         pairs = [self._float64_norm(path) for path in redone]
@@ -351,19 +297,34 @@ class BridgeParts:
             read: `mlp_in`, or the stream the MLP's norm reads: `resid_mid`, `resid_pre` in a parallel model.
 
         Raises:
-            ValueError: another site, from which `mlp_out` depends on other positions too.
+            ValueError: another site, from which `mlp_out` depends on other positions too, or an architecture whose MLP is no
+                module of its own (OPT).
         """
         stream = "resid_pre" if self.shape.parallel else "resid_mid"
         if read not in ("mlp_in", stream):
             raise ValueError(f"mlp_out is a function of mlp_in or {stream} at each position, not of {read}")
-        mlp, scale = self.bridge.blocks[layer].mlp, self._residual_scale(layer)
+        mlp, scale = self._mlp(layer), self._residual_scale(layer)
         norm = self.norm_before(layer, "mlp")
         before = self.norm_map(norm) if read == stream and norm is not None else None
         after = self.norm_map(f"blocks.{layer}.ln2_post") if "ln2_post" in self.norm_names(layer) else None
 
         def apply(x_BD: Tensor) -> Tensor:
-            y_BD = mlp((before(x_BD) if before else x_BD)[None])[0]
+            y_BD = mlp(before(x_BD) if before else x_BD)
             return (after(y_BD) if after else y_BD) * scale
+
+        return apply
+
+    def _mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """The module as a function of rows `[B, D]`; those of BLOOM and MPT add the stream they are given, zero here."""
+        mlp = self.bridge.blocks[layer].mlp
+        if mlp.name is None:
+            raise ValueError(f"{self.architecture} has no MLP that can be computed apart from its layer")
+        adds_stream = "residual" in inspect.signature(mlp.original_component.forward).parameters
+
+        def apply(x_BD: Tensor) -> Tensor:
+            stream_1BD = [torch.zeros_like(x_BD)[None]] if adds_stream else []
+            y = mlp(x_BD[None], *stream_1BD)
+            return (y[0] if isinstance(y, tuple) else y)[0]  # GPT-OSS gives the scores of its experts too
 
         return apply
 

@@ -16,6 +16,12 @@ from torch import Tensor
 
 from replacement.crosscoder.sites import Site
 from replacement.language_model.bridge_parts import BridgeParts
+from replacement.language_model.bridge_scores import (
+    head_norm_scale,
+    query_key_hook_names,
+    query_key_weights,
+    rotation_of,
+)
 from replacement.language_model.frozen_layers import FrozenAttention, FrozenNorm
 from replacement.language_model.queries_and_keys import FrozenQueryKey, QueryKeyWeights, Rotation
 
@@ -94,8 +100,8 @@ def freeze_query_key(parts: BridgeParts, tokens_T: Tensor, *, layer: int) -> Fro
     _require_exact_dtype(parts)
     if not 0 <= layer < parts.shape.n_layers:
         raise ValueError(f"the language model has no layer {layer}: it has {parts.shape.n_layers} layers")
-    weights, block = parts.query_key_weights(layer), f"blocks.{layer}"
-    _, cache = parts.capture(tokens_T, parts.query_key_hook_names(layer))
+    weights, block = query_key_weights(parts, layer), f"blocks.{layer}"
+    _, cache = parts.capture(tokens_T, query_key_hook_names(parts, layer))
     attention = {name.removeprefix(f"{block}.attn."): x for name, x in cache.items()}
     shown_HTT, pattern_HTT = attention["hook_attn_scores"], attention["hook_pattern"]
     # Where the wrapped module computes attention itself, TransformerLens has only the pattern to show at the scores' hook.
@@ -103,13 +109,13 @@ def freeze_query_key(parts: BridgeParts, tokens_T: Tensor, *, layer: int) -> Fro
     visible_TT = torch.ones_like(pattern_HTT[0], dtype=torch.bool).tril()
     if not shows_pattern:
         visible_TT &= shown_HTT[0] > torch.finfo(shown_HTT.dtype).min / 2
-    rotation = parts.rotation(layer, attention, len(tokens_T))
+    rotation = rotation_of(parts, layer, attention, len(tokens_T))
     own_HTT = _own_scores(weights, rotation, attention) if shows_pattern or weights.soft_cap is not None else shown_HTT
     frozen = FrozenQueryKey(
         weights=weights,
         scale_in_T=_norm_scale(parts, parts.norm_before(layer, "attention"), cache, len(tokens_T)),
-        query_gain_HTK=weights.query_gain(parts.head_norm_scale(layer, "q_norm", attention), len(tokens_T)),
-        key_gain_GTK=weights.key_gain(parts.head_norm_scale(layer, "k_norm", attention), len(tokens_T)),
+        query_gain_HTK=weights.query_gain(head_norm_scale(parts, layer, "q_norm", attention), len(tokens_T)),
+        key_gain_GTK=weights.key_gain(head_norm_scale(parts, layer, "k_norm", attention), len(tokens_T)),
         rotation=rotation,
         scores_HTT=own_HTT.masked_fill(~visible_TT, -torch.inf),
         pattern_HTT=pattern_HTT,

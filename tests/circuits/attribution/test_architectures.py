@@ -105,6 +105,20 @@ def test_frozen_patterns_and_norms_are_held(traced: tuple[Architecture, Path]) -
         assert float((lm.run(second, {}, **{name: value}) - lm(second)).abs().max()) > 1e-3 * size
 
 
+def test_the_map_of_an_mlp(traced: tuple[Architecture, Path]) -> None:
+    row, folder = traced
+    lm = load(folder, torch.float64)
+    reads = [Site(1, "mlp_in"), Site(1, "resid_pre" if lm.shape.parallel else "resid_mid")]
+    activations = lm.read(tiny.random_tokens(), [*reads, Site(1, "mlp_out")])
+    for read in reads:
+        if row.name == "OPT":
+            with pytest.raises(ValueError, match="OPTForCausalLM has no MLP that can be computed apart from its layer"):
+                lm.parts.mlp_map(1, read.kind)
+        else:
+            written = lm.parts.mlp_map(1, read.kind)(activations[read])
+            torch.testing.assert_close(written, activations[Site(1, "mlp_out")], rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_attention_scores(traced: tuple[Architecture, Path], dtype: torch.dtype) -> None:
     (row, folder), tokens_T = traced, tiny.random_tokens()
