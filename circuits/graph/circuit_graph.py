@@ -170,7 +170,7 @@ def _check_fit(nodes: NodeTable, edges: Edges, *, n_tokens: int) -> None:
         raise ValueError(f"CircuitGraph.nodes: expected output weights that sum to 1, given {total}")
     for row in np.flatnonzero((np.diff(edges.indptr) > 0) & ~nodes.expanded):
         raise ValueError(f"CircuitGraph.edges: expected edges into expanded nodes only, given some into node {row}")
-    kept = edges.row_sums(np.abs(edges.weight.astype(np.float64)))
+    kept = edges.magnitudes
     for row in np.flatnonzero(kept > nodes.inflow * (1 + 1e-3) + 1e-12):
         raise ValueError(
             f"CircuitGraph.nodes: expected an inflow of at least the kept edges' {kept[row]:.6g} in row {row}, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,11 +17,13 @@ COLUMNS: dict[str, np.dtype] = {
     "source": np.dtype(np.int32),
     "weight": np.dtype(np.float32),
 }
+BLOCK = 2**18
+"""Edges worked on at a time: temporary arrays of a block stay in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowBlock:
-    """The complete rows of some nodes; attribution hands these to `Edges.from_blocks`."""
+    """The complete rows of some nodes; attribution hands these to `Edges.from_blocks`, and `Edges.row_blocks` gives them."""
 
     node: np.ndarray
     """int64[n], node of each row; any order."""
@@ -30,6 +33,15 @@ class RowBlock:
     """int32[E'], the rows' sources one row after the other, rising inside each row."""
     weight: np.ndarray
     """float32[E'] or float64[E']."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64[n], where each row begins among the block's edges."""
+        return np.asarray(np.cumsum(self.counts) - self.counts)
+
+    def per_edge(self, values: np.ndarray) -> np.ndarray:
+        """[E'], each row's entry of `values` ([N], by node) repeated over its edges."""
+        return np.repeat(values[self.node], self.counts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,7 +143,7 @@ class Edges:
 
     @property
     def target(self) -> np.ndarray:
-        """int32[E], node each edge goes to."""
+        """int32[E], node each edge goes to; large graphs are read with `row_blocks`."""
         return np.repeat(np.arange(self.n_nodes, dtype=np.int32), np.diff(self.indptr))
 
     def into(self, targets: np.ndarray) -> np.ndarray:
@@ -140,21 +152,86 @@ class Edges:
         before = np.cumsum(lengths) - lengths  # edges gathered before each row
         return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
-    def row_sums(self, values: np.ndarray) -> np.ndarray:
-        """float64[N], sum of `values` (one per edge) over each target's row."""
-        return np.bincount(self.target, weights=values, minlength=self.n_nodes)
+    def row_blocks(self, nodes: np.ndarray | None = None) -> Iterator[RowBlock]:
+        """The rows that are not empty, in blocks of about `BLOCK` edges.
 
-    def kept(self, nodes: np.ndarray, edges: np.ndarray) -> np.ndarray:
-        """bool[E], the edges kept by `edges` (bool[E]) with both ends kept by `nodes` (bool[N])."""
-        return edges & nodes[self.target] & nodes[self.source]
+        All rows by default: then the blocks are views of the columns and follow one another from the first edge to the last.
 
-    def select(self, nodes: np.ndarray, edges: np.ndarray) -> Edges:
+        Args:
+            nodes: int[n], nodes whose rows are wanted, in that order.
+        """
+        nodes = np.arange(self.n_nodes) if nodes is None else nodes
+        nodes = nodes[self.indptr[nodes + 1] > self.indptr[nodes]]
+        starts, stops = self.indptr[nodes], self.indptr[nodes + 1]
+        before = np.cumsum(stops - starts) - (stops - starts)
+        for rows in np.split(np.arange(len(nodes)), np.flatnonzero(np.diff(before // BLOCK)) + 1):
+            if not len(rows):
+                continue
+            counts, start, stop = stops[rows] - starts[rows], starts[rows[0]], stops[rows[-1]]
+            if stop - start == counts.sum() and (np.diff(nodes[rows]) > 0).all():
+                source, weight = self.source[start:stop], self.weight[start:stop]
+            else:
+                slices = [slice(*ends) for ends in zip(starts[rows].tolist(), stops[rows].tolist(), strict=True)]
+                source = np.concatenate([self.source[row] for row in slices])
+                weight = np.concatenate([self.weight[row] for row in slices])
+            yield RowBlock(nodes[rows], counts, source, weight)
+
+    def row_sums(self, values: Callable[[RowBlock], np.ndarray]) -> np.ndarray:
+        """float64[N], sum over each target's row of the values that a function gives for the edges of a block."""
+        sums = np.zeros(self.n_nodes)
+        for block in self.row_blocks():
+            sums[block.node] = np.add.reduceat(values(block), block.starts, dtype=np.float64)
+        return sums
+
+    @cached_property
+    def magnitudes(self) -> np.ndarray:
+        """float64[N], sum of |A| over each row."""
+        return self.row_sums(lambda block: np.abs(block.weight))
+
+    @cached_property
+    def levels(self) -> list[np.ndarray]:
+        """Node numbers in backward order, in batches: a node comes after every node it has an edge to.
+
+        The first batch holds the nodes that feed nothing. Raises `ValueError` when the edges contain a cycle.
+        """
+        waiting = np.zeros(self.n_nodes, dtype=np.int64)  # targets not visited yet; -1 once the node itself is visited
+        for block in self.row_blocks():
+            np.add.at(waiting, block.source, 1)
+        levels = []
+        while len(batch := np.flatnonzero(waiting == 0)):
+            levels.append(batch)
+            waiting[batch] = -1
+            for block in self.row_blocks(batch):
+                np.subtract.at(waiting, block.source, 1)
+        left = int(np.count_nonzero(waiting >= 0))
+        if left:
+            raise ValueError(f"expected a graph without cycles, given one through {left} or fewer nodes")
+        return levels
+
+    def kept(self, nodes: np.ndarray, edges: np.ndarray | None = None) -> np.ndarray:
+        """bool[E], the edges kept by `edges` (bool[E], all by default) with both ends kept by `nodes` (bool[N])."""
+        parts = [nodes.take(block.source) & block.per_edge(nodes) for block in self.row_blocks()]
+        both = np.concatenate([np.zeros(0, dtype=bool), *parts])
+        return both if edges is None else both & edges
+
+    def where(self, edges: np.ndarray) -> Edges:
+        """The edges where `edges` (bool[E]) is true, among the same nodes."""
+        n_edges, counts, begin, start = np.count_nonzero(edges), np.zeros(self.n_nodes, dtype=np.int64), 0, 0
+        source, weight = np.empty(n_edges, dtype=np.int32), np.empty(n_edges, dtype=np.float32)
+        for block in self.row_blocks():
+            mask = edges[begin : begin + len(block.source)]
+            chosen = np.flatnonzero(mask)
+            counts[block.node] = np.add.reduceat(mask, block.starts, dtype=np.int64)
+            source[start : start + len(chosen)] = block.source.take(chosen)
+            weight[start : start + len(chosen)] = block.weight.take(chosen)
+            begin, start = begin + len(mask), start + len(chosen)
+        return Edges(np.concatenate([[0], np.cumsum(counts)]), source, weight)
+
+    def select(self, nodes: np.ndarray, edges: np.ndarray | None = None) -> Edges:
         """The edges that are `kept`, in order, renumbered to the nodes that are."""
-        target, kept = self.target, self.kept(nodes, edges)
-        number = np.cumsum(nodes) - 1
-        return Edges.from_coo(
-            number[target[kept]], number[self.source[kept]], self.weight[kept], n_nodes=int(np.count_nonzero(nodes))
-        )
+        chosen, number = self.where(self.kept(nodes, edges)), np.cumsum(nodes, dtype=np.int32) - np.int32(1)
+        counts = np.diff(chosen.indptr)[nodes]
+        return Edges(np.concatenate([[0], np.cumsum(counts)]), number.take(chosen.source), chosen.weight)
 
 
 Graph = TypeVar("Graph", bound="GraphData")
@@ -185,12 +262,15 @@ def _check_rows(edges: Edges) -> None:
         raise ValueError(f"Edges.indptr: expected to rise from 0 to the {len(edges)} edges")
     if edges.weight.shape != edges.source.shape:
         raise ValueError(f"Edges.weight: expected {len(edges)} weights like the sources, given {len(edges.weight)}")
-    outside = (edges.source < 0) | (edges.source >= edges.n_nodes)
-    if outside.any():
-        raise ValueError(f"Edges.source: expected nodes in 0..{edges.n_nodes - 1}, given {edges.source[outside][0]}")
-    if not np.isfinite(edges.weight).all():
+    if len(edges) and not 0 <= edges.source.min() <= edges.source.max() < edges.n_nodes:
+        outside = next(number for number in (edges.source.min(), edges.source.max()) if not 0 <= number < edges.n_nodes)
+        raise ValueError(f"Edges.source: expected nodes in 0..{edges.n_nodes - 1}, given {outside}")
+    if len(edges) and not np.isfinite([edges.weight.min(), edges.weight.max()]).all():
         raise ValueError("Edges.weight: expected finite numbers, given NaN or infinity")
-    target = edges.target
-    same_row = target[1:] == target[:-1]
-    if (same_row & (edges.source[1:] <= edges.source[:-1])).any():
-        raise ValueError("Edges.source: expected rising sources inside each row, given an edge twice or out of order")
+    for block in edges.row_blocks():
+        falls = block.source[1:] <= block.source[:-1]
+        falls[block.starts[1:] - 1] = False  # from the end of a row to the beginning of the next
+        if falls.any():
+            raise ValueError(
+                "Edges.source: expected rising sources inside each row, given an edge twice or out of order"
+            )

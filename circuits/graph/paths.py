@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from circuits.graph.edges import GraphData
-from circuits.graph.influence import edge_influence, row_shares, sweep_levels
+from circuits.graph.influence import edge_influence, row_scales
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import full_name
 
@@ -19,18 +19,17 @@ def strongest_path(graph: GraphData) -> tuple[int, ...]:
     Empty when no token reaches that target. Of equally strong paths the one that starts at the earliest token is given.
     """
     edges, nodes = graph.edges, graph.nodes
-    shares = row_shares(graph)
-    with np.errstate(divide="ignore"):
-        length = np.log(shares)  # sums of logarithms do not underflow on long paths
+    scales = row_scales(graph)
     target = int(np.argmax(nodes.output_weight))
     best = np.full(len(nodes), -np.inf)
     best[target] = 0.0
     towards = np.full(len(nodes), -1)
-    for node in np.concatenate(sweep_levels(edges)):
+    for node in np.concatenate(edges.levels):
         if best[node] == -np.inf:
             continue
         row = slice(edges.indptr[node], edges.indptr[node + 1])
-        through = best[node] + length[row]
+        with np.errstate(divide="ignore"):  # sums of logarithms do not underflow on long paths
+            through = best[node] + np.log(np.abs(edges.weight[row]) * scales[node])
         better = through > best[edges.source[row]]
         best[edges.source[row][better]] = through[better]
         towards[edges.source[row][better]] = node

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from circuits.graph.edges import Edges, GraphData
-from circuits.graph.influence import edge_influence, node_influence
+from circuits.graph.influence import crossing_mass, inverse, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.selection import largest_holding
 from replacement.number_checks import real
 
 
@@ -41,11 +42,17 @@ def prune(graph: GraphData, *, nodes: float = 0.8, edges: float = 0.98) -> Kept:
     table = graph.nodes
     stays = table.mask(NodeKind.TOKEN, NodeKind.LOGIT) | table.is_target
     influence = np.where(stays, 0.0, node_influence(graph))
-    kept_nodes = stays | largest_holding(influence, nodes)
+    kept_nodes = stays | largest_holding(lambda: [influence], nodes)
 
-    both = kept_nodes[graph.edges.target] & kept_nodes[graph.edges.source]
-    kept_edges = both & largest_holding(edge_influence(graph, among=both), edges)
-    return drop_dangling(table, graph.edges, Kept(kept_nodes, kept_edges))
+    # Rows are divided by what is left of them, which spreads the mass of the dropped nodes over the kept ones.
+    both = graph.edges.kept(kept_nodes)
+    inner = graph.edges.where(both)
+    crossing = crossing_mass(inner, inverse(inner.magnitudes), table.output_weight)
+    chosen = largest_holding(crossing, edges)
+    had_causes = np.diff(graph.edges.indptr) > 0
+    kept_nodes = drop_dangling(table, inner.where(chosen), kept_nodes, had_causes)
+    both[np.flatnonzero(both)[~chosen]] = False
+    return Kept(kept_nodes, graph.edges.kept(kept_nodes, both))
 
 
 def check_threshold(name: str, threshold: float) -> None:
@@ -54,29 +61,22 @@ def check_threshold(name: str, threshold: float) -> None:
         raise ValueError(f"{name}: expected a share of influence between 0 and 1, given {threshold}")
 
 
-def largest_holding(values: np.ndarray, share: float) -> np.ndarray:
-    """bool mask of the smallest set of `values` (>= 0) whose sum is at least `share` of the total; never a zero."""
-    if share == 1.0:  # exact, however small a value is beside the total's rounding
-        return values > 0
-    order = np.argsort(-values, kind="stable")
-    held = np.cumsum(values[order])
-    before = np.concatenate([[0.0], held[:-1]])  # what the larger values hold already
-    mask = np.zeros(len(values), dtype=bool)
-    mask[order] = before < share * held[-1:]
-    return mask & (values > 0)
+def drop_dangling(nodes: NodeTable, edges: Edges, kept: np.ndarray, had_causes: np.ndarray) -> np.ndarray:
+    """bool[N], `kept` without the nodes that lead nowhere or lost all their causes, dropped until nothing changes.
 
-
-def drop_dangling(nodes: NodeTable, edges: Edges, kept: Kept) -> Kept:
-    """Drop nodes that lead nowhere or lost all their causes, with their edges, until nothing changes."""
+    Args:
+        edges: those that are left.
+        kept: bool[N], the nodes that are left.
+        had_causes: bool[N], the nodes that had edges before pruning.
+    """
     stays = nodes.mask(NodeKind.TOKEN, NodeKind.LOGIT) | nodes.is_target
-    needs_causes = nodes.mask(NodeKind.FEATURE) & (np.diff(edges.indptr) > 0)
-    target, source = edges.target, edges.source
-    node_mask, edge_mask = kept.nodes, kept.edges
+    needs_causes = nodes.mask(NodeKind.FEATURE) & had_causes
     while True:
-        has_effect = np.bincount(source[edge_mask], minlength=len(nodes)) > 0
-        has_cause = np.bincount(target[edge_mask], minlength=len(nodes)) > 0
-        left = node_mask & (stays | (has_effect & (has_cause | ~needs_causes)))
-        if np.array_equal(left, node_mask):
-            return Kept(node_mask, edge_mask)
-        node_mask = left
-        edge_mask = edge_mask & node_mask[target] & node_mask[source]
+        has_effect, has_cause = np.zeros_like(kept), np.zeros_like(kept)
+        for block in edges.row_blocks(np.flatnonzero(kept)):
+            has_effect[block.source] = True
+            has_cause[block.node] = np.logical_or.reduceat(kept.take(block.source), block.starts)
+        left = kept & (stays | (has_effect & (has_cause | ~needs_causes)))
+        if np.array_equal(left, kept):
+            return kept
+        kept = left

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from circuits.graph.edges import GraphData
-from circuits.graph.influence import node_influence, row_shares
+from circuits.graph.influence import node_influence, row_scales
 from circuits.graph.nodes import NodeKind
 
 
@@ -43,8 +43,11 @@ class MassBalance:
 
 def mass_balance(graph: GraphData) -> MassBalance:
     """Split the output's mass by where it ends."""
+    return _balance(graph, node_influence(graph) + graph.nodes.output_weight)
+
+
+def _balance(graph: GraphData, through: np.ndarray) -> MassBalance:
     nodes = graph.nodes
-    through = node_influence(graph) + nodes.output_weight
     return MassBalance(
         inputs=float(through[nodes.mask(NodeKind.TOKEN, NodeKind.POSITION)].sum()),
         errors=float(through[nodes.mask(NodeKind.ERROR)].sum()),
@@ -55,16 +58,18 @@ def mass_balance(graph: GraphData) -> MassBalance:
 
 def lost_share(graph: GraphData) -> np.ndarray:
     """float64[N], `1 - sum of kept |A| / inflow` of an expanded node's row; 0 for every other node."""
-    kept = graph.edges.row_sums(row_shares(graph))
+    kept = graph.edges.magnitudes * row_scales(graph)
     return np.where(graph.nodes.expanded, 1.0 - kept, 0.0)
 
 
 def scores(graph: GraphData) -> Scores:
     """Replacement and completeness of a graph, full or pruned."""
     nodes, edges = graph.nodes, graph.edges
-    balance = mass_balance(graph)
     through = node_influence(graph) + nodes.output_weight
-    error_share = edges.row_sums(row_shares(graph) * nodes.mask(NodeKind.ERROR)[edges.source]) + lost_share(graph)
+    balance = _balance(graph, through)
+    is_error = nodes.mask(NodeKind.ERROR)
+    of_errors = edges.row_sums(lambda block: np.abs(block.weight) * is_error.take(block.source))
+    error_share = of_errors * row_scales(graph) + lost_share(graph)
     error_share[nodes.unexpanded] = 1.0
     # The sums run over every node, as in published scores, so an error node is a t of its own: one without inputs,
     # hence with error share 0. Lost mass is treated as one more error node, which is what makes the scores blind to

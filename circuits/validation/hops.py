@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from circuits.graph.edges import GraphData
-from circuits.graph.influence import row_shares, sweep
+from circuits.graph.influence import row_scales, sweep
 from circuits.graph.nodes import NodeKind
 
 
@@ -41,7 +41,7 @@ def hop_fidelity(graph: GraphData, *, sources: np.ndarray | None = None, via: np
         raise ValueError(
             f"expected intermediate nodes that are no sources, given {int((sources & via).sum())} that are both"
         )
-    shares = row_shares(graph) * ~sources[edges.target]  # a path ends at the first source it meets
-    all_paths = sweep(edges, shares, nodes.output_weight)[sources].sum()
-    direct = sweep(edges, shares * ~via[edges.source], nodes.output_weight)[sources].sum()
+    scales = row_scales(graph) * ~sources  # a path ends at the first source it meets
+    all_paths = sweep(edges, scales, nodes.output_weight)[sources].sum()
+    direct = sweep(edges, scales * ~via, nodes.output_weight)[sources].sum()
     return float(1 - direct / all_paths) if all_paths else float("nan")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from circuits.graph.edges import Edges, GraphData
-from circuits.graph.influence import row_shares, sweep_levels
+from circuits.graph.influence import row_scales
 from circuits.graph.nodes import NodeKind
 
 EDGES_AT_ONCE = 1 << 22
@@ -80,13 +80,13 @@ def influence_among(graph: GraphData, sources: np.ndarray) -> np.ndarray:
 
     `B = M + M^2 + ...` of Ameisen et al. 2025 for M as in `circuits.graph.influence`; unsigned, and 0 on the node itself.
     """
-    edges, shares, copies = graph.edges, row_shares(graph), np.arange(len(sources))
+    edges, scales, copies = graph.edges, row_scales(graph), np.arange(len(sources))
     influence_BN = np.zeros((len(sources), len(graph.nodes)))
     influence_BN[copies, sources] = 1.0
     for batch in _forward(edges):
         numbers = edges.into(batch)
-        flow_BE = influence_BN[:, edges.source[numbers]] * shares[numbers]
-        influence_BN[:, batch] = np.add.reduceat(flow_BE, _starts(edges, batch), axis=1)
+        flow_BE = influence_BN[:, edges.source[numbers]] * np.abs(edges.weight[numbers])
+        influence_BN[:, batch] = np.add.reduceat(flow_BE, _starts(edges, batch), axis=1) * scales[batch]
         influence_BN[copies, sources] = 1.0  # paths begin here, whatever flows into it
     influence_BN[copies, sources] = 0.0
     return influence_BN
@@ -94,7 +94,7 @@ def influence_among(graph: GraphData, sources: np.ndarray) -> np.ndarray:
 
 def _forward(edges: Edges) -> list[np.ndarray]:
     """Nodes that something flows into, in batches, sources first."""
-    batches = (batch[edges.indptr[batch + 1] > edges.indptr[batch]] for batch in reversed(sweep_levels(edges)))
+    batches = (batch[edges.indptr[batch + 1] > edges.indptr[batch]] for batch in reversed(edges.levels))
     return [batch for batch in batches if len(batch)]
 
 

@@ -20,7 +20,7 @@ from program import Program
 from recovery import auroc
 
 from circuits import CircuitGraph, NodeKind
-from circuits.graph.influence import edge_influence, row_shares, sweep
+from circuits.graph.influence import edge_influence, row_scales, sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ def hop(graph: CircuitGraph, middle_N: np.ndarray) -> Hop:
     if (middle_N & graph.nodes.is_target).any():
         raise ValueError("expected intermediate nodes, got a target of the graph among them")
     # A middle node absorbs what reaches it, so that a chain of several counts once.
-    shares_E = row_shares(graph) * ~middle_N[graph.edges.target]
-    mass_N = sweep(graph.edges, shares_E, graph.nodes.output_weight) + graph.nodes.output_weight
+    scales_N = row_scales(graph) * ~middle_N
+    mass_N = sweep(graph.edges, scales_N, graph.nodes.output_weight) + graph.nodes.output_weight
     through = float(mass_N[middle_N].sum())
     errors = float(mass_N[graph.nodes.mask(NodeKind.ERROR) & ~middle_N].sum())
     return Hop(through=through, around=max(0.0, 1.0 - through - errors), errors=errors)

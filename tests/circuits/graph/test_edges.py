@@ -17,7 +17,7 @@ def test_rows_hold_what_flows_into_a_target() -> None:
     assert len(edges) == 3
     assert edges.n_nodes == 3
     assert edges.into(np.array([2, 0, 1])).tolist() == [1, 2, 0]
-    assert edges.row_sums(edges.weight).tolist() == [0.0, -1.0, 5.0]
+    assert edges.row_sums(lambda block: block.weight).tolist() == [0.0, -1.0, 5.0]
 
 
 def test_select_renumbers() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import NodeKind
-from circuits.graph.pruning import largest_holding, prune
+from circuits.graph.pruning import prune
 
 T, P, E, F, L = NodeKind
 thresholds = st.floats(0.0, 1.0)
@@ -113,19 +113,6 @@ def test_every_kept_node_leads_to_a_target(draw_circuit, data, nodes, edges) -> 
         assert node in targets or targets & nx.descendants(graph, node)
         if pruned.nodes.ids()[node] in had_causes and node not in targets:
             assert graph.in_degree(node) > 0
-
-
-@given(st.lists(st.floats(0, 10), max_size=12), thresholds)
-def test_smallest_set(values, share) -> None:
-    values = np.array(values)
-    mask = largest_holding(values, share)
-    target = share * values.sum()
-    assert values[mask].sum() >= target * (1 - 1e-9)
-    if mask.any():
-        assert values[mask].sum() - values[mask].min() <= target * (1 + 1e-9) + 1e-12, (
-            "one node fewer would not hold the share"
-        )
-        assert values[mask].min() >= values[~mask].max(initial=0)
 
 
 @pytest.mark.parametrize(("name", "value"), [("nodes", 1.5), ("nodes", -0.1), ("edges", 2.0), ("edges", float("nan"))])
