@@ -3,6 +3,7 @@
     python benchmarks/training.py                                      CLT against a dense CLT
     python benchmarks/training.py --saelens-python /tmp/sl/bin/python  also a TopK SAE against SAELens
     python benchmarks/training.py --only demo                          the sizes of the shipped crosscoder
+    python benchmarks/training.py --only process                       page faults and threads of `replacement train`
 
 For SAELens make an environment of its own: `python -m venv /tmp/sl`, `/tmp/sl/bin/pip install torch==2.13.0`, then
 `/tmp/sl/bin/pip install sae-lens`. Both sides train in float32 without auxiliary loss, SAELens with `SAETrainer.step`, this
@@ -30,6 +31,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from training_process import compare_processes
 from training_steps import CASES, Case
 
 STEPS = Path(__file__).parent / "training_steps.py"
@@ -149,14 +151,17 @@ def processor() -> str:
 def main() -> None:
     """Parse the options and print."""
     parser = argparse.ArgumentParser(description="Time training steps against dense ones and against SAELens.")
-    parser.add_argument("--only", choices=list(CASES), action="append", help="default: clt, and sae where it can run")
+    parser.add_argument("--only", choices=[*CASES, "process"], action="append", help="default: all but demo")
     parser.add_argument("--steps", type=int, default=5, help="steps of each implementation, taken in turns")
     parser.add_argument("--batch", type=int, help="tokens per step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--saelens-python", help="python of an environment with sae-lens")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {options.threads} threads, float32; {processor()}, {os.cpu_count()} cores")
-    for name in options.only or ["clt", "sae"]:
+    for name in options.only or ["clt", "sae", "process"]:
+        if name == "process":
+            compare_processes(max(1, options.steps // 2))
+            continue
         case = CASES[name]._replace(batch=options.batch or CASES[name].batch)
         pythons = {"matmul": sys.executable, "sparse": sys.executable, "dense": sys.executable}
         if name == "clt":

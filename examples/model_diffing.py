@@ -14,6 +14,7 @@ Written to OUT: both models' crosscoders, `model_diffing.svg` and `.png` with th
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def train(name: str, out: Path, *, n_tokens: int, n_features: int, held_out_rows
             "training": {
                 "n_tokens": n_tokens,
                 "batch_tokens": batch_tokens,
+                "learning_rate": 0.1 / math.sqrt(n_features),
                 "losses": losses,
                 "sparsity_warmup": 0.05,
             },

@@ -99,7 +99,8 @@ class TrainingConfig:
     """Tokens per optimizer step, over all processes; by default for 1,000 steps, a power of two from 256 to 4,096. Where whole
     rows are read, their left-out tokens are included."""
     learning_rate: Annotated[float | None, "per step"] = None
-    """Peak step size of Adam, for inputs and outputs of mean norm sqrt(D); by default `0.1 / sqrt(F)`."""
+    """Peak step size of Adam, for inputs and outputs of mean norm sqrt(D); by default `0.1 / sqrt(F)`, or up to twice
+    that in runs of fewer than 4,000 steps."""
     warmup_fraction: Annotated[float, "share of steps"] = 0.02
     """First part of the run, over which the step size rises linearly from 0."""
     decay_fraction: Annotated[float, "share of steps"] = 0.5
@@ -162,7 +163,7 @@ class TrainingConfig:
         return self.n_tokens // self.step_tokens
 
     def peak_learning_rate(self, n_features: int) -> float:
-        """Peak step size for groups of F features."""
+        """Peak step size for groups of F features; `0.1 / sqrt(F)` where no run has filled it in."""
         return 0.1 / math.sqrt(n_features) if self.learning_rate is None else self.learning_rate
 
     def learning_rate_factor(self, step: int) -> float:

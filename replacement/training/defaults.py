@@ -1,7 +1,7 @@
 """What a new run sets where its settings say nothing, from the model, the data and the budget. T tokens per row.
 
-A short run needs many small batches more than a long one: 1,000 steps of 1,024 tokens train better on a million tokens than 250
-of 4,096, in less time. Batches of whole rows need short rows then, because tokens of one row are much alike.
+A short run needs many small batches and large steps more than a long one: 1,000 steps of 1,024 tokens train better on a million
+tokens than 250 of 4,096, in less time. Batches of whole rows need short rows then, because tokens of one row are much alike.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import math
 from dataclasses import replace
 
 from replacement.data.open_tokens import MAX_CONTEXT
-from replacement.training.config import RunConfig, rows_per_batch
+from replacement.training.config import RunConfig, TrainingConfig, rows_per_batch
 
 SHARDS, FEWEST_ROWS = 8, 4
 """Shards of the shuffle buffer, and rows of a batch at the least."""
+LONG_RUN = 4000
+"""Steps of a run that has time enough for small steps."""
 N_MEASUREMENTS, MEASURING_SHARE = 10, 1 / 20
 """Measurements on held-out rows in a run, and the share of its tokens that they may amount to."""
 
@@ -21,6 +23,12 @@ N_MEASUREMENTS, MEASURING_SHARE = 10, 1 / 20
 def default_context(config: RunConfig) -> int:
     """Tokens per row where the data have no width of their own: as many as leave a row for every shard, at most 512."""
     return max(2, min(MAX_CONTEXT, config.training.step_tokens // (config.data.shards or SHARDS)))
+
+
+def default_learning_rate(training: TrainingConfig, n_features: int) -> float:
+    """Peak step size for groups of F features: `0.1 / sqrt(F)` in runs of 4,000 steps or more, twice that in those of 1,000
+    or fewer."""
+    return 0.1 / math.sqrt(n_features) * min(2.0, max(1.0, math.sqrt(LONG_RUN / training.n_steps)))
 
 
 def fill_batches(config: RunConfig, context: int, *, whole_rows: bool) -> RunConfig:

@@ -38,7 +38,7 @@ from replacement.threads import fit_threads
 from replacement.training import run_folder, snapshots
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens
 from replacement.training.config import RunConfig
-from replacement.training.defaults import default_context, fill_batches
+from replacement.training.defaults import default_context, default_learning_rate, fill_batches
 from replacement.training.metrics_log import MetricsLog
 from replacement.training.pacing import Clock, stop_request
 from replacement.training.parallel import Parallel, connect
@@ -145,14 +145,13 @@ class _Run:
     def _with_choices(self, config: RunConfig) -> RunConfig:
         """The settings with what was chosen for this crosscoder, so that all is recorded."""
         n_features = self.fresh.n_features
+        rate = config.training.learning_rate or default_learning_rate(config.training, n_features)
         return replace(
             config,
             crosscoder=replace(
                 config.crosscoder, n_features=n_features, undecomposed_positions=self.fresh.undecomposed_positions
             ),
-            training=replace(
-                config.training, reads=self.reads, learning_rate=config.training.peak_learning_rate(n_features)
-            ),
+            training=replace(config.training, reads=self.reads, learning_rate=rate),
         )
 
     def inputs(self) -> dict[str, run_folder.Input]:
@@ -303,6 +302,8 @@ class _Run:
     def _held_out_record(self, measuring: Callable[[int, int], None] | None) -> dict[str, Any]:
         """Reconstruction of held-out rows and the output with the crosscoder spliced in, measured by the first process while
         the others wait; empty there. Thresholds of BatchTopK are calibrated before, in every process."""
+        if measuring is not None:
+            measuring(0, 1)
         crosscoder: Crosscoder | None = self.trainer.crosscoder
         if self.parallel.n_feature_shards > 1:
             crosscoder = whole(self.trainer.crosscoder, self.activation, self.parallel)

@@ -85,16 +85,16 @@ def test_flat_ids_drop_what_fills_no_row_and_take_the_context_of_the_model(tmp_p
 
 
 def test_the_default_context_is_bounded_alike_for_every_source_without_rows_of_its_own(
-    tmp_path: Path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, lm: LanguageModel
 ) -> None:
     """Models read up to hundreds of thousands of tokens; stored rows keep their width."""
-    monkeypatch.setattr("replacement.data.open_tokens.MAX_CONTEXT", 5)
     flat = npy(tmp_path, IDS)
     for source in (flat, str(flat), safetensors(tmp_path, IDS), IDS, written("a.txt", "w3 w4 " * 9)(tmp_path)):
-        assert open_source(source, lm).context == 5
+        assert open_source(source, lm, default_context=5).context == 5
         assert open_source(source, lm, context=7).context == 7
         if not isinstance(source, np.ndarray):
-            assert open_tokens(DataConfig(source=str(source), held_out_rows=1), lm).context == 5
+            config = DataConfig(source=str(source), held_out_rows=1)
+            assert open_tokens(config, lm, default_context=5).context == 5
     assert open_source(IDS.reshape(5, 8), lm).context == 8
 
 
