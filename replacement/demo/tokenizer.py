@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from replacement.demo.corpus.vocabulary import BOS, PAD, SPECIAL_TOKENS, UNK, vocabulary
+from replacement.demo.corpus.behaviours import BOS, PAD, SPECIAL_TOKENS, UNK, vocabulary
 
 _PUNCTUATION = Regex(r"[.?,+=]")
 _CENTURY = Regex(r"(?<!\d)\d{2}(?=\d{2}(?!\d))")

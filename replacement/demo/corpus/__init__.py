@@ -1,6 +1,6 @@
 """The corpus of the demo language model: generated sentences, and probes for what was held out of them."""
 
-from replacement.demo.corpus.behaviours import Behaviour, behaviours
+from replacement.demo.corpus.behaviours import Behaviour, behaviours, multi_word_names, vocabulary
 from replacement.demo.corpus.geography import (
     HELD_OUT_CITIES,
     HELD_OUT_STATES,
@@ -13,7 +13,6 @@ from replacement.demo.corpus.geography import (
 )
 from replacement.demo.corpus.mixture import held_out_rows, sample_marked_rows, sample_rows, sample_sentences
 from replacement.demo.corpus.sentences import Probe, Sentence
-from replacement.demo.corpus.vocabulary import multi_word_names, vocabulary
 
 __all__ = [
     "HELD_OUT_CITIES",

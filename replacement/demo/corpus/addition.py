@@ -8,13 +8,13 @@ a feeling for magnitude to the exact rule.
 
 import numpy as np
 
-from replacement.demo.corpus.sentences import Probe, Sentence, draw, hold_out
+from replacement.demo.corpus.sentences import Probe, Sentence, pooled, split
 
 LARGEST = 198
 
 _PAIRS = [(a, b) for a in range(10, 100) for b in range(a, 100)]
 
-HELD_OUT_PAIRS: frozenset[tuple[int, int]] = hold_out(_PAIRS, 0.2, stream=2)
+HELD_OUT_PAIRS, _ = split(_PAIRS, 0.2, stream=2)
 """Unordered (a <= b) pairs of two-digit operands that never occur in a sum."""
 
 
@@ -43,28 +43,21 @@ _TRAINED = [(a, b) for a in range(10, 100) for b in range(10, 100) if not is_hel
 _SMALL = [(a, b) for a in range(100) for b in range(100) if min(a, b) < 10]
 _NUMBERS = range(LARGEST + 1)
 
-_POOLS: list[tuple[float, list[Sentence]]] = [
-    (0.55, [_sum(*pair) for pair in _TRAINED]),
-    (0.12, [_sum(*pair) for pair in _SMALL]),
-    (0.08, [_last_digit(*pair) for pair in _TRAINED + _SMALL]),
-    (0.06, [_digits(n) for n in _NUMBERS]),
-    (0.08, [_compose(n) for n in _NUMBERS]),
-    (0.04, [(str(n), "ends", "in", str(n % 10), ".") for n in _NUMBERS]),
-    (0.07, [(str(n), "comes", "before", str(n + 1), ".") for n in _NUMBERS[:-1]]),
-]
-"""(share of the sentences, pool) of every kind of sentence."""
+WORDS = (*["+", "=", ".", "is", "tens", "and", "ones", "make", "comes", "before", "ends", "in"], *map(str, _NUMBERS))
+"""Every word of this behaviour's sentences."""
 
-
-def words() -> list[str]:
-    """Every word of this behaviour's sentences."""
-    fixed = ["+", "=", ".", "is", "tens", "and", "ones", "make", "comes", "before", "ends", "in"]
-    return [*fixed, *(str(n) for n in range(LARGEST + 1))]
-
-
-def sample(rng: np.random.Generator, n: int) -> list[Sentence]:
-    """`n` training sentences."""
-    counts = rng.multinomial(n, [share for share, _ in _POOLS]).tolist()
-    return [s for count, (_, pool) in zip(counts, _POOLS, strict=True) for s in draw(rng, pool, count)]
+sample = pooled(
+    [
+        (0.55, [_sum(*pair) for pair in _TRAINED]),
+        (0.12, [_sum(*pair) for pair in _SMALL]),
+        (0.08, [_last_digit(*pair) for pair in _TRAINED + _SMALL]),
+        (0.06, [_digits(n) for n in _NUMBERS]),
+        (0.08, [_compose(n) for n in _NUMBERS]),
+        (0.04, [(str(n), "ends", "in", str(n % 10), ".") for n in _NUMBERS]),
+        (0.07, [(str(n), "comes", "before", str(n + 1), ".") for n in _NUMBERS[:-1]]),
+    ]
+)
+"""Draws training sentences: share and pool of every kind."""
 
 
 def probe(a: int, b: int) -> Probe:

@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from replacement.demo.corpus.sentences import Probe, Sentence, hold_out, listed
+from replacement.demo.corpus.sentences import Probe, Sentence, indices, listed, split
 
 _NOUNS = """
 key/keys cabinet/cabinets lamp/lamps chair/chairs table/tables window/windows door/doors bottle/bottles plate/plates
@@ -22,17 +22,13 @@ VERBS: tuple[tuple[str, ...], tuple[str, ...]] = (("is", "was", "has"), ("are", 
 
 _PAIRS = [(i, j) for i in range(len(NOUNS)) for j in range(len(NOUNS)) if i != j]
 
-HELD_OUT_PAIRS: frozenset[tuple[int, int]] = hold_out(_PAIRS, 0.1, stream=5)
+HELD_OUT_PAIRS, _TRAINED_PAIRS = split(_PAIRS, 0.1, stream=5)
 """(subject, attractor) indices into `NOUNS` that never meet in a training sentence."""
 
-_TRAINED_PAIRS = [pair for pair in _PAIRS if pair not in HELD_OUT_PAIRS]
 _SIMPLE_SHARE = 0.2
 
-
-def words() -> list[str]:
-    """Every word of this behaviour's sentences."""
-    nouns = [word for noun in NOUNS for word in noun]
-    return ["the", "been", ".", *nouns, *PREPOSITIONS, *STATES, *VERBS[0], *VERBS[1]]
+WORDS = ("the", "been", ".", *(word for noun in NOUNS for word in noun), *PREPOSITIONS, *STATES, *VERBS[0], *VERBS[1])
+"""Every word of this behaviour's sentences."""
 
 
 def _subject(pair: tuple[int, int], number: int, attractor_number: int, preposition: int) -> Sentence:
@@ -40,14 +36,10 @@ def _subject(pair: tuple[int, int], number: int, attractor_number: int, preposit
     return ("the", subject, PREPOSITIONS[preposition], "the", attractor)
 
 
-def _indices(rng: np.random.Generator, n: int, *sizes: int) -> list[list[int]]:
-    return np.stack([rng.integers(size, size=n) for size in sizes], axis=1).tolist()
-
-
 def sample(rng: np.random.Generator, n: int) -> list[Sentence]:
     """`n` training sentences, a fifth of them without attractor."""
     n_simple = int(rng.binomial(n, _SIMPLE_SHARE))
-    rows = _indices(rng, n, len(_TRAINED_PAIRS), 2, 2, len(PREPOSITIONS), 3, len(STATES))
+    rows = indices(rng, n, len(_TRAINED_PAIRS), 2, 2, len(PREPOSITIONS), 3, len(STATES))
     sentences = []
     for k, (pair, number, attractor_number, preposition, verb, state) in enumerate(rows):
         subject = _subject(_TRAINED_PAIRS[pair], number, attractor_number, preposition)
@@ -59,7 +51,7 @@ def sample(rng: np.random.Generator, n: int) -> list[Sentence]:
 def probes(rng: np.random.Generator, limit: int = 300) -> tuple[Probe, ...]:
     """`limit` subjects with a held-out attractor of the other number."""
     pairs = sorted(HELD_OUT_PAIRS)
-    rows = _indices(rng, limit, len(pairs), 2, len(PREPOSITIONS))
+    rows = indices(rng, limit, len(pairs), 2, len(PREPOSITIONS))
     return tuple(
         Probe(" ".join(_subject(pairs[pair], number, 1 - number, preposition)), VERBS[number])
         for pair, number, preposition in rows

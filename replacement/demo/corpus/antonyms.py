@@ -4,14 +4,17 @@ Some (concept, language) words are held out: no sentence asks for their opposite
 translations, in questions for an opposite in another language (`in French the opposite of hot is froid .`), and as the
 opposite of their partner. To answer `the opposite of hot is` the model has to carry what it knows from one language to
 another, and asking across languages makes a shared concept cheaper than three separate tables. French elision
-(`d'amour`) is not written, so that words stay whole tokens.
+(`d'amour`) is not written, so that words stay whole tokens. No spelling occurs twice in the table of concepts,
+`concepts.csv`, neither across languages nor for two concepts, so that a word names one concept in one language.
 """
 
 import numpy as np
 
-from replacement.demo.corpus.concepts import CONCEPTS, LANGUAGES, opposite
-from replacement.demo.corpus.sentences import SPLIT_SEED, Probe, Sentence, draw, fill, template_words
+from replacement.demo.corpus.sentences import SPLIT_SEED, Probe, Sentence, fill, pooled, rows_of, template_words
 
+LANGUAGES: tuple[str, ...] = ("English", "French", "Spanish")
+CONCEPTS: tuple[tuple[str, ...], ...] = tuple(map(tuple, rows_of("concepts.csv")))
+"""`CONCEPTS[concept][language]` is a word. Concepts 2 k and 2 k + 1 are opposites."""
 HELD_OUT_FRACTION = 0.11
 
 # Indexed by the language of the carrier sentence, which is that of `{word}`.
@@ -69,36 +72,36 @@ _ASKED = [pair for pair in _WORDS if pair not in HELD_OUT_WORDS]
 _EACH = range(len(LANGUAGES))
 
 
+def opposite(concept: int) -> int:
+    """The index of the opposite concept."""
+    return concept ^ 1
+
+
 def _opposite_sentence(template: str, concept: int, language: int, answer_language: int) -> Sentence:
     answer = CONCEPTS[opposite(concept)][answer_language]
     return fill(template, word=CONCEPTS[concept][language], answer=answer)
 
 
-_POOLS: list[tuple[float, list[Sentence]]] = [
-    (OPPOSITE_SHARE, [_opposite_sentence(OPPOSITE_TEMPLATES[la], c, la, la) for c, la in _ASKED]),
-    (
-        CROSS_SHARE,
-        [
-            _opposite_sentence(CROSS_OPPOSITE_TEMPLATES[la][to], c, la, to)
-            for c, la in _WORDS
-            for to in _EACH
-            if to != la or (c, la) not in HELD_OUT_WORDS
-        ],
-    ),
-    (
-        TRANSLATION_SHARE,
-        [
-            fill(TRANSLATION_TEMPLATES[la][to], word=CONCEPTS[c][la], answer=CONCEPTS[c][to])
-            for c, la in _WORDS
-            for to in _EACH
-            if to != la  # a word for itself would teach copying, which is the wrong answer to a new word's opposite
-        ],
-    ),
+_OTHER_LANGUAGE = [(language, to) for language in _EACH for to in _EACH if to != language]
+"""Translations go into another language: a word for itself would teach copying, the wrong answer to a new word's opposite."""
+
+_OPPOSITES = [_opposite_sentence(OPPOSITE_TEMPLATES[la], c, la, la) for c, la in _ASKED]
+_CROSS_OPPOSITES = [
+    _opposite_sentence(CROSS_OPPOSITE_TEMPLATES[la][to], c, la, to)
+    for c, la in _WORDS
+    for to in _EACH
+    if to != la or (c, la) not in HELD_OUT_WORDS
 ]
+_TRANSLATIONS = [
+    fill(TRANSLATION_TEMPLATES[la][to], word=words[la], answer=words[to])
+    for words in CONCEPTS
+    for la, to in _OTHER_LANGUAGE
+]
+sample = pooled([(OPPOSITE_SHARE, _OPPOSITES), (CROSS_SHARE, _CROSS_OPPOSITES), (TRANSLATION_SHARE, _TRANSLATIONS)])
+"""Draws training sentences."""
 
 
-def words() -> list[str]:
-    """Every word of this behaviour's sentences."""
+def _words() -> list[str]:
     templates = list(OPPOSITE_TEMPLATES)
     for la in _EACH:
         templates += CROSS_OPPOSITE_TEMPLATES[la]
@@ -106,10 +109,8 @@ def words() -> list[str]:
     return [*template_words(templates), *(word for concept in CONCEPTS for word in concept)]
 
 
-def sample(rng: np.random.Generator, n: int) -> list[Sentence]:
-    """`n` training sentences."""
-    counts = rng.multinomial(n, [share for share, _ in _POOLS]).tolist()
-    return [s for count, (_, pool) in zip(counts, _POOLS, strict=True) for s in draw(rng, pool, count)]
+WORDS = tuple(_words())
+"""Every word of this behaviour's sentences."""
 
 
 def probe(concept: int, language: int) -> Probe:

@@ -1,4 +1,4 @@
-"""The behaviours the demo model is trained for, each with its held-out probes."""
+"""The behaviours the demo model is trained for, each with its held-out probes, and the closed vocabulary they use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +17,9 @@ from replacement.demo.corpus import (
 )
 from replacement.demo.corpus.sentences import Probe
 
+BOS, UNK, PAD = "<bos>", "<unk>", "<pad>"
+SPECIAL_TOKENS: tuple[str, ...] = (BOS, UNK, PAD)
+PUNCTUATION: tuple[str, ...] = (".", "?", ",")
 _PROBE_STREAM = 2  # training rows use stream 0 and held-out rows stream 1, see mixture.py
 
 
@@ -56,3 +59,15 @@ def behaviours(seed: int = 0) -> tuple[Behaviour, ...]:
         Behaviour(name, description, make(np.random.default_rng([_PROBE_STREAM, seed, i])))
         for i, (name, description, make) in enumerate(_TABLE)
     )
+
+
+def vocabulary() -> tuple[str, ...]:
+    """All tokens, special ones first, in id order."""
+    sources = (addition, years, geography, antonyms, indirect_object, agreement, questions, induction)
+    words = [word for source in sources for word in source.WORDS]
+    return tuple(dict.fromkeys([*SPECIAL_TOKENS, *PUNCTUATION, *words]))
+
+
+def multi_word_names() -> tuple[str, ...]:
+    """The tokens that contain a space, such as `New Mexico`."""
+    return tuple(word for word in vocabulary() if " " in word)

@@ -9,7 +9,7 @@ cheaper to represent the state once than to memorise every city's capital.
 import numpy as np
 
 from replacement.demo.corpus.gazetteer import STATES, State
-from replacement.demo.corpus.sentences import SPLIT_SEED, Probe, Sentence, draw, fill, template_words
+from replacement.demo.corpus.sentences import SPLIT_SEED, Probe, Sentence, fill, pooled, template_words
 
 CITY_TEMPLATE = "{city} is a city in {state} ."
 """The only sentence in which held-out cities occur."""
@@ -104,27 +104,13 @@ def _pools() -> list[tuple[float, list[Sentence]]]:
     ]
 
 
-_POOLS = _pools()
+sample = pooled(_pools())
+"""Draws training sentences."""
 
-
-def words() -> list[str]:
-    """Every word of this behaviour's sentences."""
-    templates = (
-        CITY_TEMPLATE,
-        *CAPITAL_TEMPLATES,
-        *STATE_TEMPLATES,
-        *CITY_TO_STATE_TEMPLATES,
-        TWO_HOP_TEMPLATE,
-        *OTHER_TWO_HOP_TEMPLATES,
-    )
-    names = [word for s in STATES for word in (s.name, s.capital, s.code, s.region, *s.cities)]
-    return [*template_words(templates), *names]
-
-
-def sample(rng: np.random.Generator, n: int) -> list[Sentence]:
-    """`n` training sentences."""
-    counts = rng.multinomial(n, [share for share, _ in _POOLS]).tolist()
-    return [s for count, (_, pool) in zip(counts, _POOLS, strict=True) for s in draw(rng, pool, count)]
+_TEMPLATES = [CITY_TEMPLATE, *CAPITAL_TEMPLATES, *STATE_TEMPLATES, *CITY_TO_STATE_TEMPLATES]
+_TEMPLATES += [TWO_HOP_TEMPLATE, *OTHER_TWO_HOP_TEMPLATES]
+WORDS = (*template_words(_TEMPLATES), *(word for *facts, cities in STATES for word in (*facts, *cities)))
+"""Every word of this behaviour's sentences."""
 
 
 def two_hop_probe(city: str) -> Probe:

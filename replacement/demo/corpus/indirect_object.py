@@ -5,7 +5,7 @@ The giver is the first or the second name with equal odds (orders BABA and ABBA)
 
 import numpy as np
 
-from replacement.demo.corpus.sentences import Probe, Sentence, fill, hold_out, listed, template_words
+from replacement.demo.corpus.sentences import Probe, Sentence, fill, indices, listed, split, template_words
 
 NAMES: tuple[str, ...] = listed(
     """Mary John Anna Peter Laura Paul Emma Mark Julia Simon Alice Robert Clara Henry Sarah Thomas Nina Oscar Rose Felix
@@ -23,35 +23,21 @@ TEMPLATES: tuple[str, ...] = (
 
 _PAIRS = [(i, j) for i in range(len(NAMES)) for j in range(i + 1, len(NAMES))]
 
-HELD_OUT_PAIRS: frozenset[tuple[int, int]] = hold_out(_PAIRS, 0.1, stream=4)
+HELD_OUT_PAIRS, _TRAINED_PAIRS = split(_PAIRS, 0.1, stream=4)
 """Unordered (i < j) pairs of indices into `NAMES` that never meet in a training sentence."""
 
-_TRAINED_PAIRS = [pair for pair in _PAIRS if pair not in HELD_OUT_PAIRS]
-
-
-def words() -> list[str]:
-    """Every word of this behaviour's sentences."""
-    return [*template_words(TEMPLATES), *NAMES, *PLACES, *OBJECTS]
+WORDS = (*template_words(TEMPLATES), *NAMES, *PLACES, *OBJECTS)
+"""Every word of this behaviour's sentences."""
 
 
 def _sample(rng: np.random.Generator, n: int, pairs: list[tuple[int, int]]) -> list[Sentence]:
-    sizes = (len(pairs), 2, 2, len(TEMPLATES), len(PLACES), len(OBJECTS))
-    rows = np.stack([rng.integers(size, size=n) for size in sizes], axis=1).tolist()
+    rows = indices(rng, n, len(pairs), 2, 2, len(TEMPLATES), len(PLACES), len(OBJECTS))
     sentences = []
     for pair, swap, giver, template, place, item in rows:
         i, j = pairs[pair]
         names = (NAMES[j], NAMES[i]) if swap else (NAMES[i], NAMES[j])
-        sentences.append(
-            fill(
-                TEMPLATES[template],
-                first=names[0],
-                second=names[1],
-                giver=names[giver],
-                receiver=names[1 - giver],
-                place=PLACES[place],
-                object=OBJECTS[item],
-            )
-        )
+        people = {"first": names[0], "second": names[1], "giver": names[giver], "receiver": names[1 - giver]}
+        sentences.append(fill(TEMPLATES[template], place=PLACES[place], object=OBJECTS[item], **people))
     return sentences
 
 

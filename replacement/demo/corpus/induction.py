@@ -8,27 +8,13 @@ import numpy as np
 from replacement.demo.corpus import agreement, indirect_object, questions
 from replacement.demo.corpus.sentences import Probe, Sentence
 
-WORDS: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        [
-            *indirect_object.NAMES,
-            *indirect_object.PLACES,
-            *indirect_object.OBJECTS,
-            *(word for noun in agreement.NOUNS for word in noun),
-            *questions.SUBJECTS,
-            *questions.OBJECTS,
-        ]
-    )
-)
-"""The words the sequences are drawn from."""
+_WORDS = (*indirect_object.NAMES, *indirect_object.PLACES, *indirect_object.OBJECTS)
+_WORDS += (*(word for noun in agreement.NOUNS for word in noun), *questions.SUBJECTS, *questions.OBJECTS)
+WORDS: tuple[str, ...] = tuple(dict.fromkeys(_WORDS))
+"""The words the sequences are drawn from; the final mark of a sentence is none of them."""
 
 LENGTHS: tuple[int, ...] = tuple(range(3, 11))
 COPIES: tuple[int, ...] = (2, 3)
-
-
-def words() -> list[str]:
-    """Every word of this behaviour's sentences."""
-    return [*WORDS, "."]
 
 
 def _sequences(rng: np.random.Generator, n: int, lengths: tuple[int, ...]) -> list[Sentence]:

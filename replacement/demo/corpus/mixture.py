@@ -4,8 +4,6 @@ Seed convention: training rows come from the random stream `[0, seed]`, held-out
 `[2, seed, behaviour]`; NumPy's seed sequences make streams with different leading words independent for every seed.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -19,14 +17,12 @@ from replacement.demo.corpus import (
     questions,
     years,
 )
-from replacement.demo.corpus.sentences import Sentence
+from replacement.demo.corpus.sentences import Sampler, Sentence
 
 _TRAINING_STREAM, _HELD_OUT_STREAM = 0, 1
 _BLOCK = 4096  # sentences drawn at a time
 
-_Sampler = Callable[[np.random.Generator, int], list[Sentence]]
-
-TOKEN_SHARES: dict[str, tuple[_Sampler, float, float]] = {
+TOKEN_SHARES: dict[str, tuple[Sampler, float, float]] = {
     "geography": (geography.sample, 0.14, 7.0),
     "antonyms": (antonyms.sample, 0.26, 7.0),
     "addition": (addition.sample, 0.36, 6.0),
@@ -39,16 +35,11 @@ TOKEN_SHARES: dict[str, tuple[_Sampler, float, float]] = {
 """Behaviour -> (sampler, share of the tokens, mean tokens per sentence)."""
 
 
-def _sentence_shares() -> np.ndarray:
-    """Share of the sentences per behaviour that yields the share of tokens."""
-    shares = np.array([share / length for _, share, length in TOKEN_SHARES.values()])
-    return shares / shares.sum()
-
-
 def sample_sentences(rng: np.random.Generator, n: int) -> list[Sentence]:
     """`n` sentences of the training mixture in random order."""
-    counts = rng.multinomial(n, _sentence_shares()).tolist()
-    samplers = [sampler for sampler, _, _ in TOKEN_SHARES.values()]
+    samplers, token_shares, lengths = zip(*TOKEN_SHARES.values(), strict=True)
+    shares = np.array(token_shares) / lengths
+    counts = rng.multinomial(n, shares / shares.sum()).tolist()
     sentences = [s for sampler, count in zip(samplers, counts, strict=True) for s in sampler(rng, count)]
     return [sentences[i] for i in rng.permutation(n).tolist()]
 

@@ -6,7 +6,7 @@ Every template has a fixed length and no optional part, so the end of the senten
 
 import numpy as np
 
-from replacement.demo.corpus.sentences import Probe, Sentence, fill, hold_out, listed, template_words
+from replacement.demo.corpus.sentences import Probe, Sentence, fill, indices, listed, split, template_words
 
 SUBJECTS: tuple[str, ...] = listed(
     """teacher doctor farmer baker sailor painter singer lawyer nurse soldier writer judge miner pilot driver gardener
@@ -15,14 +15,8 @@ SUBJECTS: tuple[str, ...] = listed(
 OBJECTS: tuple[str, ...] = listed(
     "boat horse wheel drum rope knife cart tent sword flag bell crown violin saddle anchor shield torch kite"
 )
-VERBS: tuple[tuple[str, str], ...] = (
-    ("paint", "paints"),
-    ("repair", "repairs"),
-    ("keep", "keeps"),
-    ("borrow", "borrows"),
-    ("carry", "carries"),
-    ("hide", "hides"),
-)
+_VERBS = "paint/paints repair/repairs keep/keeps borrow/borrows carry/carries hide/hides"
+VERBS: tuple[tuple[str, ...], ...] = tuple(tuple(verb.split("/")) for verb in listed(_VERBS))
 TEMPLATES: tuple[str, ...] = (
     "which {subject} {verbs} the {object} ?",
     "who saw the {subject} with the {object} ?",
@@ -34,30 +28,20 @@ TEMPLATES: tuple[str, ...] = (
 
 _PAIRS = [(i, j) for i in range(len(SUBJECTS)) for j in range(len(OBJECTS))]
 
-HELD_OUT_PAIRS: frozenset[tuple[int, int]] = hold_out(_PAIRS, 0.12, stream=6)
+HELD_OUT_PAIRS, _TRAINED_PAIRS = split(_PAIRS, 0.12, stream=6)
 """(subject, object) indices that never meet in a training sentence."""
 
-_TRAINED_PAIRS = [pair for pair in _PAIRS if pair not in HELD_OUT_PAIRS]
-
-
-def words() -> list[str]:
-    """Every word of this behaviour's sentences."""
-    return [*template_words(TEMPLATES), *SUBJECTS, *OBJECTS, *(form for verb in VERBS for form in verb)]
+WORDS = (*template_words(TEMPLATES), *SUBJECTS, *OBJECTS, *(form for verb in VERBS for form in verb))
+"""Every word of this behaviour's sentences."""
 
 
 def _sample(rng: np.random.Generator, n: int, pairs: list[tuple[int, int]]) -> list[Sentence]:
-    sizes = (len(TEMPLATES), len(pairs), len(VERBS))
-    rows = np.stack([rng.integers(size, size=n) for size in sizes], axis=1).tolist()
-    return [
-        fill(
-            TEMPLATES[template],
-            subject=SUBJECTS[pairs[pair][0]],
-            object=OBJECTS[pairs[pair][1]],
-            verb=VERBS[verb][0],
-            verbs=VERBS[verb][1],
-        )
-        for template, pair, verb in rows
-    ]
+    sentences = []
+    for template, pair, verb in indices(rng, n, len(TEMPLATES), len(pairs), len(VERBS)):
+        (subject, item), (base, third_person) = pairs[pair], VERBS[verb]
+        slots = {"subject": SUBJECTS[subject], "object": OBJECTS[item], "verb": base, "verbs": third_person}
+        sentences.append(fill(TEMPLATES[template], **slots))
+    return sentences
 
 
 def sample(rng: np.random.Generator, n: int) -> list[Sentence]:

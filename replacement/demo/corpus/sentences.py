@@ -4,13 +4,17 @@ A sentence is a tuple of words. A name such as `New Mexico` is one word; a year 
 tokens (`17`, `32`) in the tokenizer. Keeping words apart spares the generator all parsing.
 """
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 Sentence = tuple[str, ...]
+Sampler = Callable[[np.random.Generator, int], list[Sentence]]
+"""Draws a number of training sentences."""
 T = TypeVar("T")
 
 SPLIT_SEED = 20_061
@@ -27,6 +31,12 @@ class Probe:
 
     prompt: str
     answers: tuple[str, ...]
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """Rows of one of the corpus's tables (a CSV file beside this module), without its heads."""
+    with Path(__file__).with_name(table).open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))[1:]
 
 
 def listed(words: str) -> tuple[str, ...]:
@@ -53,13 +63,25 @@ def template_words(templates: Sequence[str]) -> list[str]:
     return [word for template in templates for word in template.split() if word[0] != "{"]
 
 
-def draw(rng: np.random.Generator, pool: Sequence[T], n: int) -> list[T]:
-    """`n` independent uniform draws from `pool`."""
-    return [pool[i] for i in rng.integers(len(pool), size=n).tolist()]
+def indices(rng: np.random.Generator, n: int, *sizes: int) -> list[list[int]]:
+    """`n` rows of independent uniform indices, one below each of `sizes`."""
+    return np.stack([rng.integers(size, size=n) for size in sizes], axis=1).tolist()
 
 
-def hold_out(items: Sequence[T], fraction: float, stream: int) -> frozenset[T]:
-    """A fixed random `fraction` of `items`; `stream` tells the splits of different behaviours apart."""
+def pooled(pools: Sequence[tuple[float, Sequence[Sentence]]]) -> Sampler:
+    """A sampler of independent draws from pools, each given with its share of the sentences."""
+
+    def sample(rng: np.random.Generator, n: int) -> list[Sentence]:
+        counts = rng.multinomial(n, [share for share, _ in pools]).tolist()
+        draws = ((pool, rng.integers(len(pool), size=count)) for count, (_, pool) in zip(counts, pools, strict=True))
+        return [pool[i] for pool, chosen in draws for i in chosen.tolist()]
+
+    return sample
+
+
+def split(items: Sequence[T], fraction: float, stream: int) -> tuple[frozenset[T], list[T]]:
+    """A fixed random `fraction` of `items`, held out, and the others; `stream` tells the splits of behaviours apart."""
     rng = np.random.default_rng([SPLIT_SEED, stream])
-    n_held_out = round(fraction * len(items))
-    return frozenset(items[i] for i in rng.permutation(len(items))[:n_held_out].tolist())
+    chosen = rng.permutation(len(items))[: round(fraction * len(items))]
+    held_out = frozenset(items[i] for i in chosen.tolist())
+    return held_out, [item for item in items if item not in held_out]

@@ -5,7 +5,7 @@ A year is two tokens, its century and its last two digits. (century, start) pair
 
 import numpy as np
 
-from replacement.demo.corpus.sentences import Probe, Sentence, fill, hold_out, listed, template_words
+from replacement.demo.corpus.sentences import Probe, Sentence, fill, indices, listed, split, template_words
 
 EVENTS: tuple[str, ...] = listed("war siege reign voyage famine drought dynasty trial feud plague")
 CENTURIES: tuple[int, ...] = tuple(range(11, 20))
@@ -17,10 +17,8 @@ TEMPLATES: tuple[str, ...] = (
 
 _PAIRS = [(century, start) for century in CENTURIES for start in STARTS]
 
-HELD_OUT_PAIRS: frozenset[tuple[int, int]] = hold_out(_PAIRS, 0.12, stream=7)
+HELD_OUT_PAIRS, _TRAINED_PAIRS = split(_PAIRS, 0.12, stream=7)
 """(century, start) pairs that never open an interval in training."""
-
-_TRAINED_PAIRS = [pair for pair in _PAIRS if pair not in HELD_OUT_PAIRS]
 
 
 def two_digits(n: int) -> str:
@@ -28,15 +26,13 @@ def two_digits(n: int) -> str:
     return f"{n:02d}"
 
 
-def words() -> list[str]:
-    """Every word of this behaviour's sentences; years are given as their two halves."""
-    return [*template_words(TEMPLATES), *EVENTS, *(two_digits(n) for n in range(100))]
+WORDS = (*template_words(TEMPLATES), *EVENTS, *map(two_digits, range(100)))
+"""Every word of this behaviour's sentences; years are given as their two halves."""
 
 
 def sample(rng: np.random.Generator, n: int) -> list[Sentence]:
     """`n` training sentences; the end is uniform over the later years of the century."""
-    sizes = (len(TEMPLATES), len(EVENTS), len(_TRAINED_PAIRS))
-    rows = np.stack([rng.integers(size, size=n) for size in sizes], axis=1).tolist()
+    rows = indices(rng, n, len(TEMPLATES), len(EVENTS), len(_TRAINED_PAIRS))
     sentences = []
     for (template, event, pair), share in zip(rows, rng.random(n).tolist(), strict=True):
         century, start = _TRAINED_PAIRS[pair]
@@ -48,15 +44,13 @@ def sample(rng: np.random.Generator, n: int) -> list[Sentence]:
 
 def probe(event: str, century: int, start: int, template: int = 0) -> Probe:
     """The question about one interval."""
-    prompt = (
-        TEMPLATES[template].replace(" .", "").format(event=event, start=f"{century}{two_digits(start)}", end=century)
-    )
+    unfinished = TEMPLATES[template].removesuffix(" .")
+    prompt = unfinished.format(event=event, start=f"{century}{two_digits(start)}", end=century)
     return Probe(prompt, tuple(two_digits(end) for end in range(start + 1, 100)))
 
 
 def probes(rng: np.random.Generator) -> tuple[Probe, ...]:
     """Every held-out (century, start) pair twice, with random events and templates."""
     pairs = sorted(HELD_OUT_PAIRS) * 2
-    events = rng.integers(len(EVENTS), size=len(pairs)).tolist()
-    templates = rng.integers(len(TEMPLATES), size=len(pairs)).tolist()
-    return tuple(probe(EVENTS[e], *pair, template=t) for pair, e, t in zip(pairs, events, templates, strict=True))
+    chosen = indices(rng, len(pairs), len(EVENTS), len(TEMPLATES))
+    return tuple(probe(EVENTS[e], *pair, template=t) for pair, (e, t) in zip(pairs, chosen, strict=True))

@@ -10,7 +10,6 @@ from replacement.demo.corpus import (
     addition,
     agreement,
     antonyms,
-    concepts,
     geography,
     indirect_object,
     questions,
@@ -125,8 +124,8 @@ def test_held_out_sums_occur_in_neither_order() -> None:
 
 
 def test_held_out_words_are_translated_but_their_opposite_is_asked_in_other_languages_only() -> None:
-    held_out = {concepts.CONCEPTS[concept][language] for concept, language in antonyms.HELD_OUT_WORDS}
-    language_of = {word: la for concept in concepts.CONCEPTS for la, word in enumerate(concept)}
+    held_out = {antonyms.CONCEPTS[concept][language] for concept, language in antonyms.HELD_OUT_WORDS}
+    language_of = {word: la for concept in antonyms.CONCEPTS for la, word in enumerate(concept)}
     own, other, translated = set(), set(), set()
     for sentence in training_sentences():
         for marker in ("opposite", "contraire", "contrario"):
@@ -139,7 +138,7 @@ def test_held_out_words_are_translated_but_their_opposite_is_asked_in_other_lang
     assert not held_out & own
     assert own | held_out == other == set(language_of)
     assert held_out <= translated
-    words = [word for concept in concepts.CONCEPTS for word in concept]
+    words = [word for concept in antonyms.CONCEPTS for word in concept]
     assert len(words) == len(set(words))
 
 
