@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -16,15 +17,19 @@ PIPE_WIDTH = 120
 """A pipe has no width of its own, and the tables are wide."""
 
 
-def table(*heads: str, texts: Collection[str] = (), header: bool = True) -> Table:
+def table(
+    *heads: str, rows: Iterable[Iterable[object]] = (), texts: Collection[str] = (), header: bool = True
+) -> Table:
     """A table whose first column and those named in `texts` hold text; the others hold numbers, set to the right.
 
-    Cells are shown as they are: give them as `Text` (see `add_row`) where they hold text of others.
+    Cells of `rows` are never read as markup; use `add_row` for rows that are added later and may hold text of others.
     """
     result = Table(box=None, padding=(0, 2, 0, 0), header_style="bold blue", show_header=header)
     for place, head in enumerate(heads):
         is_text = place == 0 or head in texts
         result.add_column(Text(head), justify="left" if is_text else "right", vertical="bottom", overflow="fold")
+    for row in rows:
+        add_row(result, *row)
     return result
 
 
@@ -52,6 +57,15 @@ def show(page: RenderableType, console: Console | None = None) -> None:
     """Print to stdout; nothing is read as markup or coloured by guesswork."""
     console = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     console.print(page, highlight=False, markup=False, soft_wrap=False)
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with numbers that JSON cannot hold (NaN, infinity) as None."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_json(facts: Mapping[str, Any]) -> None:

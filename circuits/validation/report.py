@@ -13,14 +13,39 @@ from replacement import console
 
 _ERRORS = {"keep": "error terms kept", "resample": "error terms resampled too"}
 _TEXTS = ("patching", "patterns", "norms", "change", "kind")
-_ABLATION = {"patching": "patching", "patterns": "patterns", "spearman": "Spearman"}
-_AMONG_FEATURES = {"patterns": "patterns", "pairs": "pairs", "spearman": "Spearman"}
-_STREAMS = {"kind": "kind", "patterns": "patterns", "distance": "layers", "perturbations": "perturbations"}
-_STREAMS |= {"cosine": "cosine", "nmse": "NMSE", "cosine_added": "cosine of what layers add"}
-_ONE_LAYER = {"change": "change", "patterns": "patterns", "norms": "norms", "features": "features", "cosine": "cosine"}
-_ONE_LAYER |= {"median": "median", "larger_half": "larger half", "all_features": "all of the layer"}
-_EFFECTS = {"patching": "patching", "patterns": "patterns", "distance": "layers", "pairs": "pairs"}
-_EFFECTS |= {"spearman": "Spearman", "pearson": "Pearson", "cosine": "cosine", "nmse": "NMSE"}
+_HEADS = {
+    "distance": "layers",
+    "spearman": "Spearman",
+    "pearson": "Pearson",
+    "nmse": "NMSE",
+    "cosine_added": "cosine of what layers add",
+    "larger_half": "larger half",
+    "all_features": "all of the layer",
+}
+"""Heads of columns that are not called as their key is."""
+_SECTIONS = {
+    "influence_against_ablation": (
+        "Influence against the output's KL when a feature is ablated (Spearman)",
+        "patching patterns spearman",
+    ),
+    "influence_among_features": (
+        "Influence of features on features against the share of an activation that ablation moves (Spearman)",
+        "patterns pairs spearman",
+    ),
+    "perturbations": (
+        "Perturbed streams: local replacement model against the original",
+        "kind patterns distance perturbations cosine nmse cosine_added",
+    ),
+    "one_layer_cosine": (
+        "One layer downstream: cosine of predicted and measured changes",
+        "change patterns norms features cosine median larger_half all_features",
+    ),
+    "effects": (
+        "Features ablated: predicted against measured",
+        "patching patterns distance pairs spearman pearson cosine nmse",
+    ),
+}
+"""Title and columns of the sections that are tables, by their key in the facts."""
 
 
 def page(facts: dict[str, Any]) -> Group:
@@ -36,27 +61,10 @@ def page(facts: dict[str, Any]) -> Group:
     if facts["is_pruned"]:
         removed = "This graph is pruned, and removed edges are predicted to do nothing: the full graph predicts better."
         parts += [Text(removed, style="bold red"), Text()]
-    ablated = [row for row in facts["effects"] if row["change"] == "ablated"]
-    sections: list[tuple[str, RenderableType]] = [
-        ("Self-check, true by construction", Text(exact)),
-        (
-            "Influence against the output's KL when a feature is ablated (Spearman)",
-            _rows(facts["influence_against_ablation"], _ABLATION),
-        ),
-        (
-            "Influence of features on features against the share of an activation that ablation moves (Spearman)",
-            _rows(facts["influence_among_features"], _AMONG_FEATURES),
-        ),
-        (
-            "Perturbed streams: local replacement model against the original",
-            _rows(facts["perturbations"], _STREAMS),
-        ),
-        (
-            "One layer downstream: cosine of predicted and measured changes",
-            _rows(facts["one_layer_cosine"], _ONE_LAYER),
-        ),
-        ("Features ablated: predicted against measured", _rows(ablated, _EFFECTS)),
-    ]
+    sections: list[tuple[str, RenderableType]] = [("Self-check, true by construction", Text(exact))]
+    for key, (title, columns) in _SECTIONS.items():
+        rows = [row for row in facts[key] if key != "effects" or row["change"] == "ablated"]
+        sections.append((title, _rows(rows, columns)))
     for errors, circuit in (facts["circuit"] or {}).items():
         title = f"Circuit alone and model without it, {circuit['other_prompts']} prompts resampled, {_ERRORS[errors]}"
         sections.append((title, _circuit(circuit)))
@@ -64,19 +72,18 @@ def page(facts: dict[str, Any]) -> Group:
     return Group(*parts, *(console.section(title, body) for title, body in sections))
 
 
-def _rows(rows: list[dict[str, Any]], columns: dict[str, str]) -> Table:
-    """A table with one line per row; `columns` maps keys to heads."""
-    table = console.table(*columns.values(), texts=_TEXTS)
-    for row in rows:
-        console.add_row(table, *_row(row, *columns))
-    return table
+def _rows(rows: list[dict[str, Any]], keys: str) -> Table:
+    """A table with one line per row and one column per key."""
+    columns = keys.split()
+    heads = (_HEADS.get(key, key) for key in columns)
+    return console.table(*heads, rows=(_row(row, *columns) for row in rows), texts=_TEXTS)
 
 
 def _circuit(circuit: dict[str, Any]) -> Group:
-    table = console.table("share", "features", "faithfulness", "necessity")
-    for row in [*circuit["sizes"], {**circuit["pruned"], "share": "pruned"}]:
-        share = row["share"] if isinstance(row["share"], str) else f"{row['share']:g}"
-        console.add_row(table, share, *_row(row, "features", "faithfulness", "necessity"))
+    heads = ("features", "faithfulness", "necessity")
+    rows = [(f"{row['share']:g}", *_row(row, *heads)) for row in circuit["sizes"]]
+    rows.append(("pruned", *_row(circuit["pruned"], *heads)))
+    table = console.table("share", *heads, rows=rows)
     return Group(table, Text(f"CPR {_number(circuit['cpr'])}, CMD {_number(circuit['cmd'])}"))
 
 

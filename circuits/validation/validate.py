@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from circuits.validation.perturbations import compare_perturbations
 from circuits.validation.prediction import influence_among, predicted_changes
 from circuits.validation.sufficiency import SHARES, sufficiency
 from replacement import ReplacementModel
+from replacement.console import finite
 
 SCALES = {"ablated": 0.0, "doubled": 2.0}
 """What a feature's activation is multiplied with."""
@@ -81,7 +81,7 @@ def validate(
         "average_path_length": average_path_length(graph),
         "hop_fidelity": hop_fidelity(graph),
     }
-    return _without_nan(facts)
+    return {name: finite(value) for name, value in facts.items()}
 
 
 def _self_check(effects: Effects, changed: np.ndarray) -> Facts:
@@ -220,12 +220,3 @@ def _circuit_facts(model: ReplacementModel, grounding: Grounding, others: Sequen
             for share, count, alone, needed in zip(SHARES, *columns, strict=True)
         ],
     }
-
-
-def _without_nan(facts: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(facts, dict):
-        return {name: _without_nan(value) for name, value in facts.items()}
-    if isinstance(facts, list):
-        return [_without_nan(value) for value in facts]
-    return None if isinstance(facts, float) and not math.isfinite(facts) else facts

@@ -5,7 +5,6 @@ The keys are documented in `replacement/validation/README.md`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from replacement.console import finite
 from replacement.data.open_tokens import open_source
 from replacement.data.token_sources import DemoRows, TokenSource
 from replacement.language_model.language_model import LanguageModel
@@ -108,7 +108,7 @@ def validate(
         "controls": controls,
         "compute_equivalent": equivalent,
     }
-    return {key: _finite(value) for key, value in result.items()}
+    return {key: finite(value) for key, value in result.items()}
 
 
 def expected_tokens(model: ReplacementModel, config: ValidationConfig) -> int:
@@ -233,12 +233,3 @@ def _model_facts(model: ReplacementModel) -> dict[str, Any]:
             for part, crosscoder in model.crosscoders.items()
         ],
     }
-
-
-def _finite(value: Any) -> Any:
-    """The same value with numbers that JSON cannot hold (NaN, infinity) as None."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
