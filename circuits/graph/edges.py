@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -210,13 +210,15 @@ class Edges:
 
     def kept(self, nodes: np.ndarray, edges: np.ndarray | None = None) -> np.ndarray:
         """bool[E], the edges kept by `edges` (bool[E], all by default) with both ends kept by `nodes` (bool[N])."""
-        parts = [nodes.take(block.source) & block.per_edge(nodes) for block in self.row_blocks()]
-        both = np.concatenate([np.zeros(0, dtype=bool), *parts])
-        return both if edges is None else both & edges
+        ends = (nodes.take(block.source) & block.per_edge(nodes) for block in self.row_blocks())
+        both = joined(ends, len(self), np.dtype(np.bool_))
+        return both if edges is None else np.logical_and(both, edges, out=both)
 
     def where(self, edges: np.ndarray) -> Edges:
         """The edges where `edges` (bool[E]) is true, among the same nodes."""
         n_edges, counts, begin, start = np.count_nonzero(edges), np.zeros(self.n_nodes, dtype=np.int64), 0, 0
+        if n_edges == len(self):
+            return self
         source, weight = np.empty(n_edges, dtype=np.int32), np.empty(n_edges, dtype=np.float32)
         for block in self.row_blocks():
             mask = edges[begin : begin + len(block.source)]
@@ -254,6 +256,16 @@ class GraphData:
         """The nodes where `nodes` (bool[N]) is true, and the edges among them where `edges` (bool[E]) is."""
         heads = None if self.heads is None else self.heads.select(self.edges.kept(nodes, edges))
         return replace(self, nodes=self.nodes.select(nodes), edges=self.edges.select(nodes, edges), heads=heads)
+
+
+def joined(arrays: Iterable[np.ndarray], length: int, dtype: np.dtype) -> np.ndarray:
+    """Arrays one after the other, `length` entries in all; unlike `np.concatenate`, it holds one of them at a time."""
+    result, start = np.empty(length, dtype), 0
+    for array in arrays:
+        result[start : start + len(array)] = array
+        start += len(array)
+    assert start == length
+    return result
 
 
 def _check_rows(edges: Edges) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from circuits.graph.edges import Edges, GraphData
+from circuits.graph.edges import Edges, GraphData, joined
 
 
 def row_scales(graph: GraphData) -> np.ndarray:
@@ -53,7 +53,7 @@ def node_influence(graph: GraphData) -> np.ndarray:
 def edge_influence(graph: GraphData) -> np.ndarray:
     """float64[E], mass that crosses each edge: `(I[t] + p[t]) M[t, s]`."""
     crossing = crossing_mass(graph.edges, row_scales(graph), graph.nodes.output_weight)
-    return np.concatenate([np.zeros(0), *crossing()])
+    return joined(crossing(), len(graph.edges), np.dtype(np.float64))
 
 
 def crossing_mass(edges: Edges, scales: np.ndarray, output: np.ndarray) -> Callable[[], Iterator[np.ndarray]]:

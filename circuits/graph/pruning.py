@@ -50,9 +50,12 @@ def prune(graph: GraphData, *, nodes: float = 0.8, edges: float = 0.98) -> Kept:
     crossing = crossing_mass(inner, inverse(inner.magnitudes), table.output_weight)
     chosen = largest_holding(crossing, edges)
     had_causes = np.diff(graph.edges.indptr) > 0
-    kept_nodes = drop_dangling(table, inner.where(chosen), kept_nodes, had_causes)
-    both[np.flatnonzero(both)[~chosen]] = False
-    return Kept(kept_nodes, graph.edges.kept(kept_nodes, both))
+    left = inner.where(chosen)
+    kept_nodes = drop_dangling(table, left, kept_nodes, had_causes)
+    # Each mask is over the edges that the one before it kept: write the last one back through both.
+    np.place(chosen, chosen, left.kept(kept_nodes))
+    np.place(both, both, chosen)
+    return Kept(kept_nodes, both)
 
 
 def check_threshold(name: str, threshold: float) -> None:

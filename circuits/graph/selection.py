@@ -7,9 +7,11 @@ threshold lies, and only that bucket is sorted. Sums are exact: mantissas are ad
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+
+from circuits.graph.edges import joined
 
 REST = 49
 """Low bits of a float64 that a bucket leaves open; above them are three bits of mantissa, and the exponent."""
@@ -55,15 +57,18 @@ def largest_holding(values: Values, share: float) -> np.ndarray:
     )
     taken = np.zeros(len(inside), dtype=bool)
     taken[order[:n_taken]] = True
-    masks, begin = [np.zeros(0, dtype=bool)], 0
+    return joined(_masks(values, last, taken), int(count.sum()), np.dtype(np.bool_))
+
+
+def _masks(values: Values, last: int, taken: np.ndarray) -> Iterator[np.ndarray]:
+    """The mask of each array: values of buckets above the last one, and those of the last that are `taken`."""
+    begin = 0
     for array in values():
         bucket = _split(array)[0]
-        mask = bucket > last
-        here = np.flatnonzero(bucket == last)
+        mask, here = bucket > last, np.flatnonzero(bucket == last)
         mask[here] = taken[begin : begin + len(here)]
         begin += len(here)
-        masks.append(mask)
-    return np.concatenate(masks)
+        yield mask
 
 
 def _split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
