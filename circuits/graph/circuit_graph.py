@@ -15,7 +15,7 @@ from circuits.graph.exporters import export, exporter
 from circuits.graph.influence import node_influence
 from circuits.graph.metadata import as_stored
 from circuits.graph.nodes import NodeKind, NodeTable
-from circuits.graph.pruning import prune
+from circuits.graph.pruning import drop_small, prune
 from circuits.graph.rows import EdgeRow, NodeRow, Rows, node_number, node_rows, top_edges, top_nodes
 from circuits.graph.scores import Scores, scores
 from circuits.graph.storage import load, save
@@ -108,9 +108,23 @@ class CircuitGraph(GraphData):
         facts = {**self.metadata, "pruning": {"nodes": float(nodes), "edges": float(edges)}}
         return replace(self.select(kept.nodes, kept.edges), metadata=facts)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the graph to one `.safetensors` file, atomically."""
-        return save(self, path)
+    def drop_edges(self, *, below: float) -> CircuitGraph:
+        """Without the edges that are at most the share `below` of their row's inflow, and the nodes that only they kept.
+
+        The inflow stays on record, so what was dropped counts as lost and the replacement score never rises.
+        `metadata["dropped_below"]` notes the share. Raises `ValueError` for a share outside 0..1.
+        """
+        kept = drop_small(self, below)
+        share = max(float(below), self.metadata.get("dropped_below", 0.0))
+        return replace(self.select(kept.nodes, kept.edges), metadata={**self.metadata, "dropped_below": share})
+
+    def save(self, path: str | os.PathLike[str], *, weight_bits: int = 32) -> Path:
+        """Write the graph to one `.safetensors` file, atomically.
+
+        With `weight_bits=16` edge weights take half the space, each with an error of at most 0.05 % (where it is above 4e-9 of
+        its row's largest); `metadata["weight_error"]` of the loaded graph is the largest error.
+        """
+        return save(self, path, weight_bits=weight_bits)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CircuitGraph:

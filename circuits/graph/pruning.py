@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from circuits.graph.edges import Edges, GraphData
+from circuits.graph.edges import Edges, GraphData, joined
 from circuits.graph.influence import crossing_mass, inverse, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.selection import largest_holding
@@ -56,6 +56,21 @@ def prune(graph: GraphData, *, nodes: float = 0.8, edges: float = 0.98) -> Kept:
     np.place(chosen, chosen, left.kept(kept_nodes))
     np.place(both, both, chosen)
     return Kept(kept_nodes, both)
+
+
+def drop_small(graph: GraphData, below: float) -> Kept:
+    """Masks without the edges that are at most the share `below` of their row's inflow.
+
+    Nodes stay that are tokens, targets or logits, that were expanded, or that an edge still leaves.
+    Raises `ValueError` for a share outside 0..1.
+    """
+    check_threshold("below", below)
+    nodes, least = graph.nodes, below * graph.nodes.inflow
+    large = (np.abs(block.weight) > block.per_edge(least) for block in graph.edges.row_blocks())
+    edges = joined(large, len(graph.edges), np.dtype(np.bool_))
+    kept = nodes.mask(NodeKind.TOKEN, NodeKind.LOGIT) | nodes.is_target | nodes.expanded
+    kept[graph.edges.where(edges).source] = True
+    return Kept(kept, edges)
 
 
 def check_threshold(name: str, threshold: float) -> None:

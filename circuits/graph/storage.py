@@ -15,30 +15,54 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
+from safetensors.numpy import save_file
 
 from circuits.graph.edge_heads import COLUMNS as HEAD_COLUMNS
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import COLUMNS as EDGE_COLUMNS
 from circuits.graph.edges import Edges, GraphData
 from circuits.graph.exporters import register
+from circuits.graph.half_weights import from_half, to_half
 from circuits.graph.nodes import COLUMNS as NODE_COLUMNS
 from circuits.graph.nodes import NodeTable
-from replacement.files import checked_path, write_atomic
+from replacement.files import atomic_file, check_file, checked_path
 
 FORMAT = "crosstrace.circuit"
-SCHEMA = 3
+SCHEMA = 4
 """2 added heads of edges and a bool column `attention`, which 3 replaces by `part`; files of schema 1 have none of them. 3 also
-added the digest, which older files lack."""
+added the digest, which older files lack. 4 holds weights in 16 bits, with an exponent for each row."""
 
 
-def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
-    """Write a graph atomically. Raises `ValueError` when the place cannot be written."""
-    return write_atomic(path, to_bytes(graph))
+def save(graph: GraphData, path: str | os.PathLike[str], *, weight_bits: int = 32) -> Path:
+    """Write a graph atomically, without a copy of its columns in memory.
+
+    Args:
+        weight_bits: 32, or 16 for edge weights as in `circuits/graph/half_weights.py`, with `weight_error` in the metadata.
+
+    Raises:
+        ValueError: other bits, or a place that cannot be written.
+    """
+    if weight_bits not in (16, 32):
+        raise ValueError(f"weight_bits: expected 16 or 32, given {weight_bits!r}")
+    check_file(path)
+    tensors, header = _content(graph, weight_bits)
+    with atomic_file(path) as scratch:
+        try:
+            save_file(tensors, scratch, metadata=header)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+    return Path(path)
 
 
 @register("safetensors", suffix=".safetensors", description="the graph itself, which `CircuitGraph.load` reads")
 def to_bytes(graph: GraphData) -> bytes:
     """Content of the graph file."""
+    tensors, header = _content(graph, 32)
+    return bytes(serialise(tensors, metadata=header))
+
+
+def _content(graph: GraphData, weight_bits: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Columns and header."""
     tables = (
         ("nodes", graph.nodes, NODE_COLUMNS),
         ("edges", graph.edges, EDGE_COLUMNS),
@@ -50,14 +74,18 @@ def to_bytes(graph: GraphData) -> bytes:
         if table is not None
         for column in columns
     }
+    metadata = dict(graph.metadata)
+    if weight_bits == 16:
+        tensors["edges.weight"], tensors["edges.exponent"], error = to_half(graph.edges)
+        metadata["weight_error"] = max(error, metadata.get("weight_error", 0.0))
     header = {
         "format": FORMAT,
-        "schema": str(SCHEMA),
+        "schema": str(SCHEMA if weight_bits == 16 else 3),  # readers of schema 3 know all else
         "labels": json.dumps(graph.nodes.label),
-        "metadata": json.dumps(dict(graph.metadata), allow_nan=False),
+        "metadata": json.dumps(metadata, allow_nan=False),
     }
     header["digest"] = digest(tensors, header)
-    return bytes(serialise(tensors, metadata=header))
+    return tensors, header
 
 
 def digest(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
@@ -93,7 +121,8 @@ def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]
         if schema < 3:
             tensors["nodes.part"] = tensors.get("nodes.attention", np.zeros_like(tensors["nodes.kind"])).astype(np.int8)
         nodes = NodeTable(**{name: tensors[f"nodes.{name}"] for name in NODE_COLUMNS}, label=_labels(header))
-        edges = Edges(**{name: tensors[f"edges.{name}"] for name in EDGE_COLUMNS})
+        columns = {name: tensors[f"edges.{name}"] for name in EDGE_COLUMNS}
+        edges = Edges(**columns) if schema < 4 else from_half(**columns, exponent=tensors["edges.exponent"])
         heads = None
         if "heads.weight" in tensors:
             heads = EdgeHeads(**{name: tensors[f"heads.{name}"] for name in HEAD_COLUMNS})

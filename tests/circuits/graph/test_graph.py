@@ -108,7 +108,7 @@ def _with_header(path, change) -> None:
 def test_newer_schema(small, tmp_path) -> None:
     path = small.save(tmp_path / "graph.safetensors")
     _with_header(path, lambda facts: facts.update(schema="99"))
-    with pytest.raises(ValueError, match=r"graph\.safetensors: expected circuit schema 3 or older, given 99"):
+    with pytest.raises(ValueError, match=r"graph\.safetensors: expected circuit schema 4 or older, given 99"):
         CircuitGraph.load(path)
 
 

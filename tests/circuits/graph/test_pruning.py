@@ -1,5 +1,7 @@
 """Pruning against hand-built graphs, networkx and its own promises."""
 
+import dataclasses
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from circuits import NodeKind
 from circuits.graph.pruning import prune
+from circuits.graph.scores import mass_balance
 
 T, P, E, F, L = NodeKind
 thresholds = st.floats(0.0, 1.0)
@@ -119,3 +122,25 @@ def test_every_kept_node_leads_to_a_target(draw_circuit, data, nodes, edges) -> 
 def test_thresholds_are_shares(small, name, value) -> None:
     with pytest.raises(ValueError, match=rf"{name}: expected a share of influence between 0 and 1, given {value}"):
         small.prune(**{name: value})
+
+
+@given(st.data(), thresholds)
+def test_dropped_edges_count_as_lost(draw_circuit, to_shares, data, below) -> None:
+    graph = draw_circuit(data)
+    dropped = graph.drop_edges(below=below)
+    ids, left = graph.nodes.ids(), dropped.nodes.ids()
+    shares = to_shares(graph)
+    large = [(ids[t], ids[s]) for t, s in zip(*np.nonzero(shares > below), strict=True)]
+    assert [(left[t], left[s]) for t, s in zip(dropped.edges.target, dropped.edges.source, strict=True)] == large
+    always = graph.nodes.expanded | graph.nodes.is_target | graph.nodes.mask(T, L)
+    sources = {source for _, source in large}
+    assert [name for name, stays in zip(ids, always, strict=True) if stays or name in sources] == list(left)
+    assert dropped.scores().replacement <= graph.scores().replacement + 1e-12
+    balance = mass_balance(dropped)
+    assert sum(dataclasses.astuple(balance)) == pytest.approx(1, abs=1e-9)
+    assert dropped.metadata["dropped_below"] == below
+
+
+def test_dropping_needs_a_share(small) -> None:
+    with pytest.raises(ValueError, match=r"below: expected a share of .* between 0 and 1, given 2\.0"):
+        small.drop_edges(below=2.0)

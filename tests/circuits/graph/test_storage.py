@@ -14,7 +14,7 @@ from circuits import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.storage import digest, to_bytes
 
-DTYPES = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8", "BOOL": "?"}
+DTYPES = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?"}
 
 
 def written_by_hand(path: Path, tensors: list[tuple[str, str, list]], header: dict[str, str]) -> Path:
@@ -177,15 +177,54 @@ def test_facts_of_a_wrong_kind_are_named(tmp_path, changes, message) -> None:
         ({"metadata": "{"}, "damaged or foreign"),
         ({"metadata": "{}"}, "expected prompt, tokens, n_layers, identity_error, but there is no prompt, tokens"),
         ({"metadata": '{"identity_error": NaN}'}, "there is no prompt"),
-        ({"schema": "-1"}, "expected circuit schema 3 or older, given -1"),
-        ({"schema": "²"}, "expected circuit schema 3 or older, given ²"),
-        ({"schema": "0"}, "expected circuit schema 3 or older, given 0"),
+        ({"schema": "-1"}, "expected circuit schema 4 or older, given -1"),
+        ({"schema": "²"}, "expected circuit schema 4 or older, given ²"),
+        ({"schema": "0"}, "expected circuit schema 4 or older, given 0"),
     ],
 )
 def test_headers_of_a_wrong_kind_are_named(tmp_path, texts, message) -> None:
     path = written_by_hand(tmp_path / "old.safetensors", COLUMNS, header("1") | texts)
     with pytest.raises(ValueError, match=rf"old\.safetensors: .*{message}"):
         CircuitGraph.load(path)
+
+
+@given(st.data(), st.integers(-100, 100))
+def test_weights_in_16_bits(draw_circuit, tmp_path_factory, data, exponent) -> None:
+    """Rows of any scale: every weight within the recorded error, nothing else changed, and saving again loses nothing more."""
+    graph = draw_circuit(data)
+    scale = 2.0**exponent
+    edges = dataclasses.replace(graph.edges, weight=(graph.edges.weight * scale).astype(np.float32))
+    graph = dataclasses.replace(
+        graph, edges=edges, nodes=dataclasses.replace(graph.nodes, inflow=graph.nodes.inflow * scale)
+    )
+    path = tmp_path_factory.mktemp("half") / "graph.safetensors"
+    loaded = CircuitGraph.load(graph.save(path, weight_bits=16))
+    error = loaded.metadata["weight_error"]
+    assert error <= 2**-11
+    assert {**graph.metadata, "weight_error": error} == loaded.metadata
+    assert loaded.nodes == graph.nodes
+    assert np.array_equal(loaded.edges.source, edges.source)
+    largest = np.array([np.abs(row).max(initial=0) for row in np.split(edges.weight, edges.indptr[1:-1])])
+    size = np.maximum(np.abs(edges.weight), 2.0**-28 * largest[edges.target])
+    assert (np.abs(loaded.edges.weight - edges.weight) <= error * size * (1 + 1e-6)).all()
+    assert loaded.scores().replacement == pytest.approx(graph.scores().replacement, abs=2e-3)
+    assert CircuitGraph.load(loaded.save(path, weight_bits=16)) == loaded
+
+
+def test_16_bits_halve_the_weights_and_are_checked(small, tmp_path) -> None:
+    with pytest.raises(ValueError, match="weight_bits: expected 16 or 32, given 8"):
+        small.save(tmp_path / "small.safetensors", weight_bits=8)
+    columns = [*COLUMNS[:-1], ("nodes.part", "I8", [0, 0, 0]), ("edges.weight", "F16", [2, 6])]
+    for exponent in ("I16", [0, 0]), ("I32", [0, 0, 0]):
+        tensors = [*columns, ("edges.exponent", *exponent)]
+        facts = header("4")
+        arrays = {name: np.array(values, dtype=DTYPES[dtype]) for name, dtype, values in tensors}
+        facts["digest"] = digest(arrays, facts)
+        path = written_by_hand(tmp_path / "half.safetensors", tensors, facts)
+        with pytest.raises(
+            ValueError, match=r"half\.safetensors: .*expected weights in float16 with int16\[3\] exponents"
+        ):
+            CircuitGraph.load(path)
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in COLUMNS])
