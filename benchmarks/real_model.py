@@ -1,0 +1,193 @@
+"""What does a trace of a real model of thirty layers cost? Seconds by stage, peak memory, and the identity error.
+
+    python examples/smollm2.py --out runs/smollm2      once: converts SmolLM2-135M-Instruct and trains a transcoder
+    python benchmarks/real_model.py --model runs/smollm2/language_model --crosscoder runs/smollm2/run/crosscoder
+    python benchmarks/real_model.py --model runs/smollm2/language_model --random strictly_causal --out runs/random
+
+`--random` measures with random features instead: 4,096 in each layer, 32 of them active, with decoders as large as what they
+stand for, so that influence runs through features. It writes the crosscoder to `OUT`, in 16 bits, unless it is there (a causal
+one takes 2.2 GB). Memory is the kernel's own count for the process; the peak while loading and the peak of all that
+follows are told apart, where the kernel can reset its count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import multiprocessing
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import circuits
+import replacement
+from circuits import CircuitGraph, NodeKind
+from circuits.graph.exporters import file_formats
+from replacement import Crosscoder, LanguageModel, ReplacementModel, TopK, Wiring, checkpoint
+from replacement.allocator import keep_freed_memory
+
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+COMPLETIONS = {"The capital of France is": " Paris", PROMPT: " Mary"}
+N_FEATURES, N_ACTIVE = 4096, 32
+WIRINGS: dict[str, Callable[..., Wiring]] = {
+    "per_layer": Wiring.per_layer,
+    "strictly_causal": Wiring.strictly_causal,
+}
+
+
+def write_random(folder: Path, model: Path, wiring: str) -> None:
+    """Write a crosscoder with random features; the outputs that it writes have the norm of the MLPs' outputs."""
+    lm = LanguageModel.from_pretrained(model)
+    crosscoder = Crosscoder(
+        WIRINGS[wiring](lm, read="mlp_in"),
+        n_features=N_FEATURES,
+        activation=TopK(N_ACTIVE),
+        dtype=torch.bfloat16,
+        model_fingerprint=lm.fingerprint,
+        undecomposed_positions=1,
+        seed=0,
+    )
+    sites = crosscoder.wiring
+    x_TD = lm.read(lm.tokenize(PROMPT), {*sites.read_sites, *sites.write_sites})
+    features = crosscoder.encode({site: x_TD[site].to(torch.bfloat16) for site in sites.read_sites})
+    n_positions = features.n_rows - 1  # the first has no features
+    squares = [float(features.of(g).activation.detach().double().square().sum()) / n_positions for g in range(sites.n_groups)]
+    norm = {site: float(x_TD[site][1:].norm(dim=1).mean()) for site in sites.write_sites}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for group, weight_FWD in enumerate(crosscoder.W_dec):
+            weight_FWD.normal_(generator=generator)
+            for place, site in enumerate(sites.writes[group]):
+                total = sum(squares[writer] for writer in sites.writers(site)) * weight_FWD.shape[-1]
+                weight_FWD[:, place] *= norm[site] / total**0.5
+    checkpoint.save(crosscoder, folder, dtype=torch.bfloat16)
+
+
+class Stages:
+    """Seconds of named stages, in order, and the peak memory since the last reset."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """While open, time counts for a stage."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def total(self, *, without: str = "") -> float:
+        """Seconds of all stages but one."""
+        return sum(seconds for name, seconds in self.seconds.items() if name != without)
+
+
+def peak_memory() -> float | None:
+    """Largest resident size of this process, in GB, since `reset_peak`; None where the kernel does not say (not Linux)."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
+
+
+def reset_peak() -> bool:
+    """Let the peak begin anew; False where the kernel cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        return False
+    return True
+
+
+def check_completions(lm: LanguageModel) -> None:
+    """Print the next word of two prompts, and stop if one is wrong."""
+    for prompt, expected in COMPLETIONS.items():
+        probability_V = lm(prompt)[-1].softmax(-1)
+        (word,) = lm.token_strings([int(probability_V.argmax())])
+        print(f"  {prompt} ->{word} ({float(probability_V.max()):.0%})")
+        if word != expected:
+            raise SystemExit(f"error: expected{expected}: the model is another, or its conversion went wrong")
+
+
+def trace(model: ReplacementModel, stages: Stages, *, max_nodes: int) -> tuple[CircuitGraph, CircuitGraph]:
+    """Everything that `circuits trace` does, files included, stage by stage: the full graph, and the pruned one with heads."""
+    with stages.measured("trace"):
+        graph = circuits.trace(model, PROMPT, max_nodes=max_nodes, coverage=0.9999)
+    with stages.measured("prune"):
+        circuit = graph.prune()
+    with stages.measured("heads"):
+        circuit = circuits.with_heads(model, circuit)
+    with tempfile.TemporaryDirectory() as folder:
+        with stages.measured("save the full graph"):
+            graph.save(Path(folder) / "graph.safetensors")
+        for name, exporter in file_formats().items():
+            if exporter.fallback is None:  # pictures by Graphviz are left to `circuits export`
+                with stages.measured(f"export {name}"):
+                    circuit.export(name, Path(folder) / f"circuit{exporter.suffix}")
+    return graph, circuit
+
+
+def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str) -> None:
+    """Print one table."""
+    stages = Stages()
+    with stages.measured("load"):
+        model = replacement.load(model_folder, crosscoder=crosscoder, dtype=dtype)
+    loading_peak, was_reset = peak_memory(), reset_peak()
+    lm, width = model.language_model, model.crosscoder.n_features
+    shape, tokens_T = lm.shape, lm.tokenize(PROMPT)
+    print(f"{lm.name}: {shape.n_layers} layers, d_model {shape.d_model}, {len(tokens_T)} tokens, {dtype}")
+    check_completions(lm)
+    started = time.perf_counter()
+    local = model.localize(tokens_T)
+    localize_seconds, n_active = time.perf_counter() - started, len(local.features)
+    per_layer = n_active / shape.n_layers / (len(tokens_T) - model.crosscoder.undecomposed_positions)
+    del local
+    print(f"  crosscoder                {crosscoder}: {model.crosscoder.n_groups} x {width} features,")
+    print(f"                            {n_active:,} active, {per_layer:.1f} for each layer and token")
+    graph, circuit = trace(model, stages, max_nodes=max_nodes)
+    expanded = int((graph.nodes.expanded & graph.nodes.mask(NodeKind.FEATURE)).sum())
+    print(f"  graph                     {expanded:,} features expanded, {len(graph.edges):,} edges, {graph.scores()}")
+    print(f"  circuit                   {len(circuit.nodes):,} nodes, {len(circuit.edges):,} edges, {circuit.scores()}")
+    print(f"  identity error            {graph.identity_error:.1e}")
+    print(f"  {'localize (part of trace)':<25} {localize_seconds:.2f} s")
+    for name, seconds in stages.seconds.items():
+        print(f"  {name:<25} {seconds:.2f} s")
+    print(f"  {'total without loading':<25} {stages.total(without='load'):.1f} s")
+    for name, peak in (("peak memory, loading", loading_peak), ("peak memory afterwards", peak_memory())):
+        if peak is not None and (was_reset or name.endswith("loading")):
+            print(f"  {name:<25} {peak:.2f} GB")
+
+
+def main() -> None:
+    """Parse the options and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="SmolLM2, as examples/smollm2.py converts it")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--crosscoder", type=Path, help="folder of a crosscoder for it")
+    source.add_argument("--random", choices=WIRINGS, help="random features with this wiring, written to --out")
+    parser.add_argument("--out", type=Path, default=Path("runs/random"), help="folder for random crosscoders")
+    parser.add_argument("--max-nodes", type=int, default=1000, help="features expanded")
+    parser.add_argument("--dtype", default="float32", help="dtype of the language model and the crosscoder")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(options.threads)
+    crosscoder = options.crosscoder or options.out / options.random
+    if options.random and not crosscoder.exists():
+        process = multiprocessing.get_context("spawn").Process(
+            target=write_random, args=(crosscoder, options.model, options.random)
+        )  # whose memory is gone when it ends
+        process.start()
+        process.join()
+    print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}, ", end="")
+    print(f"{torch.get_num_threads()} threads")
+    measure(options.model, crosscoder, max_nodes=options.max_nodes, dtype=options.dtype)
+
+
+if __name__ == "__main__":
+    main()
