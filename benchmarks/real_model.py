@@ -56,7 +56,9 @@ def write_random(folder: Path, model: Path, wiring: str) -> None:
     x_TD = lm.read(lm.tokenize(PROMPT), {*sites.read_sites, *sites.write_sites})
     features = crosscoder.encode({site: x_TD[site].to(torch.bfloat16) for site in sites.read_sites})
     n_positions = features.n_rows - 1  # the first has no features
-    squares = [float(features.of(g).activation.detach().double().square().sum()) / n_positions for g in range(sites.n_groups)]
+    squares = [
+        float(features.of(g).activation.detach().double().square().sum()) / n_positions for g in range(sites.n_groups)
+    ]
     norm = {site: float(x_TD[site][1:].norm(dim=1).mean()) for site in sites.write_sites}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

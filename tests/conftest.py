@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import jaxtyping
 import pytest
 import torch
+from filelock import FileLock
 
 jaxtyping.install_import_hook(["replacement", "circuits"], "beartype.beartype")
 
 torch.set_num_threads(1)  # the suite runs in several processes; more threads than cores are slower than one
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 ModelFactory = Callable[..., "object"]
 
 
@@ -45,3 +50,30 @@ def language_model(model_folder: Callable[[str], Path]) -> ModelFactory:
         return LanguageModel.from_pretrained(model_folder(architecture), dtype=dtype)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ModuleType:
+    """The module `examples/smollm2.py`."""
+    spec = importlib.util.spec_from_file_location("smollm2", EXAMPLES / "smollm2.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of SmolLM2-135M-Instruct, a real model of 30 layers with massive activations, converted once for all workers.
+
+    Tests that use it are skipped where its packages are not installed.
+    """
+    try:
+        smollm2.packaged_weights()
+    except smollm2.MissingPackageError as error:
+        pytest.skip(f"no real model to test: {error}")
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with FileLock(root / "smollm2.lock"):
+        return smollm2.convert(root / "smollm2")
