@@ -87,9 +87,10 @@ def train(way: str, settings: Path) -> None:
 
 def compare_processes(turns: int) -> None:
     """Run every way `turns` times and print medians."""
-    print(f"\nprocess: {N_LAYERS} layers, D={WIDTH}, {N_TOKENS:,} tokens of `replacement train`, {turns} turns each")
-    columns = ("tokens/s", "wall", "CPU time", "page faults", "peak memory", "CPU against `as it is`")
-    print(f"  {'':<10}" + "".join(f"{column:>{max(13, len(column) + 2)}}" for column in columns))
+    print(
+        f"\nprocess: {N_LAYERS} layers, D={WIDTH}, {N_TOKENS:,} tokens of `replacement train`, {turns} turns each",
+        flush=True,
+    )
     found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
         settings = make_inputs(Path(folder))
@@ -99,8 +100,12 @@ def compare_processes(turns: int) -> None:
             ran = subprocess.run(
                 command, env=environment | ENVIRONMENT[way], check=True, capture_output=True, text=True
             )
-            for quantity, value in json.loads(ran.stdout.splitlines()[-1]).items():
+            cost = json.loads(ran.stdout.splitlines()[-1])
+            print(f"  {way:<10} {', '.join(f'{name} {value:,.1f}' for name, value in cost.items())}", flush=True)
+            for quantity, value in cost.items():
                 found[way][quantity].append(value)
+    columns = ("tokens/s", "wall", "CPU time", "page faults", "peak memory", "CPU against `as it is`")
+    print(f"  {'':<10}" + "".join(f"{column:>{max(13, len(column) + 2)}}" for column in columns))
     for way, values in found.items():
         median = {quantity: statistics.median(entries) for quantity, entries in values.items()}
         times = statistics.median(a / b for a, b in zip(found["as it is"]["cpu"], values["cpu"], strict=True))

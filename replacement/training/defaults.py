@@ -48,7 +48,7 @@ def fill_batches(config: RunConfig, context: int, *, whole_rows: bool) -> RunCon
     else:
         n_units = min(training.default_batch_tokens, data.buffer_tokens // 2) // unit
         divisor = data.shards or (SHARDS if n_units >= SHARDS else FEWEST_ROWS)
-        n_units = max(divisor, n_units // divisor * divisor)
+        n_units = divisor * max(-(-FEWEST_ROWS // divisor), n_units // divisor)
         batch_tokens = n_units * unit
     rows_in_buffer = max(1, data.buffer_tokens // context)
     shards = data.shards or next(n for n in (8, 4, 2, 1) if n_units % n == 0 and n <= rows_in_buffer)
