@@ -12,8 +12,7 @@ from torch import Tensor
 
 from replacement import LanguageModel, Site
 from replacement.validation.controls import ThresholdedNeurons
-from replacement.validation.measure import measure
-from replacement.validation.reconstruction import site_facts
+from replacement.validation.measure import measure, site_facts
 from replacement.validation.slices import batches_of
 
 

@@ -184,10 +184,14 @@ def _sampled_shapley(
     mean_J, square_J, done = np.zeros_like(c_J), np.zeros_like(c_J), 0
     while done < samples:
         n = min(samples - done, max(1, _CHUNK // len(c_J)))
-        order_PJ = rng.random((n, len(c_J))).argsort(axis=1)
-        pair_PJ = _marginals(c_J, order_PJ, bias=bias, h=h, threshold=threshold)
-        pair_PJ += _marginals(c_J, order_PJ[:, ::-1], bias=bias, h=h, threshold=threshold)
-        pair_PJ /= 2
+        forward_PJ, pair_PJ = rng.random((n, len(c_J))).argsort(axis=1), np.zeros((n, len(c_J)))
+        for order_PJ in (forward_PJ, forward_PJ[:, ::-1]):
+            sum_PJ = bias + c_J[order_PJ].cumsum(axis=1)
+            sum_PJ[:, -1] = h
+            added_PJ = np.diff(activation(sum_PJ, threshold), axis=1, prepend=activation(bias, threshold))
+            marginal_PJ = np.empty_like(added_PJ)  # what each player adds to the activation when it joins in this order
+            np.put_along_axis(marginal_PJ, order_PJ, added_PJ, axis=1)
+            pair_PJ += marginal_PJ / 2
         # Running mean and sum of squared deviations, merged chunk by chunk.
         chunk_J = pair_PJ.mean(axis=0)
         pair_PJ -= chunk_J
@@ -196,16 +200,6 @@ def _sampled_shapley(
         mean_J += step_J * (n / (done + n))
         done += n
     return mean_J, np.sqrt(square_J / (samples - 1) / samples)
-
-
-def _marginals(c_J: np.ndarray, order_PJ: np.ndarray, *, bias: float, h: float, threshold: float) -> np.ndarray:
-    """float64[P, J], what each player adds to the activation when it joins in the given order."""
-    sum_PJ = bias + c_J[order_PJ].cumsum(axis=1)
-    sum_PJ[:, -1] = h
-    added_PJ = np.diff(activation(sum_PJ, threshold), axis=1, prepend=activation(bias, threshold))
-    marginal_PJ = np.empty_like(added_PJ)
-    np.put_along_axis(marginal_PJ, order_PJ, added_PJ, axis=1)
-    return marginal_PJ
 
 
 def _project_on_order(values_J: np.ndarray, c_J: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,12 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
     """Cosine of two vectors; NaN where one is zero."""
     size = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(x @ y) / size if size else float("nan")
+
+
+def mean_of_known(x: np.ndarray, mean: Callable[[np.ndarray], np.floating] = np.mean) -> float:
+    """The mean (or median) of the finite numbers; NaN without any."""
+    known = x[np.isfinite(x)]
+    return float(mean(known)) if len(known) else float("nan")
 
 
 def ranks(x: np.ndarray) -> np.ndarray:

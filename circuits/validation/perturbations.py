@@ -20,6 +20,7 @@ B perturbations. Points of the stream are numbered by depth, as in `replacement.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from circuits.attribution.grounding import Grounding
 from circuits.attribution.readers import stream_reads
-from circuits.validation.agreement import cosine
+from circuits.validation.agreement import cosine, mean_of_known
 from circuits.validation.effects import PATTERNS, TOKENS_AT_ONCE
 from replacement import ReplacementModel, Site
 from replacement.language_model.language_model import Hook
@@ -189,35 +190,26 @@ def _rows(
     kind: str,
     patterns: str,
 ) -> list[dict[str, Any]]:
-    cosines: dict[int, list[tuple[float, float]]] = {}
-    powers: dict[int, list[tuple[float, float]]] = {}
+    # By distance: cosine, cosine of what layers add, squared error and power of every perturbation.
+    figures: dict[int, list[tuple[float, ...]]] = defaultdict(list)
     for perturbation, local_change, original_change in zip(perturbations, local, original, strict=True):
-        last, distance, depth = max(original_change), 1, perturbation.depth
-        while depth < last:
-            depth = min(depth + 2, last)
+        last = max(original_change)
+        for distance, depth in enumerate([*range(perturbation.depth + 2, last, 2), last], start=1):
             predicted, measured = _flat(local_change[depth]), _flat(original_change[depth])
             given_TD = torch.zeros_like(original_change[depth])
             given_TD[perturbation.position] = perturbation.vector_D
             given = _flat(given_TD)
-            cosines.setdefault(distance, []).append(
-                (cosine(predicted, measured), cosine(predicted - given, measured - given))
-            )
-            squares = (float(((predicted - measured) ** 2).sum()), float((measured**2).sum()))
-            powers.setdefault(distance, []).append(squares)
-            distance += 1
+            cosines = (cosine(predicted, measured), cosine(predicted - given, measured - given))
+            figures[distance].append((*cosines, ((predicted - measured) ** 2).sum(), (measured**2).sum()))
     rows = []
-    for distance in sorted(cosines):
-        whole, added = np.array(cosines[distance]).T
-        error, power = np.array(powers[distance]).sum(0)
-        figures = {"cosine": _mean(whole), "nmse": float(error / power) if power else np.nan}
-        setting = {"kind": kind, "patterns": patterns, "distance": distance, "perturbations": len(whole)}
-        rows.append({**setting, **figures, "cosine_added": _mean(added)})
+    for distance, values in sorted(figures.items()):
+        whole, added, error, power = np.array(values).T
+        rows.append(
+            {"kind": kind, "patterns": patterns, "distance": distance, "perturbations": len(values)}
+            | {"cosine": mean_of_known(whole), "nmse": float(error.sum() / power.sum()) if power.any() else np.nan}
+            | {"cosine_added": mean_of_known(added)}
+        )
     return rows
-
-
-def _mean(x: np.ndarray) -> float:
-    known = x[np.isfinite(x)]
-    return float(known.mean()) if len(known) else float("nan")
 
 
 def _flat(x_TD: Tensor) -> np.ndarray:

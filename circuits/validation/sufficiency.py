@@ -150,8 +150,8 @@ def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[
     if not grounding.logits:
         raise ValueError("the graph explains features, not logits: there is no output to be faithful to")
     resampler = Resampler(model, grounding, others, errors=errors)
-    influence_S = _feature_influence(grounding)
-    ranked = np.argsort(-influence_S, kind="stable")
+    graph = grounding.graph
+    ranked = np.argsort(-_over_features(grounding, node_influence(graph)), kind="stable")
     nothing = np.zeros(len(ranked), dtype=bool)
     none = resampler.output(resampler.logits(nothing))
     clean = resampler.output(resampler.clean.logits)
@@ -172,7 +172,7 @@ def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[
         kept_S[ranked[:count]] = True
         by_count[count] = both(kept_S)
     curve = [by_count[count] for count in counts.tolist()]
-    pruned_S = _pruned_features(grounding)
+    pruned_S = _over_features(grounding, np.isin(graph.nodes.ids(), graph.prune().nodes.ids())) > 0
     return Sufficiency(
         features=counts,
         faithfulness=np.array([alone for alone, _ in curve]),
@@ -183,19 +183,8 @@ def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[
     )
 
 
-def _feature_influence(grounding: Grounding) -> np.ndarray:
-    """float64[S], influence of every active feature; 0 for those that are not in the graph."""
-    return _over_features(grounding, node_influence(grounding.graph))
-
-
-def _pruned_features(grounding: Grounding) -> np.ndarray:
-    """bool[S], features that pruning keeps."""
-    graph = grounding.graph
-    kept = set(graph.prune().nodes.ids())
-    return _over_features(grounding, np.array([name in kept for name in graph.nodes.ids()], dtype=np.float64)) > 0
-
-
 def _over_features(grounding: Grounding, value_N: np.ndarray) -> np.ndarray:
+    """float64[S], values of nodes at every active feature; 0 for features that are not in the graph."""
     columns, column_N = grounding.columns, grounding.column_N
     value_C = np.zeros(columns.n_columns)
     value_C[column_N[column_N >= 0]] = value_N[column_N >= 0]

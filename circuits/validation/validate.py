@@ -14,7 +14,7 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind
 from circuits.graph.paths import average_path_length
-from circuits.validation.agreement import Agreement, cosine, spearman
+from circuits.validation.agreement import Agreement, cosine, mean_of_known, spearman
 from circuits.validation.effects import PATCHING, PATTERNS, Effects, Measured, sample_features
 from circuits.validation.hops import hop_fidelity
 from circuits.validation.perturbations import compare_perturbations
@@ -177,46 +177,36 @@ def one_layer_cosine(graph: CircuitGraph, changed: np.ndarray, predicted_BN: np.
     predicted to do more than the median one. `all_features` measures over every feature of the layer: what others do, those
     that were not active before among them, is predicted to be nothing.
     """
-    nodes, inside, sizes, everything = graph.nodes, [], [], []
+    nodes, figures = graph.nodes, []
     for number, node in enumerate(changed.tolist()):
         layer = int(nodes.layer[node]) + 1
         below = nodes.mask(NodeKind.FEATURE) & nodes.expanded & (nodes.layer == layer)
         predicted, change = predicted_BN[number, below], measured.change_BN[number, below]
         if not predicted.any():
             continue  # the graph has no edge from the feature into that layer
-        size = float(np.linalg.norm(predicted)) * measured.size_BL[number, layer]
-        inside.append(cosine(predicted, change))
-        sizes.append(float(np.linalg.norm(predicted)))
-        everything.append(float(predicted @ change) / size if size else float("nan"))
-    cosines, size = np.array(inside), np.array(sizes)
-    known = np.isfinite(cosines)
-    larger = known & (size > np.median(size)) if len(size) else known
+        size, size_of_layer = float(np.linalg.norm(predicted)), float(measured.size_BL[number, layer])
+        of_layer = float(predicted @ change) / (size * size_of_layer) if size_of_layer else float("nan")
+        figures.append((size, cosine(predicted, change), of_layer))
+    sizes, cosines, of_layers = np.array(figures).reshape(-1, 3).T
     return {
-        "features": len(inside),
-        "cosine": _mean(cosines[known]),
-        "median": float(np.median(cosines[known])) if known.any() else float("nan"),
-        "larger_half": _mean(cosines[larger]),
-        "all_features": float(np.nanmean(everything)) if np.isfinite(everything).any() else float("nan"),
+        "features": len(figures),
+        "cosine": mean_of_known(cosines),
+        "median": mean_of_known(cosines, np.median),
+        "larger_half": mean_of_known(cosines[sizes > np.median(sizes)] if figures else cosines),
+        "all_features": mean_of_known(of_layers),
     }
-
-
-def _mean(x: np.ndarray) -> float:
-    return float(x.mean()) if len(x) else float("nan")
 
 
 def _circuit_facts(model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], errors: str) -> Facts:
     result = sufficiency(model, grounding, others, errors=errors)
-    columns = (result.features.tolist(), result.faithfulness.tolist(), result.necessity.tolist())
-    features, alone, needed = result.pruned
+    names = ("share", "features", "faithfulness", "necessity")
+    columns = (SHARES, result.features.tolist(), result.faithfulness.tolist(), result.necessity.tolist())
     return {
         "other_prompts": len(others),
         "cpr": result.cpr,
         "cmd": result.cmd,
         "clean": result.clean,
         "resampled": result.resampled,
-        "pruned": {"features": features, "faithfulness": alone, "necessity": needed},
-        "sizes": [
-            {"share": share, "features": count, "faithfulness": alone, "necessity": needed}
-            for share, count, alone, needed in zip(SHARES, *columns, strict=True)
-        ],
+        "pruned": dict(zip(names[1:], result.pruned, strict=True)),
+        "sizes": [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)],
     }

@@ -39,9 +39,6 @@ def config_of(
     Raises:
         ValueError: an option outside its choices, or a training curve that cannot be read.
     """
-    for name, given in (("tokens", tokens), ("context", context)):
-        if given is not None and given < 1:
-            raise ValueError(f"{name}: expected at least 1, given {given}")
     if tokens > MOST_TOKENS:
         raise ValueError(f"tokens: expected at most {MOST_TOKENS:_}, given {tokens}")
     if data is not None and not data.strip():
@@ -82,9 +79,9 @@ def page(facts: dict[str, Any]) -> RenderableType:
     for table in tables(facts):
         columns = table.brief or tuple(range(len(table.heads)))
         heads = [table.heads[column] for column in columns]
-        shown = console.table(*heads, texts=table.heads[: table.n_texts])
+        rows = table.rows[: WORST_SHOWN if table.key == "worst_tokens" else None]
+        cells = ([row[column] for column in columns] for row in rows)
+        shown = console.table(*heads, rows=cells, texts=table.heads[: table.n_texts])
         shown.columns[0].no_wrap = table.n_texts == 1
-        for row in table.rows[: WORST_SHOWN if table.key == "worst_tokens" else None]:
-            console.add_row(shown, *(row[column] for column in columns))
         parts += [Text(table.title, style="bold"), shown, Text(f"{table.note}\n", style="dim")]
     return Group(*parts)

@@ -24,11 +24,10 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
-from replacement.validation.measure import Measured, Progress, measure, no_progress
+from replacement.validation.measure import Measured, Progress, measure, no_progress, site_facts
 from replacement.validation.metrics import ReconstructionError
 from replacement.validation.outputs import OutputSums
 from replacement.validation.protocols import MEAN, PROPAGATED, ZERO, BatchRun, Protocol, protocols
-from replacement.validation.reconstruction import site_facts
 from replacement.validation.slices import Slice
 
 Errors = Mapping[Site, ReconstructionError]

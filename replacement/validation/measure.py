@@ -1,4 +1,7 @@
-"""The one engine that measures fidelity: one pass over batches of token rows, in which every sum grows."""
+"""The one engine that measures fidelity: one pass over batches of token rows, in which every sum grows.
+
+The sums are about sites (`metrics.ReconstructionError`), features (`Activity`) and outputs (`outputs.OutputSums`).
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,82 @@ import torch
 from torch import Tensor
 
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.splice import check_together, possible_reads
 from replacement.validation.metrics import ReconstructionError
 from replacement.validation.outputs import OriginalOutput, OutputSums, WorstTokens, compare
 from replacement.validation.protocols import ERRORS_KEPT, MEAN, PROPAGATED, ZERO, BatchRun, Protocol
-from replacement.validation.reconstruction import Activity, site_facts
 from replacement.validation.slices import Batch
 
 Progress = Callable[[int], None]
 """Called after every forward pass with the number of tokens it ran."""
 
+DENSE_ABOVE = 0.1
+"""A feature that fires on a larger share of the tokens is called dense."""
 SELF_CHECK_TOKENS = 4096
 """Tokens after which `errors kept`, which equals the original whatever the tokens, is not run any more."""
 
 
 def no_progress(n_tokens: int) -> None:
     """No-op callback."""
+
+
+class Activity:
+    """On how many tokens each feature of a crosscoder fires.
+
+    Attributes:
+        n_tokens: tokens seen.
+    """
+
+    def __init__(self, crosscoder: Crosscoder) -> None:
+        self.wiring, self.n_features = crosscoder.wiring, crosscoder.n_features
+        self.n_tokens = 0
+        self._fired_GF = torch.zeros(crosscoder.n_groups, crosscoder.n_features, dtype=torch.int64)
+
+    def add(self, features: Features, measured_P: Tensor) -> None:
+        """Add the features of P tokens, counting those that are measured."""
+        self.n_tokens += int(measured_P.sum())
+        counted = measured_P.to(features.row.device)[features.row] & (features.activation != 0)
+        place = features.group[counted] * self.n_features + features.index[counted]
+        self._fired_GF += torch.bincount(place, minlength=self._fired_GF.numel()).view_as(self._fired_GF).cpu()
+
+    @property
+    def l0(self) -> list[float]:
+        """Active features per token of each group."""
+        return (self._fired_GF.sum(1) / max(1, self.n_tokens)).tolist()
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON value."""
+        dead_G = (self._fired_GF == 0).sum(1).tolist()
+        dense_G = (self._fired_GF > DENSE_ABOVE * self.n_tokens).sum(1).tolist()
+        groups = [
+            {
+                "group": group,
+                "layer": self.wiring.group_layer(group),
+                "n_features": self.n_features,
+                "l0": l0,
+                "dead": dead_G[group],
+                "dense": dense_G[group],
+            }
+            for group, l0 in enumerate(self.l0)
+        ]
+        return {"groups": groups, "l0": sum(self.l0), "dead": sum(dead_G), "dense": sum(dense_G)}
+
+
+def site_facts(errors: Mapping[Site, ReconstructionError]) -> dict[str, Any]:
+    """Plain JSON value; over all sites, sums are taken before the ratio."""
+    known = [error.unexplained for error in errors.values() if error.unexplained is not None]
+    variance = sum(error.variance for error in errors.values())
+    return {
+        "sites": [
+            {"site": str(site), "layer": site.layer, "unexplained": error.unexplained, "cosine": error.cosine.value()}
+            for site, error in errors.items()
+        ],
+        "unexplained": sum(error.error for error in errors.values()) / variance if variance > 0 else None,
+        "unexplained_mean": sum(known) / len(known) if known else None,
+    }
 
 
 class Measured:

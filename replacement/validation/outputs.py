@@ -5,7 +5,6 @@ P measured tokens of a batch.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -139,19 +138,17 @@ class WorstTokens:
 
     def __init__(self, n: int) -> None:
         self._n, self._n_rows = n, 0
-        self._heap: list[tuple[float, tuple[int, int], dict[str, Any]]] = []
+        self._worst: list[dict[str, Any]] = []
 
     def add(self, original: OriginalOutput, changed: ChangedOutput) -> None:
         """Look at one pass."""
-        first_row = self._n_rows
-        self._n_rows += len(original.tokens_BT)
         kl_P, place_P = changed.kl_P.topk(min(self._n, len(changed.kl_P)))
         where_P2 = original.measured_BT.nonzero()
         for kl, place in zip(kl_P.tolist(), place_P.tolist(), strict=True):
             row, position = where_P2[place].tolist()
             facts = {
                 "kl": kl,
-                "row": first_row + row,
+                "row": self._n_rows + row,
                 "position": position,
                 "ids": original.tokens_BT[row, max(0, position - CONTEXT_BEFORE) : position + 1].tolist(),
                 "next": int(original.next_P[place]),
@@ -159,15 +156,15 @@ class WorstTokens:
                 "original_probability": float(original.probability_P[place]),
                 "replacement": int(changed.best_P[place]),
             }
-            # Of equal KLs the earliest token wins.
-            heapq.heappush(self._heap, (kl, (-first_row - row, -position), facts))
-            if len(self._heap) > self._n:
-                heapq.heappop(self._heap)
+            self._worst.append(facts)
+        self._worst.sort(key=lambda facts: (-facts["kl"], facts["row"], facts["position"]))
+        del self._worst[self._n :]
+        self._n_rows += len(original.tokens_BT)
 
     def facts(self, lm: LanguageModel) -> list[dict[str, Any]]:
-        """Plain JSON values, the largest KL first."""
+        """Plain JSON values, the largest KL first, the earliest token first among equal ones."""
         rows = []
-        for _, _, facts in sorted(self._heap, key=lambda entry: entry[:2], reverse=True):
+        for facts in self._worst:
             words = lm.token_strings(facts["ids"])
             row = {name: value for name, value in facts.items() if name != "ids"}
             row |= {"before": words[:-1], "token": words[-1]}

@@ -60,7 +60,7 @@ class ValidationConfig:
         for name in ("n_tokens", "slice_tokens", "n_probes", "n_worst", "context"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+                raise ValueError(f"{name.removeprefix('n_')}: expected at least 1, given {value}")
         _check_names([WHOLE, *(name for name, _ in self.slices)])
 
 
