@@ -78,15 +78,14 @@ def _likely(tokens: list[dict[str, Any]]) -> Table:
 
 
 def _comparison(graphs: Mapping[str, CircuitGraph]) -> Table:
-    counts = [graph.counts() for graph in graphs.values()]
-    scores = [graph.scores() for graph in graphs.values()]
-    result = table("", *graphs)
-    for key, name in {"total": "nodes", "features": "features", "errors": "errors", "edges": "edges"}.items():
-        result.add_row(name, *(f"{count[key]:,}" for count in counts))
-    result.add_row("replacement", *(f"{score.replacement:.3f}" for score in scores))
-    result.add_row("completeness", *(f"{score.completeness:.3f}" for score in scores))
-    result.add_row("path length", *(f"{average_path_length(graph):.2f}" for graph in graphs.values()))
-    return result
+    names = ("nodes", "features", "errors", "edges", "replacement", "completeness", "path length")
+    return table("", *graphs, rows=zip(names, *map(_figures, graphs.values()), strict=True))
+
+
+def _figures(graph: CircuitGraph) -> list[str]:
+    counts, scores = graph.counts(), graph.scores()
+    numbers = [f"{counts[key]:,}" for key in ("total", "features", "errors", "edges")]
+    return [*numbers, f"{scores.replacement:.3f}", f"{scores.completeness:.3f}", f"{average_path_length(graph):.2f}"]
 
 
 def _run(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from replacement.command_line import DEMO, AsJson, ModelOptions, model_options, new_app, path_option, run
-from replacement.console import add_row, pairs, section, show_json, table
+from replacement.console import pairs, section, show_json, table
 from replacement.console import show as show_page
 
 app = new_app("Crosscoders, and the replacement model that a crosscoder makes of a language model.")
@@ -47,9 +47,8 @@ class _TrainCommand(TyperCommand):
         super().format_help(ctx, formatter)
         from replacement.training import settings_table
 
-        settings = table("setting", "default", "unit", "meaning", texts=("default", "unit", "meaning"))
-        for setting in settings_table():
-            add_row(settings, *setting)
+        heads = ("setting", "default", "unit", "meaning")
+        settings = table(*heads, rows=settings_table(), texts=heads)
         show_page(section("Settings of the TOML file, and of --set", settings))
 
 
@@ -193,10 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _accuracy(behaviours: list[dict[str, Any]]) -> Table:
-    result = table("behaviour (held-out probes)", "probes", "top-1", "probability")
-    for row in behaviours:
-        add_row(result, row["name"], row["n_probes"], f"{row['top1']:.3f}", f"{row['probability']:.3f}")
-    return result
+    rows = ((row["name"], row["n_probes"], f"{row['top1']:.3f}", f"{row['probability']:.3f}") for row in behaviours)
+    return table("behaviour (held-out probes)", "probes", "top-1", "probability", rows=rows)
 
 
 def _fidelity(fidelity: dict[str, Any]) -> Table:

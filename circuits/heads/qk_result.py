@@ -88,7 +88,6 @@ class QKAttribution:
         Raises:
             ValueError: n is below 1.
         """
-        _check_count(n)
         pairs: list[tuple[float, int, int]] = []
         for start in range(0, len(self.query_nodes), ROWS_AT_ONCE):
             block = self.query_vectors_NK[start : start + ROWS_AT_ONCE] @ self.key_vectors_MK.T
@@ -96,10 +95,9 @@ class QKAttribution:
                 row, column = divmod(int(place), block.shape[1])
                 pairs.append((float(block[row, column]), start + row, column))
         pairs = sorted(pairs, key=lambda pair: -abs(pair[0]))[:n]
-        label = self._labeller(
-            [node for _, query, key in pairs for node in (self.query_nodes[query], self.key_nodes[key])]
-        )
-        return [(label(self.query_nodes[query]), label(self.key_nodes[key]), value) for value, query, key in pairs]
+        queries = self._named([self.query_nodes[query] for _, query, _ in pairs])
+        keys = self._named([self.key_nodes[key] for _, _, key in pairs])
+        return list(zip(queries, keys, (value for value, _, _ in pairs), strict=True))
 
     def by_query(self, n: int = 10) -> list[tuple[SourceNode, float]]:
         """The n query nodes of largest magnitude, each with the sum of its pairs.
@@ -125,16 +123,14 @@ class QKAttribution:
         }
 
     def _marginal(self, nodes: tuple[SourceNode, ...], sums: np.ndarray, n: int) -> list[tuple[SourceNode, float]]:
-        _check_count(n)
         chosen = _largest(sums, n)
-        label = self._labeller([nodes[i] for i in chosen])
-        return [(label(nodes[i]), float(sums[i])) for i in chosen]
+        return list(zip(self._named([nodes[i] for i in chosen]), sums[chosen].tolist(), strict=True))
 
-    def _labeller(self, nodes: Sequence[SourceNode]) -> Callable[[SourceNode], SourceNode]:
-        """A function that labels these nodes."""
+    def _named(self, nodes: Sequence[SourceNode]) -> list[SourceNode]:
+        """The same nodes with their labels."""
         columns = sorted({node.column for node in nodes if node.kind is not None})
         labels = dict(zip(columns, self._labels(columns), strict=True)) | {-1: "constants"}
-        return lambda node: replace(node, label=labels[node.column])
+        return [replace(node, label=labels[node.column]) for node in nodes]
 
 
 def summed_magnitudes(queries_NK: np.ndarray, keys_MK: np.ndarray) -> float:
@@ -145,11 +141,8 @@ def summed_magnitudes(queries_NK: np.ndarray, keys_MK: np.ndarray) -> float:
 
 def _largest(values: np.ndarray, n: int) -> np.ndarray:
     """Places of the n values of largest magnitude, in falling order."""
+    if integer("n", n) < 1:
+        raise ValueError(f"expected to show at least one, got n={n}")
     size = np.abs(values)
     chosen = np.argpartition(-size, n - 1)[:n] if n < len(size) else np.arange(len(size))
     return chosen[np.argsort(-size[chosen], kind="stable")]
-
-
-def _check_count(n: int) -> None:
-    if integer("n", n) < 1:
-        raise ValueError(f"expected to show at least one, got n={n}")

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """Predicted against measured; NaN where one side does not vary (correlations) or is all zero (the others)."""
+def agreement(predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
+    """Predicted against measured numbers; NaN where one side does not vary (correlations) or is all zero (the others).
 
-    pairs: int
-    """P."""
-    spearman: float
-    """Correlation of the ranks; equal numbers share their mean rank."""
-    pearson: float
-    cosine: float
-    nmse: float
-    """`sum (predicted - measured)^2 / sum measured^2`."""
-
-    @classmethod
-    def of(cls, predicted: np.ndarray, measured: np.ndarray) -> Agreement:
-        """All figures of"""
-        power = float((measured**2).sum())
-        return cls(
-            pairs=len(predicted),
-            spearman=pearson(ranks(predicted), ranks(measured)),
-            pearson=pearson(predicted, measured),
-            cosine=cosine(predicted, measured),
-            nmse=float(((predicted - measured) ** 2).sum()) / power if power else float("nan"),
-        )
+    Returns:
+        Number of `pairs`; `spearman`, the correlation of the ranks, where equal numbers share their mean rank; `pearson`;
+        `cosine`; and `nmse`, which is `sum (predicted - measured)^2 / sum measured^2`.
+    """
+    power = float((measured**2).sum())
+    return {
+        "pairs": len(predicted),
+        "spearman": spearman(predicted, measured),
+        "pearson": pearson(predicted, measured),
+        "cosine": cosine(predicted, measured),
+        "nmse": float(((predicted - measured) ** 2).sum()) / power if power else float("nan"),
+    }
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:

@@ -22,7 +22,7 @@ B other prompts, P circuit sizes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,34 +37,6 @@ from replacement.splicing.clean_run import CleanRun, Conditions
 from replacement.splicing.feature_changes import Change
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sufficiency:
-    """Faithfulness and necessity by circuit size."""
-
-    features: np.ndarray
-    """int[P], features in the circuit of each share of `SHARES`."""
-    faithfulness: np.ndarray
-    """float64[P]."""
-    necessity: np.ndarray
-    """float64[P]."""
-    pruned: tuple[int, float, float]
-    """Features, faithfulness and necessity of the pruned graph."""
-    clean: float
-    """m(all)."""
-    resampled: float
-    """m(none)."""
-
-    @property
-    def cpr(self) -> float:
-        """Circuit performance ratio; larger is better, 0.999 if the circuit is enough at every size."""
-        return area(np.array(SHARES), self.faithfulness)
-
-    @property
-    def cmd(self) -> float:
-        """Circuit-model distance; smaller is better."""
-        return area(np.array(SHARES), np.abs(1 - self.faithfulness))
 
 
 class Resampler:
@@ -141,8 +113,16 @@ class Resampler:
         return change
 
 
-def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], *, errors: str) -> Sufficiency:
+def sufficiency(
+    model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], *, errors: str
+) -> dict[str, Any]:
     """Faithfulness and necessity of circuits of every size, and of the pruned graph; see `Resampler`.
+
+    Returns:
+        Plain JSON values: `other_prompts` (their number), `cpr` (circuit performance ratio: larger is better, 0.999 if the
+        circuit is enough at every size), `cmd` (circuit-model distance: smaller is better), `clean` and `resampled`
+        (m(all) and m(none)); `pruned` and, in `sizes`, every share of `SHARES`: number of `features`, `faithfulness` and
+        `necessity`.
 
     Raises:
         ValueError: the graph explains no logits, or see `Resampler`.
@@ -157,30 +137,29 @@ def sufficiency(model: ReplacementModel, grounding: Grounding, others: Sequence[
     clean = resampler.output(resampler.clean.logits)
     scale = clean - none
 
-    def both(kept_S: np.ndarray) -> tuple[float, float]:
+    def figures(kept_S: np.ndarray) -> dict[str, Any]:
         alone = resampler.output(resampler.logits(kept_S))
         # Error terms belong to no circuit: they stay when the circuit is resampled.
         without = resampler.output(resampler.logits(~kept_S, keep_errors=True))
-        if not scale:
-            return float("nan"), float("nan")
-        return (alone - none) / scale, 1 - (without - none) / scale
+        faithfulness, necessity = ((alone - none) / scale, 1 - (without - none) / scale) if scale else (np.nan, np.nan)
+        return {"features": int(kept_S.sum()), "faithfulness": faithfulness, "necessity": necessity}
 
-    counts = np.array([int(np.ceil(share * len(ranked))) for share in SHARES])
+    counts = [int(np.ceil(share * len(ranked))) for share in SHARES]
     by_count = {}
-    for count in np.unique(counts).tolist():
+    for count in sorted(set(counts)):
         kept_S = nothing.copy()
         kept_S[ranked[:count]] = True
-        by_count[count] = both(kept_S)
-    curve = [by_count[count] for count in counts.tolist()]
-    pruned_S = _over_features(grounding, np.isin(graph.nodes.ids(), graph.prune().nodes.ids())) > 0
-    return Sufficiency(
-        features=counts,
-        faithfulness=np.array([alone for alone, _ in curve]),
-        necessity=np.array([needed for _, needed in curve]),
-        pruned=(int(pruned_S.sum()), *both(pruned_S)),
-        clean=clean,
-        resampled=none,
-    )
+        by_count[count] = figures(kept_S)
+    faithfulness_P = np.array([by_count[count]["faithfulness"] for count in counts])
+    return {
+        "other_prompts": len(others),
+        "cpr": area(np.array(SHARES), faithfulness_P),
+        "cmd": area(np.array(SHARES), np.abs(1 - faithfulness_P)),
+        "clean": clean,
+        "resampled": none,
+        "pruned": figures(_over_features(grounding, np.isin(graph.nodes.ids(), graph.prune().nodes.ids())) > 0),
+        "sizes": [{"share": share, **by_count[count]} for share, count in zip(SHARES, counts, strict=True)],
+    }
 
 
 def _over_features(grounding: Grounding, value_N: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +13,12 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind
 from circuits.graph.paths import average_path_length
-from circuits.validation.agreement import Agreement, cosine, mean_of_known, spearman
+from circuits.validation.agreement import agreement, cosine, mean_of_known, spearman
 from circuits.validation.effects import PATCHING, PATTERNS, Effects, Measured, sample_features
 from circuits.validation.hops import hop_fidelity
 from circuits.validation.perturbations import compare_perturbations
 from circuits.validation.prediction import influence_among, predicted_changes
-from circuits.validation.sufficiency import SHARES, sufficiency
+from circuits.validation.sufficiency import sufficiency
 from replacement import ReplacementModel
 from replacement.console import finite
 
@@ -63,7 +62,7 @@ def validate(
     rows, one_layer, ablation = _compare(effects, changed)
     circuit = None
     if others and grounding.logits:
-        circuit = {errors: _circuit_facts(model, grounding, others, errors) for errors in ("keep", "resample")}
+        circuit = {errors: sufficiency(model, grounding, others, errors=errors) for errors in ("keep", "resample")}
     facts: Facts = {
         "prompt": graph.metadata["prompt"],
         "is_pruned": "pruning" in graph.metadata,
@@ -103,8 +102,7 @@ def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[F
                 measured = effects.measure(changed, scale, patching, patterns)
                 setting = {"patching": patching, "patterns": patterns, "change": change}
                 for distance, pairs in pairs_by_distance(graph, changed, predicted_BN, measured).items():
-                    agreement = dataclasses.asdict(Agreement.of(*pairs))
-                    rows.append({**setting, "distance": distance, **agreement})
+                    rows.append({**setting, "distance": distance, **agreement(*pairs)})
                 if patching == "constrained":
                     one_layer += _one_layer(effects, changed, predicted_BN, setting, measured)
                 if change == "ablated" and effects.grounding.logits:
@@ -194,19 +192,4 @@ def one_layer_cosine(graph: CircuitGraph, changed: np.ndarray, predicted_BN: np.
         "median": mean_of_known(cosines, np.median),
         "larger_half": mean_of_known(cosines[sizes > np.median(sizes)] if figures else cosines),
         "all_features": mean_of_known(of_layers),
-    }
-
-
-def _circuit_facts(model: ReplacementModel, grounding: Grounding, others: Sequence[Tensor], errors: str) -> Facts:
-    result = sufficiency(model, grounding, others, errors=errors)
-    names = ("share", "features", "faithfulness", "necessity")
-    columns = (SHARES, result.features.tolist(), result.faithfulness.tolist(), result.necessity.tolist())
-    return {
-        "other_prompts": len(others),
-        "cpr": result.cpr,
-        "cmd": result.cmd,
-        "clean": result.clean,
-        "resampled": result.resampled,
-        "pruned": dict(zip(names[1:], result.pruned, strict=True)),
-        "sizes": [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)],
     }

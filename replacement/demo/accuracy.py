@@ -1,6 +1,7 @@
 """How often a language model answers the probes of each behaviour, from its logits alone."""
 
 from collections.abc import Callable, Iterable
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,6 @@ def measure_accuracy(
     rows = []
     for behaviour in behaviours:
         outcomes = answer_probes(logits_of, tokenizer, behaviour.probes)
-        n = len(outcomes)
-        top1 = sum(outcome.correct for outcome in outcomes) / n
-        rows.append(Accuracy(behaviour.name, n, top1, sum(outcome.probability for outcome in outcomes) / n))
+        top1 = fmean(outcome.correct for outcome in outcomes)
+        rows.append(Accuracy(behaviour.name, len(outcomes), top1, fmean(outcome.probability for outcome in outcomes)))
     return rows

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from replacement.validation.protocols import CLEAN, ERRORS_KEPT, MEAN, PROPAGATED, ZERO, single
@@ -83,18 +82,15 @@ def _layers(facts: Facts) -> Figure:
         known = [(layer, kl) for layer, kl in points if kl is not None]
         if known:
             right.plot(*zip(*known, strict=True), marker, color=colour, ms=4)
-            _label(right, *max(known), text, colour, above=points is together)
+            offset, anchor = ((0, 7), "bottom") if points is together else ((0, -7), "top")
+            style = {"textcoords": "offset points", "color": colour, "ha": "right", "va": anchor, "fontsize": 8.5}
+            right.annotate(text, max(known), offset, **style)
     right.set_title("KL, nats", loc="left", fontsize=9.5)
     right.set_xlabel("layers replaced, or number of the layer")
     right.set_xticks([layer for layer, _ in together])
     right.set_ylim(bottom=0)
     right.margins(x=0.06, y=0.25)
     return figure
-
-
-def _label(axes: Axes, x: int | float, y: int | float, text: str, colour: str, *, above: bool) -> None:
-    offset, anchor = ((0, 7), "bottom") if above else ((0, -7), "top")
-    axes.annotate(text, (x, y), offset, textcoords="offset points", color=colour, ha="right", va=anchor, fontsize=8.5)
 
 
 def _protocols(facts: Facts) -> Figure:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from circuits import CircuitGraph, NodeKind
 from circuits.graph.influence import node_influence
 from circuits.validation import hop_fidelity
-from circuits.validation.agreement import Agreement, area, ranks, spearman
+from circuits.validation.agreement import agreement, area, ranks, spearman
 from circuits.validation.prediction import influence_among, predicted_changes
 
 
@@ -101,10 +101,10 @@ def test_hop_fidelity_counts_paths(data: Any, draw_circuit: Any, to_shares: Any)
 def test_agreement() -> None:
     np.testing.assert_array_equal(ranks(np.array([3.0, 1.0, 3.0, 9.0])), [2.5, 1, 2.5, 4])
     assert spearman(np.array([1.0, 2, 3]), np.array([1.0, 10, 1000])) == pytest.approx(1)
-    found = Agreement.of(np.array([1.0, 2, 4]), np.array([2.0, 4, 8]))
-    assert (found.pairs, found.nmse) == (3, pytest.approx(0.25))
-    assert found.pearson == pytest.approx(1)
-    assert found.cosine == pytest.approx(1)
-    empty = Agreement.of(np.ones(3), np.zeros(3))
-    assert all(math.isnan(one) for one in (empty.pearson, empty.spearman, empty.cosine, empty.nmse))
+    found = agreement(np.array([1.0, 2, 4]), np.array([2.0, 4, 8]))
+    assert (found["pairs"], found["nmse"]) == (3, pytest.approx(0.25))
+    assert found["pearson"] == pytest.approx(1)
+    assert found["cosine"] == pytest.approx(1)
+    empty = agreement(np.ones(3), np.zeros(3))
+    assert all(math.isnan(one) for one in (empty["pearson"], empty["spearman"], empty["cosine"], empty["nmse"]))
     assert area(np.array([0.0, 1, 3]), np.array([1.0, 3, 3])) == pytest.approx(8)
