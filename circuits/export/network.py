@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+from html import escape
 from typing import Any
 
 import networkx as nx
@@ -13,6 +13,11 @@ from circuits.graph.exporters import register
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import COLUMNS, NodeKind, Part
 from circuits.graph.text import printable
+
+Facts = dict[str, list[Any]]
+"""Columns of plain Python values, one per node or edge."""
+
+_GRAPHML = {bool: "boolean", int: "long", float: "double", str: "string"}
 
 
 @register("networkx", suffix=None, description="a `networkx.DiGraph`")
@@ -24,22 +29,32 @@ def to_networkx(graph: GraphData) -> nx.DiGraph:
     the graph carries the metadata.
     """
     result = nx.DiGraph(**graph.metadata)
-    ids = graph.nodes.ids()
-    columns: dict[str, list[Any]] = {name: getattr(graph.nodes, name).tolist() for name in COLUMNS}
+    ids, edges = graph.nodes.ids(), graph.edges
+    nodes = _node_facts(graph)
+    for row, node in enumerate(ids):
+        result.add_node(node, **{name: column[row] for name, column in nodes.items()})
+    columns = _edge_facts(graph)
+    facts = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    for source, target, attributes in zip(edges.source.tolist(), edges.target.tolist(), facts, strict=True):
+        result.add_edge(ids[source], ids[target], **attributes)
+    return result
+
+
+def _node_facts(graph: GraphData) -> Facts:
+    columns: Facts = {name: getattr(graph.nodes, name).tolist() for name in COLUMNS}
     columns["kind"] = [NodeKind(kind).name.lower() for kind in columns["kind"]]
     columns["part"] = [Part(part).name.lower() for part in columns["part"]]
     columns["label"] = list(graph.nodes.label)
     columns["influence"] = node_influence(graph).tolist()
-    for row, node in enumerate(ids):
-        result.add_node(node, **{name: column[row] for name, column in columns.items()})
-    edges = graph.edges
-    values = (edges.source.tolist(), edges.target.tolist(), edges.weight.tolist(), edge_influence(graph).tolist())
-    for edge, (source, target, weight, influence) in enumerate(zip(*values, strict=True)):
-        facts: dict[str, Any] = {"weight": weight, "influence": influence}
-        if graph.heads is not None:
-            facts |= {"direct": float(graph.heads.direct[edge]), "heads": graph.heads.text(edge)}
-        result.add_edge(ids[source], ids[target], **facts)
-    return result
+    return columns
+
+
+def _edge_facts(graph: GraphData) -> Facts:
+    columns: Facts = {"weight": graph.edges.weight.tolist(), "influence": edge_influence(graph).tolist()}
+    if graph.heads is not None:
+        columns["direct"] = graph.heads.direct.tolist()
+        columns["heads"] = [graph.heads.text(edge) for edge in range(len(graph.edges))]
+    return columns
 
 
 @register("json", suffix=".json", description="node-link JSON, as networkx and d3 read it")
@@ -65,12 +80,35 @@ def to_graphml(graph: GraphData) -> str:
 
     Metadata that is not a number or text is written as JSON; control characters are dropped.
     """
-    network = to_networkx(graph)
-    for _, facts in network.nodes(data=True):
-        facts["label"] = printable(facts["label"])
-    network.graph = {
-        name: printable(value if isinstance(value, str) else json.dumps(value)) for name, value in network.graph.items()
-    }
-    buffer = io.BytesIO()
-    nx.write_graphml(network, buffer)
-    return buffer.getvalue().decode("utf-8")
+    ids, edges = graph.nodes.ids(), graph.edges
+    about = {name: [value if isinstance(value, str) else json.dumps(value)] for name, value in graph.metadata.items()}
+    keys, (about_data, node_data, edge_data) = _graphml_data({
+        "graph": about, "node": _node_facts(graph), "edge": _edge_facts(graph)
+    })  # fmt: skip
+    ends = zip(edges.source.tolist(), edges.target.tolist(), edge_data, strict=True)
+    return "\n".join([
+        '<?xml version="1.0" encoding="utf-8"?>',
+        '<graphml xmlns="http://graphml.graphdrawing.org/xmlns">',
+        *keys,
+        '<graph edgedefault="directed">',
+        *about_data,
+        *(f'<node id="{node}">{data}</node>' for node, data in zip(ids, node_data, strict=True)),
+        *(f'<edge source="{ids[source]}" target="{ids[target]}">{data}</edge>' for source, target, data in ends),
+        "</graph>",
+        "</graphml>\n",
+    ])  # fmt: skip
+
+
+def _graphml_data(tables: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:
+    """GraphML's `key` elements of all columns, and the `data` elements of each row of each table."""
+    keys: list[str] = []
+    rows = []
+    for domain, columns in tables.items():
+        cells = []
+        for name, column in columns.items():
+            key, kind = f"d{len(keys)}", type(column[0]) if column else str
+            keys.append(f'<key id="{key}" for="{domain}" attr.name="{escape(name)}" attr.type="{_GRAPHML[kind]}"/>')
+            texts = [escape(printable(value)) for value in column] if kind is str else map(json.dumps, column)
+            cells.append([f'<data key="{key}">{text}</data>' for text in texts])
+        rows.append(["".join(row) for row in zip(*cells, strict=True)])
+    return keys, rows

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -139,20 +140,20 @@ class NodeTable:
         """bool[N], true at the nodes of the given kinds."""
         return np.isin(self.kind, np.array(kinds, dtype=np.int8))
 
-    @property
+    @cached_property
     def of_attention(self) -> np.ndarray:
         """bool[N], errors and features of attention outputs."""
-        return self.part == Part.ATTENTION
+        return _read_only(self.part == Part.ATTENTION)
 
-    @property
+    @cached_property
     def is_target(self) -> np.ndarray:
         """bool[N], the roots of the graph: nodes that own a share of the output."""
-        return self.output_weight > 0
+        return _read_only(self.output_weight > 0)
 
-    @property
+    @cached_property
     def unexpanded(self) -> np.ndarray:
         """bool[N], features (and targets) whose causes were not computed."""
-        return self.mask(NodeKind.FEATURE, NodeKind.LOGIT) & ~self.expanded
+        return _read_only(self.mask(NodeKind.FEATURE, NodeKind.LOGIT) & ~self.expanded)
 
     def select(self, mask: np.ndarray) -> NodeTable:
         """The rows where `mask` (bool[N]) is true, unchanged and in order."""
@@ -200,7 +201,10 @@ def _column(name: str, column: np.ndarray, dtype: np.dtype, n_nodes: int) -> np.
         raise ValueError(
             f"NodeTable.{name}: expected finite numbers, given NaN or infinity in row {_first(~np.isfinite(column))}"
         )
-    column = column.view()
+    return _read_only(column.view())
+
+
+def _read_only(column: np.ndarray) -> np.ndarray:
     column.flags.writeable = False
     return column
 
