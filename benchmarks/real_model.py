@@ -71,21 +71,29 @@ def write_random(folder: Path, model: Path, wiring: str) -> None:
 
 
 class Stages:
-    """Seconds of named stages, in order, and the peak memory since the last reset."""
+    """Seconds of named stages, in order: those of the clock, and CPU time of all threads of the process together."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
         """While open, time counts for a stage."""
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = time.perf_counter() - started
+        self.cpu_seconds[name] = time.process_time() - worked
 
-    def total(self, *, without: str = "") -> float:
-        """Seconds of all stages but one."""
-        return sum(seconds for name, seconds in self.seconds.items() if name != without)
+    def print(self, *, parts: tuple[str, ...]) -> None:
+        """One line per stage, and their sum without the stages that are no part of the work, or part of another."""
+        for name, seconds in self.seconds.items():
+            print(f"  {name:<25} {seconds:7.2f} s   {self.cpu_seconds[name]:7.2f} s of CPU time")
+        total, cpu = (
+            sum(seconds for name, seconds in column.items() if name not in parts)
+            for column in (self.seconds, self.cpu_seconds)
+        )
+        print(f"  {'total without loading':<25} {total:7.2f} s   {cpu:7.2f} s of CPU time")
 
 
 def peak_memory() -> float | None:
@@ -116,12 +124,18 @@ def check_completions(lm: LanguageModel) -> None:
             raise SystemExit(f"error: expected{expected}: the model is another, or its conversion went wrong")
 
 
-def trace(model: ReplacementModel, stages: Stages, *, max_nodes: int) -> tuple[CircuitGraph, CircuitGraph]:
-    """Everything that `circuits trace` does, files included, stage by stage: the full graph, and the pruned one with heads."""
+def trace(model: ReplacementModel, stages: Stages, *, max_nodes: int, files: bool) -> tuple[CircuitGraph, CircuitGraph]:
+    """Everything that `circuits trace` does, stage by stage: the full graph, and the pruned one.
+
+    Args:
+        files: whether heads are named and files written, too.
+    """
     with stages.measured("trace"):
         graph = circuits.trace(model, PROMPT, max_nodes=max_nodes, coverage=0.9999)
     with stages.measured("prune"):
         circuit = graph.prune()
+    if not files:
+        return graph, circuit
     with stages.measured("heads"):
         circuit = circuits.with_heads(model, circuit)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +148,7 @@ def trace(model: ReplacementModel, stages: Stages, *, max_nodes: int) -> tuple[C
     return graph, circuit
 
 
-def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str) -> None:
+def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str, files: bool) -> None:
     """Print one table."""
     stages = Stages()
     with stages.measured("load"):
@@ -144,22 +158,19 @@ def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str)
     shape, tokens_T = lm.shape, lm.tokenize(PROMPT)
     print(f"{lm.name}: {shape.n_layers} layers, d_model {shape.d_model}, {len(tokens_T)} tokens, {dtype}")
     check_completions(lm)
-    started = time.perf_counter()
-    local = model.localize(tokens_T)
-    localize_seconds, n_active = time.perf_counter() - started, len(local.features)
+    with stages.measured("localize (part of trace)"):
+        local = model.localize(tokens_T)
+    n_active = len(local.features)
     per_layer = n_active / shape.n_layers / (len(tokens_T) - model.crosscoder.undecomposed_positions)
     del local
     print(f"  crosscoder                {crosscoder}: {model.crosscoder.n_groups} x {width} features,")
     print(f"                            {n_active:,} active, {per_layer:.1f} for each layer and token")
-    graph, circuit = trace(model, stages, max_nodes=max_nodes)
+    graph, circuit = trace(model, stages, max_nodes=max_nodes, files=files)
     expanded = int((graph.nodes.expanded & graph.nodes.mask(NodeKind.FEATURE)).sum())
     print(f"  graph                     {expanded:,} features expanded, {len(graph.edges):,} edges, {graph.scores()}")
     print(f"  circuit                   {len(circuit.nodes):,} nodes, {len(circuit.edges):,} edges, {circuit.scores()}")
     print(f"  identity error            {graph.identity_error:.1e}")
-    print(f"  {'localize (part of trace)':<25} {localize_seconds:.2f} s")
-    for name, seconds in stages.seconds.items():
-        print(f"  {name:<25} {seconds:.2f} s")
-    print(f"  {'total without loading':<25} {stages.total(without='load'):.1f} s")
+    stages.print(parts=("load", "localize (part of trace)"))
     for name, peak in (("peak memory, loading", loading_peak), ("peak memory afterwards", peak_memory())):
         if peak is not None and (was_reset or name.endswith("loading")):
             print(f"  {name:<25} {peak:.2f} GB")
@@ -175,6 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/random"), help="folder for random crosscoders")
     parser.add_argument("--max-nodes", type=int, default=1000, help="features expanded")
     parser.add_argument("--dtype", default="float32", help="dtype of the language model and the crosscoder")
+    parser.add_argument("--trace-only", action="store_true", help="stop before heads and files")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     keep_freed_memory()
@@ -188,7 +200,7 @@ def main() -> None:
         process.join()
     print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}, ", end="")
     print(f"{torch.get_num_threads()} threads")
-    measure(options.model, crosscoder, max_nodes=options.max_nodes, dtype=options.dtype)
+    measure(options.model, crosscoder, max_nodes=options.max_nodes, dtype=options.dtype, files=not options.trace_only)
 
 
 if __name__ == "__main__":

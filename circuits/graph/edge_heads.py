@@ -17,6 +17,8 @@ COLUMNS: dict[str, np.dtype] = {
 }
 LISTED = 0.99
 """Share of an edge's summed head magnitudes that the listed heads hold."""
+_EDGES_AT_ONCE = 8192
+"""Edges whose heads are sorted together: in float64, with the order, they take several times the memory of the table."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,19 +64,18 @@ class EdgeHeads:
             heads: float[E, L, H].
             listed: share of the summed magnitudes that the listed heads must hold.
         """
-        flat = heads.reshape(len(heads), heads.shape[1] * heads.shape[2]).astype(np.float64)
-        order = np.argsort(-np.abs(flat), axis=1, kind="stable")
-        strongest = np.take_along_axis(flat, order, axis=1)
-        before = np.cumsum(np.abs(strongest), axis=1) - np.abs(strongest)
-        keep = (before < listed * np.abs(flat).sum(1, keepdims=True)) & (strongest != 0)
-        number = order[keep]
+        blocks = [
+            _strongest(heads[begin : begin + _EDGES_AT_ONCE], listed)
+            for begin in range(0, max(1, len(heads)), _EDGES_AT_ONCE)  # one empty block where there are no edges
+        ]
+        number, weight, counts, rest = (np.concatenate(column) for column in zip(*blocks, strict=True))
         return cls(
             direct=direct.astype(np.float32),
-            rest=np.where(keep, 0.0, strongest).sum(1).astype(np.float32),
-            indptr=np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int64),
+            rest=rest,
+            indptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             layer=(number // heads.shape[2]).astype(np.int16),
             head=(number % heads.shape[2]).astype(np.int16),
-            weight=strongest[keep].astype(np.float32),
+            weight=weight,
         )
 
     def __repr__(self) -> str:
@@ -142,6 +143,17 @@ class EdgeHeads:
         parts = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))
         named = [(name, weight / total) for name, weight in parts[:most] if abs(weight) / total >= least]
         return ", ".join(f"{'−' if share < 0 else ''}{name} {100 * abs(share):.0f} %" for name, share in named)
+
+
+def _strongest(heads: np.ndarray, listed: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The listed heads of a block of edges: numbers (layer * H + head) and weights, how many of each edge, and the rest."""
+    flat = heads.reshape(len(heads), heads.shape[1] * heads.shape[2]).astype(np.float64)
+    order = np.argsort(-np.abs(flat), axis=1, kind="stable")
+    strongest = np.take_along_axis(flat, order, axis=1)
+    before = np.cumsum(np.abs(strongest), axis=1) - np.abs(strongest)
+    keep = (before < listed * np.abs(flat).sum(1, keepdims=True)) & (strongest != 0)
+    rest = np.where(keep, 0.0, strongest).sum(1).astype(np.float32)
+    return order[keep].astype(np.int32), strongest[keep].astype(np.float32), keep.sum(1), rest
 
 
 def _describe(column: object) -> str:

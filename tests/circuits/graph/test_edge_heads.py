@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from circuits import CircuitGraph
+from circuits.graph import edge_heads
 from circuits.graph.edge_heads import COLUMNS, LISTED, EdgeHeads
 
 
@@ -41,6 +42,14 @@ def test_the_strongest_are_listed_and_the_rest_is_summed() -> None:
     np.testing.assert_allclose(heads.rest, [0, 0, 0.001], rtol=1e-6)
     assert heads.direct.tolist() == [1.0, -0.25, 0.0]
     np.testing.assert_allclose(heads.totals(), [3.0, -0.25, -0.999], rtol=1e-6)
+
+
+def test_blocks_of_edges_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    direct_E, heads_ELH = random_dense(0, n_edges=7)
+    at_once = EdgeHeads.from_dense(direct_E, heads_ELH)
+    monkeypatch.setattr(edge_heads, "_EDGES_AT_ONCE", 3)
+    assert EdgeHeads.from_dense(direct_E, heads_ELH) == at_once
+    assert len(EdgeHeads.from_dense(direct_E[:0], heads_ELH[:0])) == 0
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 0.9, LISTED, 1.0]))
