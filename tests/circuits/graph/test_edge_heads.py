@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from circuits import CircuitGraph
 from circuits.graph import edge_heads
-from circuits.graph.edge_heads import COLUMNS, LISTED, EdgeHeads
+from circuits.graph.edge_heads import COLUMNS, LISTED, MOST_LISTED, EdgeHeads
 
 
 def example() -> EdgeHeads:
@@ -42,6 +42,16 @@ def test_the_strongest_are_listed_and_the_rest_is_summed() -> None:
     np.testing.assert_allclose(heads.rest, [0, 0, 0.001], rtol=1e-6)
     assert heads.direct.tolist() == [1.0, -0.25, 0.0]
     np.testing.assert_allclose(heads.totals(), [3.0, -0.25, -0.999], rtol=1e-6)
+
+
+def test_models_of_many_heads_list_the_strongest_and_sum_the_others() -> None:
+    heads_ELH = np.random.default_rng(0).normal(size=(5, 30, 9))
+    heads = EdgeHeads.from_dense(np.ones(5), heads_ELH)
+    for edge, flat in enumerate(heads_ELH.reshape(5, -1)):
+        strongest = flat[np.argsort(-np.abs(flat))[:MOST_LISTED]]
+        assert [weight for *_, weight in heads.of(edge)] == pytest.approx(strongest.tolist(), rel=1e-6)
+        assert heads.rest[edge] == pytest.approx(flat.sum() - strongest.sum(), rel=1e-5, abs=1e-5)
+    np.testing.assert_allclose(heads.totals(), 1 + heads_ELH.sum((1, 2)), rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_of_edges_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
