@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution.columns import source_table
@@ -40,6 +39,8 @@ from replacement.language_model.queries_and_keys import FrozenQueryKey
 from replacement.number_checks import integer
 from replacement.splicing.intervention import PARTS
 
+Read = Callable[[int, int], tuple[Tensor, Tensor]]
+"""Of a head and a position: how its query or key reads the stream, `[K, D]`, and its constant, `[K]`."""
 NUMBERS_AT_ONCE = 2**24
 """Effects held at once: channels x positions x sources (128 MiB in float64)."""
 
@@ -123,35 +124,25 @@ class QKAttributor:
             _labels=self._label,
         )
 
-    def _vectors(
-        self,
-        read: Callable[[int, int], tuple[Tensor, Tensor]],
-        layer: int,
-        head: int,
-        weights: dict[int, float],
-    ) -> np.ndarray:
+    def _vectors(self, read: Read, layer: int, head: int, weights: dict[int, float]) -> np.ndarray:
         """float64[C + 1, K]: what every source, and last the constants, put into queries or keys at weighted positions."""
-        positions, parts = list(weights), []
-        step = max(1, NUMBERS_AT_ONCE // (self.local.shape.d_head * self.transport.sources.columns.n_columns))
+        K, positions = self.local.shape.d_head, list(weights)
+        sum_KC = self.local.W_U.new_zeros(K, self.transport.sources.columns.n_columns + 1, dtype=torch.float64)
+        step = max(1, NUMBERS_AT_ONCE // sum_KC.numel())
         for start in range(0, len(positions), step):
             chosen = positions[start : start + step]
-            vectors_PKC = self._read_at(read, layer, head, chosen)
-            weight_P = vectors_PKC.new_tensor([weights[position] for position in chosen])
-            parts.append(torch.einsum("p,pkc->ck", weight_P, vectors_PKC))
-        return torch.stack(parts).sum(0).cpu().numpy()
-
-    def _read_at(
-        self, read: Callable[[int, int], tuple[Tensor, Tensor]], layer: int, head: int, positions: Sequence[int]
-    ) -> Float[Tensor, "P K C"]:
-        """The same, position by position, in float64."""
-        reads = [read(head, position) for position in positions]
-        vectors_ND = torch.cat([vectors_KD for vectors_KD, _ in reads])
-        constant_PK = torch.stack([constant_K for _, constant_K in reads])
-        position_N = torch.tensor(positions, device=vectors_ND.device).repeat_interleave(constant_PK.shape[1])
-        depth_N = torch.full_like(position_N, 2 * layer)
-        effects_NC, bias_N = self.transport.attribute(Targets(vectors_ND.contiguous(), depth_N, position_N))
-        bias_PK = bias_N.view_as(constant_PK) + constant_PK
-        return torch.cat([effects_NC.unflatten(0, constant_PK.shape), bias_PK[..., None]], -1).double()
+            reads = [read(head, position) for position in chosen]
+            vectors_ND = torch.cat([vectors_KD for vectors_KD, _ in reads]).contiguous()
+            position_N = torch.tensor(chosen, device=vectors_ND.device).repeat_interleave(K)
+            effects_NC, bias_N = self.transport.attribute(
+                Targets(vectors_ND, torch.full_like(position_N, 2 * layer), position_N)
+            )
+            constant_N = bias_N + torch.cat([constant_K for _, constant_K in reads])
+            vectors_PKC = torch.cat([effects_NC, constant_N[:, None]], 1).unflatten(0, (-1, K)).double()
+            sum_KC += torch.einsum(
+                "p,pkc->kc", vectors_PKC.new_tensor([weights[place] for place in chosen]), vectors_PKC
+            )
+        return sum_KC.T.cpu().numpy()
 
     def _nodes(self, vectors_CK: np.ndarray) -> tuple[tuple[SourceNode, ...], np.ndarray]:
         """Nodes with an effect, then the constants, and their rows."""

@@ -103,8 +103,13 @@ def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[F
                 setting = {"patching": patching, "patterns": patterns, "change": change}
                 for distance, pairs in pairs_by_distance(graph, changed, predicted_BN, measured).items():
                     rows.append({**setting, "distance": distance, **agreement(*pairs)})
-                if patching == "constrained":
-                    one_layer += _one_layer(effects, changed, predicted_BN, setting, measured)
+                if (
+                    patching == "constrained"
+                ):  # one layer downstream nothing else has reacted yet, whatever the patching
+                    frozen = effects.measure(changed, scale, patching, patterns, norms="frozen")
+                    for norms, run in (("live", measured), ("frozen", frozen)):
+                        figures = one_layer_cosine(graph, changed, predicted_BN, run)
+                        one_layer.append({"patterns": patterns, "norms": norms, "change": change, **figures})
                 if change == "ablated" and effects.grounding.logits:
                     rho = spearman(influence_B, measured.kl_B)
                     ablation.append({"patching": patching, "patterns": patterns, "spearman": rho})
@@ -128,21 +133,6 @@ def _among_features(effects: Effects, changed: np.ndarray) -> list[Facts]:
         rho = spearman(influence_BN[pairs], share_BN[pairs])
         rows.append({"patterns": patterns, "pairs": int(pairs.sum()), "spearman": rho})
     return rows
-
-
-def _one_layer(
-    effects: Effects, changed: np.ndarray, predicted_BN: np.ndarray, setting: dict[str, str], live: Measured
-) -> list[Facts]:
-    """Constrained patching: one layer downstream nothing else has reacted yet, whatever the patching."""
-    patterns, change = setting["patterns"], setting["change"]
-    frozen = effects.measure(changed, SCALES[change], "constrained", patterns, norms="frozen")
-    return [
-        {
-            **{"patterns": patterns, "norms": norms, "change": change},
-            **one_layer_cosine(effects.grounding.graph, changed, predicted_BN, measured),
-        }
-        for norms, measured in (("live", live), ("frozen", frozen))
-    ]
 
 
 def pairs_by_distance(

@@ -24,28 +24,23 @@ OPPOSITE_TEMPLATES = (
     "el contrario de {word} es {answer} .",
 )
 # [language of the question][language of the answer]
-CROSS_OPPOSITE_TEMPLATES = (
-    ("in English the opposite of {word} is {answer} .",
-     "in French the opposite of {word} is {answer} .",
-     "in Spanish the opposite of {word} is {answer} ."),
-    ("en anglais le contraire de {word} est {answer} .",
-     "en français le contraire de {word} est {answer} .",
-     "en espagnol le contraire de {word} est {answer} ."),
-    ("en inglés el contrario de {word} es {answer} .",
-     "en francés el contrario de {word} es {answer} .",
-     "en español el contrario de {word} es {answer} ."),
-)  # fmt: skip
-TRANSLATION_TEMPLATES = (
-    ("the English word for {word} is {answer} .",
-     "the French word for {word} is {answer} .",
-     "the Spanish word for {word} is {answer} ."),
-    ("le mot anglais pour {word} est {answer} .",
-     "le mot français pour {word} est {answer} .",
-     "le mot espagnol pour {word} est {answer} ."),
-    ("la palabra inglesa para {word} es {answer} .",
-     "la palabra francesa para {word} es {answer} .",
-     "la palabra española para {word} es {answer} ."),
-)  # fmt: skip
+_IN_LANGUAGE = (
+    ("in English", "in French", "in Spanish"),
+    ("en anglais", "en français", "en espagnol"),
+    ("en inglés", "en francés", "en español"),
+)
+CROSS_OPPOSITE_TEMPLATES = tuple(
+    tuple(f"{in_language} {template}" for in_language in row)
+    for row, template in zip(_IN_LANGUAGE, OPPOSITE_TEMPLATES, strict=True)
+)
+TRANSLATION_TEMPLATES = tuple(
+    tuple(template.replace("{language}", language) for language in languages.split())
+    for template, languages in (
+        ("the {language} word for {word} is {answer} .", "English French Spanish"),
+        ("le mot {language} pour {word} est {answer} .", "anglais français espagnol"),
+        ("la palabra {language} para {word} es {answer} .", "inglesa francesa española"),
+    )
+)
 
 # Translation far outweighs opposites, so that the shared concept is there before single opposites can be memorised.
 OPPOSITE_SHARE, CROSS_SHARE, TRANSLATION_SHARE = 0.15, 0.20, 0.65

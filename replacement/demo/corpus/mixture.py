@@ -4,6 +4,8 @@ Seed convention: training rows come from the random stream `[0, seed]`, held-out
 `[2, seed, behaviour]`; NumPy's seed sequences make streams with different leading words independent for every seed.
 """
 
+from functools import cache, partial
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -44,19 +46,6 @@ def sample_sentences(rng: np.random.Generator, n: int) -> list[Sentence]:
     return [sentences[i] for i in rng.permutation(n).tolist()]
 
 
-class _Encoder(dict[str, tuple[int, ...]]):
-    """Word -> token ids, asked of the tokenizer once per word (a year is two tokens)."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(self._tokenizer.encode(word, add_special_tokens=False))
-        self[word] = ids
-        return ids
-
-
 _INDUCTION_WORDS = frozenset(induction.WORDS)
 _VERBS = frozenset((*agreement.VERBS[0], *agreement.VERBS[1]))
 
@@ -79,14 +68,14 @@ def determined(sentence: Sentence) -> list[bool]:
 def _rows(
     tokenizer: PreTrainedTokenizerBase, n_rows: int, context: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    encoder = _Encoder(tokenizer)
+    ids_of = cache(partial(tokenizer.encode, add_special_tokens=False))  # of a word; a year is two tokens
     rows: list[list[int]] = []
     marks: list[list[bool]] = []
     row, mark = [tokenizer.bos_token_id], [False]
     while len(rows) < n_rows:
         for sentence in sample_sentences(rng, _BLOCK):
             for word, is_determined in zip(sentence, determined(sentence), strict=True):
-                ids = encoder[word]
+                ids = ids_of(word)
                 row.extend(ids)
                 mark.extend([is_determined] * len(ids))
             if len(row) >= context:
