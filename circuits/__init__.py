@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from circuits.attribution.estimate import Estimate
     from circuits.attribution.labels import with_labels
     from circuits.attribution.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.attribution.trace import trace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CircuitGraph",
     "DifferenceTarget",
+    "Estimate",
     "FeatureTarget",
     "HeadView",
     "NodeKind",
@@ -49,6 +51,7 @@ __all__ = [
 _LAZY = {
     "CircuitGraph": "circuits.graph.circuit_graph",
     "DifferenceTarget": "circuits.attribution.targets",
+    "Estimate": "circuits.attribution.estimate",
     "FeatureTarget": "circuits.attribution.targets",
     "HeadView": "circuits.heads.feature_heads",
     "NodeKind": "circuits.graph.nodes",

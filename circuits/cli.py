@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import circuits.export  # registers the formats
+from circuits.attribution.limits import LABELLED, MAX_NODES, memory_bytes
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.exporters import exporter, file_formats
 from circuits.graph.pruning import check_threshold
 from circuits.graph.text import slug
 from circuits.heads.command import heads as heads_command
+from circuits.progress import ProgressText
 from circuits.report import page, summary
 from circuits.validation.command import validate as validate_command
 from replacement.command_line import AsJson, ModelOptions, model_options, new_app, path_option, run
@@ -34,6 +36,8 @@ NodeThreshold = Annotated[float, typer.Option(help="Share of influence that the 
 EdgeThreshold = Annotated[float, typer.Option(help="Share of edge influence that the kept edges hold, 0 to 1.")]
 GraphFile = Annotated[Path, typer.Argument(help="A graph saved as .safetensors.", show_default=False)]
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 GRAPH_FILE = "graph.safetensors"
 # format -> file of the pruned circuit; pictures that need Graphviz are left to `circuits export`
 CIRCUIT_FILES = {
@@ -61,7 +65,14 @@ def trace(
     ] = None,
     heads: Annotated[bool, typer.Option(help="Say which heads carry each edge of the pruned circuit.")] = True,
     coverage: Annotated[float, typer.Option(help="Share of influence that is followed back, 0 to 1.")] = 0.99,
-    max_nodes: Annotated[int | None, typer.Option(help="Most features to expand.", show_default="no limit")] = None,
+    max_nodes: Annotated[int, typer.Option(help="Most features to expand.")] = MAX_NODES,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory for the process, such as 4GB; a trace that would need more is refused.",
+            show_default="what is available",
+        ),
+    ] = None,
     node_threshold: NodeThreshold = 0.8,
     edge_threshold: EdgeThreshold = 0.98,
     out: Annotated[
@@ -77,23 +88,27 @@ def trace(
         raise ValueError("prompt: expected text in UTF-8, given other bytes")
     _check_thresholds(node_threshold, edge_threshold)
     check_threshold("coverage", coverage)
-    if max_nodes is not None and max_nodes < 1:
+    if max_nodes < 1:
         raise ValueError(f"max-nodes: expected at least 1, given {max_nodes}")
+    limit = None if memory is None else memory_bytes(memory)
     options = _with_attention(options, attention)
     folder = check_folder(out if out is not None else Path(f"circuit-{slug(prompt)}"))
     for name in (GRAPH_FILE, *CIRCUIT_FILES.values()):
         check_file(folder / name)
 
     def work(loaded: ReplacementModel, say: Callable[[str], None]) -> tuple[CircuitGraph, CircuitGraph]:
+        progress_text = ProgressText(max_nodes)
         graph = circuits.trace(
             loaded,
             prompt,
             targets=target or None,
             coverage=coverage,
             max_nodes=max_nodes,
-            progress=lambda expanded, share: say(f"{expanded} features expanded, {100 * share:.2g} % left"),
+            memory=limit,
+            announce=lambda cost: typer.echo(f"estimate: {cost}", err=True),
+            progress=lambda expanded, share: say(progress_text(expanded, share)),
         )
-        circuit = circuits.with_labels(loaded, graph.prune(nodes=node_threshold, edges=edge_threshold))
+        circuit = circuits.with_labels(loaded, graph.prune(nodes=node_threshold, edges=edge_threshold), most=LABELLED)
         return graph, circuits.with_heads(loaded, circuit) if heads else circuit
 
     graph, circuit = options.use(work)
@@ -102,6 +117,10 @@ def trace(
         show_json(summary(graph, circuit, files))
     else:
         show_page(page({"full": graph, "pruned": circuit}, files))
+    if graph.metadata.get("stopped_by") == "interrupt":
+        left = f"{100 * graph.metadata['unexpanded_share']:.2g} % of the influence is not expanded"
+        typer.echo(f"interrupted: the graph is partial, {left}", err=True)
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()

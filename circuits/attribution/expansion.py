@@ -55,7 +55,7 @@ class Attribution:
     identity_error: float = 0.0
     """Largest relative gap between a node's value and the sum of its row and bias."""
     stopped_by: str = ""
-    """`coverage` or `max_nodes`."""
+    """`coverage`, `max_nodes` or `interrupt`."""
     unexpanded_share: float = 1.0
     """Share of the output that ends in features without a row."""
 
@@ -78,6 +78,13 @@ class Attribution:
             counts = np.bincount(row, minlength=len(effects))
             block = RowBlock(node[rows], counts, column.astype(np.int32), effects[row, column])
             self.blocks.setdefault(depth, []).append(block)
+
+    def forget(self, node: np.ndarray) -> None:
+        """Remove the rows of a round that was interrupted."""
+        for blocks in self.blocks.values():
+            blocks[:] = [block for block in blocks if not np.isin(block.node, node).any()]
+        for column in (self.value, self.bias, self.inflow, self.expanded):
+            column[node] = 0
 
     def influence(self, output: np.ndarray) -> np.ndarray:
         """float64[N], influence through the rows made so far: one sweep from the deepest reader to the shallowest."""
@@ -119,6 +126,8 @@ class Attributor:
     ) -> Attribution:
         """Make rows until the unexpanded share is below `1 - coverage` or `max_nodes` features have one.
 
+        A `KeyboardInterrupt` after the first round ends the expansion too; the rows of the round under way are left out.
+
         Args:
             output: float64[N], the share of the output each root stands for.
             coverage: share of influence that must not end in features without a row, in 0..1.
@@ -133,18 +142,34 @@ class Attributor:
         if len(roots):  # a feature that is a root needs its row whatever the limits
             self.expand_features(roots)
         n_expanded, size = len(roots), min(FIRST_ROUND, self.largest_round)
-        while True:
-            held = (rows.influence(output) + output)[features] * ~rows.expanded[features]
-            rows.unexpanded_share = float(held.sum())
-            if progress is not None:
-                progress(n_expanded, rows.unexpanded_share)
-            chosen = _smallest_set(held, rows.unexpanded_share - (1 - coverage))[:size]
-            room = len(chosen) if max_nodes is None else max(0, max_nodes - n_expanded)
-            if not len(chosen) or not room:
-                rows.stopped_by = "max_nodes" if len(chosen) else "coverage"
-                return rows
-            self.expand_features(np.sort(chosen[:room]))
-            n_expanded, size = n_expanded + min(room, len(chosen)), min(2 * size, self.largest_round)
+        under_way = roots[:0]
+        try:
+            while True:
+                held = self._held(output)
+                rows.unexpanded_share = float(held.sum())
+                if progress is not None:
+                    progress(n_expanded, rows.unexpanded_share)
+                chosen = _smallest_set(held, rows.unexpanded_share - (1 - coverage))[:size]
+                room = len(chosen) if max_nodes is None else max(0, max_nodes - n_expanded)
+                if not len(chosen) or not room:
+                    rows.stopped_by = "max_nodes" if len(chosen) else "coverage"
+                    return rows
+                under_way = np.sort(chosen[:room])
+                self.expand_features(under_way)
+                n_expanded, size = n_expanded + len(under_way), min(2 * size, self.largest_round)
+                under_way = roots[:0]
+        except KeyboardInterrupt:
+            if n_expanded == len(roots):
+                raise
+            rows.forget(features.start + under_way)
+            rows.unexpanded_share, rows.stopped_by = float(self._held(output).sum()), "interrupt"
+            return rows
+
+    def _held(self, output: np.ndarray) -> np.ndarray:
+        """float64[S], share of the output that ends in each feature without a row."""
+        features = self.columns.features
+        held: np.ndarray = (self.rows.influence(output) + output)[features] * ~self.rows.expanded[features]
+        return held
 
     def _add(
         self,

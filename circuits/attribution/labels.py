@@ -22,11 +22,10 @@ from circuits.attribution.targets import LogitTarget
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
 from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel
+from replacement.number_checks import whole_number
 from replacement.splicing.skip import read_depth
 
 WORDS = 3
-LABELLED = 256
-"""Features that `circuits.trace` labels, the most influential ones: more than the default pruning keeps of most prompts."""
 CHUNK = 256
 """Features compared with the vocabulary at once; bounds memory."""
 
@@ -66,10 +65,15 @@ def node_labels(
 
 
 @torch.no_grad()
-def with_labels(model: ReplacementModel, graph: CircuitGraph) -> CircuitGraph:
-    """The graph with a label on every feature.
+def with_labels(model: ReplacementModel, graph: CircuitGraph, *, most: int | None = None) -> CircuitGraph:
+    """The graph with a label on every feature, or on its most influential ones.
 
     `trace` labels the most influential features alone, because a label costs a comparison with the whole vocabulary.
+
+    Args:
+        model: the one that the graph was traced with.
+        graph: full or pruned.
+        most: label at most this many of the most influential features; labels that the graph has stay.
 
     Raises:
         ValueError: the graph was traced with another model or crosscoder.
@@ -77,6 +81,8 @@ def with_labels(model: ReplacementModel, graph: CircuitGraph) -> CircuitGraph:
     >>> circuit = with_labels(model, graph.prune(nodes=0.95))  # doctest: +SKIP
     """
     features = graph.nodes.mask(NodeKind.FEATURE)
+    if most is not None and whole_number("most", most) < features.sum():
+        features = most_influential(graph.influence(), features, most)
     missing = np.flatnonzero(features & np.array([not label for label in graph.nodes.label], dtype=bool))
     if not len(missing):
         return graph
@@ -86,6 +92,13 @@ def with_labels(model: ReplacementModel, graph: CircuitGraph) -> CircuitGraph:
     ):
         label[missing[places]] = feature_labels(model, grounding.local, part, numbers_S)
     return replace(graph, nodes=replace(graph.nodes, label=tuple(label)))
+
+
+def most_influential(influence: np.ndarray, among: np.ndarray, most: int) -> np.ndarray:
+    """bool[N], at most `most` nodes of the largest influence among some."""
+    chosen = np.zeros(len(influence), dtype=bool)
+    chosen[np.argsort(-np.where(among, influence, -1.0), kind="stable")[:most]] = True
+    return chosen & among
 
 
 def feature_labels(

@@ -6,15 +6,17 @@ N nodes: tokens, learned positions, errors, features, logits, in the order of th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from circuits.attribution.columns import source_table
+from circuits.attribution.estimate import Estimate, check_memory, estimate
 from circuits.attribution.expansion import Attribution, Attributor, Progress
-from circuits.attribution.labels import LABELLED, node_labels
+from circuits.attribution.labels import most_influential, node_labels
+from circuits.attribution.limits import LABELLED, MAX_NODES, memory_bytes
 from circuits.attribution.metadata import trace_facts
 from circuits.attribution.targets import (
     FeatureTarget,
@@ -42,7 +44,9 @@ def trace(
     *,
     targets: Sequence[Target | str | int] | Target | str | int | None = None,
     coverage: float = 0.99,
-    max_nodes: int | None = None,
+    max_nodes: int | None = MAX_NODES,
+    memory: str | int | None = None,
+    announce: Callable[[Estimate], None] | None = None,
     progress: Progress | None = None,
 ) -> CircuitGraph:
     """Attribute the model's output on a prompt to the features, errors and tokens that caused it.
@@ -57,11 +61,17 @@ def trace(
         targets: what to explain. By default the top logits at the last position (probability 0.95, at most 10); or
             tokens (text or id), `TokenTarget`, `DifferenceTarget`, `FeatureTarget`, or texts that `parse_target` reads.
         coverage: expand features until at most `1 - coverage` of the influence ends in unexpanded ones.
-        max_nodes: most features expanded; no limit by default.
+        max_nodes: most features expanded; None for no limit. Which limit ended the trace is `metadata["stopped_by"]`.
+        memory: most bytes that the process may hold, as a number or a text such as `4GB`; by default what it holds and what
+            the machine, or its control group, has left.
+        announce: called with the expected cost before the work starts.
         progress: called after each round with features expanded and the unexpanded share.
 
+    A `KeyboardInterrupt` (Ctrl-C) after the first round ends the expansion and gives the graph of the rounds that are
+    complete, a valid graph whose `metadata["stopped_by"]` is `interrupt`.
+
     Raises:
-        ValueError: a prompt or target the model cannot read, or numbers outside their range.
+        ValueError: a prompt or target the model cannot read, numbers outside their range, or an expected cost above `memory`.
 
     >>> model = replacement.load("demo")                                        # doctest: +SKIP
     >>> graph = trace(model, "the capital of the state containing Dallas is")   # doctest: +SKIP
@@ -72,6 +82,8 @@ def trace(
     check_threshold("coverage", coverage)
     if max_nodes is not None:
         whole_number("max_nodes", max_nodes, least=1)
+    if memory is not None:
+        memory = memory_bytes(memory)
     lm = model.language_model
     layers = [model.crosscoder.wiring.group_layer(group) for group in range(model.crosscoder.n_groups)]
     if sorted(set(layers)) != layers:
@@ -80,6 +92,10 @@ def trace(
     with torch.no_grad():
         local = model.localize(tokens_T)
         logits, roots = _resolve(targets, local, model)
+        cost = estimate(local, n_logits=len(logits), max_nodes=max_nodes)
+        check_memory(cost, memory, local.n_positions)
+        if announce is not None:
+            announce(cost)
         attributor = Attributor(local, logits)
         output = np.zeros(attributor.rows.n_nodes)
         output[attributor.rows.n_columns :] = output_weights(logits) if logits else []
@@ -139,7 +155,7 @@ def _assemble(
     kept = rows.expanded | (output > 0) | np.isin(columns["kind"], (NodeKind.TOKEN, NodeKind.LOGIT))
     for block in blocks:
         kept[block.source] = True
-    shown = (output > 0) | _most_influential(rows, output, columns["kind"] == NodeKind.FEATURE)
+    shown = (output > 0) | most_influential(rows.influence(output), columns["kind"] == NodeKind.FEATURE, LABELLED)
     rows.blocks.clear()  # `Edges.from_blocks` frees each block as it copies it
     edges = Edges.from_blocks(blocks, n_nodes=int(kept.sum()), number=np.cumsum(kept) - 1)
     label = node_labels(model, local, logits, columns, kept, shown)
@@ -154,14 +170,6 @@ def _assemble(
         inflow=rows.inflow[kept],
     )
     return nodes, edges
-
-
-def _most_influential(rows: Attribution, output: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """bool[N], the nodes with the largest influence among some, as many as are labelled."""
-    influence = np.where(among, rows.influence(output), -1.0)
-    chosen = np.zeros(len(influence), dtype=bool)
-    chosen[np.argsort(-influence, kind="stable")[:LABELLED]] = True
-    return chosen & among
 
 
 def _columns(local: LocalReplacement, logits: Sequence[LogitTarget]) -> dict[str, np.ndarray]:

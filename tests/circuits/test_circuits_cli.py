@@ -39,7 +39,7 @@ def tracer(monkeypatch, small) -> list[dict]:
         heads[:, 1, 2] = graph.edges.weight
         return dataclasses.replace(graph, heads=EdgeHeads.from_dense(np.zeros(len(heads)), heads))
 
-    def trace(model: str, prompt: str, *, progress, **options: object) -> CircuitGraph:
+    def trace(model: str, prompt: str, *, progress, announce, **options: object) -> CircuitGraph:
         progress(3, 0.5)
         calls.append({"model": model, "prompt": prompt, **options})
         return small
@@ -78,7 +78,14 @@ def test_trace_writes_every_file(tracer, tmp_path, capsys, small) -> None:
     assert "L1H2" in (out / "circuit.svg").read_text()
     assert "L1H2" in (out / "circuit.dot").read_text()
     assert tracer == [
-        {"model": "demo with demo", "prompt": "a b", "targets": None, "coverage": 0.99, "max_nodes": None}
+        {
+            "model": "demo with demo",
+            "prompt": "a b",
+            "targets": None,
+            "coverage": 0.99,
+            "max_nodes": 2000,
+            "memory": None,
+        }
     ]
     printed = capsys.readouterr().out
     for text in ("replacement", "completeness", "Strongest path", "' x'", "60.0 %", "graph.safetensors", "1.0e-06"):
@@ -105,9 +112,10 @@ def test_the_page_says_which_token_is_meant(small, position: int, token: str, ti
 
 def test_trace_passes_options_on(tracer, tmp_path) -> None:
     options = ["--model", "gpt2", "--crosscoder", "here", "--target", " x", "--target", " y", "--coverage", "0.5"]
-    assert main(["trace", "hi", *options, "--max-nodes", "7", "--out", str(tmp_path)]) == 0
+    assert main(["trace", "hi", *options, "--max-nodes", "7", "--memory", "4GB", "--out", str(tmp_path)]) == 0
     assert tracer[0]["targets"] == [" x", " y"]
     assert (tracer[0]["model"], tracer[0]["coverage"], tracer[0]["max_nodes"]) == ("gpt2 with here", 0.5, 7)
+    assert tracer[0]["memory"] == 4 * 10**9
     assert main(["trace", "hi", "--attention", "features", "--attention-crosscoder", "z", "--out", str(tmp_path)]) == 0
     assert main(["trace", "hi", "--attention", "features", "--out", str(tmp_path)]) == 0
     assert main(["trace", "hi", "--attention-crosscoder", "z", "--dtype", "float64", "--out", str(tmp_path)]) == 0
@@ -197,6 +205,9 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
         (["show", "a", "extra"], "Got unexpected extra argument"),
         (["validate", "a", "--seed", "-1"], "Invalid value for '--seed'"),
         (["trace", "a", "--max-nodes", "0"], "max-nodes: expected at least 1, given 0"),
+        (["trace", "a", "--memory", "lots"], "memory: expected a size above 0 such as 4GB or 512MiB, given 'lots'"),
+        (["trace", "a", "--memory", "-1"], "memory: expected a size above 0 such as 4GB or 512MiB, given '-1'"),
+        (["trace", "a", "--memory", "0"], "memory: expected a size above 0 such as 4GB or 512MiB, given '0'"),
         (["trace", "a", "--node-threshold", "-1"], "node-threshold: expected a share of influence between 0 and 1"),
         (["trace", "a", "--edge-threshold", "nan"], "edge-threshold: expected a share of influence between 0 and 1"),
         (["trace", "a", "--coverage", "much"], "Invalid value for '--coverage'"),
@@ -304,6 +315,16 @@ def test_interrupt_exits_130(tracer, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["replacement"], "load", load)
     assert main(["trace", "a", "--out", str(tmp_path / "out")]) == 130
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_trace_is_written_and_said_to_be_partial(tracer, tmp_path, capsys, monkeypatch, small) -> None:
+    facts = {**small.metadata, "stopped_by": "interrupt", "unexpanded_share": 0.25}
+    partial = dataclasses.replace(small, metadata=facts)
+    monkeypatch.setattr(sys.modules["circuits.attribution.trace"], "trace", lambda *_, **__: partial)
+    assert main(["trace", "a b", "--out", str(tmp_path)]) == 130
+    assert CircuitGraph.load(tmp_path / "graph.safetensors") == partial
+    message = "interrupted: the graph is partial, 25 % of the influence is not expanded\n"
+    assert capsys.readouterr().err == message
 
 
 def test_help_is_the_answer_to_nothing(capsys) -> None:
