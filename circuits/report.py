@@ -36,6 +36,7 @@ def summary(graph: CircuitGraph, circuit: CircuitGraph, files: Mapping[str, Path
         "pruned_scores": asdict(circuit.scores()),
         "identity_error": graph.identity_error,
         "average_path_length": average_path_length(graph),
+        "logit_gap_16bit": facts.get("logit_gap_16bit"),
         "stopped_by": facts.get("stopped_by"),
         "seconds": facts.get("seconds"),
         "files": {name: str(path) for name, path in files.items()},
@@ -90,6 +91,8 @@ def _figures(graph: CircuitGraph) -> list[str]:
 
 def _run(facts: Mapping[str, Any]) -> str:
     parts = [f"identity error {float(facts['identity_error']):.1e}"]
+    if "logit_gap_16bit" in facts:
+        parts.append(f"logits of the model's own 16-bit arithmetic up to {facts['logit_gap_16bit']:.2g} away")
     if "stopped_by" in facts:
         parts.append(f"stopped by {facts['stopped_by']}")
     if "unexpanded_share" in facts:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DEMO = "demo"
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 PANEL = "Model"
 """Title of these options in the help."""
 MOST_OF_WORD, MOST_OF_MESSAGE = 160, 800
@@ -124,7 +124,7 @@ class ModelOptions:
             rich_help_panel=PANEL, help="A second crosscoder, which replaces attention.", show_default="attention stays"
         ),
     ] = None
-    device: Annotated[str, typer.Option(rich_help_panel=PANEL, help="cpu, cuda, cuda:1 and so on.")] = "cpu"
+    device: Annotated[str, typer.Option(rich_help_panel=PANEL, help="auto, cpu, cuda, cuda:1 or mps.")] = "cpu"
     dtype: Annotated[str, typer.Option(rich_help_panel=PANEL, help=f"{' or '.join(DTYPES)}.")] = DTYPES[0]
 
     def __post_init__(self) -> None:
@@ -179,21 +179,14 @@ class ModelOptions:
                 `replacement.load` says.
         """
         crosscoder = self.crosscoder or self._shipped("crosscoder")
-        import torch
-
         import replacement
         from replacement.threads import fit_threads
 
-        try:
-            torch.zeros(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"device: {self.device!r} cannot be used here ({reason})") from error
         loaded = replacement.load(
             self.model or DEMO,
             crosscoder=crosscoder,
             attention_crosscoder=self.attention_crosscoder,
-            dtype=getattr(torch, self.dtype),
+            dtype=self.dtype,
             device=self.device,
         )
         fit_threads(loaded.language_model.shape.d_model)

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from replacement.crosscoder import checkpoint
-from replacement.crosscoder.checks import float_dtype
 from replacement.files import checked_path
 from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.replacement_model import ReplacementModel
 
 ARTIFACTS = Path(__file__).parent / "demo" / "artifacts"
 DEMO = "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def load(
@@ -30,8 +30,9 @@ def load(
         model: `demo`, a hub name, or a local folder in Hugging Face layout.
         crosscoder: `demo`, the folder of a training run, or the folder of a crosscoder. It may be left out for the demo alone.
         attention_crosscoder: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
-        dtype: dtype both are loaded in; its name will do.
-        device: device both are put on.
+        dtype: float32, bfloat16, float16 or float64, which both are loaded in; its name will do. The model runs in it; exact
+            work (`localize`, `circuits.trace`) raises 16-bit weights to float32 piece by piece.
+        device: device both are put on: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first of CUDA, MPS and CPU there is.
 
     Raises:
         ValueError: one of them is missing, damaged or of another model, or a dtype or device that cannot be used.
@@ -41,6 +42,7 @@ def load(
         raise ValueError(f"expected a crosscoder for the model {str(model)!r}: give load(..., crosscoder=FOLDER)")
     crosscoder = DEMO if crosscoder is None else crosscoder
     dtype, device = _dtype(dtype), _device(device)
+    _check_together(dtype, device)
     folders = [crosscoder_folder(crosscoder)]
     if attention_crosscoder is not None:
         folders.append(crosscoder_folder(attention_crosscoder, shipped="attention_crosscoder"))
@@ -58,20 +60,28 @@ def load(
 
 
 def _dtype(given: torch.dtype | str) -> torch.dtype:
-    dtype = getattr(torch, given, None) if isinstance(given, str) else given
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"expected a floating-point dtype such as 'float32' or torch.float64, got {given!r}")
-    float_dtype("the dtype of a model", dtype)
+    dtype = DTYPES.get(given) if isinstance(given, str) else given
+    if dtype is None or dtype not in DTYPES.values():
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {str(given).removeprefix('torch.')!r}")
     return dtype
 
 
 def _device(given: str | torch.device) -> str:
+    if given == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=given).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"the device {str(given)!r} cannot be used here: {reason}") from error
+        raise ValueError(
+            f"device: {str(given)!r} cannot be used here ({reason}); auto, cpu, cuda and mps are known"
+        ) from error
     return str(given)
+
+
+def _check_together(dtype: torch.dtype, device: str) -> None:
+    if dtype == torch.float64 and torch.device(device).type == "mps":
+        raise ValueError("dtype: MPS has no float64: expected float32, bfloat16 or float16, or the device cpu")
 
 
 def _lasting(given: str | Path) -> str:

@@ -172,7 +172,7 @@ API: dict[str, tuple[Callable[[Demo], object], str]] = {
     ),
     "8-bit floats": (
         lambda _: replacement.load("demo", dtype=torch.float8_e4m3fn),
-        "the dtype of a model must be one of float32, float64, bfloat16, float16; got float8_e4m3fn",
+        "dtype: expected one of float32, bfloat16, float16, float64, got 'float8_e4m3fn'",
     ),
 }
 

@@ -114,7 +114,7 @@ class Attributor:
         self.columns = self.transport.sources.columns
         n_columns = self.columns.n_columns
         self.rows = Attribution(n_columns=n_columns, n_nodes=n_columns + len(logits), drop_below=drop_below)
-        self.largest_round = max(1, min(LARGEST_ROUND, DENSE_BYTES // (n_columns * local.W_U.element_size())))
+        self.largest_round = max(1, min(LARGEST_ROUND, DENSE_BYTES // (n_columns * local.dtype.itemsize)))
 
     def expand(
         self,

@@ -64,7 +64,7 @@ class Grounding:
         for first, end in itertools.pairwise(starts):
             column = self.column_N[nodes]
             own = np.flatnonzero((column >= first) & (column < end))
-            found.append((own, torch.from_numpy(column[own] - first).to(self.local.W_U.device)))
+            found.append((own, torch.from_numpy(column[own] - first).to(self.local.device)))
         return found
 
     def writes(self, nodes: np.ndarray) -> list[list[tuple[Tensor, Tensor]]]:
@@ -72,7 +72,7 @@ class Grounding:
 
         Only the decoder rows of these nodes are read.
         """
-        place_C = torch.full((self.columns.n_columns,), -1, device=self.local.W_U.device)
+        place_C = torch.full((self.columns.n_columns,), -1, device=self.local.device)
         place_C[torch.from_numpy(self.column_N[nodes])] = torch.arange(len(nodes), device=place_C.device)
         written: list[list[tuple[Tensor, Tensor]]] = []
         for number, (part, (_, numbers_S)) in enumerate(

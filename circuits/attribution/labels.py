@@ -22,6 +22,7 @@ from circuits.attribution.targets import LogitTarget
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
 from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel
+from replacement.language_model.sixteen_bits import Unembedding
 from replacement.number_checks import whole_number
 from replacement.splicing.skip import read_depth
 
@@ -113,7 +114,7 @@ def feature_labels(
     if not len(chosen_S):
         return []
     features, crosscoder = part.features, part.crosscoder
-    reads_SD = torch.empty(len(chosen_S), local.W_U.shape[0], dtype=local.W_U.dtype, device=local.W_U.device)
+    reads_SD = torch.empty(len(chosen_S), local.shape.d_model, dtype=local.dtype, device=local.device)
     writes_SD = torch.zeros_like(reads_SD)
     streams = local.streams()
     values = [
@@ -128,12 +129,12 @@ def feature_labels(
         for site in crosscoder.wiring.writes[group]:
             writes_SD[places] += crosscoder.decoder_vectors(group, index, site)
     lm = model.language_model
-    embedding_VD = lm.parts.bridge.W_E.detach()
-    mean_D = embedding_VD.mean(0)
+    embedding = Unembedding(lm.parts.bridge.W_E.detach().T, None)
+    mean_D = embedding.mean()[0]
     # Cosine with centred embeddings. The unembedding needs no centring: that shifts the scores of all tokens alike.
-    size_V = (embedding_VD.square().sum(1) - 2 * embedding_VD @ mean_D + mean_D.square().sum()).clamp(min=1e-18).sqrt()
-    read = _top_words(lm, reads_SD, embedding_VD.T, mean_D, size_V)
-    promoted = _top_words(lm, writes_SD * lm.parts.norm_weights("ln_final").weight_D, local.W_U)
+    size_V = (embedding.square_norms() - 2 * embedding.scores(mean_D) + mean_D.square().sum()).clamp(min=1e-18).sqrt()
+    read = _top_words(lm, reads_SD, embedding, mean_D, size_V)
+    promoted = _top_words(lm, writes_SD * lm.parts.norm_weights("ln_final").weight_D, local.unembedding)
     return [f"{left} → {right}" for left, right in zip(read, promoted, strict=True)]
 
 
@@ -157,7 +158,7 @@ def _strongest_reads(
     if part.kind == "attn_out":
         (site,) = reads
         reading_NX = crosscoder.encoder(group, site)[index_N]
-        best_ND, best_N, layers = torch.zeros(len(index_N), local.W_U.shape[0]).to(local.W_U), None, [site.layer]
+        best_ND, best_N, layers = local.zeros(len(index_N), local.shape.d_model), None, [site.layer]
     else:
         best_ND = torch.stack([read_vectors(local, group, site, index_N, position_N)[0] for site in reads]).sum(0)
         best_N = (best_ND * stream_TD[position_N]).sum(-1)
@@ -192,7 +193,7 @@ def _head_scores(kernel_HTT: Tensor, values_HTK: Tensor, u_NX: Tensor, position_
 def _top_words(
     lm: LanguageModel,
     vectors_ND: Tensor,
-    vocabulary_DV: Tensor,
+    vocabulary: Unembedding,
     mean_D: Tensor | float = 0.0,
     size_V: Tensor | float = 1.0,
 ) -> list[str]:
@@ -200,7 +201,7 @@ def _top_words(
     special = sorted(set(getattr(lm.tokenizer, "all_special_ids", None) or ()))
     texts: list[str] = []
     for rows_ND in vectors_ND.split(CHUNK):
-        scores_NV = (rows_ND @ vocabulary_DV - (rows_ND * mean_D).sum(1, keepdim=True)) / size_V
+        scores_NV = (vocabulary.scores(rows_ND) - (rows_ND * mean_D).sum(1, keepdim=True)) / size_V
         scores_NV[:, special] = -torch.inf
         top_NK = scores_NV.topk(min(WORDS, scores_NV.shape[1]), dim=1).indices
         words = (lm.token_strings(token_ids) for token_ids in top_NK.tolist())

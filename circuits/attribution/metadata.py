@@ -40,6 +40,7 @@ def trace_facts(
         "stopped_by": rows.stopped_by,
         "unexpanded_share": rows.unexpanded_share,
         "identity_error": rows.identity_error,
+        **({} if local.frozen.logit_gap_16bit is None else {"logit_gap_16bit": local.frozen.logit_gap_16bit}),
     }
 
 

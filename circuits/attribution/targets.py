@@ -173,19 +173,19 @@ def resolve_logit(target: TokenTarget | DifferenceTarget, local: LocalReplacemen
     logits_V = local.frozen.logits_TV[position]
     if isinstance(target, TokenTarget):
         token = _token_id(target.token, lm)
-        direction_D = local.W_U[:, token] - local.W_U.mean(1)
-        value, bias = logits_V[token] - logits_V.mean(), local.b_U[token] - local.b_U.mean()
+        (read_D, bias), (other_D, mean_bias) = local.unembedding.token(token), local.unembedding.mean()
+        value, bias = logits_V[token] - logits_V.mean(), bias - mean_bias
         label, probability = lm.token_strings([token])[0], float(local.probabilities[position, token])
         pair = None
     else:
         token, minus = _token_id(target.plus, lm), _token_id(target.minus, lm)
         if token == minus:
             raise ValueError(f"a difference needs two different tokens, got {target.plus!r} twice")
-        direction_D = local.W_U[:, token] - local.W_U[:, minus]
-        value, bias = logits_V[token] - logits_V[minus], local.b_U[token] - local.b_U[minus]
+        (read_D, bias), (other_D, minus_bias) = local.unembedding.token(token), local.unembedding.token(minus)
+        value, bias = logits_V[token] - logits_V[minus], bias - minus_bias
         label, probability = " − ".join(text.strip() for text in lm.token_strings([token, minus])), 0.0
         token, pair = -1, (token, minus)
-    return LogitTarget(direction_D, float(value), float(bias), position, token, label, probability, pair)
+    return LogitTarget(read_D - other_D, float(value), float(bias), position, token, label, probability, pair)
 
 
 def check_position(position: int, n_positions: int, *, name: str = "target") -> int:

@@ -106,7 +106,7 @@ class _Split:
 
     def __init__(self, grounding: Grounding) -> None:
         self.graph, self.local = grounding.graph, grounding.local
-        nodes, edges, device = self.graph.nodes, self.graph.edges, self.local.W_U.device
+        nodes, edges, device = self.graph.nodes, self.graph.edges, self.local.device
         sources, targets = grounding.source_nodes, grounding.target_nodes
         self.writes = SourceWrites.of(grounding, sources)
         self.reads = TargetReads.of(grounding, targets)
@@ -114,7 +114,7 @@ class _Split:
         self.target_E = torch.from_numpy(np.searchsorted(targets, edges.target)).to(device)
         self.position_S = self.writes.position_S
         self.position_M = torch.from_numpy(nodes.position[targets].astype(np.int64)).to(device)
-        self.direct_E = torch.zeros(len(edges), dtype=self.local.W_U.dtype, device=device)
+        self.direct_E = torch.zeros(len(edges), dtype=self.local.dtype, device=device)
         self.heads_ELH = self.direct_E.new_zeros(len(edges), self.local.shape.n_layers, self.local.shape.n_heads)
 
     def run(self, hop: str) -> HeadSplit:
@@ -137,7 +137,7 @@ class _Split:
             direct_E + heads_ELH.sum((1, 2)),
             # An edge is rounded at the size of its target's whole row.
             np.abs(direct_E) + np.abs(heads_ELH).sum((1, 2)) + nodes.inflow[edges.target],
-            dtype=max(self.local.W_U.dtype, torch.float32, key=lambda dtype: torch.finfo(dtype).eps),
+            dtype=max(self.local.dtype, torch.float32, key=lambda dtype: torch.finfo(dtype).eps),
             n_layers=self.local.shape.n_layers,
             name=lambda edge: f"edge {' -> '.join(full_name(nodes, end) for end in ends(edge))} ({hop} hop)",
         )

@@ -103,7 +103,7 @@ class QKAttributor:
             value,
             float(queries_NK.sum(0) @ keys_MK.sum(0)),
             summed_magnitudes(queries_NK, keys_MK) + sum(abs(part) for part in parts),
-            dtype=self.local.W_U.dtype,
+            dtype=self.local.dtype,
             n_layers=self.local.shape.n_layers,
             name=lambda _: f"the score of head {layer}.{head} for query {query} and key {key}",
         )

@@ -88,11 +88,11 @@ class SourceWrites:
                 if len(source_S):
                     by_depth[2 * layer + 2 - part] = (source_S, vectors_SD)
         position_S = torch.from_numpy(grounding.graph.nodes.position[nodes].astype(np.int64))
-        return cls(grounding.local, position_S.to(grounding.local.W_U.device), by_depth)
+        return cls(grounding.local, position_S.to(grounding.local.device), by_depth)
 
     def at(self, depth: int, sources_N: Tensor | slice = slice(None)) -> Tensor:
         """`[N, D]`, what some sources write at one depth."""
-        written_SD = self.local.W_U.new_zeros(len(self.position_S), self.local.W_U.shape[0])
+        written_SD = self.local.zeros(len(self.position_S), self.local.shape.d_model)
         if depth in self.by_depth:
             source_S, vectors_SD = self.by_depth[depth]
             written_SD[source_S] = vectors_SD
@@ -114,7 +114,7 @@ class SourceWrites:
         """
         n, device = len(sources_N), sources_N.device
         row_N, place_N = torch.arange(n, device=device), self.position_S[sources_N] - start
-        x_NTD = self.local.W_U.new_zeros(n, stop - start, self.local.W_U.shape[0])
+        x_NTD = self.local.zeros(n, stop - start, self.local.shape.d_model)
         x_NTD[row_N, place_N] = self.at(0, sources_N)
         mixed_NTX: dict[int, Tensor] = {}
 
@@ -167,7 +167,7 @@ class TargetReads:
     @classmethod
     def of(cls, grounding: Grounding, nodes: np.ndarray) -> TargetReads:
         """Of graph nodes."""
-        local, device = grounding.local, grounding.local.W_U.device
+        local, device = grounding.local, grounding.local.device
         heads: dict[int, Tensor] = {}
         parts = [_logit_reads(grounding, nodes)]
         for part, (places, numbers_S) in zip(local.decompositions, grounding.feature_numbers(nodes), strict=True):
@@ -203,7 +203,7 @@ class TargetReads:
             here = self.reads.depth_N == depth
             return v_MD.index_add(0, self.target_R[here], self.reads.vectors_ND[here])
 
-        none_MD = self.local.W_U.new_zeros(self.n_targets, self.local.W_U.shape[0])
+        none_MD = self.local.zeros(self.n_targets, self.local.shape.d_model)
         return walk_down(self.local, none_MD, position_M, read)
 
     def carry_down(self, targets_N: Tensor, position_N: Tensor, scratch: Scratch) -> Iterator[tuple[int, Tensor]]:
@@ -214,7 +214,7 @@ class TargetReads:
             position_N: their positions.
             scratch: holds what is yielded, until the next layer.
         """
-        v_NTD = self.local.W_U.new_zeros(len(targets_N), int(position_N.max()) + 1, self.local.W_U.shape[0])
+        v_NTD = self.local.zeros(len(targets_N), int(position_N.max()) + 1, self.local.shape.d_model)
         chosen_R = torch.isin(self.target_R, targets_N)
         row_R = torch.searchsorted(targets_N, self.target_R[chosen_R])
         depth_R, vectors_RD = self.reads.depth_N[chosen_R], self.reads.vectors_ND[chosen_R]
@@ -240,6 +240,8 @@ def _logit_reads(grounding: Grounding, nodes: np.ndarray) -> tuple[Tensor, Targe
     local, logit_nodes = grounding.local, np.flatnonzero(grounding.graph.nodes.mask(NodeKind.LOGIT))
     places = np.flatnonzero(np.isin(nodes, logit_nodes))
     logits = [grounding.logits[number] for number in np.searchsorted(logit_nodes, nodes[places])]
-    directions_ND = torch.stack([logit.direction_D for logit in logits]) if logits else local.W_U.T[:0]
-    positions_N = torch.tensor([logit.position for logit in logits], dtype=torch.int64, device=local.W_U.device)
-    return torch.from_numpy(places).to(local.W_U.device), logit_reads(local, directions_ND, positions_N)[0]
+    directions_ND = (
+        torch.stack([logit.direction_D for logit in logits]) if logits else local.zeros(0, local.shape.d_model)
+    )
+    positions_N = torch.tensor([logit.position for logit in logits], dtype=torch.int64, device=local.device)
+    return torch.from_numpy(places).to(local.device), logit_reads(local, directions_ND, positions_N)[0]

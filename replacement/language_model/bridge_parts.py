@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.language_model.frozen_layers import AttentionWeights, NormWeights
+from replacement.language_model.sixteen_bits import Unembedding, raised, raised_dtype
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -46,7 +48,15 @@ class BridgeParts:
         cfg = bridge.cfg
         parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
         self.shape = ModelShape(cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.d_head, parallel)
-        self._attention_weights: tuple[AttentionWeights, ...] | None = None
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """Dtype of exact arithmetic: that of the weights, float32 where they have 16 bits."""
+        return raised_dtype(self.dtype)
+
+    def exact_arithmetic(self) -> AbstractContextManager[None]:
+        """Within it the bridge computes in `exact_dtype`; 16-bit weights are raised layer by layer."""
+        return nullcontext() if self.dtype == self.exact_dtype else raised(self.bridge, self.exact_dtype)
 
     def hook_name(self, site: Site) -> str:
         """TransformerLens name of a site.
@@ -152,27 +162,18 @@ class BridgeParts:
     def norm_weights(self, path: str | None) -> NormWeights:
         """Gain and offset of the norm at `blocks.{layer}.{name}` or `ln_final`; the identity for None."""
         if path is None:
-            zeros_D = torch.zeros(self.shape.d_model, dtype=self.dtype, device=self.device)
+            zeros_D = torch.zeros(self.shape.d_model, dtype=self.exact_dtype, device=self.device)
             return NormWeights(zeros_D + 1, zeros_D, centred=False)
         norm = self._component(path)
         original = norm.original_component
-        weight = getattr(original, "weight", None)
-        bias = getattr(original, "bias", None)
+        weight, bias = (
+            None if (stored := getattr(original, name, None)) is None else stored.detach().to(self.exact_dtype)
+            for name in ("weight", "bias")
+        )
         width = self.shape.d_model if weight is None else weight.numel()  # norms of queries and keys are not over D
-        zeros_D = torch.zeros(width, dtype=self.dtype, device=self.device)
-        weight_D = zeros_D + 1 if weight is None else weight.detach().flatten() + (1 if norm.uses_weight_offset else 0)
-        return NormWeights(weight_D, zeros_D if bias is None else bias.detach(), centred=not norm.uses_rms_norm)
-
-    @property
-    def attention_weights(self) -> tuple[AttentionWeights, ...]:
-        """Value and output weights of every layer with the norms folded in; made once, shared by all prompts."""
-        if self._attention_weights is None:
-            self._attention_weights = tuple(self._fold_attention(layer) for layer in range(self.shape.n_layers))
-        return self._attention_weights
-
-    def drop_attention_weights(self) -> None:
-        """Free the folded weights, a second copy of a quarter of the model, until they are needed."""
-        self._attention_weights = None
+        zeros_D = torch.zeros(width, dtype=self.exact_dtype, device=self.device)
+        weight_D = zeros_D + 1 if weight is None else weight.flatten() + (1 if norm.uses_weight_offset else 0)
+        return NormWeights(weight_D, zeros_D if bias is None else bias, centred=not norm.uses_rms_norm)
 
     def score_scale_and_cap(self, layer: int) -> tuple[float, float | None]:
         """Factor of the inner product of query and key, and the soft-cap of scores where the layer has one."""
@@ -189,12 +190,14 @@ class BridgeParts:
         gains = [name for name, weight in weights.items() if weight is not None and weight.ndim > 0]
         return [f"blocks.{layer}.attn.{name}" for name in gains]
 
-    def unembedding(self) -> tuple[Tensor, Tensor]:
-        """`W_U [D, V]` and `b_U [V]` (zeros where the model has none), a factor of all logits (Granite, Cohere) included."""
-        W_U, b_U = self.bridge.W_U.detach(), self.bridge.b_U
-        b_U = W_U.new_zeros(W_U.shape[1]) if b_U is None else b_U.detach()
-        scale = self._logit_scale()
-        return (W_U, b_U) if scale == 1 else (W_U * scale, b_U * scale)
+    def unembedding(self) -> Unembedding:
+        """The map from the final norm to the logits, a factor of all logits (Granite, Cohere) included."""
+        b_U = self.bridge.b_U
+        return Unembedding(
+            stored_DV=self.bridge.W_U.detach(),
+            bias_V=None if b_U is None or not b_U.any() else b_U.detach(),
+            scale=self._logit_scale(),
+        )
 
     def _logit_scale(self) -> float:
         """Slope at zero, where a soft-cap has slope 1, of what the model makes of the unembedding's output."""
@@ -214,7 +217,8 @@ class BridgeParts:
         limit = 1 - torch.finfo(torch.float64).eps
         return (cap * torch.atanh((logits.double() / cap).clamp(-limit, limit))).to(logits) if cap > 0 else logits
 
-    def _fold_attention(self, layer: int) -> AttentionWeights:
+    def attention_weights(self, layer: int) -> AttentionWeights:
+        """Value and output weights of one layer, views of the model's own, and its norms."""
         attention = self.bridge.blocks[layer].attn
         b_V, b_O = attention.b_V, attention.b_O
         post = "ln1_post" in self.norm_names(layer)
@@ -278,9 +282,10 @@ class BridgeParts:
         epsilon, weights = self.norm_epsilon(path), self.norm_weights(path)
 
         def apply(x: Tensor) -> Tensor:
-            c = x - x.mean(-1, keepdim=True) if weights.centred else x
+            c = x.to(weights.weight_D.dtype)  # models compute the norms of 16-bit activations in float32 too
+            c = c - c.mean(-1, keepdim=True) if weights.centred else c
             gain, offset = (w.unflatten(0, (-1, x.shape[-1])) for w in (weights.weight_D, weights.bias_D))
-            return c / (c.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * gain + offset
+            return (c / (c.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * gain + offset).to(x.dtype)
 
         return apply
 
@@ -338,7 +343,7 @@ class BridgeParts:
         def redo(y: Tensor, hook: Any) -> Tensor:
             x = seen.pop("x")
             x = x - x.mean(-1, keepdim=True) if weights.centred else x
-            return x / scale_T1 * weights.weight_D + weights.bias_D
+            return (x / scale_T1 * weights.weight_D + weights.bias_D).to(y.dtype)
 
         return (f"{path}.hook_in", keep), (f"{path}.hook_out", redo)
 

@@ -22,10 +22,10 @@ def query_key_weights(parts: BridgeParts, layer: int) -> QueryKeyWeights:
     scale, soft_cap = parts.score_scale_and_cap(layer)
     norms = {path.rpartition(".")[2]: parts.norm_weights(path) for path in parts.head_norms(layer)}
     return QueryKeyWeights.fold(
-        W_Q=attention.W_Q.detach(),
-        W_K=attention.W_K.detach(),
-        b_Q=None if b_Q is None else b_Q.detach(),
-        b_K=None if b_K is None else b_K.detach(),
+        W_Q=attention.W_Q.detach().to(parts.exact_dtype),
+        W_K=attention.W_K.detach().to(parts.exact_dtype),
+        b_Q=None if b_Q is None else b_Q.detach().to(parts.exact_dtype),
+        b_K=None if b_K is None else b_K.detach().to(parts.exact_dtype),
         norm_in=parts.norm_weights(parts.norm_before(layer, "attention")),
         query_norm=norms.get("q_norm"),
         key_norm=norms.get("k_norm"),
@@ -48,7 +48,7 @@ def rotation_of(parts: BridgeParts, layer: int, shown: Mapping[str, Tensor], n_p
     cos_TR, sin_TR = shown.get("hook_cos"), shown.get("hook_sin")
     table = getattr(attention.original_component, "embed_positions", None)
     if cos_TR is None and isinstance(table, Tensor):  # GPT-J
-        sin_TR, cos_TR = table[:n_positions].to(parts.dtype).repeat_interleave(2, -1).chunk(2, -1)
+        sin_TR, cos_TR = table[:n_positions].to(parts.exact_dtype).repeat_interleave(2, -1).chunk(2, -1)
         return Rotation(cos_TR, sin_TR, neighbours=True)
     if cos_TR is None or sin_TR is None:
         return None

@@ -3,6 +3,9 @@
 Everything that is rebuilt from frozen parts is compared with what the model computed, at every position by the scale of that
 position. One scale for the whole prompt would be that of the first token, whose activations are 1,000 times larger than all
 others in many models (attention sinks: GPT-2, Llama, Gemma), and would hide any error behind it.
+
+Arithmetic has at least 32 bits. The weights of a 16-bit model stay as they are and are raised to float32 while a layer
+computes (`sixteen_bits.py`): the prompt is frozen in the model "these weights, float32 arithmetic".
 """
 
 from __future__ import annotations
@@ -55,6 +58,9 @@ class FrozenPrompt:
     """The norm in front of the unembedding."""
     activations: Mapping[Site, Tensor]
     """Clean activations `[T, D]` at `mlp_out` of every layer and at the sites asked for (`attn_z`: heads concatenated)."""
+    logit_gap_16bit: float | None = None
+    """Largest difference, at any position, between these logits (soft-cap included) and those of the model in its own 16-bit
+    arithmetic; None for float32 and float64 models, whose logits these are."""
 
 
 def freeze(parts: BridgeParts, tokens_T: Tensor, *, sites: Iterable[Site] = ()) -> FrozenPrompt:
@@ -68,14 +74,13 @@ def freeze(parts: BridgeParts, tokens_T: Tensor, *, sites: Iterable[Site] = ()) 
     Raises:
         ValueError: the frozen parts do not give the model's own activations back (the architecture is named).
     """
-    _require_exact_dtype(parts)
     layers = range(parts.shape.n_layers)
     names = {parts.hook_name(site): site for site in {*sites, *(Site(layer, "mlp_out") for layer in layers)}}
-    output_TV, cache = parts.capture(tokens_T, set(names) | parts.frozen_hook_names())
-    W_U, b_U = parts.unembedding()
+    with parts.exact_arithmetic():
+        output_TV, cache = parts.capture(tokens_T, set(names) | parts.frozen_hook_names())
     frozen = FrozenPrompt(
         tokens_T=tokens_T,
-        logits_TV=cache["ln_final.hook_out"] @ W_U + b_U,
+        logits_TV=parts.unembedding().logits(cache["ln_final.hook_out"]),
         probabilities_TV=output_TV.softmax(-1),
         token_embedding_TD=cache["hook_embed"],
         position_embedding_TD=cache.get("hook_pos_embed"),
@@ -83,6 +88,7 @@ def freeze(parts: BridgeParts, tokens_T: Tensor, *, sites: Iterable[Site] = ()) 
         norms_mlp=tuple(_freeze_norm(parts, parts.norm_before(layer, "mlp"), cache) for layer in layers),
         norm_final=_freeze_norm(parts, "ln_final", cache),
         activations={site: cache[name].flatten(1) for name, site in names.items()},
+        logit_gap_16bit=_logit_gap(parts, tokens_T, output_TV),
     )
     _check_exact(frozen, output_TV, cache, parts)
     return frozen
@@ -97,11 +103,11 @@ def freeze_query_key(parts: BridgeParts, tokens_T: Tensor, *, layer: int) -> Fro
         ValueError: no such layer, or the frozen parts do not give the model's own scores back (the architecture is named):
             scores that something besides queries and keys adds to (ALiBi), or a rotation of another kind.
     """
-    _require_exact_dtype(parts)
     if not 0 <= layer < parts.shape.n_layers:
         raise ValueError(f"the language model has no layer {layer}: it has {parts.shape.n_layers} layers")
     weights, block = query_key_weights(parts, layer), f"blocks.{layer}"
-    _, cache = parts.capture(tokens_T, query_key_hook_names(parts, layer))
+    with parts.exact_arithmetic():
+        _, cache = parts.capture(tokens_T, query_key_hook_names(parts, layer))
     attention = {name.removeprefix(f"{block}.attn."): x for name, x in cache.items()}
     shown_HTT, pattern_HTT = attention["hook_attn_scores"], attention["hook_pattern"]
     # Where the wrapped module computes attention itself, TransformerLens has only the pattern to show at the scores' hook.
@@ -122,7 +128,7 @@ def freeze_query_key(parts: BridgeParts, tokens_T: Tensor, *, layer: int) -> Fro
         visible_TT=visible_TT,
     )
     gap, head, query = _scores_gap(frozen, cache[f"{block}.hook_resid_pre"], own_HTT, shown_HTT)
-    if not gap <= _EXACT[parts.dtype]:
+    if not gap <= _EXACT[parts.exact_dtype]:
         raise ValueError(
             f"attention scores of {parts.architecture} cannot be attributed exactly: those of layer {layer}, rebuilt from "
             f"frozen queries and keys, are off by {gap:.1e} relative in head {head} at position {query}"
@@ -145,15 +151,20 @@ def _rotated(x_HTK: Tensor, rotation: Rotation | None) -> Tensor:
     return x_HTK if rotation is None else rotation.apply(x_HTK)
 
 
-def _require_exact_dtype(parts: BridgeParts) -> None:
-    if parts.dtype not in _EXACT:
-        raise ValueError(f"exact attribution needs float32 or float64 weights, the model is loaded in {parts.dtype}")
+def _logit_gap(parts: BridgeParts, tokens_T: Tensor, output_TV: Tensor) -> float | None:
+    """Largest distance of the logits from those of the model's own 16-bit arithmetic; None where it has none."""
+    if parts.dtype == parts.exact_dtype:
+        return None
+    own_TV, _ = parts.capture(tokens_T, set())
+    return max(
+        float((own_V.to(output_V) - output_V).abs().max()) for own_V, output_V in zip(own_TV, output_TV, strict=True)
+    )
 
 
 def _freeze_attention(parts: BridgeParts, layer: int, cache: Mapping[str, Tensor]) -> FrozenAttention:
     block = f"blocks.{layer}"
     scale_out = cache.get(f"{block}.ln1_post.hook_scale")
-    return parts.attention_weights[layer].freeze(
+    return parts.attention_weights(layer).freeze(
         cache[f"{block}.attn.hook_pattern"],
         _norm_scale(parts, parts.norm_before(layer, "attention"), cache, len(cache["ln_final.hook_in"])),
         None if scale_out is None else scale_out[:, 0],
@@ -167,7 +178,7 @@ def _freeze_norm(parts: BridgeParts, path: str | None, cache: Mapping[str, Tenso
 def _norm_scale(parts: BridgeParts, path: str | None, cache: Mapping[str, Tensor], n_positions: int) -> Tensor:
     """Scale `[T]` of a norm; ones where there is none."""
     if path is None:
-        return torch.ones(n_positions, dtype=parts.dtype, device=parts.device)
+        return torch.ones(n_positions, dtype=parts.exact_dtype, device=parts.device)
     return cache[f"{path}.hook_scale"][:, 0]
 
 
@@ -176,7 +187,7 @@ def _check_exact(frozen: FrozenPrompt, output_TV: Tensor, cache: Mapping[str, Te
     for part, rebuilt, actual, terms in _rebuilt(frozen, output_TV, cache, parts):
         scale_T1 = torch.stack([term.abs().amax(-1) for term in (actual, *terms)]).amax(0)[:, None]
         gap, (position, _) = _largest_gap(rebuilt - actual, scale_T1)
-        if not gap <= _EXACT[parts.dtype]:
+        if not gap <= _EXACT[parts.exact_dtype]:
             raise ValueError(
                 f"{parts.architecture} cannot be linearised exactly: the {part}, rebuilt from frozen parts, "
                 f"is off by {gap:.1e} relative at position {position}"
@@ -195,10 +206,11 @@ def _rebuilt(
         pre, written = cache[f"{block}.hook_resid_pre"], cache[f"{block}.hook_attn_out"]
         quiet_T1 = torch.full_like(pre[:, :1], _QUIET)
         scale_out_T1 = 1 if attention.scale_out_T is None else attention.scale_out_T[:, None]
-        quiet_output_T1 = quiet_T1 * weights.typical_output / scale_out_T1
+        typical_z, typical_output = weights.typical_sizes()
+        quiet_output_T1 = quiet_T1 * typical_output / scale_out_T1
         yield f"attention of layer {layer}", attention.apply(pre), written, (quiet_output_T1,)
         if (z := frozen.activations.get(Site(layer, "attn_z"))) is not None:
-            yield f"mixed values of layer {layer}", attention.z(pre), z, (quiet_T1 * weights.typical_z,)
+            yield f"mixed values of layer {layer}", attention.z(pre), z, (quiet_T1 * typical_z,)
         mlp_reads = pre if parts.shape.parallel else pre + written
         mlp_in = frozen.norms_mlp[layer].apply(mlp_reads)
         yield f"MLP norm of layer {layer}", mlp_in, cache[f"{block}.mlp.hook_in"], ()

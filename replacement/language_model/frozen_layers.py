@@ -2,7 +2,7 @@
 
 Letters: T tokens, H heads, K d_head, X = H K, D d_model, N targets, R = N T rows.
 
-Everything that could be folded is folded once. A frozen norm is `x -> centre(x) * weight / scale[t] + bias`; its weight and
+Everything that can be folded is folded. A frozen norm is `x -> centre(x) * weight / scale[t] + bias`; its weight and
 centring go into `W_V` (norm before attention) and `W_O` (norm after it), its scale into the rows and columns of the pattern.
 What is left of an attention layer is, per head, `kernel_TT @ x_TD @ W_V_DK @ W_O_KD`, plus a constant.
 """
@@ -75,26 +75,27 @@ class FrozenNorm:
 class AttentionWeights:
     """The linear part of one attention layer with its norms folded in; the same for every prompt.
 
-    Heads are stacked (`X = H K`) so that all of them are one matrix product. Grouped-query attention is expanded: every
-    query head carries its own copy of the value weights.
+    The weights are those of the model, not a second copy. Folded ones, raised to float32 where the model has 16 bits, are made
+    when they are asked for, which costs little beside the products they are made for. Their heads are stacked (`X = H K`), so
+    that all of them are one matrix product; with grouped-query attention every query head has its copy of the value weights.
     """
 
-    n_heads: int
-    """H."""
-    W_V_XD: Float[Tensor, "X D"]
-    """Value weights with the input norm's weight and centring folded in; `x @ W_V.T` gives all values."""
-    W_O_XD: Float[Tensor, "X D"]
-    """Output weights with the output norm's weight and centring folded in (where the model has such a norm)."""
+    W_V: Float[Tensor, "G D K"]
+    """Value weights as the model stores them, for each of its key heads."""
+    W_O: Float[Tensor, "H K D"]
+    """Output weights as the model stores them."""
+    norm_in: NormWeights
+    """The norm in front of this layer."""
+    norm_out: NormWeights | None
+    """The norm behind it; None where there is none."""
+    residual_scale: float
+    """Factor of what is written (Granite); 1 in most models."""
     value_bias_X: Float[Tensor, " X"]
     """What the value vectors hold when the stream is zero: input-norm bias through `W_V`, plus `b_V`."""
     output_bias_D: Float[Tensor, " D"]
     """`b_O` through the output norm's weight (not yet divided by its scale)."""
     norm_bias_D: Float[Tensor, " D"]
     """Bias of the output norm; zeros where there is none."""
-    typical_z: float
-    """Root mean square of `attn_z` when one position is attended to, whose normalised stream has independent entries."""
-    typical_output: float
-    """The same of the layer's output, in front of the division by the output norm's scale."""
 
     @classmethod
     def fold(
@@ -108,36 +109,57 @@ class AttentionWeights:
         norm_out: NormWeights | None,
         residual_scale: float = 1.0,
     ) -> AttentionWeights:
-        """Fold both norms, and the factor of what is written, into `W_V [H or fewer, D, K]` and `W_O [H, K, D]`."""
-        n_heads = W_O.shape[0]
-        b_V = W_V.new_zeros(W_V.shape[0], W_V.shape[2]) if b_V is None else b_V
-        b_O = W_O.new_zeros(W_O.shape[2]) if b_O is None else b_O
-        value_bias = torch.einsum("d,hdk->hk", norm_in.bias_D, W_V) + b_V
-        W_V = W_V * norm_in.weight_D[:, None]
-        if norm_in.centred:
-            W_V = W_V - W_V.mean(1, keepdim=True)
+        """Fold the norms, and the factor of what is written, into the biases; into the weights when these are asked for."""
+        exact, repeats = norm_in.weight_D, len(W_O) // len(W_V)
+        b_V = exact.new_zeros(W_V.shape[0], W_V.shape[2]) if b_V is None else b_V.to(exact)
+        b_O = exact.new_zeros(W_O.shape[2]) if b_O is None else b_O.to(exact)
+        value_bias = torch.einsum("d,hdk->hk", norm_in.bias_D, W_V.to(exact)) + b_V
         norm_bias = torch.zeros_like(b_O)
         if norm_out is not None:
-            if norm_out.centred:
-                W_O = W_O - W_O.mean(-1, keepdim=True)
-                b_O = b_O - b_O.mean()
-            W_O, b_O, norm_bias = W_O * norm_out.weight_D, b_O * norm_out.weight_D, norm_out.bias_D
-        if residual_scale != 1:
-            W_O, b_O, norm_bias = W_O * residual_scale, b_O * residual_scale, norm_bias * residual_scale
-        groups = n_heads // W_V.shape[0]
-        W_V_XD = einops.repeat(W_V, "g d k -> (g r k) d", r=groups)
-        W_O_XD = einops.rearrange(W_O, "h k d -> (h k) d").contiguous()
-        size_X = W_V_XD.norm(dim=1)
+            b_O = (b_O - b_O.mean() if norm_out.centred else b_O) * norm_out.weight_D
+            norm_bias = norm_out.bias_D
         return cls(
-            n_heads=n_heads,
-            W_V_XD=W_V_XD,
-            W_O_XD=W_O_XD,
-            value_bias_X=einops.repeat(value_bias, "g k -> (g r k)", r=groups),
-            output_bias_D=b_O,
-            norm_bias_D=norm_bias,
-            typical_z=float(size_X.square().mean().sqrt()),
-            typical_output=float((size_X * W_O_XD.norm(dim=1)).norm()) / math.sqrt(W_O_XD.shape[1]),
+            W_V=W_V,
+            W_O=W_O,
+            norm_in=norm_in,
+            norm_out=norm_out,
+            residual_scale=residual_scale,
+            value_bias_X=einops.repeat(value_bias, "g k -> (g r k)", r=repeats),
+            output_bias_D=b_O * residual_scale,
+            norm_bias_D=norm_bias * residual_scale,
         )
+
+    @property
+    def n_heads(self) -> int:
+        """H."""
+        return len(self.W_O)
+
+    @property
+    def W_V_XD(self) -> Float[Tensor, "X D"]:  # noqa: N802
+        """Value weights with the input norm's weight and centring folded in; `x @ W_V.T` gives all values."""
+        W_V_GKD = self.W_V.transpose(1, 2) * self.norm_in.weight_D  # a product with float32 raises 16 bits
+        if self.norm_in.centred:
+            W_V_GKD -= W_V_GKD.mean(-1, keepdim=True)
+        return einops.repeat(W_V_GKD, "g k d -> (g r k) d", r=len(self.W_O) // len(self.W_V))
+
+    @property
+    def W_O_XD(self) -> Float[Tensor, "X D"]:  # noqa: N802
+        """Output weights with the output norm's weight and centring folded in (where the model has such a norm)."""
+        W_O_XD = self.W_O.flatten(0, 1).to(self.norm_in.weight_D.dtype)
+        if self.norm_out is not None:
+            W_O_XD = W_O_XD - W_O_XD.mean(-1, keepdim=True) if self.norm_out.centred else W_O_XD
+            W_O_XD = W_O_XD * self.norm_out.weight_D
+        return W_O_XD if self.residual_scale == 1 else W_O_XD * self.residual_scale
+
+    def typical_sizes(self) -> tuple[float, float]:
+        """Root mean square of `attn_z` and of the layer's output, when one position is attended to.
+
+        That position's normalised stream has independent entries; the output is the one in front of the division by the
+        output norm's scale.
+        """
+        size_X, W_O_XD = self.W_V_XD.norm(dim=1), self.W_O_XD
+        output = float((size_X * W_O_XD.norm(dim=1)).norm()) / math.sqrt(W_O_XD.shape[1])
+        return float(size_X.square().mean().sqrt()), output
 
     def freeze(self, pattern_HTT: Tensor, scale_in_T: Tensor, scale_out_T: Tensor | None) -> FrozenAttention:
         """Fix the pattern `[head, query, key]` and both norm scales for one prompt."""
@@ -208,8 +230,9 @@ class FrozenAttention:
             scratch: holds the result, until the next call with the same scratch.
         """
         N, T, D = v_NTD.shape
-        X, H = len(self.weights.W_O_XD), self.weights.n_heads
-        u_XR = torch.mm(self.weights.W_O_XD, v_NTD.view(N * T, D).T, out=scratch.take("u", (X, N * T), v_NTD))
+        W_O_XD, H = self.weights.W_O_XD, self.weights.n_heads
+        X = len(W_O_XD)
+        u_XR = torch.mm(W_O_XD, v_NTD.view(N * T, D).T, out=scratch.take("u", (X, N * T), v_NTD))
         z_HMT = scratch.take("z", (H, X // H * N, T), v_NTD)
         u_HMT = u_XR.view(H, -1, T)
         for start in range(0, T, MIXED_POSITIONS):  # a key mixes with later queries alone: half of the product is zero

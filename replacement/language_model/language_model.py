@@ -53,8 +53,8 @@ class LanguageModel:
     def __init__(self, bridge: TransformerBridge, *, name: str | None = None) -> None:
         """Wrap a bridge: `TransformerBridge.boot_transformers(...)` or `.boot_native(...)`.
 
-        In float32 and float64 a short prompt is rebuilt from its frozen parts, which `trace` relies on. In 16 bits that check
-        cannot be made: rounding is as large as an error would be.
+        A short prompt is rebuilt from its frozen parts, which `trace` relies on; in float32 arithmetic where the weights have
+        16 bits.
 
         Raises:
             ValueError: the architecture cannot be linearised exactly, a weight is not finite, or the tokenizer begins, ends,
@@ -67,9 +67,7 @@ class LanguageModel:
         self.context_length = int(bridge.cfg.n_ctx)
         self._check_special_tokens()
         self._is_linearisable = False
-        if self.dtype in (torch.float32, torch.float64):
-            self.check_linearisable()
-            self.parts.drop_attention_weights()  # folded again when first needed: training never does
+        self.check_linearisable()
         self.fingerprint = model_fingerprint(self.parts)
 
     @classmethod

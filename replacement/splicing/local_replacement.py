@@ -15,6 +15,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.language_model.freezing import FrozenPrompt
+from replacement.language_model.sixteen_bits import Unembedding
 from replacement.splicing.skip import SkipTerms, read_depth
 
 
@@ -68,10 +69,27 @@ class LocalReplacement:
     """MLP outputs as features and errors."""
     attention: Decomposition | None
     """Attention outputs as features and errors; None where attention is linear between its patterns."""
-    W_U: Float[Tensor, "D V"]
-    """Unembedding `[D, V]`."""
-    b_U: Float[Tensor, " V"]
-    """Unembedding bias `[V]`."""
+    unembedding: Unembedding
+    """From the final norm's output to the logits."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that everything is computed in: float32 where the weights have 16 bits."""
+        return self.frozen.logits_TV.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that everything is computed on."""
+        return self.frozen.logits_TV.device
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros of this dtype on this device."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def W_U(self) -> Float[Tensor, "D V"]:  # noqa: N802
+        """Unembedding `[D, V]`; a copy where the model stores it in 16 bits."""
+        return self.unembedding.matrix()
 
     @property
     def decompositions(self) -> tuple[Decomposition, ...]:
@@ -112,7 +130,7 @@ class LocalReplacement:
         """
         frozen = self.frozen
         x_TD = self.streams(activation_S)[-1]
-        return frozen.norm_final.apply(x_TD) @ self.W_U + self.b_U
+        return self.unembedding.logits(frozen.norm_final.apply(x_TD))
 
     def streams(self, activation_S: Tensor | None = None) -> list[Tensor]:
         """Residual stream `[T, D]` in front of every layer and behind the last one (L + 1 of them); see `logits`."""
@@ -142,7 +160,7 @@ def localize(
     crosscoder: Crosscoder,
     attention: Crosscoder | None,
     frozen: FrozenPrompt,
-    unembedding: tuple[Tensor, Tensor],
+    unembedding: Unembedding,
 ) -> LocalReplacement:
     """Decompose the clean activations of a frozen prompt.
 
@@ -155,8 +173,7 @@ def localize(
         frozen=frozen,
         mlp=Decomposition.of("mlp_out", crosscoder, frozen),
         attention=None if attention is None else Decomposition.of("attn_out", attention, frozen),
-        W_U=unembedding[0],
-        b_U=unembedding[1],
+        unembedding=unembedding,
     )
 
 

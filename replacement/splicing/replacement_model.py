@@ -220,18 +220,23 @@ class ReplacementModel:
         )
 
     def localize(self, prompt: Prompt) -> LocalReplacement:
-        """The local replacement model of one prompt.
+        """The local replacement model of one prompt, computed in at least 32 bits.
+
+        Where language model and crosscoders have 16-bit weights, it is that of "these weights, float32 arithmetic";
+        `frozen.logit_gap_16bit` says how far its logits are from those of the model itself.
 
         Raises:
             ValueError: a prompt the model cannot read, or a crosscoder that is no affine function of the frozen stream.
         """
-        lm, attention = self.language_model, self.attention_crosscoder
+        lm, dtype = self.language_model, self.language_model.parts.exact_dtype
+        exact = {part: crosscoder.to_inference(dtype=dtype) for part, crosscoder in self.crosscoders.items()}
+        attention = exact.get("attention")
         sites = set(self.crosscoder.wiring.read_sites)
         if attention is not None:
             sites |= {*attention.wiring.read_sites, *(Site(layer, "attn_out") for layer in range(lm.shape.n_layers))}
         return localize(
             shape=lm.shape,
-            crosscoder=self.crosscoder,
+            crosscoder=exact["mlp"],
             attention=attention,
             frozen=lm.freeze(lm.tokens(prompt), sites=sites),
             unembedding=lm.parts.unembedding(),

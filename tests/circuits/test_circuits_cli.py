@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from circuits import CircuitGraph
@@ -31,7 +30,7 @@ def tracer(monkeypatch, small) -> list[dict]:
     def load(model: str, *, crosscoder: str, attention_crosscoder: str | None, dtype: object, device: str) -> str:
         sys.stdout.write("a library greets\n")
         loaded = [f"{model} with {crosscoder}", *([attention_crosscoder] if attention_crosscoder else [])]
-        return " and ".join(loaded) + ("" if (dtype, device) == (torch.float32, "cpu") else f" as {dtype} on {device}")
+        return " and ".join(loaded) + ("" if (dtype, device) == ("float32", "cpu") else f" as {dtype} on {device}")
 
     def with_heads(model: str, graph: CircuitGraph) -> CircuitGraph:
         """All of every edge through the head 2 of layer 1."""
@@ -120,7 +119,7 @@ def test_trace_passes_options_on(tracer, tmp_path) -> None:
     assert main(["trace", "hi", "--attention", "features", "--out", str(tmp_path)]) == 0
     assert main(["trace", "hi", "--attention-crosscoder", "z", "--dtype", "float64", "--out", str(tmp_path)]) == 0
     assert [call["model"] for call in tracer[1:]] == [
-        "demo with demo and z", "demo with demo and demo", "demo with demo and z as torch.float64 on cpu"
+        "demo with demo and z", "demo with demo and demo", "demo with demo and z as float64 on cpu"
     ]  # fmt: skip
 
 
@@ -183,7 +182,7 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
             ["trace", "a", "--model", "gpt2", "--crosscoder", "c", "--attention", "features"],
             "attention-crosscoder: expected a crosscoder made for gpt2, given none",
         ),
-        (["trace", "a", "--dtype", "int8"], "dtype: expected one of float32, float64, given 'int8'"),
+        (["trace", "a", "--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16, float64, given 'int8'"),
         (["trace", "a", "--device", "warp"], "device: 'warp' cannot be used here (Expected one of cpu"),
         (["trace", "a", "--device", "meta"], "device: 'meta' cannot be used here"),
         (["trace", "a", "--crosscoder", " "], "crosscoder: expected a name or folder, given ' '"),
