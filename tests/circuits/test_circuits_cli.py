@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import circuits
+import replacement
 from circuits import CircuitGraph
 from circuits.cli import CIRCUIT_FILES, main
 from circuits.graph.edge_heads import EdgeHeads
@@ -24,13 +26,17 @@ from replacement.console import show
 def tracer(monkeypatch, small) -> list[dict]:
     """Stands in for the model rooms: records how it was called and traces the small graph, printing on the way."""
     calls: list[dict] = []
-    rooms, tracing = types.ModuleType("replacement"), types.ModuleType("circuits.attribution.trace")
+    tracing = types.ModuleType("circuits.attribution.trace")
     splitting = types.ModuleType("circuits.heads.edge_split")
 
-    def load(model: str, *, crosscoder: str, attention_crosscoder: str | None, dtype: object, device: str) -> str:
+    class Loaded(str):
+        language_model = types.SimpleNamespace(shape=types.SimpleNamespace(d_model=1024))
+
+    def load(model: str, *, crosscoder: str, attention_crosscoder: str | None, dtype: object, device: str) -> Loaded:
         sys.stdout.write("a library greets\n")
         loaded = [f"{model} with {crosscoder}", *([attention_crosscoder] if attention_crosscoder else [])]
-        return " and ".join(loaded) + ("" if (dtype, device) == ("float32", "cpu") else f" as {dtype} on {device}")
+        default = (dtype, device) == ("float32", "cpu")
+        return Loaded(" and ".join(loaded) + ("" if default else f" as {dtype} on {device}"))
 
     def with_heads(model: str, graph: CircuitGraph) -> CircuitGraph:
         """All of every edge through the head 2 of layer 1."""
@@ -43,8 +49,9 @@ def tracer(monkeypatch, small) -> list[dict]:
         calls.append({"model": model, "prompt": prompt, **options})
         return small
 
-    rooms.load, tracing.trace, splitting.with_heads = load, trace, with_heads
-    monkeypatch.setitem(sys.modules, "replacement", rooms)
+    tracing.trace, splitting.with_heads = trace, with_heads
+    monkeypatch.setattr(replacement, "load", load)
+    monkeypatch.setattr(circuits, "with_labels", lambda model, graph: graph, raising=False)
     monkeypatch.setitem(sys.modules, "circuits.heads.edge_split", splitting)
     monkeypatch.setitem(sys.modules, "circuits.attribution.trace", tracing)
     return calls
@@ -183,8 +190,6 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
             "attention-crosscoder: expected a crosscoder made for gpt2, given none",
         ),
         (["trace", "a", "--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16, float64, given 'int8'"),
-        (["trace", "a", "--device", "warp"], "device: 'warp' cannot be used here (Expected one of cpu"),
-        (["trace", "a", "--device", "meta"], "device: 'meta' cannot be used here"),
         (["trace", "a", "--crosscoder", " "], "crosscoder: expected a name or folder, given ' '"),
         (["trace", "x\udce9"], "prompt: expected text in UTF-8, given other bytes"),
         (["trace", ""], "prompt: expected some text, given none"),
@@ -297,9 +302,17 @@ def test_errors_of_the_model_rooms_are_one_line(tracer, tmp_path, capsys, monkey
     def load(*_: object, **__: object) -> None:
         raise OSError("no such model\non the hub")
 
-    monkeypatch.setattr(sys.modules["replacement"], "load", load)
+    monkeypatch.setattr(replacement, "load", load)
     assert "error: no such model on the hub" in fails(capsys, "trace", "a", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("warp", "device: 'warp' cannot be used here (Expected one of cpu"), ("meta", "'meta' cannot be used here")],
+)
+def test_an_unknown_device_is_one_line(capsys, device, message) -> None:
+    assert message in fails(capsys, "trace", "a", "--device", device)
 
 
 def test_damaged_file(tmp_path, capsys) -> None:
@@ -311,7 +324,7 @@ def test_interrupt_exits_130(tracer, tmp_path, monkeypatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["replacement"], "load", load)
+    monkeypatch.setattr(replacement, "load", load)
     assert main(["trace", "a", "--out", str(tmp_path / "out")]) == 130
     assert not (tmp_path / "out").exists()
 
