@@ -127,7 +127,9 @@ class QKAttributor:
     def _vectors(self, read: Read, layer: int, head: int, weights: dict[int, float]) -> np.ndarray:
         """float64[C + 1, K]: what every source, and last the constants, put into queries or keys at weighted positions."""
         K, positions = self.local.shape.d_head, list(weights)
-        sum_KC = self.local.W_U.new_zeros(K, self.transport.sources.columns.n_columns + 1, dtype=torch.float64)
+        sum_KC = torch.zeros(
+            K, self.transport.sources.columns.n_columns + 1, dtype=torch.float64, device=self.local.device
+        )
         step = max(1, NUMBERS_AT_ONCE // sum_KC.numel())
         for start in range(0, len(positions), step):
             chosen = positions[start : start + step]

@@ -51,7 +51,7 @@ def tracer(monkeypatch, small) -> list[dict]:
 
     tracing.trace, splitting.with_heads = trace, with_heads
     monkeypatch.setattr(replacement, "load", load)
-    monkeypatch.setattr(circuits, "with_labels", lambda model, graph: graph, raising=False)
+    monkeypatch.setattr(circuits, "with_labels", lambda model, graph, **_: graph, raising=False)
     monkeypatch.setitem(sys.modules, "circuits.heads.edge_split", splitting)
     monkeypatch.setitem(sys.modules, "circuits.attribution.trace", tracing)
     return calls
@@ -149,7 +149,7 @@ def test_json_is_exactly_one_object(tracer, tmp_path, capsys, small) -> None:
     assert "a library greets" in output.err
     assert list(facts) == [
         "prompt", "tokens", "targets", "nodes", "edges", "pruned", "scores", "pruned_scores", "identity_error",
-        "average_path_length", "stopped_by", "seconds", "files",
+        "average_path_length", "logit_gap_16bit", "stopped_by", "seconds", "files",
     ]  # fmt: skip
     assert facts["targets"] == [{"token": " x", "probability": 0.6}, {"token": " y", "probability": 0.2}]
     assert facts["nodes"] == {"total": 8, "features": 2, "errors": 1, "tokens": 2, "positions": 1, "logits": 2}
