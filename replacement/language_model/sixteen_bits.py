@@ -40,7 +40,7 @@ def raised(bridge: Any, dtype: torch.dtype) -> Iterator[None]:
     handles += tables.follow(bridge.embed)
     always = _Raised([module for module in outside if id(module) not in embeddings], dtype)
     if isinstance(output, nn.Linear):
-        output.forward = _blockwise_forward(output)  # type: ignore[method-assign]
+        output.forward = _blockwise_forward(output)  # type: ignore[method-assign, assignment]
     else:
         unembed = _Raised(list(bridge.unembed.modules()), dtype)
         handles += unembed.follow(bridge.unembed)
