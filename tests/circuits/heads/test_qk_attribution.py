@@ -364,9 +364,3 @@ def test_other_scores_are_refused_by_name(tmp_path: Path, name: str, options: di
     model = model_of(LanguageModel.from_pretrained(tiny.write_model(f"{name}ForCausalLM", options, tmp_path)))
     with pytest.raises(ValueError, match=f"attention scores of {name}ForCausalLM cannot be attributed exactly"):
         attribute_score(model, tiny.random_tokens(), layer=0, head=0)
-
-
-def test_half_precision_is_refused(model_folder: Any) -> None:
-    lm = LanguageModel.from_pretrained(model_folder("gpt2"), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"needs float32 or float64 weights, the model is loaded in torch.bfloat16"):
-        lm.freeze_query_key(tiny.random_tokens(), layer=0)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from replacement import Crosscoder, Intervention, JumpReLU, LanguageModel, ReLU, ReplacementModel, Site, TopK, Wiring
+from replacement import Crosscoder, Intervention, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 from replacement.splicing.clean_run import CleanRun, Conditions
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -241,12 +241,6 @@ def test_tokens_are_checked_before_the_model_runs(language_model: Any) -> None:
         model(torch.tensor([[5, 97]]))
     with pytest.raises(ValueError, match="the prompt has 33 tokens"):
         model(torch.ones(2, 33, dtype=torch.int64))
-
-
-def test_16_bit_models_are_refused_for_exact_work(model_folder: Any) -> None:
-    lm = LanguageModel.from_pretrained(model_folder("gpt2"), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"needs float32 or float64 weights, the model is loaded in torch.bfloat16"):
-        ReplacementModel(lm, tiny.crosscoder_for(lm))
 
 
 def test_localize_refuses_what_the_model_cannot_read(language_model: Any) -> None:
