@@ -45,6 +45,7 @@ def trace(
     targets: Sequence[Target | str | int] | Target | str | int | None = None,
     coverage: float = 0.99,
     max_nodes: int | None = MAX_NODES,
+    drop_below: float = 0.0,
     memory: str | int | None = None,
     announce: Callable[[Estimate], None] | None = None,
     progress: Progress | None = None,
@@ -62,6 +63,8 @@ def trace(
             tokens (text or id), `TokenTarget`, `DifferenceTarget`, `FeatureTarget`, or texts that `parse_target` reads.
         coverage: expand features until at most `1 - coverage` of the influence ends in unexpanded ones.
         max_nodes: most features expanded; None for no limit. Which limit ended the trace is `metadata["stopped_by"]`.
+        drop_below: edges of at most this share of their target's inflow are left out, for long prompts; they count as lost, as
+            after `CircuitGraph.drop_edges`.
         memory: most bytes that the process may hold, as a number or a text such as `4GB`; by default what it holds and what
             the machine, or its control group, has left.
         announce: called with the expected cost before the work starts.
@@ -80,6 +83,7 @@ def trace(
     started = time.perf_counter()
     check_model(model)
     check_threshold("coverage", coverage)
+    check_threshold("drop_below", drop_below)
     if max_nodes is not None:
         whole_number("max_nodes", max_nodes, least=1)
     if memory is not None:
@@ -96,7 +100,7 @@ def trace(
         check_memory(cost, memory, local.n_positions)
         if announce is not None:
             announce(cost)
-        attributor = Attributor(local, logits)
+        attributor = Attributor(local, logits, drop_below=drop_below)
         output = np.zeros(attributor.rows.n_nodes)
         output[attributor.rows.n_columns :] = output_weights(logits) if logits else []
         output[attributor.columns.features.start + np.array(roots, dtype=np.int64)] = 1 / max(1, len(roots))
@@ -106,6 +110,7 @@ def trace(
         "prompt": prompt if isinstance(prompt, str) else "".join(lm.token_strings(tokens_T.tolist())),
         **trace_facts(model, local, logits, roots, rows),
         "coverage": float(coverage),
+        **({"dropped_below": float(drop_below)} if drop_below else {}),
         "seconds": time.perf_counter() - started,
     }
     return CircuitGraph(nodes, edges, metadata)
