@@ -18,8 +18,8 @@ deepest first, so those under way are always a prefix and every product is one p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -28,13 +28,15 @@ from torch import Tensor
 from circuits.attribution.readers import Targets
 from circuits.attribution.sources import Sources
 from replacement import LocalReplacement
-from replacement.language_model.frozen_layers import Scratch
+from replacement.language_model.frozen_layers import FrozenAttention, Scratch
 from replacement.splicing.skip import add_terms
 
 LEAST_TARGETS = 16
 """Targets of a chunk however long the prompt is: each source row that is read from memory is then used this often."""
 PUSHED_NUMBERS = 2**25
 """Most numbers that embeddings pushed through attention 0 may take (128 MiB in float32)."""
+HELD_BYTES = 2**29
+"""Most memory that folded attention weights take while a prompt is traced; those of further layers are folded when needed."""
 PADDING = 1.1
 """Largest ratio of carried rows to rows inside a causal cone, for chunks that are not small."""
 
@@ -52,6 +54,7 @@ class Transport:
         self.sources = Sources(local)
         self.constants = constant_stream(local, self.sources)
         self.pushed = None if local.crosscoder.skip else _push_embeddings(local)
+        self.attentions = _with_held_weights(local.frozen.attentions)
         self.scratch = Scratch()
 
     def attribute(self, targets: Targets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
@@ -71,6 +74,14 @@ class Transport:
             walk = _Walk(self, vectors_ND[chosen], depth_N[chosen].tolist(), position_N[chosen])
             effects_NC[chosen] = walk.down().T
         return effects_NC, bias_N
+
+
+def _with_held_weights(attentions: Sequence[FrozenAttention]) -> list[FrozenAttention]:
+    room, held = HELD_BYTES, []
+    for attention in attentions:
+        room -= 2 * attention.weights.W_O.numel() * attention.kernel_HTT.element_size()
+        held.append(replace(attention, weights=attention.weights.hold()) if room >= 0 else attention)
+    return held
 
 
 def _chunks(position_N: list[int], rows: int) -> Iterator[slice]:
@@ -118,7 +129,7 @@ class _Walk:
                 self._meet_embeddings(slice(reached, None))
                 return self.effects_CN
             for rows, z_XNT in self._mix_back(layer):
-                self.transport.local.frozen.attentions[layer].add_values_back_(z_XNT, self.v_NTD[rows])
+                self.transport.attentions[layer].add_values_back_(z_XNT, self.v_NTD[rows])
             self._add_pending(2 * layer)
         self._meet_embeddings(slice(None))
         return self.effects_CN
@@ -128,7 +139,7 @@ class _Walk:
 
         Targets that meet their first attention layer here are still at one position, which saves half of its cost.
         """
-        attention = self.transport.local.frozen.attentions[layer]
+        attention = self.transport.attentions[layer]
         spread, reached = self._under_way(2 * layer + 3), self._under_way(2 * layer + 1)
         if spread:
             yield slice(0, spread), attention.mix_back(self.v_NTD[:spread], self.transport.scratch)

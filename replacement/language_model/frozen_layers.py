@@ -10,7 +10,7 @@ What is left of an attention layer is, per head, `kernel_TT @ x_TD @ W_V_DK @ W_
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import einops
 import torch
@@ -96,6 +96,8 @@ class AttentionWeights:
     """`b_O` through the output norm's weight (not yet divided by its scale)."""
     norm_bias_D: Float[Tensor, " D"]
     """Bias of the output norm; zeros where there is none."""
+    held: tuple[Tensor, Tensor] | None = None
+    """Folded value and output weights, where they are kept; see `hold`."""
 
     @classmethod
     def fold(
@@ -137,6 +139,8 @@ class AttentionWeights:
     @property
     def W_V_XD(self) -> Float[Tensor, "X D"]:  # noqa: N802
         """Value weights with the input norm's weight and centring folded in; `x @ W_V.T` gives all values."""
+        if self.held is not None:
+            return self.held[0]
         W_V_GKD = self.W_V.transpose(1, 2) * self.norm_in.weight_D  # a product with float32 raises 16 bits
         if self.norm_in.centred:
             W_V_GKD -= W_V_GKD.mean(-1, keepdim=True)
@@ -145,11 +149,17 @@ class AttentionWeights:
     @property
     def W_O_XD(self) -> Float[Tensor, "X D"]:  # noqa: N802
         """Output weights with the output norm's weight and centring folded in (where the model has such a norm)."""
+        if self.held is not None:
+            return self.held[1]
         W_O_XD = self.W_O.flatten(0, 1).to(self.norm_in.weight_D.dtype)
         if self.norm_out is not None:
             W_O_XD = W_O_XD - W_O_XD.mean(-1, keepdim=True) if self.norm_out.centred else W_O_XD
             W_O_XD = W_O_XD * self.norm_out.weight_D
         return W_O_XD if self.residual_scale == 1 else W_O_XD * self.residual_scale
+
+    def hold(self) -> AttentionWeights:
+        """The same weights with the folded ones kept, for many products in a row; as long as the result is referred to."""
+        return replace(self, held=(self.W_V_XD.contiguous(), self.W_O_XD.contiguous()))
 
     def typical_sizes(self) -> tuple[float, float]:
         """Root mean square of `attn_z` and of the layer's output, when one position is attended to.

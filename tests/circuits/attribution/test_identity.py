@@ -53,10 +53,8 @@ def forget_attention(transport: Any) -> None:
     if transport.local.attention is not None:
         change_vectors(transport, 1, 1, lambda written: written.vectors_SD.zero_())
         return
-    attentions = list(transport.local.frozen.attentions)
-    attentions[1] = dataclasses.replace(attentions[1], kernel_HTT=torch.zeros_like(attentions[1].kernel_HTT))
-    frozen = dataclasses.replace(transport.local.frozen, attentions=tuple(attentions))
-    transport.local = dataclasses.replace(transport.local, frozen=frozen)
+    attention = transport.attentions[1]
+    transport.attentions[1] = dataclasses.replace(attention, kernel_HTT=torch.zeros_like(attention.kernel_HTT))
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
