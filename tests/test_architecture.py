@@ -20,6 +20,7 @@ MODELS = {"torch", "transformer_lens", "transformers"}
 _SHARED = [
     "replacement.number_checks",
     "replacement.files",
+    "replacement.memory",
     "replacement.console",
     "replacement.allocator",
     "replacement.start",

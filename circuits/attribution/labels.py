@@ -157,7 +157,7 @@ def _strongest_reads(
     crosscoder, reads = part.crosscoder, part.crosscoder.wiring.reads[group]
     if part.kind == "attn_out":
         (site,) = reads
-        reading_NX = crosscoder.encoder(group, site)[index_N]
+        reading_NX = crosscoder.encoder_vectors(group, index_N, site)
         best_ND, best_N, layers = local.zeros(len(index_N), local.shape.d_model), None, [site.layer]
     else:
         best_ND = torch.stack([read_vectors(local, group, site, index_N, position_N)[0] for site in reads]).sum(0)

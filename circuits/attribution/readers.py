@@ -43,7 +43,7 @@ def read_vectors(
 
     `encoder . x_site = vector . stream + constant`; a site behind a norm is pulled back through it, frozen.
     """
-    vectors_ND = local.crosscoder.encoder(group, site)[index_N]
+    vectors_ND = local.crosscoder.encoder_vectors(group, index_N, site)
     if site.kind != "mlp_in":
         return vectors_ND, vectors_ND.new_zeros(len(vectors_ND))
     norm = local.frozen.norms_mlp[site.layer]
@@ -93,14 +93,14 @@ def reading_sizes(local: LocalReplacement, part: Decomposition, chosen_S: Tensor
         index, position = features.index[chosen_S[places]], features.row[chosen_S[places]]
         for site in crosscoder.wiring.reads[group]:
             norm_T = local.frozen.activations[site].norm(dim=1)
-            size_S[places] += crosscoder.encoder(group, site)[index].norm(dim=1) * norm_T[position]
+            size_S[places] += crosscoder.encoder_vectors(group, index, site).norm(dim=1) * norm_T[position]
     return size_S
 
 
 def head_reads(part: Decomposition, chosen_S: Tensor, group: int) -> HeadTargets:
     """What chosen features of one group of attention's crosscoder read at `attn_z`."""
     (site,) = part.crosscoder.wiring.reads[group]
-    vectors_NX = part.crosscoder.encoder(group, site)[part.features.index[chosen_S]]
+    vectors_NX = part.crosscoder.encoder_vectors(group, part.features.index[chosen_S], site)
     return HeadTargets(site.layer, vectors_NX, part.features.row[chosen_S])
 
 

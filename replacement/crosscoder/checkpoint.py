@@ -21,8 +21,10 @@ from replacement.crosscoder.activation import activation_from_dict
 from replacement.crosscoder.checks import finite_values, float_dtype
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape
+from replacement.crosscoder.weights import MATRICES
 from replacement.crosscoder.wiring import HasShape, Wiring
 from replacement.files import atomic_folder, read_json, sha256_of
+from replacement.memory import available_memory, size_text
 
 FORMAT = "crosstrace crosscoder"
 VERSION = 2
@@ -79,6 +81,7 @@ def save(
         "model_name": crosscoder.model_name,
         "model_fingerprint": crosscoder.model_fingerprint,
         **crosscoder.settings(),
+        "fingerprint": crosscoder.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),
         "training": dict(training or {}),
     }
@@ -90,8 +93,22 @@ def save(
         (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Crosscoder:
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    lazy: bool | None = None,
+) -> Crosscoder:
     """Read a checkpoint folder into a crosscoder in evaluation mode.
+
+    Args:
+        dtype: what the crosscoder computes in.
+        device: where it is put.
+        lazy: leave encoders and decoders in the file, as a map of it in memory: opening takes no time, encoders are read a
+            group at a time and decoder vectors one by one, and the system forgets what it needs no more. Names, shapes and
+            the digest of the configuration are checked then, the digest of the weights is not (loading with `lazy=False`
+            checks it). By default where the weights would take more than half of the memory that is free.
 
     Raises:
         ValueError: an unsuitable dtype or device; or names the file and says what is wrong: missing, not JSON, another format,
@@ -102,6 +119,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
     config, path = read_config(folder), Path(folder) / TENSOR_FILE
     crosscoder = _described(config, Path(folder) / CONFIG_FILE, dtype)
     tensors, expected = _read_tensors(path), crosscoder.state_dict()
+    lazy = _is_lazy(path, expected, dtype, device, lazy)
     for problem, names in (("lacks", expected.keys() - tensors.keys()), ("has", tensors.keys() - expected.keys())):
         if names:
             verb = "the tensor" if problem == "lacks" else "an unexpected tensor"
@@ -111,15 +129,40 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
             shapes = f"expected {list(expected[name].shape)}, got {list(value.shape)}"
             raise ValueError(f"{path}: the tensor {name} has the wrong shape: {shapes}")
         float_dtype(f"{path}: the dtype of the tensor {name}", value.dtype)
+        if lazy and name.startswith(MATRICES):
+            continue
         tensors[name] = value.to(dtype, copy=True)  # into aligned memory: sums are then the same as before saving
         finite_values(f"{path}: the tensor {name}", tensors[name])
-    if config["version"] > 1 and sha256_of(path) != config["tensors_sha256"]:
+    if not lazy and config["version"] > 1 and sha256_of(path) != config["tensors_sha256"]:
         raise ValueError(f"{path} is damaged: its digest is not the one recorded in {CONFIG_FILE}")
     crosscoder.load_state_dict(tensors, assign=True)
+    if lazy:
+        crosscoder.in_file = True
+        if "fingerprint" in config:
+            crosscoder.fingerprint = config["fingerprint"]
+        return crosscoder.eval().requires_grad_(False)
     try:
         return crosscoder.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot load a crosscoder to the device {str(device)!r:.50}: {error}") from error
+
+
+def _is_lazy(
+    path: Path, expected: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str, lazy: bool | None
+) -> bool:
+    """Whether to leave the weights in their file; see `load`."""
+    size = sum(value.numel() for value in expected.values()) * dtype.itemsize
+    available, on_cpu = available_memory(), torch.device(device).type == "cpu"
+    if lazy and not on_cpu:
+        raise ValueError(f"cannot leave the weights of {path} in their file on the device {device}: only on cpu")
+    if lazy is None:
+        return on_cpu and available is not None and size > available / 2
+    if not lazy and on_cpu and available is not None and size > available:
+        raise ValueError(
+            f"{path}: the weights take {size_text(size)} in {str(dtype).removeprefix('torch.')}, and {size_text(available)} "
+            "of memory are free: load them with lazy=True, which leaves them in the file"
+        )
+    return lazy
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

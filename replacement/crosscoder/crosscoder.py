@@ -29,6 +29,9 @@ _ROWS_AT_ONCE = 512
 """Few enough for the pre-activations to stay in a cache, enough for a fast matrix product. Accelerators get more."""
 
 
+_FEATURES_AT_ONCE = 16_384
+
+
 class CrosscoderOutput(NamedTuple):
     """Result of `Crosscoder.forward`."""
 
@@ -61,11 +64,16 @@ class Crosscoder(CrosscoderWeights):
         return self._dense_pre_activations(self._reads(inputs, group), group)
 
     def _dense_pre_activations(self, reads: list[Tensor], group: int) -> Tensor:
-        weights = self.encoders(group)
-        pre_BF = functional.linear(reads[0], weights[0], self.b_enc[group])
-        for weight_FD, x_BD in zip(weights[1:], reads[1:], strict=True):
-            pre_BF = torch.addmm(pre_BF, x_BD, weight_FD.T)
-        return pre_BF
+        weights, bias_F = self.encoders(group), self.b_enc[group]
+        step = self.n_features if weights[0].dtype == self.dtype else _FEATURES_AT_ONCE
+        parts = []
+        for begin in range(0, self.n_features, step):  # matrices of fewer bits are raised in pieces
+            features = slice(begin, begin + step)
+            pre_BF = functional.linear(reads[0], weights[0][features].to(self.dtype), bias_F[features])
+            for weight_FD, x_BD in zip(weights[1:], reads[1:], strict=True):
+                pre_BF = torch.addmm(pre_BF, x_BD, weight_FD[features].to(self.dtype).T)
+            parts.append(pre_BF)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def encode(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> Features:
         """Active features of all groups; differentiable in the inputs and weights.
@@ -114,7 +122,8 @@ class Crosscoder(CrosscoderWeights):
         """
         n_rows = max(1, len(reads[0]))
         chunk = _ROWS_AT_ONCE * (1 if self.device.type == "cpu" else 16)
-        step = chunk if self.activation.chooses_by_row else n_rows
+        by_row = self.activation.chooses_by_row or not self.training  # in use, BatchTopK has a fixed threshold
+        step = chunk if by_row else n_rows
         threshold_F = None if self.threshold is None else self.threshold[group]
         parts = []
         for begin in range(0, n_rows, step):
@@ -124,7 +133,9 @@ class Crosscoder(CrosscoderWeights):
         row_S, index_S, pre_S = (torch.cat(column) for column in zip(*parts, strict=True))
         if pre_S.dtype != self.dtype:  # autocast: features were chosen in bfloat16; their values are computed again
             pattern = Pattern.of(row_S, index_S, n_rows)
-            products = [dots(x_BD, w_FD, pattern) for x_BD, w_FD in zip(reads, self.encoders(group), strict=True)]
+            products = [
+                dots(x_BD, w_FD.to(self.dtype), pattern) for x_BD, w_FD in zip(reads, self.encoders(group), strict=True)
+            ]
             pre_S = sum(products, start=self.b_enc[group][index_S])
         return row_S, index_S, pre_S
 
@@ -144,6 +155,8 @@ class Crosscoder(CrosscoderWeights):
             pre_S: their values, taken from `pre_activations` without gradient; returned unchanged.
         """
         bias_F: Tensor | None = self.b_enc[group]
+        if not torch.is_grad_enabled():
+            return pre_S
         for weight_FD, x_BD in zip(self.encoders(group), self._reads(inputs, group), strict=True):
             pre_S = with_encoder_gradient(pre_S, x_BD, weight_FD, bias_F, row_S, index_S)
             bias_F = None

@@ -62,8 +62,12 @@ def weighted_rows(
     """`out[b] = sum of scale[s] * weight[index[s]]` over `offsets[b] <= s < offsets[b + 1]`.
 
     Args:
+        weight_FD: may have another dtype than the scales; the rows needed are then converted.
         offsets: CSR offsets, `[B + 1]`, ending in S.
     """
+    if weight_FD.dtype != scale_S.dtype:
+        weight_FD = weight_FD[index_S].to(scale_S.dtype)
+        index_S = torch.arange(len(index_S), device=index_S.device)
     return functional.embedding_bag(
         index_S, weight_FD, offsets, mode="sum", per_sample_weights=scale_S, include_last_offset=True
     )
@@ -112,7 +116,7 @@ class _AddBlocks(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.blocks, ctx.patterns = blocks, patterns
         scales, weights = tensors[: len(patterns)], tensors[len(patterns) :]
-        sums = _outputs(blocks, patterns, weights)
+        sums = _outputs(blocks, patterns, weights, scales)
         filled: set[int] = set()
         for target, source, weight, place in blocks:
             weight_XD, pattern = _at_place(weights[weight], place, patterns[source])
@@ -145,7 +149,9 @@ class _AddBlocks(torch.autograd.Function):
         return None, None, *grad_scales, *(slices and slices.finish() for slices in grad_weights)
 
 
-def _outputs(blocks: Sequence[Block], patterns: Sequence[Pattern], weights: Sequence[Tensor]) -> list[Tensor]:
+def _outputs(
+    blocks: Sequence[Block], patterns: Sequence[Pattern], weights: Sequence[Tensor], scales: Sequence[Tensor]
+) -> list[Tensor]:
     """Room for the targets of some blocks, in one piece of memory like that of `_slices`; not views to autograd, so that
     each may be worked on in place."""
     if not blocks:
@@ -154,7 +160,7 @@ def _outputs(blocks: Sequence[Block], patterns: Sequence[Pattern], weights: Sequ
         block.target: (len(patterns[block.source].offsets) - 1, weights[block.weight].shape[-1]) for block in blocks
     }
     sizes = [math.prod(shapes[target]) for target in range(len(shapes))]
-    parts = weights[0].new_empty(sum(sizes)).split(sizes)
+    parts = scales[0].new_empty(sum(sizes)).split(sizes)
     return [part.view(shapes[target]).detach() for target, part in enumerate(parts)]
 
 

@@ -19,6 +19,9 @@ from replacement.number_checks import number, whole_number
 
 Kind = TypeVar("Kind", bound="CrosscoderWeights")
 
+MATRICES = ("W_enc", "W_dec", "W_skip")
+"""Names of the large tensors. They may have fewer bits than `dtype`: what is used of them is then raised to it."""
+
 
 class CrosscoderWeights(nn.Module):
     """Parameters of a crosscoder; `Crosscoder` adds what is computed with them.
@@ -78,6 +81,8 @@ class CrosscoderWeights(nn.Module):
         self.undecomposed_positions = whole_number("undecomposed_positions", undecomposed_positions)
         activation.check_fits(wiring.n_groups, self.n_features)
         self._fingerprint: tuple[object, str] = (None, "")
+        self.in_file = False
+        """Whether encoders and decoders are a view of their file, of which only what is used is read."""
         try:
             self._allocate(dtype)
         except (RuntimeError, MemoryError) as error:
@@ -168,12 +173,24 @@ class CrosscoderWeights(nn.Module):
         """A frozen copy in evaluation mode, for splicing into a model; this crosscoder is left as it is.
 
         Tensors that already have the dtype and device (by default those of this crosscoder) are shared, not copied: the
-        copy then takes no memory, and follows later changes of these weights in place.
+        copy then takes no memory, and follows later changes of these weights in place. So are 16-bit matrices where 32 bits
+        or more are asked for, and matrices that stay in their file: they are raised piece by piece when they are used.
         """
-        tensors = {name: value.detach().to(device=device, dtype=dtype) for name, value in self.state_dict().items()}
+        dtype = self.dtype if dtype is None else dtype
+        tensors = {
+            name: value.detach().to(device=device, dtype=None if self._stays(name, value, dtype) else dtype)
+            for name, value in self.state_dict().items()
+        }
         made = self._without_memory(self, dtype=dtype)
         made.load_state_dict(tensors, assign=True)
+        made.in_file = self.in_file
+        if self._fingerprint[0] == self._state():
+            made._fingerprint = (made._state(), self._fingerprint[1])
         return made.eval().requires_grad_(False)
+
+    def _stays(self, name: str, value: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a tensor keeps its dtype where the crosscoder is to compute in another one."""
+        return name.startswith(MATRICES) and (self.in_file or value.dtype.itemsize < min(4, dtype.itemsize))
 
     @property
     def fingerprint(self) -> str:
@@ -182,13 +199,24 @@ class CrosscoderWeights(nn.Module):
         Equal for every dtype from bfloat16 on that the weights are loaded in; see `fingerprint.fingerprint`. It is
         computed again only after a change that autograd could see (not through `.data`).
         """
-        tensors, settings = self.state_dict(), json.dumps(self.settings(), sort_keys=True)
-        if any(value.is_inference() for value in tensors.values()):  # torch does not count changes of these
-            return fingerprint(tensors.items(), settings)
-        state = (settings, [(value.data_ptr(), value._version) for value in tensors.values()])
-        if self._fingerprint[0] != state:
-            self._fingerprint = (state, fingerprint(tensors.items(), settings))
+        state = self._state()
+        if state is None or self._fingerprint[0] != state:
+            settings = json.dumps(self.settings(), sort_keys=True)
+            self._fingerprint = (state, fingerprint(self.state_dict().items(), settings))
         return self._fingerprint[1]
+
+    @fingerprint.setter
+    def fingerprint(self, recorded: str) -> None:
+        """The digest of these weights is known already, from the file that holds them."""
+        self._fingerprint = (self._state(), recorded)
+
+    def _state(self) -> object:
+        """Differs after every change that autograd could see; None where torch does not count changes."""
+        tensors = self.state_dict().values()
+        if any(value.is_inference() for value in tensors):
+            return None
+        settings = json.dumps(self.settings(), sort_keys=True)
+        return settings, [(value.data_ptr(), value._version) for value in tensors]
 
     @property
     def legacy_fingerprint(self) -> str:
@@ -213,7 +241,7 @@ class CrosscoderWeights(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
+        """Dtype that this crosscoder computes in, and that of its biases and thresholds."""
         return self.b_dec[0].dtype
 
     @property
@@ -222,7 +250,7 @@ class CrosscoderWeights(nn.Module):
         return self.b_dec[0].device
 
     def encoders(self, group: int) -> list[Tensor]:
-        """Encoders `[F, D]` of a group, one per read site.
+        """Encoders `[F, D]` of a group, one per read site, as they are stored.
 
         Raises:
             ValueError: no such group.
@@ -237,7 +265,16 @@ class CrosscoderWeights(nn.Module):
         Raises:
             ValueError: the group does not read the site.
         """
-        return self.encoders(group)[self._place(group, "read", site)]
+        return self.encoders(group)[self._place(group, "read", site)].to(self.dtype)
+
+    def encoder_vectors(self, group: int, index_S: Int[Tensor, " S"], site: Site) -> Float[Tensor, "S D"]:
+        """Encoder vectors `[S, D]` of chosen features at one read site; reads these rows only.
+
+        Raises:
+            ValueError: the group does not read the site, or indices that are no int64 numbers from 0 to F - 1.
+        """
+        indices("the feature indices", index_S, self.n_features)
+        return self.encoders(group)[self._place(group, "read", site)][index_S].to(self.dtype)
 
     def decoder(self, group: int, site: Site) -> Float[Tensor, "F D"]:
         """Decoder `[F, D]` of a group to one of its written sites (a view).
@@ -245,6 +282,9 @@ class CrosscoderWeights(nn.Module):
         Raises:
             ValueError: the group does not write the site.
         """
+        return self._decoder(group, site).to(self.dtype)
+
+    def _decoder(self, group: int, site: Site) -> Tensor:
         place = self._place(group, "write", site)
         return self.W_dec[self.wiring.write_sites.index(site)] if self.tied else self.W_dec[group][:, place]
 
@@ -255,7 +295,7 @@ class CrosscoderWeights(nn.Module):
             ValueError: the group does not write the site, or indices that are no int64 numbers from 0 to F - 1.
         """
         indices("the feature indices", index_S, self.n_features)
-        return self.decoder(group, site)[index_S]
+        return self._decoder(group, site)[index_S].to(self.dtype)
 
     def decoder_norms(self) -> tuple[Float[Tensor, "F W"], ...]:
         """Norm of every decoder vector: per group `[F, W]`, columns as `wiring.writes[group]`."""
@@ -278,7 +318,7 @@ class CrosscoderWeights(nn.Module):
             raise ValueError("this crosscoder has no skip connection")
         r, w = self._place(group, "read", read), self._place(group, "write", write)
         sizes = [len(reads) * len(writes) for reads, writes in zip(self.wiring.reads, self.wiring.writes, strict=True)]
-        return self.W_skip[sum(sizes[:group]) + r * len(self.wiring.writes[group]) + w]
+        return self.W_skip[sum(sizes[:group]) + r * len(self.wiring.writes[group]) + w].to(self.dtype)
 
     @torch.no_grad()
     def fold_input_scale(
@@ -321,7 +361,8 @@ class CrosscoderWeights(nn.Module):
             ValueError: names the first such tensor.
         """
         for name, value in self.state_dict().items():
-            finite_values(f"the tensor {name}", value)
+            if not (self.in_file and name.startswith(MATRICES)):  # they are not read for this: activations are checked
+                finite_values(f"the tensor {name}", value)
 
     def _check_group(self, group: int) -> None:
         if group not in range(self.n_groups):

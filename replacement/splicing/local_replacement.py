@@ -212,6 +212,6 @@ def _pre_activations(crosscoder: Crosscoder, features: Features, frozen: FrozenP
         pre_S = crosscoder.b_enc[group][active.index]
         for site in crosscoder.wiring.reads[group]:
             rows_SD = frozen.activations[site][active.row]
-            pre_S = pre_S + (rows_SD * crosscoder.encoder(group, site)[active.index]).sum(-1)
+            pre_S = pre_S + (rows_SD * crosscoder.encoder_vectors(group, active.index, site)).sum(-1)
         parts.append(pre_S)
     return torch.cat(parts)

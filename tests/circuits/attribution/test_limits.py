@@ -15,13 +15,12 @@ import tiny
 
 import circuits
 from circuits.attribution import estimate as estimating
-from circuits.attribution import limits
 from circuits.attribution.columns import Columns
 from circuits.attribution.expansion import Attributor
 from circuits.attribution.limits import memory_bytes
 from circuits.graph.nodes import NodeKind
 from circuits.progress import ProgressText
-from replacement import ReplacementModel, Wiring
+from replacement import ReplacementModel, Wiring, memory
 
 
 def model_of(lm: Any, *, attention: bool = False) -> ReplacementModel:
@@ -106,8 +105,8 @@ def test_free_memory_of_a_control_group_counts(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (tmp_path / folder / name).write_text(text)
-    assert list(limits._free_in_groups(tmp_path, tmp_path / "cgroup")) == [800, 407]
-    assert list(limits._free_in_groups(tmp_path, tmp_path / "missing")) == []
+    assert list(memory._free_in_groups(tmp_path, tmp_path / "cgroup")) == [800, 407]
+    assert list(memory._free_in_groups(tmp_path, tmp_path / "missing")) == []
 
 
 def test_progress_says_speed_and_time_to_go() -> None:
