@@ -23,6 +23,7 @@ def load(
     attention_crosscoder: str | Path | None = None,
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
+    lazy: bool | None = None,
 ) -> ReplacementModel:
     """A language model with a crosscoder spliced in for its MLPs, and one for attention if asked for.
 
@@ -33,6 +34,8 @@ def load(
         dtype: float32, bfloat16, float16 or float64, which both are loaded in; its name will do. The model runs in it; exact
             work (`localize`, `circuits.trace`) raises 16-bit weights to float32 piece by piece.
         device: device both are put on: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first of CUDA, MPS and CPU there is.
+        lazy: leave the crosscoders' weights in their files, which may then be larger than memory; by default where they would
+            take more than half of the memory that is free (see `replacement.checkpoint.load`).
 
     Raises:
         ValueError: one of them is missing, damaged or of another model, or a dtype or device that cannot be used.
@@ -50,7 +53,7 @@ def load(
         checkpoint.read_config(folder)  # a wrong path should not cost loading the language model
     lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
     lm.name = DEMO if is_demo else lm.name
-    loaded = [checkpoint.load(folder, dtype=dtype, device=device) for folder in folders]
+    loaded = [checkpoint.load(folder, dtype=dtype, device=device, lazy=lazy) for folder in folders]
     result = ReplacementModel(
         lm, loaded[0], attention_crosscoder=loaded[1] if attention_crosscoder is not None else None
     )

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from replacement.crosscoder.activation import activation_from_dict
 from replacement.crosscoder.checks import finite_values, float_dtype
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.mapped_file import map_tensors
 from replacement.crosscoder.sites import ModelShape
 from replacement.crosscoder.weights import MATRICES
 from replacement.crosscoder.wiring import HasShape, Wiring
@@ -89,7 +89,7 @@ def save(
     with atomic_folder(target, replaces=(CONFIG_FILE, TENSOR_FILE)) as scratch:
         save_file(tensors, scratch / TENSOR_FILE)
         config["tensors_sha256"] = sha256_of(scratch / TENSOR_FILE)
-        config["config_sha256"] = _digest_of_entries(config)
+        config["config_sha256"] = config_digest(config)
         (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -118,8 +118,9 @@ def load(
     float_dtype("the dtype of a crosscoder", dtype)
     config, path = read_config(folder), Path(folder) / TENSOR_FILE
     crosscoder = _described(config, Path(folder) / CONFIG_FILE, dtype)
-    tensors, expected = _read_tensors(path), crosscoder.state_dict()
+    expected = crosscoder.state_dict()
     lazy = _is_lazy(path, expected, dtype, device, lazy)
+    tensors, mapped = map_tensors(path)
     for problem, names in (("lacks", expected.keys() - tensors.keys()), ("has", tensors.keys() - expected.keys())):
         if names:
             verb = "the tensor" if problem == "lacks" else "an unexpected tensor"
@@ -133,11 +134,12 @@ def load(
             continue
         tensors[name] = value.to(dtype, copy=True)  # into aligned memory: sums are then the same as before saving
         finite_values(f"{path}: the tensor {name}", tensors[name])
+        mapped.release()
     if not lazy and config["version"] > 1 and sha256_of(path) != config["tensors_sha256"]:
         raise ValueError(f"{path} is damaged: its digest is not the one recorded in {CONFIG_FILE}")
     crosscoder.load_state_dict(tensors, assign=True)
     if lazy:
-        crosscoder.in_file = True
+        crosscoder.in_file = mapped
         if "fingerprint" in config:
             crosscoder.fingerprint = config["fingerprint"]
         return crosscoder.eval().requires_grad_(False)
@@ -183,7 +185,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     missing = [entry for entry in (*ENTRIES, *(DIGESTS if version > 1 else ())) if entry not in config]
     if missing:
         raise ValueError(f"{path} lacks the entry {missing[0]!r}")
-    if version > 1 and _digest_of_entries(config) != config["config_sha256"]:
+    if version > 1 and config_digest(config) != config["config_sha256"]:
         raise ValueError(f"{path} is damaged or was edited: its entries do not have the digest recorded in it")
     return config
 
@@ -236,16 +238,7 @@ def _read_checked(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
-
-
-def _digest_of_entries(config: Mapping[str, Any]) -> str:
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Digest of a configuration's entries, that of the digest itself left out."""
     entries = {name: value for name, value in config.items() if name != "config_sha256"}
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

@@ -103,6 +103,8 @@ class Crosscoder(CrosscoderWeights):
                 position_S = row_S if positions is None else _checked(positions, len(reads[0]))[row_S]
                 keep_S = position_S >= self.undecomposed_positions
                 row_S, index_S, pre_S = row_S[keep_S], index_S[keep_S], pre_S[keep_S]
+        if self.in_file is not None:  # a group's encoder is not needed again before the next prompt
+            self.in_file.release()
         pre_S = self.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_S)
         threshold_S = None if self.threshold is None else self.threshold[group].expand(self.n_features)[index_S]
         acts_S = self.activation.values(pre_S, threshold_S)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from replacement.crosscoder.activation import Activation, TopK
 from replacement.crosscoder.checks import finite_values, float_dtype, indices
 from replacement.crosscoder.fingerprint import fingerprint, legacy_fingerprint
+from replacement.crosscoder.mapped_file import MappedFile
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 from replacement.number_checks import number, whole_number
@@ -81,8 +82,8 @@ class CrosscoderWeights(nn.Module):
         self.undecomposed_positions = whole_number("undecomposed_positions", undecomposed_positions)
         activation.check_fits(wiring.n_groups, self.n_features)
         self._fingerprint: tuple[object, str] = (None, "")
-        self.in_file = False
-        """Whether encoders and decoders are a view of their file, of which only what is used is read."""
+        self.in_file: MappedFile | None = None
+        """The file that encoders and decoders are views of, where only what is used is read; None for weights in memory."""
         try:
             self._allocate(dtype)
         except (RuntimeError, MemoryError) as error:
@@ -190,7 +191,7 @@ class CrosscoderWeights(nn.Module):
 
     def _stays(self, name: str, value: Tensor, dtype: torch.dtype) -> bool:
         """Whether a tensor keeps its dtype where the crosscoder is to compute in another one."""
-        return name.startswith(MATRICES) and (self.in_file or value.dtype.itemsize < min(4, dtype.itemsize))
+        return name.startswith(MATRICES) and (self.in_file is not None or value.dtype.itemsize < min(4, dtype.itemsize))
 
     @property
     def fingerprint(self) -> str:
@@ -361,7 +362,9 @@ class CrosscoderWeights(nn.Module):
             ValueError: names the first such tensor.
         """
         for name, value in self.state_dict().items():
-            if not (self.in_file and name.startswith(MATRICES)):  # they are not read for this: activations are checked
+            if self.in_file is None or not name.startswith(
+                MATRICES
+            ):  # they are not read for this: activations are checked
                 finite_values(f"the tensor {name}", value)
 
     def _check_group(self, group: int) -> None:

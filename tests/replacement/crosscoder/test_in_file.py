@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_a_trace_reads_the_file_and_gives_the_same_graph(
     def graph_of(*, lazy: bool) -> Any:
         loaded = [checkpoint.load(folder, lazy=lazy) for folder in folders]
         model = ReplacementModel(lm, loaded[0], attention_crosscoder=loaded[1] if attention else None)
-        assert all(view.in_file == lazy for view in model.crosscoders.values())
+        assert all((view.in_file is not None) == lazy for view in model.crosscoders.values())
         return circuits.trace(model, tokens)
 
     expected = graph_of(lazy=False)
@@ -128,12 +129,50 @@ def test_lazy_by_size_and_refused_when_too_large(
     language_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(language_model("gpt2"), tmp_path / "c")
-    assert not checkpoint.load(tmp_path / "c").in_file
+    assert checkpoint.load(tmp_path / "c").in_file is None
     monkeypatch.setattr(files, "available_memory", lambda: 1000)
-    assert checkpoint.load(tmp_path / "c").in_file
+    assert checkpoint.load(tmp_path / "c").in_file is not None
     with pytest.raises(
         ValueError, match=r"crosscoder.safetensors: the weights take .* MB in float32, and .* of memory are"
     ):
         checkpoint.load(tmp_path / "c", lazy=False)
     with pytest.raises(ValueError, match="in their file on the device meta: only on cpu"):
         checkpoint.load(tmp_path / "c", lazy=True, device="meta")
+
+
+def test_damaged_files_are_refused_before_they_are_used(language_model: Any, tmp_path: Path) -> None:
+    saved(language_model("gpt2"), tmp_path / "c")
+    path = tmp_path / "c" / files.TENSOR_FILE
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = whole[8 : 8 + length]
+    damaged = {
+        "cut off": whole[:-4],
+        "longer": whole + b"....",
+        "no header": whole[:4],
+        "no JSON": whole[:8] + b"x" + whole[9:],
+        "long header": struct.pack("<Q", 2**60) + whole[8:],
+        "other numbers": whole[:8] + header.replace(b"BF16", b"I16 ") + whole[8 + length :],
+        "a list": struct.pack("<Q", 2) + b"[]",
+        "another shape": whole[:8] + header.replace(b'"shape":[', b'"shape":[2', 1)[:length] + whole[8 + length :],
+    }
+    for content in damaged.values():
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"crosscoder.safetensors(: the dtype of the| is damaged or not a safetensors)"
+        ):
+            checkpoint.load(tmp_path / "c", lazy=True)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"crosscoder.safetensors does not exist"):
+        checkpoint.load(tmp_path / "c", lazy=True)
+
+
+def test_changes_in_place_never_reach_the_file(language_model: Any, tmp_path: Path) -> None:
+    saved(language_model("gpt2"), tmp_path / "c")
+    before = (tmp_path / "c" / files.TENSOR_FILE).read_bytes()
+    lazy = checkpoint.load(tmp_path / "c", lazy=True)
+    lazy.W_enc[0].data.fill_(1.0)
+    assert lazy.in_file is not None
+    lazy.in_file.release()
+    assert float(lazy.W_enc[0].sum()) == lazy.W_enc[0].numel()
+    assert (tmp_path / "c" / files.TENSOR_FILE).read_bytes() == before
