@@ -42,7 +42,7 @@ class HeadSplit:
     direct_E: np.ndarray
     """float64[E], what arrives through no head."""
     heads_ELH: np.ndarray
-    """float64[E, L, H]."""
+    """float[E, L, H], in the model's own precision: with hundreds of heads it is by far the largest part."""
     sum_error: float
     """Largest |direct + heads - weight|, relative to the weight or to 1 % of the summed magnitudes of its parts and its row."""
 
@@ -126,7 +126,9 @@ class _Split:
                 self._last_hop()
             else:
                 self._first_hop()
-        direct_E, heads_ELH = self.direct_E.double().cpu().numpy(), self.heads_ELH.double().cpu().numpy()
+        direct_E, heads_EX = self.direct_E.double().cpu().numpy(), self.heads_ELH.flatten(1)
+        sum_E = direct_E + heads_EX.sum(1, dtype=torch.float64).cpu().numpy()
+        magnitude_E = torch.linalg.vector_norm(heads_EX, ord=1, dim=1, dtype=torch.float64).cpu().numpy()
         edges, nodes = self.graph.edges, self.graph.nodes
 
         def ends(edge: int) -> tuple[int, int]:
@@ -134,22 +136,26 @@ class _Split:
 
         sum_error = check_identity(
             edges.weight.astype(np.float64),
-            direct_E + heads_ELH.sum((1, 2)),
+            sum_E,
             # An edge is rounded at the size of its target's whole row.
-            np.abs(direct_E) + np.abs(heads_ELH).sum((1, 2)) + nodes.inflow[edges.target],
+            np.abs(direct_E) + magnitude_E + nodes.inflow[edges.target],
             dtype=max(self.local.dtype, torch.float32, key=lambda dtype: torch.finfo(dtype).eps),
             n_layers=self.local.shape.n_layers,
             name=lambda edge: f"edge {' -> '.join(full_name(nodes, end) for end in ends(edge))} ({hop} hop)",
         )
-        return HeadSplit(direct_E, heads_ELH, sum_error)
+        return HeadSplit(direct_E, self.heads_ELH.cpu().numpy(), sum_error)
 
     def _direct(self) -> None:
         """What sources write at a target's own position, below where it reads."""
         here_E = torch.nonzero(self.position_S[self.source_E] == self.position_M[self.target_E])[:, 0]
-        source_E, target_E = self.source_E[here_E], self.target_E[here_E]
+        place_S = torch.full_like(self.position_S, -1)
         for depth, read_MD in self.reads.at_own_position():
             if depth in self.writes.by_depth:
-                self.direct_E[here_E] += (self.writes.at(depth)[source_E] * read_MD[target_E]).sum(-1)
+                source_S, vectors_SD = self.writes.by_depth[depth]
+                place_S.fill_(-1)[source_S] = torch.arange(len(source_S), device=place_S.device)
+                edges_E = here_E[place_S[self.source_E[here_E]] >= 0]
+                written_ED = vectors_SD[place_S[self.source_E[edges_E]]]
+                self.direct_E[edges_E] += (written_ED * read_MD[self.target_E[edges_E]]).sum(-1)
 
     def _read_heads(self) -> None:
         """Edges into features of attention: what each head reads of the stream the source wrote at its own position."""
@@ -177,10 +183,13 @@ class _Split:
             if depth % 2 and depth <= deepest
         }
         for edges_E, row_E, target_E, sources_N, start, stop in self._source_chunks():
-            position_E = self.position_M[target_E] - start
+            groups = _by_position(row_E, target_E, self.position_M[target_E] - start)
             for layer, mixed_NTX in self.writes.carry_up(sources_N, start, stop, deepest):
-                parts_EX = mixed_NTX[row_E, position_E] * read_MX[layer][target_E]
-                self.heads_ELH[edges_E, layer] = _per_head(parts_EX, attentions[layer])
+                heads, of_layer_EH = attentions[layer].weights.n_heads, self.heads_ELH[:, layer]
+                for position, places_E, rows_E, targets_M, columns_E in groups:
+                    mixed_HNK = mixed_NTX[:, position].unflatten(-1, (heads, -1)).transpose(0, 1)
+                    read_HKM = read_MX[layer][targets_M].unflatten(-1, (heads, -1)).permute(1, 2, 0)
+                    of_layer_EH[edges_E[places_E]] = (mixed_HNK @ read_HKM)[:, rows_E, columns_E].T
 
     def chain(self, chain: Sequence[tuple[int, int]]) -> np.ndarray:
         depth = 2 * chain[-1][0] + 1
@@ -213,6 +222,22 @@ class _Split:
             edges_E = torch.nonzero(torch.isin(self.source_E, sources_N))[:, 0]
             row_E = torch.searchsorted(sources_N, self.source_E[edges_E])
             yield edges_E, row_E, self.target_E[edges_E], sources_N, int(self.position_S[sources_N].min()), stop
+
+
+def _by_position(
+    row_E: Tensor, target_E: Tensor, position_E: Tensor
+) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """Edges by the position of their target: it, places among the edges, source rows, targets, and columns among the targets.
+
+    Edges of one position are read off one matrix product of all its sources with all its targets: circuits with many edges are
+    dense enough for that to cost far less than one pair of vectors for every edge.
+    """
+    groups = []
+    for position in torch.unique(position_E).tolist():
+        places_E = torch.nonzero(position_E == position)[:, 0]
+        targets_M, columns_E = torch.unique(target_E[places_E], return_inverse=True)
+        groups.append((position, places_E, row_E[places_E], targets_M, columns_E))
+    return groups
 
 
 def _chunks(positions: Tensor, n_rows: Callable[[int], int]) -> Iterator[Tensor]:

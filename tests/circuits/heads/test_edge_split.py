@@ -75,8 +75,9 @@ def test_every_edge_is_the_sum_of_its_parts(
     for hop in ("last", "first"):
         split = split_heads(model, graph, hop=hop)
         assert split.heads_ELH.shape == (len(graph.edges), model.language_model.shape.n_layers, 4)
-        gap = np.abs(split.direct_E + split.heads_ELH.sum((1, 2)) - graph.edges.weight)
-        parts = np.abs(split.direct_E) + np.abs(split.heads_ELH).sum((1, 2)) + graph.nodes.inflow[graph.edges.target]
+        heads_ELH = split.heads_ELH.astype(np.float64)
+        gap = np.abs(split.direct_E + heads_ELH.sum((1, 2)) - graph.edges.weight)
+        parts = np.abs(split.direct_E) + np.abs(heads_ELH).sum((1, 2)) + graph.nodes.inflow[graph.edges.target]
         relative = gap / np.maximum(np.abs(graph.edges.weight), 0.01 * parts)
         assert split.sum_error == pytest.approx(relative.max())
         assert split.sum_error <= (FLOAT32 if dtype == torch.float32 else FLOAT64)
