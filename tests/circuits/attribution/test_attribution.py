@@ -10,7 +10,7 @@ import tiny
 import torch
 from autograd_oracle import compare_with_oracle
 
-from circuits import DifferenceTarget, FeatureTarget, NodeKind, TokenTarget, trace
+from circuits import CircuitGraph, DifferenceTarget, FeatureTarget, NodeKind, TokenTarget, trace
 from circuits.attribution.direct_effects import Transport
 from circuits.attribution.targets import parse_target
 from replacement import BatchTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
@@ -287,3 +287,30 @@ def test_mixed_targets_are_refused(language_model: Any) -> None:
     index = int(model.localize(tokens).features.of(1).index[-1])
     with pytest.raises(ValueError, match="all logits or all features, got both"):
         trace(model, tokens, targets=["w5", f"feature:1/{index}"])
+
+
+@pytest.mark.parametrize("attention", [False, True], ids=["linear", "features"])
+def test_small_edges_are_left_out_and_count_as_lost(language_model: Any, attention: bool) -> None:
+    lm = language_model("llama", torch.float64)
+    of_attention = tiny.crosscoder_for(lm, wiring=Wiring.attention(lm)) if attention else None
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm), attention_crosscoder=of_attention)
+    full = trace(model, tiny.random_tokens(), coverage=1.0, max_nodes=None)
+    graph = trace(model, tiny.random_tokens(), coverage=1.0, max_nodes=None, drop_below=0.02)
+    assert graph.metadata["dropped_below"] == 0.02
+
+    def rows(traced: CircuitGraph) -> dict[str, dict[str, float]]:
+        ids, edges = traced.nodes.ids(), traced.edges
+        found: dict[str, dict[str, float]] = {}
+        for source, target, weight in zip(edges.source, edges.target, edges.weight, strict=True):
+            if abs(weight) > 0.02 * traced.nodes.inflow[target]:
+                found.setdefault(ids[target], {})[ids[source]] = float(weight)
+        return found
+
+    expected, kept = rows(full), rows(graph)
+    assert 0 < len(graph.edges) < len(full.edges) / 2
+    assert sum(map(len, kept.values())) == len(graph.edges), "no smaller edge is stored"
+    for target, row in kept.items():
+        assert row == pytest.approx(expected[target], rel=1e-6)
+    assert graph.scores().replacement < full.scores().replacement
+    with pytest.raises(ValueError, match=r"drop_below: expected a share .* between 0 and 1, given 2.0"):
+        trace(model, tiny.random_tokens(), drop_below=2.0)
