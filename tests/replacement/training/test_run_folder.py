@@ -346,11 +346,11 @@ def refused(value: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[s
 def test_a_model_that_cannot_be_linearised_is_refused(
     tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**tiny.SIZES, residual_multiplier=0.2))
-    model.save_pretrained(tmp_path / "granite")
-    tiny.tokenizer().save_pretrained(tmp_path / "granite")
-    error = refused(training_runs.settings(tmp_path / "granite", tokens), tmp_path, capsys)
-    assert "GraniteForCausalLM cannot be linearised exactly" in error
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**tiny.SIZES))
+    model.save_pretrained(tmp_path / "bert")
+    tiny.tokenizer().save_pretrained(tmp_path / "bert")
+    error = refused(training_runs.settings(tmp_path / "bert", tokens), tmp_path, capsys)
+    assert "BertForMaskedLM cannot be linearised exactly" in error
 
 
 def test_a_tokenizer_of_another_model_is_refused(

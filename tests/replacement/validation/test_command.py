@@ -263,7 +263,7 @@ def test_a_report_with_a_curve_names_the_compute(tiny_run: dict[str, str], tmp_p
             "flat.npy: no token to measure: expected at least one",
         ),
         ({"attention-crosscoder": "CLT"}, "attention needs a crosscoder that writes attn_out sites"),
-        ({"dtype": "int8"}, "dtype: expected one of float32, float64"),
+        ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, float64"),
         ({"training-curve": "/nowhere.json"}, "/nowhere.json does not exist"),
         ({"training-curve": "FOLDER"}, "expected a JSON file of [compute, loss] pairs"),
         ({"training-curve": "BINARY"}, "binary.json: expected a JSON file of [compute, loss] pairs in UTF-8"),
