@@ -148,11 +148,11 @@ def trace(model: ReplacementModel, stages: Stages, *, max_nodes: int, files: boo
     return graph, circuit
 
 
-def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str, files: bool) -> None:
+def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str, files: bool, lazy: bool) -> None:
     """Print one table."""
     stages = Stages()
     with stages.measured("load"):
-        model = replacement.load(model_folder, crosscoder=crosscoder, dtype=dtype)
+        model = replacement.load(model_folder, crosscoder=crosscoder, dtype=dtype, lazy=lazy)
     loading_peak, was_reset = peak_memory(), reset_peak()
     lm, width = model.language_model, model.crosscoder.n_features
     shape, tokens_T = lm.shape, lm.tokenize(PROMPT)
@@ -170,6 +170,8 @@ def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str,
     print(f"  graph                     {expanded:,} features expanded, {len(graph.edges):,} edges, {graph.scores()}")
     print(f"  circuit                   {len(circuit.nodes):,} nodes, {len(circuit.edges):,} edges, {circuit.scores()}")
     print(f"  identity error            {graph.identity_error:.1e}")
+    if "logit_gap_16bit" in graph.metadata:
+        print(f"  logits, 16 bits to exact  {graph.metadata['logit_gap_16bit']:.2f} at most apart")
     stages.print(parts=("load", "localize (part of trace)"))
     for name, peak in (("peak memory, loading", loading_peak), ("peak memory afterwards", peak_memory())):
         if peak is not None and (was_reset or name.endswith("loading")):
@@ -187,6 +189,7 @@ def main() -> None:
     parser.add_argument("--max-nodes", type=int, default=1000, help="features expanded")
     parser.add_argument("--dtype", default="float32", help="dtype of the language model and the crosscoder")
     parser.add_argument("--trace-only", action="store_true", help="stop before heads and files")
+    parser.add_argument("--lazy", action="store_true", help="leave the crosscoder's weights in their file")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     keep_freed_memory()
@@ -200,7 +203,14 @@ def main() -> None:
         process.join()
     print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}, ", end="")
     print(f"{torch.get_num_threads()} threads")
-    measure(options.model, crosscoder, max_nodes=options.max_nodes, dtype=options.dtype, files=not options.trace_only)
+    measure(
+        options.model,
+        crosscoder,
+        max_nodes=options.max_nodes,
+        dtype=options.dtype,
+        files=not options.trace_only,
+        lazy=options.lazy,
+    )
 
 
 if __name__ == "__main__":
