@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shutil
 import struct
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
+from machine import allocated_bytes, machine, peak_bytes
 from transformer_lens.model_bridge import TransformerBridge
 
 import circuits
@@ -88,13 +87,6 @@ def write(folder: Path, lm: LanguageModel, tokens_T: torch.Tensor, n_features: i
     return path.stat().st_size
 
 
-def status(name: str) -> float:
-    """A figure of /proc/self/status in GB, where there is one."""
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith(f"{name}:")), float("nan"))
-
-
 def main() -> None:
     """Write, open, trace, print."""
     parser = argparse.ArgumentParser(description="Trace with a crosscoder larger than memory.")
@@ -119,13 +111,12 @@ def main() -> None:
         traced = time.perf_counter()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {date.today()}")
+    print(f"torch {torch.__version__}, {machine()}")
     print(f"checkpoint: {size / 1e9:.1f} GB, {L} layers of {n_features:,} features, width {D}, bfloat16")
     print(f"opened in {opened - started:.2f} s; {T} tokens traced in {traced - opened:.1f} s")
     print(f"{graph.counts()['features']:,} features, identity error {graph.identity_error:.0e}")
-    print(
-        f"peak resident memory {status('VmHWM'):.1f} GB (writing included); allocated at the end {status('RssAnon'):.1f} GB"
-    )
+    peak, allocated = peak_bytes() / 1e9, allocated_bytes() / 1e9
+    print(f"peak resident memory {peak:.1f} GB (writing included); allocated at the end {allocated:.1f} GB")
 
 
 if __name__ == "__main__":

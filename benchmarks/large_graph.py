@@ -12,15 +12,12 @@ kernels of 1 to 2 ns per edge and pass (`np.add.at` into an array that fits the 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import resource
 import time
 from collections.abc import Callable
-from datetime import date
 from typing import TypeVar
 
 import numpy as np
+from machine import machine, peak_bytes
 
 from circuits import CircuitGraph, NodeKind, NodeTable
 from circuits.graph.edges import Edges, RowBlock
@@ -72,7 +69,7 @@ def timed(name: str, work: Callable[[], Result]) -> Result:
     """The result of some work; its time and the process's peak memory are printed."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_bytes() / 2**30
     print(
         f"  {name:22} {time.perf_counter() - wall:6.2f} s   {time.process_time() - cpu:6.2f} s of CPU   {peak:5.2f} GiB peak"
     )
@@ -104,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--edges", type=float, nargs="+", default=[11e6, 200e6], help="numbers of edges")
     arguments = parser.parse_args()
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, numpy {np.__version__}")
+    print(f"{machine()}, numpy {np.__version__}")
     for n_edges in arguments.edges:
         measure(int(n_edges))
 

@@ -17,19 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from attribution import floor_flops, matmul_rate
+from machine import machine, peak_bytes
 from safetensors.torch import save_file
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -106,7 +104,7 @@ def measure(n_tokens: int, n_nodes: int, weights: Path | None) -> dict[str, Any]
     started, cpu = time.perf_counter(), time.process_time()
     graph = circuits.trace(model, tokens_T, coverage=1.0, max_nodes=n_nodes)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_bytes() / 2**30
     nodes, n_edges = graph.nodes, len(graph.edges)
     logit = int(np.flatnonzero(nodes.mask(NodeKind.LOGIT))[0])
     row = slice(graph.edges.indptr[logit], graph.edges.indptr[logit + 1])
@@ -168,8 +166,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, options.nodes, options.weights)))
         return
-    machine = platform.processor() or platform.machine()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine}, {date.today()}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine()}")
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.safetensors"

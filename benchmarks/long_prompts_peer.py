@@ -6,7 +6,6 @@ PEER/bin/python benchmarks/long_prompts_peer.py WEIGHTS.safetensors N_FEATURES B
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 
@@ -14,6 +13,7 @@ import torch
 from circuit_tracer import attribute
 from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
 from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
+from machine import peak_bytes
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformerConfig
 
@@ -77,7 +77,7 @@ def main() -> None:
     result = {
         "seconds": seconds,
         "cpu": cpu,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak": peak_bytes() / 2**30,
         "active": len(graph.active_features),
         # Of the features that were selected, the only ones in its graph.
         "logit": float(first_logit[: len(graph.selected_features)].double().abs().sum()),

@@ -13,9 +13,7 @@ follows are told apart, where the kernel can reset its count.
 from __future__ import annotations
 
 import argparse
-import datetime
 import multiprocessing
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from machine import machine, peak_bytes, reset_peak
 
 import circuits
 import replacement
@@ -76,6 +75,12 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
+        self.notes: dict[str, str] = {}
+        """What is said of a stage behind its times."""
+
+    def expect(self, cost: circuits.Estimate) -> None:
+        """Note what the trace was expected to cost."""
+        self.notes["trace"] = f"expected: {cost}"
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
@@ -88,30 +93,13 @@ class Stages:
     def print(self, *, parts: tuple[str, ...]) -> None:
         """One line per stage, and their sum without the stages that are no part of the work, or part of another."""
         for name, seconds in self.seconds.items():
-            print(f"  {name:<25} {seconds:7.2f} s   {self.cpu_seconds[name]:7.2f} s of CPU time")
+            note = self.notes.get(name, "")
+            print(f"  {name:<25} {seconds:7.2f} s   {self.cpu_seconds[name]:7.2f} s of CPU time   {note}".rstrip())
         total, cpu = (
             sum(seconds for name, seconds in column.items() if name not in parts)
             for column in (self.seconds, self.cpu_seconds)
         )
         print(f"  {'total without loading':<25} {total:7.2f} s   {cpu:7.2f} s of CPU time")
-
-
-def peak_memory() -> float | None:
-    """Largest resident size of this process, in GB, since `reset_peak`; None where the kernel does not say (not Linux)."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
-
-
-def reset_peak() -> bool:
-    """Let the peak begin anew; False where the kernel cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError:
-        return False
-    return True
 
 
 def check_completions(lm: LanguageModel) -> None:
@@ -131,7 +119,7 @@ def trace(model: ReplacementModel, stages: Stages, *, max_nodes: int, files: boo
         files: whether heads are named and files written, too.
     """
     with stages.measured("trace"):
-        graph = circuits.trace(model, PROMPT, max_nodes=max_nodes, coverage=0.9999)
+        graph = circuits.trace(model, PROMPT, max_nodes=max_nodes, coverage=0.9999, announce=stages.expect)
     with stages.measured("prune"):
         circuit = graph.prune()
     if not files:
@@ -144,7 +132,8 @@ def trace(model: ReplacementModel, stages: Stages, *, max_nodes: int, files: boo
         for name, exporter in file_formats().items():
             if exporter.fallback is None:  # pictures by Graphviz are left to `circuits export`
                 with stages.measured(f"export {name}"):
-                    circuit.export(name, Path(folder) / f"circuit{exporter.suffix}")
+                    path = circuit.export(name, Path(folder) / f"circuit{exporter.suffix}")
+                stages.notes[f"export {name}"] = f"{path.stat().st_size / 1e6:,.1f} MB"
     return graph, circuit
 
 
@@ -153,7 +142,7 @@ def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str,
     stages = Stages()
     with stages.measured("load"):
         model = replacement.load(model_folder, crosscoder=crosscoder, dtype=dtype, lazy=lazy)
-    loading_peak, was_reset = peak_memory(), reset_peak()
+    loading_peak, was_reset = peak_bytes(), reset_peak()
     lm, width = model.language_model, model.crosscoder.n_features
     shape, tokens_T = lm.shape, lm.tokenize(PROMPT)
     print(f"{lm.name}: {shape.n_layers} layers, d_model {shape.d_model}, {len(tokens_T)} tokens, {dtype}")
@@ -173,9 +162,9 @@ def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str,
     if "logit_gap_16bit" in graph.metadata:
         print(f"  logits, 16 bits to exact  {graph.metadata['logit_gap_16bit']:.2f} at most apart")
     stages.print(parts=("load", "localize (part of trace)"))
-    for name, peak in (("peak memory, loading", loading_peak), ("peak memory afterwards", peak_memory())):
-        if peak is not None and (was_reset or name.endswith("loading")):
-            print(f"  {name:<25} {peak:.2f} GB")
+    for name, peak in (("peak memory, loading", loading_peak), ("peak memory afterwards", peak_bytes())):
+        if was_reset or name.endswith("loading"):
+            print(f"  {name:<25} {peak / 1e9:.2f} GB")
 
 
 def main() -> None:
@@ -201,8 +190,7 @@ def main() -> None:
         )  # whose memory is gone when it ends
         process.start()
         process.join()
-    print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}, ", end="")
-    print(f"{torch.get_num_threads()} threads")
+    print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     measure(
         options.model,
         crosscoder,

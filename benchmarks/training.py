@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +29,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from machine import machine
 from training_process import compare_processes
 from training_steps import CASES, Case
 
@@ -140,14 +139,6 @@ def compare(case: Case, pythons: dict[str, str], steps: int, threads: int) -> No
     print(f"  first step, dense against sparse: loss {loss:.0e} and gradient norm {norm:.0e} apart")
 
 
-def processor() -> str:
-    """Name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    rows = info.read_text().splitlines() if info.exists() else []
-    names = [row.split(":")[1].strip() for row in rows if row.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Parse the options and print."""
     parser = argparse.ArgumentParser(description="Time training steps against dense ones and against SAELens.")
@@ -157,7 +148,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--saelens-python", help="python of an environment with sae-lens")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {options.threads} threads, float32; {processor()}, {os.cpu_count()} cores")
+    print(f"torch {torch.__version__}, {options.threads} threads, float32; {machine()}")
     for name in options.only or ["clt", "sae", "process"]:
         if name == "process":
             compare_processes(max(1, options.steps // 2))

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import functools
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from machine import peak_bytes
 from torch import Tensor
 from torch.nn import functional
 
@@ -48,15 +47,6 @@ CASES = {
     "demo": Case("demo", 4, 128, 2048, [19, 7, 7, 7], 2048),
 }
 DECODER_SCALE = 0.02  # decoders start at zero in training; a step on random ones costs the same and says more
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * next(int(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def sparse(case: Case) -> Step:

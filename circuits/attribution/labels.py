@@ -60,7 +60,7 @@ def node_labels(
     for part in local.decompositions:
         here = slice(first, first + len(part.features))
         numbers = np.flatnonzero(kept[here] if shown is None else kept[here] & shown[here])
-        label[first + numbers] = feature_labels(model, local, part, torch.from_numpy(numbers))
+        label[first + numbers] = feature_labels(model, local, part, torch.from_numpy(numbers).to(local.device))
         first = here.stop
     return label[kept].tolist()
 
