@@ -73,6 +73,9 @@ def trace(
             show_default="what is available",
         ),
     ] = None,
+    drop_below: Annotated[
+        float, typer.Option(help="Leave out edges below this share of their target's inflow; they count as lost.")
+    ] = 0.0,
     node_threshold: NodeThreshold = 0.8,
     edge_threshold: EdgeThreshold = 0.98,
     out: Annotated[
@@ -88,6 +91,7 @@ def trace(
         raise ValueError("prompt: expected text in UTF-8, given other bytes")
     _check_thresholds(node_threshold, edge_threshold)
     check_threshold("coverage", coverage)
+    check_threshold("drop-below", drop_below)
     if max_nodes < 1:
         raise ValueError(f"max-nodes: expected at least 1, given {max_nodes}")
     limit = None if memory is None else memory_bytes(memory)
@@ -104,6 +108,7 @@ def trace(
             targets=target or None,
             coverage=coverage,
             max_nodes=max_nodes,
+            drop_below=drop_below,
             memory=limit,
             announce=lambda cost: typer.echo(f"estimate: {cost}", err=True),
             progress=lambda expanded, share: say(progress_text(expanded, share)),

@@ -90,6 +90,7 @@ def test_trace_writes_every_file(tracer, tmp_path, capsys, small) -> None:
             "targets": None,
             "coverage": 0.99,
             "max_nodes": 2000,
+            "drop_below": 0.0,
             "memory": None,
         }
     ]
@@ -209,6 +210,7 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
         (["show", "a", "extra"], "Got unexpected extra argument"),
         (["validate", "a", "--seed", "-1"], "Invalid value for '--seed'"),
         (["trace", "a", "--max-nodes", "0"], "max-nodes: expected at least 1, given 0"),
+        (["trace", "a", "--drop-below", "2"], "drop-below: expected a share of influence between 0 and 1, given 2.0"),
         (["trace", "a", "--memory", "lots"], "memory: expected a size above 0 such as 4GB or 512MiB, given 'lots'"),
         (["trace", "a", "--memory", "-1"], "memory: expected a size above 0 such as 4GB or 512MiB, given '-1'"),
         (["trace", "a", "--memory", "0"], "memory: expected a size above 0 such as 4GB or 512MiB, given '0'"),
