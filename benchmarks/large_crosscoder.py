@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import circuits
 from replacement import Crosscoder, LanguageModel, ReplacementModel, TopK, Wiring, checkpoint
-from replacement.crosscoder.checkpoint import CONFIG_FILE, TENSOR_FILE, config_digest
+from replacement.crosscoder.formats.native import CONFIG_FILE, TENSOR_FILE, config_digest
 
 L, D, V, T, ACTIVE = 12, 1024, 1000, 16, 16
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from train_demo_files import write_json
 
 from replacement import BatchTopK, Crosscoder, LanguageModel, checkpoint
+from replacement.crosscoder.formats import native
 from replacement.crosscoder.jumprelu import to_jumprelu
 from replacement.demo.corpus import held_out_rows
 from replacement.demo.corpus.mixture import sample_rows
@@ -57,7 +58,7 @@ def calibrated(crosscoder: Crosscoder, lm: LanguageModel) -> Crosscoder:
 def ship(folder: Path, out: Path) -> Fidelity:
     """Round the result of a run, put it beside its language model in `out`, and measure it there."""
     lm = LanguageModel.from_pretrained(out / "language_model")
-    settings = checkpoint.read_config(folder / "crosscoder")["training"] | {"model": "demo"}
+    settings = native.read_config(folder / "crosscoder")["training"] | {"model": "demo"}
     crosscoder = checkpoint.load(folder / "crosscoder")
     lm.name = crosscoder.model_name = "demo"
     # A run on other weights is not shipped.

@@ -157,23 +157,24 @@ def show(
     ],
 ) -> None:
     """Describe a crosscoder."""
-    from replacement.crosscoder.checkpoint import read_config
+    from replacement.crosscoder.formats.layouts import open_published
     from replacement.loading import crosscoder_folder
 
-    folder = crosscoder_folder(crosscoder)
-    config = read_config(folder)
-    wiring = config["wiring"]
+    published = open_published(crosscoder_folder(crosscoder))
+    wiring = published.wiring
     facts = {
-        "folder": folder,
-        "model": f"{config['model_name'] or 'not recorded'} {config['model_fingerprint']}".strip(),
-        "wiring": f"{wiring['name']}, {len(wiring['reads'])} groups",
-        "features per group": config["n_features"],
-        "activation": config["activation"],
-        "reads": ", ".join(dict.fromkeys(site for sites in wiring["reads"] for site in sites)),
-        "writes": ", ".join(dict.fromkeys(site for sites in wiring["writes"] for site in sites)),
-        "tied, skip": f"{config['tied']}, {config['skip']}",
-        "stored as": config["dtype"],
-        "training": config["training"] or "not recorded",
+        "folder": published.path,
+        "layout": published.layout,
+        "function": published.rule,
+        "model": f"{published.model_name or 'not recorded'} {published.model_fingerprint}".strip(),
+        "wiring": f"{wiring.name}, {wiring.n_groups} groups",
+        "features per group": published.n_features,
+        "activation": published.activation.to_dict(),
+        "reads": ", ".join(map(str, wiring.read_sites)),
+        "writes": ", ".join(map(str, wiring.write_sites)),
+        "tied, skip": f"{published.tied}, {published.skip}",
+        "positions without features": published.undecomposed_positions,
+        **published.facts,
     }
     show_page(pairs(facts.items()))
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from replacement.crosscoder import checkpoint
+from replacement.crosscoder.formats.hub import local_copy
+from replacement.crosscoder.formats.layouts import open_published
 from replacement.files import checked_path
 from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.replacement_model import ReplacementModel
@@ -29,7 +31,8 @@ def load(
 
     Args:
         model: `demo`, a hub name, or a local folder in Hugging Face layout.
-        crosscoder: `demo`, the folder of a training run, or the folder of a crosscoder. It may be left out for the demo alone.
+        crosscoder: `demo`, the folder of a training run, or a crosscoder in any layout that `replacement layouts`
+            lists: a folder, or `hf:org/repo[/path][@revision]` on the Hugging Face hub. It may be left out for the demo alone.
         attention_crosscoder: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
         dtype: float32, bfloat16, float16 or float64, which both are loaded in; its name will do. The model runs in it; exact
             work (`localize`, `circuits.trace`) raises 16-bit weights to float32 piece by piece.
@@ -50,7 +53,7 @@ def load(
     if attention_crosscoder is not None:
         folders.append(crosscoder_folder(attention_crosscoder, shipped="attention_crosscoder"))
     for folder in folders:
-        checkpoint.read_config(folder)  # a wrong path should not cost loading the language model
+        open_published(folder)  # a wrong path should not cost loading the language model
     lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
     lm.name = DEMO if is_demo else lm.name
     loaded = [checkpoint.load(folder, dtype=dtype, device=device, lazy=lazy) for folder in folders]
@@ -94,13 +97,13 @@ def _lasting(given: str | Path) -> str:
 
 
 def crosscoder_folder(given: str | Path, *, shipped: str = "crosscoder") -> Path:
-    """Folder of a crosscoder named as on the command line: `demo`, the folder of a training run, or its own.
+    """Where a crosscoder named as on the command line is: `demo`, the folder of a training run, its own, or `hf:org/repo`.
 
     Args:
         shipped: name of the demo's crosscoder that `demo` means.
     """
     if str(given) == DEMO:
         return ARTIFACTS / shipped
-    folder = checked_path(given)
+    folder = local_copy(given)
     inside = folder / "crosscoder"
     return inside if inside.is_dir() else folder

@@ -41,6 +41,13 @@ class CrosscoderOutput(NamedTuple):
     """Active features of all groups."""
 
 
+class _StoredDecoders(NamedTuple):
+    """Tensors `[F, W, D]`, and the (tensor, place) of each (number of the group among those chosen, place of the site)."""
+
+    weights: list[Tensor]
+    places: dict[tuple[int, int], tuple[int, int]]
+
+
 class Crosscoder(CrosscoderWeights):
     """Sparse features read from some sites of a transformer and written to others.
 
@@ -65,6 +72,7 @@ class Crosscoder(CrosscoderWeights):
 
     def _dense_pre_activations(self, reads: list[Tensor], group: int) -> Tensor:
         weights, bias_F = self.encoders(group), self.b_enc[group]
+        reads = self._scaled_reads(reads, group)
         step = self.n_features if weights[0].dtype == self.dtype else _FEATURES_AT_ONCE
         parts = []
         for begin in range(0, self.n_features, step):  # matrices of fewer bits are raised in pieces
@@ -159,7 +167,8 @@ class Crosscoder(CrosscoderWeights):
         bias_F: Tensor | None = self.b_enc[group]
         if not torch.is_grad_enabled():
             return pre_S
-        for weight_FD, x_BD in zip(self.encoders(group), self._reads(inputs, group), strict=True):
+        reads = self._scaled_reads(self._reads(inputs, group), group)
+        for weight_FD, x_BD in zip(self.encoders(group), reads, strict=True):
             pre_S = with_encoder_gradient(pre_S, x_BD, weight_FD, bias_F, row_S, index_S)
             bias_F = None
         return pre_S
@@ -191,19 +200,31 @@ class Crosscoder(CrosscoderWeights):
         if wanted is not None and wanted - written:
             raise ValueError(f"the groups {chosen} do not write {min(wanted - written)}")
         targets: dict[Site, int] = {}
-        blocks = []
+        blocks, stored = [], self._stored_decoders(chosen)
         for source, group in enumerate(chosen):
             for place, site in enumerate(self.wiring.writes[group]):
                 if wanted is None or site in wanted:
                     target = targets.setdefault(site, len(targets))
-                    shared = (self.wiring.write_sites.index(site), 0)
-                    blocks.append(Block(target, source, *(shared if self.tied else (source, place))))
+                    blocks.append(Block(target, source, *stored.places[source, place]))
         parts = [features.of(group) for group in chosen]
         patterns = [Pattern.of(part.row, part.index, features.n_rows) for part in parts]
-        weights = [w_FD[:, None] for w_FD in self.W_dec] if self.tied else [self.W_dec[group] for group in chosen]
-        return dict(
-            zip(targets, add_blocks(blocks, patterns, [part.activation for part in parts], weights), strict=True)
-        )
+        sums = add_blocks(blocks, patterns, [part.activation for part in parts], stored.weights)
+        scales = self.in_file.output_scale if self.in_file is not None else {}
+        return {site: y_BD / scales[site] if site in scales else y_BD for site, y_BD in zip(targets, sums, strict=True)}
+
+    def _stored_decoders(self, groups: tuple[int, ...]) -> _StoredDecoders:
+        """The decoders of some groups as they are stored: by group, by written site, or one for each of both."""
+        sites = [
+            (source, place) for source, group in enumerate(groups) for place in range(len(self.wiring.writes[group]))
+        ]
+        if self.in_file is not None and self.in_file.decoders:
+            weights = [self.in_file.decoders[groups[source], place][:, None] for source, place in sites]
+            return _StoredDecoders(weights, {pair: (n, 0) for n, pair in enumerate(sites)})
+        if self.tied:
+            order = {site: n for n, site in enumerate(self.wiring.write_sites)}
+            shared = {pair: (order[self.wiring.writes[groups[pair[0]]][pair[1]]], 0) for pair in sites}
+            return _StoredDecoders([w_FD[:, None] for w_FD in self.W_dec], shared)
+        return _StoredDecoders([self.W_dec[group] for group in groups], {pair: pair for pair in sites})
 
     def skip_contribution(
         self, inputs: Mapping[Site, Tensor], *, groups: Iterable[int] | None = None
@@ -245,6 +266,13 @@ class Crosscoder(CrosscoderWeights):
             self._check_kind(f"the input at {site}", x_BD)
             reads.append(x_BD)
         return reads
+
+    def _scaled_reads(self, reads: list[Tensor], group: int) -> list[Tensor]:
+        """What the stored encoders act on: the reads, scaled where weights stay in a file that expects it."""
+        if self.in_file is None or not self.in_file.input_scale:
+            return reads
+        scales = [self.in_file.input_scale.get(site, 1.0) for site in self.wiring.reads[group]]
+        return [x_BD if scale == 1.0 else x_BD * scale for scale, x_BD in zip(scales, reads, strict=True)]
 
     def _check_kind(self, name: str, values: Tensor) -> None:
         if values.dtype != self.dtype or values.device != self.device:

@@ -8,10 +8,14 @@ import math
 import mmap
 import struct
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from replacement.crosscoder.sites import Site
 
 _DTYPES = {
     "F64": torch.float64,
@@ -54,6 +58,29 @@ class MappedFile:
                 self.content.madvise(_PAGE_OUT)
 
 
+@dataclass(frozen=True)
+class WeightsInFile:
+    """Weights of a crosscoder that stay in their files: where they are, and how they are scaled when they are used."""
+
+    files: Sequence[MappedFile]
+    """Maps that the matrices are views of."""
+    decoders: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Decoders `[F, D]` by (group, place), where a layout keeps the written sites apart; `W_dec` then has no memory."""
+    input_scale: Mapping[Site, float] = field(default_factory=dict)
+    """Encoders and skip matrices act on `scale * x`; 1 where absent."""
+    output_scale: Mapping[Site, float] = field(default_factory=dict)
+    """Decoders and skip matrices give `scale * y`; 1 where absent."""
+
+    def __deepcopy__(self, memo: object) -> WeightsInFile:
+        """A copy of a crosscoder reads the same files."""
+        return self
+
+    def release(self) -> None:
+        """Let the system take back what was read; see `MappedFile.release`."""
+        for mapped in self.files:
+            mapped.release()
+
+
 def map_tensors(path: Path) -> tuple[dict[str, Tensor], MappedFile]:
     """Every tensor of a file, without memory of its own, and the map that they are views of.
 
@@ -87,3 +114,26 @@ def map_tensors(path: Path) -> tuple[dict[str, Tensor], MappedFile]:
 
 def _entries(header: dict[str, dict]) -> dict[str, dict]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def write_tensors(
+    path: Path, tensors: Iterable[tuple[str, torch.Size, Callable[[], Tensor]]], dtype: torch.dtype
+) -> None:
+    """Write a safetensors file one tensor at a time, so that memory is needed for the largest alone.
+
+    Args:
+        tensors: name, shape and a function that gives the values, which are converted to `dtype`.
+    """
+    tensors = list(tensors)
+    kind = next(kind for kind, known in _DTYPES.items() if known == dtype)
+    header: dict[str, dict] = {}
+    end = 0
+    for name, shape, _ in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at multiples of 8 bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for _, _, values in tensors:
+            file.write(values().detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)

@@ -62,10 +62,10 @@ def weighted_rows(
     """`out[b] = sum of scale[s] * weight[index[s]]` over `offsets[b] <= s < offsets[b + 1]`.
 
     Args:
-        weight_FD: may have another dtype than the scales; the rows needed are then converted.
+        weight_FD: may have another dtype than the scales, or rows apart from each other: the rows needed are then copied.
         offsets: CSR offsets, `[B + 1]`, ending in S.
     """
-    if weight_FD.dtype != scale_S.dtype:
+    if weight_FD.dtype != scale_S.dtype or not weight_FD.is_contiguous():
         weight_FD = weight_FD[index_S].to(scale_S.dtype)
         index_S = torch.arange(len(index_S), device=index_S.device)
     return functional.embedding_bag(

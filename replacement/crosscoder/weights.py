@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from replacement.crosscoder.activation import Activation, TopK
 from replacement.crosscoder.checks import finite_values, float_dtype, indices
 from replacement.crosscoder.fingerprint import fingerprint, legacy_fingerprint
-from replacement.crosscoder.mapped_file import MappedFile
+from replacement.crosscoder.mapped_file import WeightsInFile
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 from replacement.number_checks import number, whole_number
@@ -82,8 +83,8 @@ class CrosscoderWeights(nn.Module):
         self.undecomposed_positions = whole_number("undecomposed_positions", undecomposed_positions)
         activation.check_fits(wiring.n_groups, self.n_features)
         self._fingerprint: tuple[object, str] = (None, "")
-        self.in_file: MappedFile | None = None
-        """The file that encoders and decoders are views of, where only what is used is read; None for weights in memory."""
+        self.in_file: WeightsInFile | None = None
+        """The files that matrices are views of, where only what is used is read; None for weights in memory."""
         try:
             self._allocate(dtype)
         except (RuntimeError, MemoryError) as error:
@@ -266,7 +267,7 @@ class CrosscoderWeights(nn.Module):
         Raises:
             ValueError: the group does not read the site.
         """
-        return self.encoders(group)[self._place(group, "read", site)].to(self.dtype)
+        return self._scaled(self.encoders(group)[self._place(group, "read", site)], read=site)
 
     def encoder_vectors(self, group: int, index_S: Int[Tensor, " S"], site: Site) -> Float[Tensor, "S D"]:
         """Encoder vectors `[S, D]` of chosen features at one read site; reads these rows only.
@@ -275,7 +276,7 @@ class CrosscoderWeights(nn.Module):
             ValueError: the group does not read the site, or indices that are no int64 numbers from 0 to F - 1.
         """
         indices("the feature indices", index_S, self.n_features)
-        return self.encoders(group)[self._place(group, "read", site)][index_S].to(self.dtype)
+        return self._scaled(self.encoders(group)[self._place(group, "read", site)][index_S], read=site)
 
     def decoder(self, group: int, site: Site) -> Float[Tensor, "F D"]:
         """Decoder `[F, D]` of a group to one of its written sites (a view).
@@ -283,10 +284,21 @@ class CrosscoderWeights(nn.Module):
         Raises:
             ValueError: the group does not write the site.
         """
-        return self._decoder(group, site).to(self.dtype)
+        return self._scaled(self._decoder(group, site), write=site)
+
+    def _scaled(self, weight: Tensor, *, read: Site | None = None, write: Site | None = None) -> Tensor:
+        """Stored weights in the dtype that is computed in, with the scales that are left to apply to them in their file."""
+        weight = weight.to(self.dtype)
+        if self.in_file is None:
+            return weight
+        scale = self.in_file.input_scale.get(read, 1.0) if read is not None else 1.0
+        scale /= self.in_file.output_scale.get(write, 1.0) if write is not None else 1.0
+        return weight if scale == 1.0 else weight * scale
 
     def _decoder(self, group: int, site: Site) -> Tensor:
         place = self._place(group, "write", site)
+        if self.in_file is not None and (group, place) in self.in_file.decoders:
+            return self.in_file.decoders[group, place]
         return self.W_dec[self.wiring.write_sites.index(site)] if self.tied else self.W_dec[group][:, place]
 
     def decoder_vectors(self, group: int, index_S: Int[Tensor, " S"], site: Site) -> Float[Tensor, "S D"]:
@@ -296,7 +308,7 @@ class CrosscoderWeights(nn.Module):
             ValueError: the group does not write the site, or indices that are no int64 numbers from 0 to F - 1.
         """
         indices("the feature indices", index_S, self.n_features)
-        return self._decoder(group, site)[index_S].to(self.dtype)
+        return self._scaled(self._decoder(group, site)[index_S], write=site)
 
     def decoder_norms(self) -> tuple[Float[Tensor, "F W"], ...]:
         """Norm of every decoder vector: per group `[F, W]`, columns as `wiring.writes[group]`."""
@@ -319,7 +331,43 @@ class CrosscoderWeights(nn.Module):
             raise ValueError("this crosscoder has no skip connection")
         r, w = self._place(group, "read", read), self._place(group, "write", write)
         sizes = [len(reads) * len(writes) for reads, writes in zip(self.wiring.reads, self.wiring.writes, strict=True)]
-        return self.W_skip[sum(sizes[:group]) + r * len(self.wiring.writes[group]) + w].to(self.dtype)
+        stored = self.W_skip[sum(sizes[:group]) + r * len(self.wiring.writes[group]) + w]
+        return self._scaled(stored, read=read, write=write)
+
+    def whole_tensors(self) -> Iterator[tuple[str, torch.Size, Callable[[], Tensor]]]:
+        """Every tensor of `state_dict` by name, with its shape and a function that gives its values, all scales applied.
+
+        One is made at a time: what stays in its file need not fit memory together.
+        """
+        made = dict(self._matrices())
+        for name, value in self.state_dict().items():
+            yield name, value.shape, made.get(name, partial(Tensor.detach, value))
+
+    def _matrices(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """How to make each matrix of weights that stay in their files."""
+        if self.in_file is None:
+            return
+        reads = ((group, site) for group, sites in enumerate(self.wiring.reads) for site in sites)
+        for n, (group, site) in enumerate(reads):
+            yield f"W_enc.{n}", partial(self.encoder, group, site)
+        if self.tied:
+            for n, site in enumerate(self.wiring.write_sites):
+                yield f"W_dec.{n}", partial(self.decoder, self.wiring.writers(site)[0], site)
+        else:
+            for group, sites in enumerate(self.wiring.writes):
+                yield f"W_dec.{group}", partial(self._joined_decoder, group, sites)
+        if self.skip:
+            triples = (
+                (group, read, write)
+                for group, reads in enumerate(self.wiring.reads)
+                for read in reads
+                for write in self.wiring.writes[group]
+            )
+            for n, (group, read, write) in enumerate(triples):
+                yield f"W_skip.{n}", partial(self.skip_matrix, group, read, write)
+
+    def _joined_decoder(self, group: int, sites: tuple[Site, ...]) -> Tensor:
+        return torch.stack([self.decoder(group, site) for site in sites], dim=1)
 
     @torch.no_grad()
     def fold_input_scale(
@@ -337,6 +385,8 @@ class CrosscoderWeights(nn.Module):
             ValueError: a factor that is not finite and above 0, or a site this crosscoder does not read or write.
         """
         output_scale = output_scale or {}
+        if not input_scale and not output_scale:
+            return
         for scales, sites in ((input_scale, self.wiring.read_sites), (output_scale, self.wiring.write_sites)):
             for site, scale in scales.items():
                 if site not in sites:

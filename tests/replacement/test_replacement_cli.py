@@ -35,10 +35,10 @@ def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "/nowhere"], "error: /nowhere is not a folder"),
+        (["show", "/nowhere"], "error: /nowhere does not exist"),
         (["demo", "--rows", "0"], "error: rows: expected 1 to 100000, given 0"),
         (["demo", "--rows", "9" * 30], "error: rows: expected 1 to 100000, given 999"),
-        (["show", "/dev/null"], "error: /dev/null is not a folder"),
+        (["show", "/dev/null"], "error: /dev/null has no known layout"),
         (["show", "."], "error: "),
         (["demo", "--rows", "many"], "error: "),
         (["train"], "error: "),

@@ -107,7 +107,7 @@ def test_cli_prints_one_json_object_and_writes_every_file(tmp_path: Path, capsys
         (["trace", PROMPT, "--target", "Narnia"], "'Narnia' is not a single token"),
         (["trace", PROMPT, "--model", "/nowhere"], "expected a crosscoder made for /nowhere"),
         (["trace", PROMPT, "--model", "/nowhere", "--crosscoder", CROSSCODER], "no language model folder at /nowhere"),
-        (["trace", PROMPT, "--crosscoder", "/nowhere"], "/nowhere is not a folder"),
+        (["trace", PROMPT, "--crosscoder", "/nowhere"], "/nowhere does not exist"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from replacement import checkpoint
 from replacement.crosscoder.activation import BatchTopK, JumpReLU, ReLU, TopK
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.formats import native
 from replacement.crosscoder.sites import ModelShape
 from replacement.crosscoder.wiring import Wiring
 
@@ -41,7 +42,7 @@ def test_round_trip(
     loaded = checkpoint.load(tmp_path / "c", dtype=torch.float64)
     assert (loaded.wiring, loaded.activation, loaded.tied, loaded.skip) == (wiring, activation, tied, True)
     assert (loaded.model_name, loaded.undecomposed_positions, loaded.training) == ("tiny", 1, False)
-    assert checkpoint.read_config(tmp_path / "c")["training"] == {"tokens": 5}
+    assert native.read_config(tmp_path / "c")["training"] == {"tokens": 5}
     before, after = (c(random_inputs(wiring)).reconstructions for c in (saved, loaded))
     assert all(torch.equal(before[site], after[site]) for site in before)
 
@@ -50,7 +51,7 @@ def test_bfloat16_is_rounded_once_and_half_the_size(shape: ModelShape, random_cr
     crosscoder = random_crosscoder(Wiring.per_layer(shape), n_features=512)
     checkpoint.save(crosscoder, tmp_path / "full")
     checkpoint.save(crosscoder, tmp_path / "half", dtype=torch.bfloat16)
-    sizes = [(tmp_path / name / checkpoint.TENSOR_FILE).stat().st_size for name in ("full", "half")]
+    sizes = [(tmp_path / name / native.TENSOR_FILE).stat().st_size for name in ("full", "half")]
     assert 0.5 <= sizes[1] / sizes[0] < 0.51
     loaded = checkpoint.load(tmp_path / "half").state_dict()
     for name, value in crosscoder.state_dict().items():
@@ -80,7 +81,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
     def full_disk(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(native, "write_tensors", full_disk)
     with pytest.raises(ValueError, match=r"c: could not be written \(no space left"):
         checkpoint.save(random_crosscoder(Wiring.per_layer(shape), seed=1), tmp_path / "c")
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
@@ -167,11 +168,11 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (edit_config(wiring={"name": "x"}), f"{CONFIG} does not describe a crosscoder: a wiring needs"),
     (
         edit_config(n_features=17),
-        f"{TENSORS}: the tensor W_dec.0 has the wrong shape: expected [17, 1, 8], got [16, 1, 8]",
+        f"{TENSORS}: the tensor W_enc.0 has the wrong shape: expected [17, 8], got [16, 8]",
     ),
     (
         edit_config(n_features=10**12),
-        f"{TENSORS}: the tensor W_dec.0 has the wrong shape: expected [1000000000000, 1, 8], got [16, 1, 8]",
+        f"{TENSORS}: the tensor W_enc.0 has the wrong shape: expected [1000000000000, 8], got [16, 8]",
     ),
     (edit_config(n_features=10**18), f"{CONFIG} does not describe a crosscoder: no memory for 3 groups of 1000"),
     (edit_config(n_features=0), f"{CONFIG} does not describe a crosscoder: n_features must be 1 or more, got 0"),
@@ -253,11 +254,12 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(
     code = """
         import os, sys, torch
         from replacement import Crosscoder, ModelShape, Wiring, checkpoint
-        save_file = checkpoint.save_file
+        from replacement.crosscoder.formats import native
+        write_tensors = native.write_tensors
         def killed(*arguments):
-            save_file(*arguments)
+            write_tensors(*arguments)
             os.kill(os.getpid(), 9)
-        checkpoint.save_file = killed
+        native.write_tensors = killed
         checkpoint.save(Crosscoder(Wiring.per_layer(ModelShape(3, 8, 2, 5)), n_features=16), sys.argv[1])
     """
     crosscoder = random_crosscoder(Wiring.per_layer(shape))
@@ -271,7 +273,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere is not a folder: expected a crosscoder checkpoint"):
+    with pytest.raises(ValueError, match="nowhere does not exist: expected the folder of a crosscoder"):
         checkpoint.load(tmp_path / "nowhere")
 
 

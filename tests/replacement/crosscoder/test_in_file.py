@@ -12,8 +12,8 @@ import torch
 
 import circuits
 from replacement import BatchTopK, Crosscoder, JumpReLU, ReLU, ReplacementModel, TopK, Wiring, checkpoint
-from replacement.crosscoder import checkpoint as files
 from replacement.crosscoder import crosscoder as computing
+from replacement.crosscoder.formats import native, published
 from replacement.crosscoder.weights import MATRICES
 
 ACTIVATIONS = [TopK(4), BatchTopK(4), ReLU(), JumpReLU()]
@@ -94,7 +94,7 @@ def test_a_trace_reads_the_file_and_gives_the_same_graph(
     def forbidden(*_: Any) -> Any:
         raise AssertionError("a digest reads the whole file")
 
-    monkeypatch.setattr(files, "sha256_of", forbidden)
+    monkeypatch.setattr(native, "sha256_of", forbidden)
     monkeypatch.setattr("replacement.crosscoder.weights.fingerprint", forbidden)
     graph = graph_of(lazy=True)
     assert graph.metadata["crosscoder_fingerprint"] == expected.metadata["crosscoder_fingerprint"]
@@ -130,7 +130,7 @@ def test_lazy_by_size_and_refused_when_too_large(
 ) -> None:
     saved(language_model("gpt2"), tmp_path / "c")
     assert checkpoint.load(tmp_path / "c").in_file is None
-    monkeypatch.setattr(files, "available_memory", lambda: 1000)
+    monkeypatch.setattr(published, "available_memory", lambda: 1000)
     assert checkpoint.load(tmp_path / "c").in_file is not None
     with pytest.raises(
         ValueError, match=r"crosscoder.safetensors: the weights take .* MB in float32, and .* of memory are"
@@ -142,7 +142,7 @@ def test_lazy_by_size_and_refused_when_too_large(
 
 def test_damaged_files_are_refused_before_they_are_used(language_model: Any, tmp_path: Path) -> None:
     saved(language_model("gpt2"), tmp_path / "c")
-    path = tmp_path / "c" / files.TENSOR_FILE
+    path = tmp_path / "c" / native.TENSOR_FILE
     whole = path.read_bytes()
     (length,) = struct.unpack("<Q", whole[:8])
     header = whole[8 : 8 + length]
@@ -169,10 +169,10 @@ def test_damaged_files_are_refused_before_they_are_used(language_model: Any, tmp
 
 def test_changes_in_place_never_reach_the_file(language_model: Any, tmp_path: Path) -> None:
     saved(language_model("gpt2"), tmp_path / "c")
-    before = (tmp_path / "c" / files.TENSOR_FILE).read_bytes()
+    before = (tmp_path / "c" / native.TENSOR_FILE).read_bytes()
     lazy = checkpoint.load(tmp_path / "c", lazy=True)
     lazy.W_enc[0].data.fill_(1.0)
     assert lazy.in_file is not None
     lazy.in_file.release()
     assert float(lazy.W_enc[0].sum()) == lazy.W_enc[0].numel()
-    assert (tmp_path / "c" / files.TENSOR_FILE).read_bytes() == before
+    assert (tmp_path / "c" / native.TENSOR_FILE).read_bytes() == before

@@ -93,7 +93,7 @@ def test_attention_is_as_faithful_as_its_shipped_table(complete: replacement.Rep
 
 
 def test_a_wrong_attention_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="missing is not a folder: expected a crosscoder checkpoint"):
+    with pytest.raises(ValueError, match="missing does not exist: expected the folder of a crosscoder"):
         replacement.load("demo", attention_crosscoder=tmp_path / "missing")
     mlps = ARTIFACTS / "crosscoder"
     with pytest.raises(

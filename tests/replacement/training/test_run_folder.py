@@ -281,7 +281,7 @@ def test_snapshots_of_earlier_versions_resume(value: dict[str, Any], out: Path, 
             b"x\n{}\n",
             "metrics.jsonl is damaged: line 1 is no record of a run; delete the line to go on",
         ),
-        ("crosscoder", b"", "crosscoder is not a folder"),
+        ("crosscoder", b"", "crosscoder has no known layout"),
     ],
 )
 def test_damaged_files_of_a_run_are_named(

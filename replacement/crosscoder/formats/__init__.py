@@ -1,0 +1,1 @@
+"""Layouts that crosscoders are published in: each module reads one kind into a `Published`; `layouts.py` finds out which."""
