@@ -74,18 +74,20 @@ def weighted_rows(
 
 
 def dots(left_BD: Float[Tensor, "B D"], right_FD: Float[Tensor, "F D"], pattern: Pattern) -> Float[Tensor, " S"]:
-    """`left[row[s]] . right[index[s]]` for every entry of a pattern."""
+    """`left[row[s]] . right[index[s]]` for every entry of a pattern, in the dtype of `left`."""
     row_S, index_S, offsets = pattern
     # On a CPU the sampled product is part of MKL, which not every build of torch has (on ARM, for one).
     has_kernel = left_BD.is_cuda or (left_BD.device.type == "cpu" and torch.backends.mkl.is_available())
-    if has_kernel and left_BD.dtype in (torch.float32, torch.float64) and len(row_S):
+    has_kernel = has_kernel and left_BD.dtype == right_FD.dtype in (torch.float32, torch.float64)
+    if has_kernel and len(row_S):
         _expect_sparse_tensors()
         shape = (len(left_BD), len(right_FD))
         zeros_S = left_BD.new_zeros(len(row_S))
         zeros_BF = torch.sparse_csr_tensor(offsets, index_S, zeros_S, shape, check_invariants=False)
         return torch.sparse.sampled_addmm(zeros_BF, left_BD, right_FD.T, beta=0.0).values()
     chunks = zip(row_S.split(_ROWS_PER_GATHER), index_S.split(_ROWS_PER_GATHER), strict=True)
-    return torch.cat([torch.linalg.vecdot(left_BD[row_C], right_FD[index_C]) for row_C, index_C in chunks])
+    products = [torch.linalg.vecdot(left_BD[row_C], right_FD[index_C].to(left_BD.dtype)) for row_C, index_C in chunks]
+    return torch.cat(products)
 
 
 def add_blocks(

@@ -95,6 +95,8 @@ class Published:
         if lazy:
             crosscoder.in_file = WeightsInFile(self.files, self.decoders, self.input_scale, self.output_scale)
             crosscoder.requires_grad_(False)
+            for bias_D, site in zip(crosscoder.b_dec, self.wiring.write_sites, strict=True):
+                bias_D.div_(self.output_scale.get(site, 1.0))
         else:
             crosscoder.fold_input_scale(self.input_scale, self.output_scale)
             crosscoder = self._on_device(crosscoder, device)
