@@ -5,11 +5,12 @@ With a prompt's other features held fixed, every activation function is `f(h) = 
     ReLU         0
     JumpReLU     the feature's own threshold
     BatchTopK    the recorded threshold, at least 0
-    TopK         the largest pre-activation of the group at that position that was not selected, at least 0
+    TopK         the largest pre-activation of the group at that position that was not selected (with a ReLU at least 0)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +86,7 @@ def feature_threshold(local: LocalReplacement, part: Decomposition, number: int)
         number: number into `part.features`.
 
     Raises:
-        ValueError: an activation function of another kind, or a threshold below 0.
+        ValueError: an activation function of another kind.
     """
     crosscoder, features = part.crosscoder, part.features
     group, row, index = (int(column[number]) for column in (features.group, features.row, features.index))
@@ -95,14 +96,11 @@ def feature_threshold(local: LocalReplacement, part: Decomposition, number: int)
     if isinstance(activation, JumpReLU | BatchTopK):
         assert crosscoder.threshold is not None
         theta = float(crosscoder.threshold[group].expand(crosscoder.n_features)[index])
-        if theta < 0 and isinstance(activation, JumpReLU):
-            layer = crosscoder.wiring.group_layer(group)
-            raise ValueError(f"feature {layer}/{index} has the threshold {theta:g}: expected 0 or more")
-        return max(theta, 0.0)
+        return theta if isinstance(activation, JumpReLU) else max(theta, 0.0)
     if isinstance(activation, TopK):
         inputs = {site: local.frozen.activations[site][row : row + 1] for site in crosscoder.wiring.reads[group]}
         pre_F = crosscoder.pre_activations(inputs, group)[0]
         of_group = features.of(group)
         pre_F[of_group.index[of_group.row == row]] = -torch.inf
-        return max(float(pre_F.max()), 0.0)
+        return max(float(pre_F.max()), 0.0 if activation.relu else -math.inf)
     raise ValueError(f"features of {type(activation).__name__} have no threshold that is known here")

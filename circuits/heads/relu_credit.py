@@ -5,8 +5,8 @@ Contributions are exact for the pre-activation, not for what comes out of the no
     h = b + sum_j c_j          b: bias, c_j: contribution of player j (a head, the direct stream, a source)
     f(h) = h if h > theta else 0
 
-theta = 0 is ReLU and theta > 0 JumpReLU. With a prompt's other features held fixed TopK and BatchTopK are JumpReLUs
-too, whose threshold is the runner-up's pre-activation (0 where that is negative). No rule has every property:
+theta = 0 is ReLU, any other theta JumpReLU. With a prompt's other features held fixed TopK and BatchTopK are JumpReLUs
+too, whose threshold is the runner-up's pre-activation (with a ReLU at least 0). No rule has every property:
 
 | rule     | credit of player j                                  | complete | order | null | single removal |
 |----------|-----------------------------------------------------|----------|-------|------|----------------|
@@ -16,7 +16,8 @@ too, whose threshold is the runner-up's pre-activation (0 where that is negative
 | ablation | f(h) - f(h - c_j)                                   | no       | yes   | yes  | yes            |
 
 Complete: credits sum to f(h) - f(b). Order: within one activation a larger contribution never gets the smaller credit
-(f is monotone), though credits may tie where contributions differ. Null: a player with c_j = 0 gets 0. Single removal:
+(f is monotone where theta >= 0; below, f jumps down at theta and only gate keeps the order), though credits may tie where
+contributions differ. Null: a player with c_j = 0 gets 0. Single removal:
 the credit is what the activation loses without that player, "if it stays on" where h and h - c_j both exceed theta.
 
 Letters: J players, P pairs of permutations, S = 2^J coalitions.
@@ -77,7 +78,7 @@ def credit(
     Args:
         contributions_J: [J], exact contributions to the pre-activation.
         bias: the pre-activation without any player, b.
-        threshold: theta, at least 0.
+        threshold: theta; minus infinity for a feature that is always active.
         rule: one of `RULES`. `path` integrates f' along the straight line from b to h, and counts a JumpReLU's jump as
             part of f'. Its factor is 1 where b and h are both active and 0 where neither is; so also at h = b, where
             it is f'(b), the limit of the quotient. When h lies just across a jump from b the factor is large: players
@@ -87,7 +88,7 @@ def credit(
         seed: of the permutations.
 
     Raises `ValueError` for an unknown rule, contributions that are not 1-D, numbers or a sum of them that are not
-    finite, a negative threshold, or fewer than 2 samples.
+    finite, or fewer than 2 samples.
     """
     if rule not in RULES:
         raise ValueError(f"expected a rule among {', '.join(RULES)}, given {rule!r}")
@@ -119,11 +120,9 @@ def _checked(contributions_J: np.ndarray, *, bias: float, threshold: float) -> t
     bad = np.flatnonzero(~np.isfinite(c_J))
     if len(bad):
         raise ValueError(f"expected finite contributions, given {c_J[bad[0]]} for player {bad[0]}")
-    for name, number in (("bias", bias), ("threshold", threshold)):
+    for name, number in (("bias", bias), ("threshold", 0.0 if threshold == -math.inf else threshold)):
         if not math.isfinite(number):
             raise ValueError(f"expected a finite {name}, given {number}")
-    if threshold < 0:
-        raise ValueError(f"expected a threshold of at least 0, given {threshold}")
     with np.errstate(over="ignore"):
         size = abs(bias) + np.abs(c_J).sum()
     if not math.isfinite(size):
@@ -145,7 +144,8 @@ def _shapley(
         values_J, standard_error_J[players] = _sampled_shapley(
             active_J, bias=bias, h=h, threshold=threshold, samples=samples, seed=seed
         )
-    credit_J[players] = _project_on_order(values_J, active_J)
+    # Below a negative threshold f is 0, above it negative at first: it is not monotone, and values have no order.
+    credit_J[players] = _project_on_order(values_J, active_J) if threshold >= 0 else values_J
     return credit_J, standard_error_J
 
 

@@ -34,7 +34,7 @@ def predicted_changes(
         changed: int[B], the feature scaled in each case.
         relative: relative change of its activation; -1 suppresses it, 1 doubles it.
         total: through all paths; only through the edges out of the feature otherwise.
-        clipped: let no activation fall below zero.
+        clipped: let no positive activation fall below zero.
 
     Raises:
         ValueError: a node that is no feature.
@@ -65,7 +65,8 @@ def _changes(
         flow_BE = relative_BN[:, edges.source[numbers]] * edges.weight[numbers]
         change = np.add.reduceat(flow_BE, _starts(edges, batch), axis=1)
         if clipped:
-            change = np.where(is_feature[batch], np.maximum(change, -activation[batch]), change)
+            stops = is_feature[batch] & (activation[batch] > 0)  # an activation below zero has no stop there
+            change = np.where(stops, np.maximum(change, -activation[batch]), change)
         change_BN[:, batch] = change
         if total:
             inside = is_feature[batch] & (activation[batch] != 0)

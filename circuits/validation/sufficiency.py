@@ -172,7 +172,7 @@ def _over_features(grounding: Grounding, value_N: np.ndarray) -> np.ndarray:
 
 def _largest(features: Features, share_T: Tensor) -> Tensor:
     """Mask of the features of one group that are among their row's largest, up to a share of them given by position."""
-    by_size = features.activation.argsort(descending=True, stable=True)
+    by_size = features.activation.abs().argsort(descending=True, stable=True)
     order = by_size[features.row[by_size].argsort(stable=True)]
     row = features.row[order]
     counts = torch.bincount(row, minlength=features.n_rows)

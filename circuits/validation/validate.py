@@ -123,13 +123,15 @@ def _among_features(effects: Effects, changed: np.ndarray) -> list[Facts]:
     """
     nodes = effects.grounding.graph.nodes
     influence_BN = influence_among(effects.grounding.graph, changed)
-    target = nodes.mask(NodeKind.FEATURE) & nodes.expanded & (nodes.activation > 0)
+    target = nodes.mask(NodeKind.FEATURE) & nodes.expanded & (nodes.activation != 0)
     later_BN = nodes.layer[None, :] > nodes.layer[changed][:, None]
     pairs = target & later_BN & (nodes.position[None, :] >= nodes.position[changed][:, None])
     rows = []
     for patterns in PATTERNS:
         change_BN = np.abs(effects.measure(changed, 0.0, "window", patterns).change_BN)
-        share_BN = np.divide(change_BN, nodes.activation, out=np.zeros_like(change_BN), where=nodes.activation > 0)
+        share_BN = np.divide(
+            change_BN, np.abs(nodes.activation), out=np.zeros_like(change_BN), where=nodes.activation != 0
+        )
         rho = spearman(influence_BN[pairs], share_BN[pairs])
         rows.append({"patterns": patterns, "pairs": int(pairs.sum()), "spearman": rho})
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -34,7 +34,10 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Activation(ABC):
-    """Interface of the activation functions; `name` is their name in checkpoints."""
+    """Interface of the activation functions; `name` is their name in checkpoints.
+
+    Keyword-only parameters are what published crosscoders do besides. Their defaults leave no trace in checkpoints.
+    """
 
     name: ClassVar[str]
     learns_threshold: ClassVar[bool] = False
@@ -64,8 +67,19 @@ class Activation(ABC):
         return torch.relu(pre_S)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON value: the name and the parameters."""
-        return {"name": self.name, **asdict(self)}
+        """Plain JSON value: the name and the parameters, without keyword-only ones at their default."""
+        plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if not entry.kw_only}
+        return {"name": self.name, **plain, **self._options()}
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether `replacement train` can train it: what published crosscoders do besides is read alone."""
+        return not self._options()
+
+    def _options(self) -> dict[str, bool]:
+        """Keyword-only parameters that are not at their default."""
+        given = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self) if entry.kw_only}
+        return {name: value for name, (value, default) in given.items() if value != default}
 
     def check_fits(self, n_groups: int, n_features: int) -> None:  # noqa: B027 - nothing to check for most
         """Check that the function can act on this many groups of `n_features` features each.
@@ -166,14 +180,22 @@ class TopK(_KeepsLargest, Activation):
     name: ClassVar[str] = "topk"
     chooses_by_row: ClassVar[bool] = True
 
+    relu: bool = field(default=True, kw_only=True)
+    """Whether only positive pre-activations are kept; without it, the k largest are kept whatever their sign, and `a = h`."""
+
     def select(
         self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
-        """The k largest of each row, without those that are not positive."""
+        """The k largest of each row; those that are not positive only without `relu`."""
         value_BK, index_BK = _largest(pre_BF, k_of(self, group))
         index_BK, order_BK = index_BK.sort(dim=1)
-        row_S, column_S = torch.nonzero(value_BK.gather(1, order_BK) > 0, as_tuple=True)
+        floor = 0.0 if self.relu else -torch.inf
+        row_S, column_S = torch.nonzero(value_BK.gather(1, order_BK) > floor, as_tuple=True)
         return Selection(row_S, index_BK[row_S, column_S])
+
+    def values(self, pre_S: Values, threshold_S: Tensor | None) -> Values:
+        """`max(h, 0)`, or h without `relu`."""
+        return torch.relu(pre_S) if self.relu else pre_S
 
 
 @dataclass(frozen=True)
@@ -241,6 +263,9 @@ def activation_from_dict(value: Mapping[str, Any]) -> Activation:
     expected = [field.name for field in fields(kind)]
     if set(parameters) - set(expected) or ("k" in expected and "k" not in parameters):
         raise ValueError(f"activation {kind.name} has the parameters {expected}, got {sorted(parameters)}")
+    for entry in fields(kind):
+        if entry.kw_only and not isinstance(parameters.get(entry.name, False), bool):
+            raise ValueError(f"{entry.name} of {kind.name} must be true or false, got {parameters[entry.name]!r:.50}")
     if isinstance(parameters.get("k"), list):  # JSON has no tuples
         parameters["k"] = tuple(parameters["k"])
     return kind(**parameters)

@@ -83,6 +83,9 @@ class Trainer:
             restored.
         parallel: this process's place in the run.
         language_model: the original model, for losses that need it.
+
+    Raises:
+        ValueError: an activation function that only published crosscoders have.
     """
 
     def __init__(
@@ -94,6 +97,10 @@ class Trainer:
         parallel: Parallel = SINGLE,
         language_model: LanguageModel | None = None,
     ) -> None:
+        if not crosscoder.activation.is_trainable:
+            raise ValueError(
+                f"cannot train a crosscoder with the activation {crosscoder.activation}: it can only be read"
+            )
         if statistics is None:
             statistics = Statistics.blank(crosscoder)
         else:

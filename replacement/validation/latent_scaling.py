@@ -92,7 +92,7 @@ def latent_scaling(crosscoder: Crosscoder, batches: Iterable[Mapping[Site, Tenso
             n_tokens += features.n_rows
             acts_S = features.activation.double()
             squares_F.index_add_(0, features.index, acts_S.square())
-            fired_F += torch.bincount(features.index[acts_S > 0], minlength=len(d_FD))
+            fired_F += torch.bincount(features.index[acts_S != 0], minlength=len(d_FD))
             sums = crosscoder.decode_contribution(features)
             for model, site in enumerate(sites):
                 error_RD = reads[site].double() - crosscoder.decoder_bias(site).double() - sums[site].double()

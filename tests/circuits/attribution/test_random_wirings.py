@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from circuits import trace
 from circuits.attribution.identity import IdentityError
-from replacement import ReLU, ReplacementModel, Site, TopK, Wiring
+from replacement import JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 from replacement.crosscoder.sites import SITE_KINDS
 
 N_LAYERS = 3
@@ -73,7 +73,7 @@ crosscoder_options = st.fixed_dictionaries(
         "tied": st.booleans(),
         "skip": st.booleans(),
         "undecomposed_positions": st.integers(0, 2),
-        "activation": st.sampled_from([TopK(4), ReLU()]),
+        "activation": st.sampled_from([TopK(4), TopK(9, relu=False), JumpReLU(), ReLU()]),
     }
 )
 
@@ -100,6 +100,8 @@ def test_causal_wirings_on_the_stream_are_exact(
     lm = language_model(architecture, torch.float64)
     options, groups = data.draw(crosscoder_options), data.draw(causal_groups(lm.shape.parallel))
     crosscoder = tiny.crosscoder_for(lm, wiring=wiring_of(groups), n_features=24, **options)
+    if crosscoder.threshold is not None:  # of either sign: activations below 0 have edges too
+        crosscoder.threshold.data = torch.randn_like(crosscoder.threshold)
     of_attention = None
     if attention:
         first, groups = data.draw(st.integers(0, 2)), data.draw(attention_groups())

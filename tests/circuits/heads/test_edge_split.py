@@ -21,7 +21,7 @@ from circuits.attribution.identity import IdentityError
 from circuits.graph.text import full_name
 from circuits.heads.edge_split import HeadSplit, chain_weights, split_heads, with_heads
 from circuits.heads.writes_and_reads import SourceWrites
-from replacement import JumpReLU, LanguageModel, ReplacementModel, Site, Wiring
+from replacement import JumpReLU, LanguageModel, ReplacementModel, Site, TopK, Wiring
 from replacement.splicing.skip import SkipTerms
 
 HOPS = pytest.mark.parametrize("hop", ["last", "first"])
@@ -243,7 +243,11 @@ def test_the_parts_of_a_pruned_graph_are_those_of_the_whole(language_model: Any,
 
 
 @HOPS
-@pytest.mark.parametrize("options", [{"undecomposed_positions": 1}, {"activation": JumpReLU(), "tied": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"undecomposed_positions": 1}, {"activation": JumpReLU(), "tied": True}, {"activation": TopK(30, relu=False)}],
+    ids=str,
+)
 def test_other_crosscoders(language_model: Any, options: dict[str, Any], hop: str) -> None:
     model = model_of(language_model("qwen3", torch.float64), **options)
     graph = traced(model)

@@ -215,19 +215,31 @@ def test_features_that_are_not_there(language_model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "activation", [ReLU(), JumpReLU(threshold=0.4), BatchTopK(4), TopK(5), TopK((3, 5, 48))], ids=str
+    "activation",
+    [
+        ReLU(),
+        JumpReLU(threshold=0.4),
+        JumpReLU(threshold=0.0),
+        BatchTopK(4),
+        TopK(5),
+        TopK((3, 5, 48)),
+        TopK(30, relu=False),
+    ],
+    ids=str,
 )
 def test_a_feature_is_active_above_its_threshold_alone(language_model: Any, activation: Any) -> None:
     """With the others held, the crosscoder's own choice flips at the threshold."""
     lm, tokens = language_model("gpt2", torch.float64), tiny.random_tokens()
     model = model_of(lm, activation=activation)
-    if isinstance(activation, BatchTopK):
+    if isinstance(activation, BatchTopK) or activation == JumpReLU(threshold=0.0):
         model.crosscoder.threshold[:] = torch.tensor([[0.3], [0.7], [-1.0]])
     local = model.localize(tokens)
+    below_zero = activation in (JumpReLU(threshold=0.0), TopK(30, relu=False))
+    assert bool((local.features.activation < 0).any()) == below_zero
     for number in range(0, len(local.features), 5):
         group, row, index = (int(c[number]) for c in (local.features.group, local.features.row, local.features.index))
         theta = feature_threshold(local, local.mlp, number)
-        assert theta >= 0
+        assert below_zero or theta >= 0
         (site,) = model.crosscoder.wiring.reads[group]
         pre_F = model.crosscoder.pre_activations({site: local.frozen.activations[site][row : row + 1]}, group)[0]
         pre_2F = pre_F.repeat(2, 1)
@@ -278,14 +290,3 @@ def test_picture_of_a_feature_below_all_heads(language_model: Any, tmp_path: Pat
     assert view.layers == view.players == ()
     assert not view.encoder_share_LH.any()
     assert "heads +0" in plot_heads(view, tmp_path / "none.svg").read_text()
-
-
-def test_a_threshold_below_zero_is_refused_by_name(language_model: Any) -> None:
-    lm = language_model("llama", torch.float32)
-    model = model_of(lm, activation=JumpReLU(threshold=0.1))
-    with torch.no_grad():
-        model.crosscoder.threshold[1] = -0.5
-    local = model.localize(tiny.random_tokens(6))
-    number = int(torch.nonzero(local.features.group == 1)[0])
-    with pytest.raises(ValueError, match=rf"feature 1/{int(local.features.index[number])} has the threshold -0.5"):
-        feature_threshold(local, local.mlp, number)

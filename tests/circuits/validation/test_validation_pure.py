@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,9 @@ def test_a_chain_of_two_features(chain: CircuitGraph) -> None:
     np.testing.assert_allclose(predicted_changes(chain, np.array([1]), 1.0), [[0, 2, 3, -0.5]])
     np.testing.assert_allclose(predicted_changes(chain, np.array([1]), -2.0), [[0, -4, -6, 1]])
     np.testing.assert_allclose(predicted_changes(chain, np.array([1]), -2.0, clipped=True), [[0, -4, -4, 0]])
+    negative = dataclasses.replace(chain.nodes, activation=np.array([0, 2, -4, 0], dtype=np.float32))
+    chain = CircuitGraph(negative, chain.edges, chain.metadata)  # no stop at zero for what is below it
+    np.testing.assert_allclose(predicted_changes(chain, np.array([1]), -2.0, clipped=True), [[0, -4, -6, -5]])
     with pytest.raises(ValueError, match="expected features to change, given a node of another kind"):
         predicted_changes(chain, np.array([0]), 1.0)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK, activation_from_dict
 
-ALL = [ReLU(), JumpReLU(), TopK(3), BatchTopK(3)]
+ALL = [ReLU(), JumpReLU(), TopK(3), TopK(3, relu=False), BatchTopK(3)]
 
 
 def dense(
@@ -38,7 +38,7 @@ def test_relu(n_rows: int, n_features: int, seed: int) -> None:
 @given(st.integers(0, 6), st.integers(1, 12), st.integers(0, 99))
 def test_jumprelu(n_rows: int, n_features: int, seed: int) -> None:
     pre_BF = random_pre(n_rows, n_features, seed)
-    threshold_F = random_pre(1, n_features, seed + 1)[0].abs()
+    threshold_F = random_pre(1, n_features, seed + 1)[0]  # of either sign
     expected_BF = pre_BF * (pre_BF > threshold_F)
     for training in (False, True):
         assert torch.equal(dense(JumpReLU(), pre_BF, threshold_F, training=training), expected_BF)
@@ -50,6 +50,15 @@ def test_topk_keeps_the_k_largest_where_positive(n_rows: int, n_features: int, s
     pre_BF = random_pre(n_rows, n_features, seed)
     rank_BF = pre_BF.argsort(dim=1, descending=True).argsort(dim=1)
     assert torch.equal(dense(TopK(k), pre_BF), pre_BF.clamp(min=0) * (rank_BF < k))
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 99), st.data())
+def test_topk_without_relu_keeps_exactly_k(n_rows: int, n_features: int, seed: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, n_features))
+    pre_BF = random_pre(n_rows, n_features, seed) - 1
+    rank_BF = pre_BF.argsort(dim=1, descending=True).argsort(dim=1)
+    assert torch.equal(dense(TopK(k, relu=False), pre_BF), pre_BF * (rank_BF < k))
+    assert torch.bincount(TopK(k, relu=False).select(pre_BF, None).rows, minlength=n_rows).tolist() == [k] * n_rows
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 99))
@@ -80,7 +89,7 @@ def test_batchtopk_threshold_is_a_running_mean_that_starts_at_the_first_batch() 
     assert function.next_threshold(threshold, torch.empty(0)).tolist() == [3.0]
 
 
-@pytest.mark.parametrize("activation", ALL, ids=lambda a: a.name)
+@pytest.mark.parametrize("activation", ALL, ids=str)
 def test_selections_are_sorted_by_row_then_index(activation: Activation) -> None:
     pre_BF = random_pre(9, 11, seed=3)
     threshold_GF = activation.initial_threshold(1, 11)
@@ -110,16 +119,25 @@ def test_jumprelu_training_selects_the_window_below_the_threshold() -> None:
     assert function.select(pre_BF, threshold_F, training=True).indices.tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("activation", ALL, ids=lambda a: a.name)
+@pytest.mark.parametrize("activation", ALL, ids=str)
 def test_activations_survive_json(activation: Activation) -> None:
     assert activation_from_dict(json.loads(json.dumps(activation.to_dict()))) == activation
+
+
+def test_options_that_came_later_leave_no_trace_at_their_default() -> None:
+    """Digests of older checkpoints are those of their configuration."""
+    assert TopK(3).to_dict() == {"name": "topk", "k": 3}
+    assert JumpReLU().to_dict() == {"name": "jumprelu", "threshold": 0.03, "bandwidth": 0.03}
+    assert ReLU().to_dict() == {"name": "relu"}
+    assert TopK(3, relu=False).to_dict() == {"name": "topk", "k": 3, "relu": False}
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         ({"name": "gelu"}, "unknown activation 'gelu': expected one of relu, jumprelu, topk, batchtopk"),
-        ({"name": "topk"}, "activation topk has the parameters ['k'], got []"),
+        ({"name": "topk"}, "activation topk has the parameters ['k', 'relu'], got []"),
+        ({"name": "topk", "k": 3, "relu": "no"}, "relu of topk must be true or false, got 'no'"),
         ({"name": "relu", "k": 3}, "activation relu has the parameters [], got ['k']"),
         ({"name": "topk", "k": 0}, "k must be 1 or more, got 0"),
         ({"name": "batchtopk", "k": 1, "momentum": 0.0}, "momentum must be above 0, got 0.0"),

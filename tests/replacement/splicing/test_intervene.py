@@ -9,7 +9,18 @@ import tiny
 import torch
 from torch import Tensor
 
-from replacement import Intervention, LocalReplacement, ReplacementModel, Site, UnknownFeatureError, Wiring, swap
+from replacement import (
+    Intervention,
+    JumpReLU,
+    LocalReplacement,
+    ReplacementModel,
+    Site,
+    TopK,
+    UnknownFeatureError,
+    Wiring,
+    swap,
+)
+from replacement.crosscoder.activation import Activation
 
 FROZEN = {"patterns": "frozen", "norms": "frozen"}
 
@@ -55,6 +66,30 @@ def test_logits_change_as_the_local_linear_model_says(language_model: Any, archi
     assert float((found.logits - found.clean_logits).abs().max()) > 1e-2
     live = model.intervene(tiny.random_tokens(), interventions, constrained_layers=layers)
     assert float((live.logits - found.logits).abs().max()) > 1e-6  # norms and patterns do react
+
+
+@pytest.mark.parametrize("activation", [JumpReLU(), TopK(30, relu=False)], ids=str)
+def test_negative_activations_are_changed_like_others(language_model: Any, activation: Activation) -> None:
+    lm, tokens = language_model("gpt2", torch.float64), tiny.random_tokens()
+    crosscoder = tiny.crosscoder_for(lm, activation=activation)
+    if crosscoder.threshold is not None:
+        crosscoder.threshold.data.fill_(-0.7)
+    model = ReplacementModel(lm, crosscoder)
+    local = model.localize(tokens)
+    negative_S = torch.nonzero(local.features.activation < 0)[:, 0]
+    number = int(negative_S[0])
+    place = [int(column[number]) for column in (local.features.group, local.features.index, local.features.row)]
+    change = Intervention(layer=place[0], index=place[1], position=place[2], scale=3.0)
+    activation_S = local.features.activation.clone()
+    activation_S[number] *= 3
+    found = model.intervene(tokens, [change], constrained_layers=range(3), **FROZEN)
+    torch.testing.assert_close(found.logits, local.logits(activation_S), rtol=0, atol=1e-9)
+    torch.testing.assert_close(model(tokens, errors="keep"), lm(tokens), rtol=0, atol=1e-9)
+    dense = {site: local.frozen.activations[site] for site in crosscoder.wiring.read_sites}
+    for group in range(crosscoder.n_groups):
+        pre_TF = crosscoder.pre_activations(dense, group)
+        floor_T1 = -0.7 if crosscoder.threshold is not None else pre_TF.topk(30).values.amin(1, keepdim=True) - 1e-12
+        torch.testing.assert_close(local.features.dense(group), pre_TF * (pre_TF > floor_T1))
 
 
 def test_skip_terms_that_read_behind_a_layer_follow_too(language_model: Any) -> None:

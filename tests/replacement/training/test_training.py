@@ -340,6 +340,12 @@ def test_bad_batches_are_refused(
         train(clt(TopK(3)), batches, settings(2))
 
 
+def test_activations_of_published_crosscoders_are_not_trained() -> None:
+    message = "cannot train a crosscoder with the activation TopK(k=3, relu=False): it can only be read"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(clt(TopK(3, relu=False)), list(sparse_batches(2)), settings(2))
+
+
 def test_dead_features_are_told_apart_from_silent_zeros() -> None:
     """JumpReLU training keeps zero-valued features in the table; they have not fired."""
     silent_GF = torch.zeros(1, 2, dtype=torch.int64)
