@@ -18,7 +18,7 @@ import shutil
 import socket
 import stat
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +116,19 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write `content` (text as UTF-8) to `path`, replacing a regular file; makes missing folders.
+def write_atomic(path: str | os.PathLike[str], content: str | bytes | Iterable[str]) -> Path:
+    """Write `content` (text as UTF-8, whole or in pieces that are written as they come) to `path`, replacing a regular file;
+    makes missing folders.
 
     Raises:
         ValueError: names the path and the reason (see `check_file`; a full disk).
     """
-    data = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
-    with atomic_file(path) as scratch:
-        scratch.write_bytes(data)
+    with atomic_file(path) as scratch, scratch.open("wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            for piece in [content] if isinstance(content, str) else content:
+                file.write(piece.encode("utf-8", errors="replace"))
     return Path(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
+from collections.abc import Iterable, Iterator
 
 import graphviz
 import numpy as np
@@ -21,8 +22,8 @@ _MOST_TAGS = 40
 
 
 @register("dot", suffix=".dot", description="Graphviz text")
-def to_dot(graph: GraphData) -> str:
-    """The graph as DOT: one rank per layer from tokens (bottom) to logits (top), edges by sign and influence."""
+def to_dot(graph: GraphData) -> Iterator[str]:
+    """The graph as lines of DOT: one rank per layer from tokens (bottom) to logits (top), edges by sign and influence."""
     picture = graphviz.Digraph("circuit")
     # Circuits are wide: stretching ranks apart to a third of the width keeps edges apart and the page in proportion.
     picture.attr(rankdir="BT", bgcolor="white", nodesep="0.1", ranksep="0.5", ratio="0.35", outputorder="edgesfirst")
@@ -30,16 +31,16 @@ def to_dot(graph: GraphData) -> str:
     picture.attr("edge", arrowsize="0.5", fontname="Helvetica", fontsize="9", fontcolor="#374151")
     _add_ranks(picture, graph)
     _add_edges(picture, graph)
-    return str(picture.source)
+    yield from picture
 
 
-def render(dot: str, picture_format: str) -> bytes:
+def render(dot: Iterable[str], picture_format: str) -> bytes:
     """DOT text as `svg`, `png` or `pdf`.
 
     Raises `MissingProgramError` without the `dot` program, and `ValueError` with its words when it fails.
     """
     try:
-        return bytes(graphviz.Source(dot).pipe(format=picture_format))
+        return bytes(graphviz.Source("".join(dot)).pipe(format=picture_format))
     except graphviz.ExecutableNotFound as error:
         raise MissingProgramError(
             "expected Graphviz's `dot` program on the PATH, given none; install Graphviz or use the `svg` format"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from html import escape
 from typing import Any
 
 import networkx as nx
+import numpy as np
 
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import register
@@ -17,6 +19,7 @@ from circuits.graph.text import printable
 Facts = dict[str, list[Any]]
 """Columns of plain Python values, one per node or edge."""
 
+_EDGES_AT_ONCE = 4096
 _GRAPHML = {bool: "boolean", int: "long", float: "double", str: "string"}
 
 
@@ -29,15 +32,23 @@ def to_networkx(graph: GraphData) -> nx.DiGraph:
     the graph carries the metadata.
     """
     result = nx.DiGraph(**graph.metadata)
-    ids, edges = graph.nodes.ids(), graph.edges
-    nodes = _node_facts(graph)
-    for row, node in enumerate(ids):
-        result.add_node(node, **{name: column[row] for name, column in nodes.items()})
-    columns = _edge_facts(graph)
-    facts = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-    for source, target, attributes in zip(edges.source.tolist(), edges.target.tolist(), facts, strict=True):
-        result.add_edge(ids[source], ids[target], **attributes)
+    ids, edges, influence = graph.nodes.ids(), graph.edges, edge_influence(graph)
+    for node, facts in zip(ids, _rows(_node_facts(graph)), strict=True):
+        result.add_node(node, **facts)
+    for block in _blocks(len(edges)):
+        ends = zip(edges.source[block].tolist(), edges.target[block].tolist(), strict=True)
+        for (source, target), facts in zip(ends, _rows(_edge_facts(graph, block, influence)), strict=True):
+            result.add_edge(ids[source], ids[target], **facts)
     return result
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    """Slices of n rows: as Python values, edges take a hundred times the memory of their columns."""
+    return (slice(begin, begin + _EDGES_AT_ONCE) for begin in range(0, n, _EDGES_AT_ONCE))
+
+
+def _rows(columns: Facts) -> Iterator[dict[str, Any]]:
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
 def _node_facts(graph: GraphData) -> Facts:
@@ -49,66 +60,88 @@ def _node_facts(graph: GraphData) -> Facts:
     return columns
 
 
-def _edge_facts(graph: GraphData) -> Facts:
-    columns: Facts = {"weight": graph.edges.weight.tolist(), "influence": edge_influence(graph).tolist()}
+def _edge_facts(graph: GraphData, block: slice, influence: np.ndarray) -> Facts:
+    columns: Facts = {"weight": graph.edges.weight[block].tolist(), "influence": influence[block].tolist()}
     if graph.heads is not None:
-        columns["direct"] = graph.heads.direct.tolist()
-        columns["heads"] = [graph.heads.text(edge) for edge in range(len(graph.edges))]
+        columns["direct"] = graph.heads.direct[block].tolist()
+        columns["heads"] = [graph.heads.text(edge) for edge in range(*block.indices(len(graph.edges)))]
     return columns
 
 
 @register("json", suffix=".json", description="node-link JSON, as networkx and d3 read it")
 def to_node_link(graph: GraphData) -> dict[str, Any]:
-    """The graph as a JSON object; `networkx.node_link_graph(json.load(file))` reads it.
+    """The graph as a JSON object, its edges as an iterator; `networkx.node_link_graph(json.load(file))` reads the file.
 
     Where heads are known, `by_head` of an edge lists its heads as `{layer, head, weight}`, the strongest first.
     """
-    network = to_networkx(graph)
-    if graph.heads is not None:
-        ids, edges = graph.nodes.ids(), graph.edges
-        for edge, (source, target) in enumerate(zip(edges.source.tolist(), edges.target.tolist(), strict=True)):
-            network.edges[ids[source], ids[target]]["by_head"] = [
-                {"layer": layer, "head": head, "weight": weight} for layer, head, weight in graph.heads.of(edge)
+    nodes = zip(graph.nodes.ids(), _rows(_node_facts(graph)), strict=True)
+    return {
+        "directed": True,
+        "multigraph": False,
+        "graph": dict(graph.metadata),
+        "nodes": [{**facts, "id": name} for name, facts in nodes],
+        "edges": _links(graph),
+    }
+
+
+def _links(graph: GraphData) -> Iterator[dict[str, Any]]:
+    ids, edges, influence = graph.nodes.ids(), graph.edges, edge_influence(graph)
+    for block in _blocks(len(edges)):
+        columns = _edge_facts(graph, block, influence)
+        if graph.heads is not None:
+            columns["by_head"] = [
+                [{"layer": layer, "head": head, "weight": weight} for layer, head, weight in graph.heads.of(edge)]
+                for edge in range(*block.indices(len(edges)))
             ]
-    data: dict[str, Any] = nx.node_link_data(network, edges="edges")
-    return data
+        columns["source"] = [ids[node] for node in edges.source[block].tolist()]
+        columns["target"] = [ids[node] for node in edges.target[block].tolist()]
+        yield from _rows(columns)
 
 
 @register("graphml", suffix=".graphml", description="GraphML, for Gephi, yEd, Cytoscape and igraph")
-def to_graphml(graph: GraphData) -> str:
-    """The graph as GraphML text.
+def to_graphml(graph: GraphData) -> Iterator[str]:
+    """The graph as pieces of GraphML text.
 
     Metadata that is not a number or text is written as JSON; control characters are dropped.
     """
-    ids, edges = graph.nodes.ids(), graph.edges
+    ids, edges, influence = graph.nodes.ids(), graph.edges, edge_influence(graph)
     about = {name: [value if isinstance(value, str) else json.dumps(value)] for name, value in graph.metadata.items()}
-    keys, (about_data, node_data, edge_data) = _graphml_data({
-        "graph": about, "node": _node_facts(graph), "edge": _edge_facts(graph)
-    })  # fmt: skip
-    ends = zip(edges.source.tolist(), edges.target.tolist(), edge_data, strict=True)
-    return "\n".join([
-        '<?xml version="1.0" encoding="utf-8"?>',
-        '<graphml xmlns="http://graphml.graphdrawing.org/xmlns">',
-        *keys,
-        '<graph edgedefault="directed">',
-        *about_data,
-        *(f'<node id="{node}">{data}</node>' for node, data in zip(ids, node_data, strict=True)),
-        *(f'<edge source="{ids[source]}" target="{ids[target]}">{data}</edge>' for source, target, data in ends),
-        "</graph>",
-        "</graphml>\n",
-    ])  # fmt: skip
+    nodes, first = _node_facts(graph), _edge_facts(graph, slice(0, 1), influence)
+    keys = _GraphMLKeys({"graph": about, "node": nodes, "edge": first})
+    yield '<?xml version="1.0" encoding="utf-8"?>\n<graphml xmlns="http://graphml.graphdrawing.org/xmlns">\n'
+    yield "".join(
+        f"{line}\n" for line in (*keys.declared, '<graph edgedefault="directed">', *keys.data("graph", about))
+    )
+    yield "".join(
+        f'<node id="{node}">{data}</node>\n' for node, data in zip(ids, keys.data("node", nodes), strict=True)
+    )
+    for block in _blocks(len(edges)):
+        data = keys.data("edge", _edge_facts(graph, block, influence))
+        ends = zip(edges.source[block].tolist(), edges.target[block].tolist(), data, strict=True)
+        yield "".join(
+            f'<edge source="{ids[source]}" target="{ids[target]}">{text}</edge>\n' for source, target, text in ends
+        )
+    yield "</graph>\n</graphml>\n"
 
 
-def _graphml_data(tables: dict[str, Facts]) -> tuple[list[str], list[list[str]]]:
-    """GraphML's `key` elements of all columns, and the `data` elements of each row of each table."""
-    keys: list[str] = []
-    rows = []
-    for domain, columns in tables.items():
+class _GraphMLKeys:
+    """GraphML's `key` elements of the columns of some tables, and the `data` elements that refer to them."""
+
+    def __init__(self, tables: dict[str, Facts]) -> None:
+        self.declared: list[str] = []
+        self._keys: dict[tuple[str, str], tuple[str, type]] = {}
+        for domain, columns in tables.items():
+            for name, column in columns.items():
+                key, kind = f"d{len(self._keys)}", type(column[0]) if column else str
+                self._keys[domain, name] = key, kind
+                attributes = f'attr.name="{escape(name)}" attr.type="{_GRAPHML[kind]}"'
+                self.declared.append(f'<key id="{key}" for="{domain}" {attributes}/>')
+
+    def data(self, domain: str, columns: Facts) -> Iterator[str]:
+        """The `data` elements of each row."""
         cells = []
         for name, column in columns.items():
-            key, kind = f"d{len(keys)}", type(column[0]) if column else str
-            keys.append(f'<key id="{key}" for="{domain}" attr.name="{escape(name)}" attr.type="{_GRAPHML[kind]}"/>')
+            key, kind = self._keys[domain, name]
             texts = [escape(printable(value)) for value in column] if kind is str else map(json.dumps, column)
             cells.append([f'<data key="{key}">{text}</data>' for text in texts])
-        rows.append(["".join(row) for row in zip(*cells, strict=True)])
-    return keys, rows
+        return ("".join(row) for row in zip(*cells, strict=True))

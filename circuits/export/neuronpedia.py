@@ -7,7 +7,7 @@ there), and a target that is a feature stays a feature node, marked as target.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import printable, slug
 
+_LINKS_AT_ONCE = 4096
 FEATURE, ERROR, EMBEDDING, LOGIT = "cross layer transcoder", "mlp reconstruction error", "embedding", "logit"
 
 
@@ -38,7 +39,7 @@ def cumulative_influence(influence: np.ndarray) -> np.ndarray:
 
 @register("neuronpedia", suffix=".neuronpedia.json", description="graph JSON of Neuronpedia and circuit-tracer")
 def to_neuronpedia(graph: GraphData) -> dict[str, Any]:
-    """The graph as the JSON object that a Neuronpedia upload expects."""
+    """The graph as the JSON object that a Neuronpedia upload expects, its links as an iterator."""
     host, ids = _hosts(graph)
     merged = np.bincount(host, weights=node_influence(graph), minlength=len(host))
     shown = np.flatnonzero(host == np.arange(len(host)))
@@ -120,12 +121,15 @@ def _node(graph: GraphData, row: int, name: str, influence: float) -> dict[str, 
     return fields
 
 
-def _links(graph: GraphData, host: np.ndarray, ids: list[str]) -> list[dict[str, Any]]:
+def _links(graph: GraphData, host: np.ndarray, ids: list[str]) -> Iterator[dict[str, Any]]:
     edges = graph.edges
-    weights: dict[tuple[int, int], float] = defaultdict(float)
-    columns = (host[edges.source].tolist(), host[edges.target].tolist(), edges.weight.tolist())
-    for source, target, weight in zip(*columns, strict=True):
-        weights[source, target] += weight
-    return [
-        {"source": ids[source], "target": ids[target], "weight": weight} for (source, target), weight in weights.items()
-    ]
+    source, target = host[edges.source], host[edges.target]
+    # Links that positions and tokens share are added up, in the order in which they are first met.
+    _, first, place = np.unique(source * len(ids) + target, return_index=True, return_inverse=True)
+    weight = np.bincount(place, weights=edges.weight, minlength=len(first))
+    order = np.argsort(first)
+    for begin in range(0, len(order), _LINKS_AT_ONCE):
+        chosen = order[begin : begin + _LINKS_AT_ONCE]
+        columns = (source[first[chosen]].tolist(), target[first[chosen]].tolist(), weight[chosen].tolist())
+        for start, end, value in zip(*columns, strict=True):
+            yield {"source": ids[start], "target": ids[end], "weight": value}

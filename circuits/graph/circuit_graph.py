@@ -11,7 +11,7 @@ import numpy as np
 
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import Edges, GraphData
-from circuits.graph.exporters import export, exporter
+from circuits.graph.exporters import export, exporter, whole
 from circuits.graph.influence import node_influence
 from circuits.graph.metadata import as_stored
 from circuits.graph.nodes import NodeKind, NodeTable
@@ -147,7 +147,7 @@ class CircuitGraph(GraphData):
 
     def to_dot(self) -> str:
         """Graphviz text, one rank per layer."""
-        return str(exporter("dot").convert(self))
+        return "".join(exporter("dot").convert(self))
 
     def to_svg(self, *, max_nodes: int = 80) -> str:
         """The token x layer picture; of a larger graph the most influential nodes, and a caption that says so."""
@@ -159,11 +159,11 @@ class CircuitGraph(GraphData):
 
     def to_json(self) -> dict[str, Any]:
         """Node-link JSON object, as `networkx.node_link_graph` reads it."""
-        return dict(exporter("json").convert(self))
+        return whole(exporter("json").convert(self))
 
     def to_neuronpedia(self) -> dict[str, Any]:
         """The graph JSON object of Neuronpedia and circuit-tracer front ends."""
-        return dict(exporter("neuronpedia").convert(self))
+        return whole(exporter("neuronpedia").convert(self))
 
     def export(self, name: str, path: str | os.PathLike[str]) -> Path:
         """Write the graph, atomically, in a format of `circuits.graph.exporters.file_formats`; others raise `ValueError`."""

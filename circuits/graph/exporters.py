@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,13 +26,17 @@ class Exporter:
 
     name: str
     convert: Callable[..., Any]
-    """Called with a graph, and with options by keyword; gives text, bytes, a JSON object, or any other value."""
+    """Called with a graph, and with options by keyword; gives text, bytes, pieces of text, an object for JSON, or any other
+    value. Lists in the object may be iterators: they are written as they come."""
     suffix: str | None
     """How its files end; None for values that are no files, such as a networkx graph."""
     description: str
     fallback: str | None = None
     """Exporter whose file is written instead where a program is missing."""
 
+
+_ITEMS_AT_ONCE = 4096
+"""Entries of a list whose JSON is made together."""
 
 _EXPORTERS: dict[str, Exporter] = {}
 
@@ -79,7 +84,29 @@ def export(graph: GraphData, name: str, path: str | os.PathLike[str]) -> Path:
         raise MissingProgramError(f"{error}; the graph was written as {instead.name} to {written}") from error
 
 
-def content(graph: GraphData, chosen: Exporter) -> str | bytes:
-    """What is written to a file: text or bytes as converted, anything else as JSON."""
+def content(graph: GraphData, chosen: Exporter) -> str | bytes | Iterable[str]:
+    """What is written to a file: text, bytes or pieces of text as converted, and objects as JSON, in pieces."""
     converted = chosen.convert(graph)
-    return converted if isinstance(converted, str | bytes) else json.dumps(converted, allow_nan=False)
+    return json_pieces(converted) if isinstance(converted, dict) else converted
+
+
+def json_pieces(value: dict[str, Any]) -> Iterator[str]:
+    """JSON text of an object, whose entries may be iterators in the place of lists: a large list never exists as a whole."""
+    before = "{"
+    for name, entry in value.items():
+        yield f"{before}{json.dumps(name)}: "
+        before = ", "
+        if isinstance(entry, Iterator):
+            begin = "["
+            while items := list(itertools.islice(entry, _ITEMS_AT_ONCE)):
+                yield begin + json.dumps(items, allow_nan=False)[1:-1]
+                begin = ", "
+            yield "[]" if begin == "[" else "]"
+        else:
+            yield json.dumps(entry, allow_nan=False)
+    yield "{}" if before == "{" else "}"
+
+
+def whole(value: dict[str, Any]) -> dict[str, Any]:
+    """The same object with lists in the place of iterators."""
+    return {name: list(entry) if isinstance(entry, Iterator) else entry for name, entry in value.items()}

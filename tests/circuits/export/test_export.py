@@ -15,12 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import CircuitGraph, NodeKind
+from circuits.export import network, neuronpedia
 from circuits.export.network import to_graphml
+from circuits.graph import exporters
 from circuits.graph.edge_heads import EdgeHeads
-from circuits.graph.exporters import MissingProgramError, file_formats
+from circuits.graph.exporters import MissingProgramError, file_formats, json_pieces
 
 T, P, E, F, L = NodeKind
 NASTY = 'a "quoted" <b>bold</b> back\\slash \\n end\\\n\t\x00 \ud83d {x|y}'
+FILES = ("json", "neuronpedia", "graphml", "dot")
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz's dot program is not installed")
 
 
@@ -105,6 +108,34 @@ def test_node_link_json_is_read_by_networkx(small, tmp_path) -> None:
     assert small.to_json()["directed"] is True
 
 
+def test_pieces_of_json_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporters, "_ITEMS_AT_ONCE", 2)
+    for n in range(6):
+        value = {"a": [1, "é"], "items": iter({"x": i} for i in range(n)), "b": None, "none": iter(())}
+        text = "".join(json_pieces(value))
+        assert json.loads(text) == {"a": [1, "é"], "items": [{"x": i} for i in range(n)], "b": None, "none": []}
+    assert "".join(json_pieces({})) == "{}"
+    with pytest.raises(ValueError, match="JSON"):
+        "".join(json_pieces({"items": iter([float("nan")])}))
+
+
+def test_many_edges_are_written_in_blocks(with_heads, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    whole = {name: with_heads.export(name, tmp_path / f"whole.{name}").read_bytes() for name in FILES}
+    for module, name in ((network, "_EDGES_AT_ONCE"), (neuronpedia, "_LINKS_AT_ONCE"), (exporters, "_ITEMS_AT_ONCE")):
+        monkeypatch.setattr(module, name, 3)
+    assert len(with_heads.edges) > 6
+    for name, content in whole.items():
+        assert with_heads.export(name, tmp_path / f"blocks.{name}").read_bytes() == content
+    link_data = nx.node_link_data(with_heads.to_networkx(), edges="edges")
+    ours = with_heads.to_json()
+    for edge in ours["edges"]:
+        del edge["by_head"]
+    assert {edge["source"] + edge["target"]: edge for edge in ours.pop("edges")} == {
+        edge["source"] + edge["target"]: edge for edge in link_data.pop("edges")
+    }
+    assert ours == link_data
+
+
 def test_graphml_is_read_by_networkx(small, nasty, tmp_path) -> None:
     back = nx.read_graphml(small.to_graphml(tmp_path / "circuit.graphml"))
     network = small.to_networkx()
@@ -122,7 +153,7 @@ def test_graphml_is_read_by_networkx(small, nasty, tmp_path) -> None:
 
 def test_graphml_takes_metadata_without_a_value(small) -> None:
     graph = CircuitGraph(small.nodes, small.edges, {**small.metadata, "crosscoder": None})
-    text = to_graphml(graph)
+    text = "".join(to_graphml(graph))
     assert nx.read_graphml(io.BytesIO(text.encode())).graph["crosscoder"] == "null"
 
 
