@@ -105,7 +105,7 @@ def _activation(path: Path, chooses: str, k: int | None, tensors: Mapping[str, T
     if k is not None:
         if "threshold" in tensors:
             raise ValueError(f"{path}: activation is topk, but the layers have thresholds")
-        raise ValueError(f"{path}: activation topk keeps negative values, which is not supported yet")
+        return TopK(k, relu=False)
     return JumpReLU() if "threshold" in tensors else ReLU()
 
 
@@ -244,7 +244,7 @@ def _check_writable(crosscoder: Crosscoder, family: str, layout: str) -> str:
 
 def _has_no_name(activation: Activation) -> bool:
     if isinstance(activation, TopK):
-        return True
+        return activation.relu or not isinstance(activation.k, int)
     return not isinstance(activation, ReLU | JumpReLU)
 
 

@@ -106,7 +106,7 @@ def clt_reference(folder: Path) -> Any:
     ("hook", "kind"),
     [("hook_resid_mid", "resid_mid"), ("mlp.hook_in", "mlp_in")],
 )
-@pytest.mark.parametrize("chooses", ["relu", "jump_relu"])
+@pytest.mark.parametrize("chooses", ["relu", "jump_relu", "topk"])
 def test_per_layer_transcoders(tmp_path: Path, skip: bool, hook: str, kind: str, chooses: str) -> None:
     settings = {"activation": "topk", "k": K} if chooses == "topk" else {}
     folder = write_plt(
