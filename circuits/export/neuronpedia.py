@@ -3,28 +3,32 @@
 The schema knows features, errors, embeddings and logits. Two things of ours have no place in it: a learned position
 embedding is merged into the embedding node of its position (weights are summed; both enter the residual stream
 there), and a target that is a feature stays a feature node, marked as target.
+
+The schema allows further keys. Ours are, on nodes, `output_weight` of targets and `inflow` of expanded nodes, and on links
+`direct` and `heads` ([layer, head, weight], the strongest first; what they leave of the weight is the rest). With them
+`CircuitGraph.load` gives back the graph. `qk_tracing_results` of nodes are those of `CircuitGraph.with_qk_results`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import register
 from circuits.graph.influence import node_influence
+from circuits.graph.neuronpedia_schema import EMBEDDING, ERROR, FEATURE, LOGIT, QK_RESULTS, VERSION, cantor_pair
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import printable, slug
 
 _LINKS_AT_ONCE = 4096
-FEATURE, ERROR, EMBEDDING, LOGIT = "cross layer transcoder", "mlp reconstruction error", "embedding", "logit"
-
-
-def cantor_pair(layer: int, index: int) -> int:
-    """The one whole number that stands for (layer, index): `(l + i)(l + i + 1) / 2 + i`."""
-    return (layer + index) * (layer + index + 1) // 2 + index
+HEADS_PER_LINK = 4
+"""Heads written on a link at most: hosts take files of up to 100 MB."""
 
 
 def cumulative_influence(influence: np.ndarray) -> np.ndarray:
@@ -45,7 +49,7 @@ def to_neuronpedia(graph: GraphData) -> dict[str, Any]:
     shown = np.flatnonzero(host == np.arange(len(host)))
     cumulative = np.ones(len(host))
     cumulative[shown] = cumulative_influence(merged[shown])
-    metadata = graph.metadata
+    metadata, imported = graph.metadata, graph.metadata.get("imported", {})
     thresholds: dict[str, Any] = {}
     if pruning := metadata.get("pruning"):
         settings = {"node_threshold": pruning["nodes"], "edge_threshold": pruning["edges"]}
@@ -56,14 +60,26 @@ def to_neuronpedia(graph: GraphData) -> dict[str, Any]:
             "scan": str(metadata.get("model") or "unknown"),
             "prompt_tokens": [printable(token) for token in metadata["tokens"]],
             "prompt": metadata["prompt"],
-            "schema_version": 1,
+            "schema_version": VERSION,
             "info": {"generator": {"name": "crosstrace"}},
+            **imported.get("metadata", {}),
             **thresholds,
         },
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "qParams": _view(imported.get("qParams", {}), {ids[row] for row in shown.tolist()}),
         "nodes": [_node(graph, row, ids[row], float(cumulative[row])) for row in shown.tolist()],
         "links": _links(graph, host, ids),
+        **imported.get("other_keys", {}),
     }
+
+
+def _view(imported: Mapping[str, Any], shown: set[str]) -> dict[str, Any]:
+    """The state of the viewer: that of the file which the graph was read from, without the nodes that are gone."""
+    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": "", **imported}
+    view["pinnedIds"] = [name for name in view["pinnedIds"] if name in shown]
+    members = [[label, *(name for name in names if name in shown)] for label, *names in view["supernodes"]]
+    view["supernodes"] = [group for group in members if len(group) > 1]
+    view["clickedId"] = view["clickedId"] if view["clickedId"] in shown else ""
+    return view
 
 
 def _hosts(graph: GraphData) -> tuple[np.ndarray, list[str]]:
@@ -118,18 +134,44 @@ def _node(graph: GraphData, row: int, name: str, influence: float) -> dict[str, 
         fields |= {"feature": index, "layer": shown[0], "feature_type": LOGIT, "jsNodeId": f"L_{shown[1]}-{position}"}
         fields |= {"token_prob": probability, "is_target_logit": bool(nodes.is_target[row])}
         fields["clerp"] = f'Output "{label}" (p={probability:.3f})'
+    if nodes.is_target[row]:
+        fields["output_weight"] = float(nodes.output_weight[row])
+    if nodes.expanded[row]:
+        fields["inflow"] = float(nodes.inflow[row])
+    if name in graph.metadata.get(QK_RESULTS, {}):
+        fields[QK_RESULTS] = graph.metadata[QK_RESULTS][name]
     return fields
 
 
 def _links(graph: GraphData, host: np.ndarray, ids: list[str]) -> Iterator[dict[str, Any]]:
-    edges = graph.edges
+    edges, heads = graph.edges, graph.heads
     source, target = host[edges.source], host[edges.target]
     # Links that positions and tokens share are added up, in the order in which they are first met.
     _, first, place = np.unique(source * len(ids) + target, return_index=True, return_inverse=True)
     weight = np.bincount(place, weights=edges.weight, minlength=len(first))
+    by_link, ends = np.argsort(place, kind="stable"), np.cumsum(np.bincount(place, minlength=len(first)))
     order = np.argsort(first)
     for begin in range(0, len(order), _LINKS_AT_ONCE):
         chosen = order[begin : begin + _LINKS_AT_ONCE]
-        columns = (source[first[chosen]].tolist(), target[first[chosen]].tolist(), weight[chosen].tolist())
-        for start, end, value in zip(*columns, strict=True):
-            yield {"source": ids[start], "target": ids[end], "weight": value}
+        columns = (
+            source[first[chosen]],
+            target[first[chosen]],
+            weight[chosen],
+            ends[chosen - 1] * (chosen > 0),
+            ends[chosen],
+        )
+        for start, end, value, from_edge, to_edge in zip(*(column.tolist() for column in columns), strict=True):
+            link = {"source": ids[start], "target": ids[end], "weight": value}
+            yield link if heads is None else link | _link_heads(heads, by_link[from_edge:to_edge])
+
+
+def _link_heads(heads: EdgeHeads, edges: np.ndarray) -> dict[str, Any]:
+    """What the heads of some edges, merged into a link, carry: the direct part, and the strongest heads."""
+    weights: dict[tuple[int, int], float] = defaultdict(float)
+    for layer, head, weight in itertools.chain.from_iterable(map(heads.of, edges.tolist())):
+        weights[layer, head] += weight
+    strongest = sorted(weights.items(), key=lambda item: -abs(item[1]))[:HEADS_PER_LINK]
+    return {
+        "direct": float(heads.direct[edges].sum()),
+        "heads": [[layer, head, weight] for (layer, head), weight in strongest],
+    }

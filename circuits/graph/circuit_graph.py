@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from circuits.graph.edges import Edges, GraphData
 from circuits.graph.exporters import export, exporter, whole
 from circuits.graph.influence import node_influence
 from circuits.graph.metadata import as_stored
+from circuits.graph.neuronpedia_schema import QK_RESULTS
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.pruning import drop_small, prune
 from circuits.graph.rows import EdgeRow, NodeRow, Rows, node_number, node_rows, top_edges, top_nodes
@@ -117,6 +119,22 @@ class CircuitGraph(GraphData):
         kept = drop_small(self, below)
         share = max(float(below), self.metadata.get("dropped_below", 0.0))
         return replace(self.select(kept.nodes, kept.edges), metadata={**self.metadata, "dropped_below": share})
+
+    def with_qk_results(self, results: Mapping[str | int, Mapping[str, Any]]) -> CircuitGraph:
+        """The graph with attention scores divided among pairs of nodes, which Neuronpedia's graph JSON holds per node.
+
+        >>> graph.with_qk_results({"attention:2/345@7": attribution.contributors()})    # doctest: +SKIP
+
+        Args:
+            results: name, id or number of a node -> the pairs and marginals of an attention score that it depends on, as
+                `QKAttribution.contributors` gives them. Other nodes keep theirs.
+
+        Raises:
+            ValueError: a node that the graph does not have, or results of another form.
+        """
+        ids = self.nodes.ids()
+        named = {ids[node_number(self, name)]: dict(result) for name, result in results.items()}
+        return replace(self, metadata={**self.metadata, QK_RESULTS: {**self.metadata.get(QK_RESULTS, {}), **named}})
 
     def save(self, path: str | os.PathLike[str], *, weight_bits: int = 32) -> Path:
         """Write the graph to one `.safetensors` file, atomically.

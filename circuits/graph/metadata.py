@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from circuits.graph.neuronpedia_schema import QK_LISTS, QK_RESULTS
 from circuits.graph.text import shorten
 
 Check = Callable[[Any], bool]
@@ -62,6 +63,18 @@ def _is_token_fact(value: object) -> bool:
     return isinstance(value, dict) and all(value.get(name) is None or fits(value[name]) for name, fits in kinds.items())
 
 
+def _is_qk_result(value: object) -> bool:
+    """Lists of node ids followed by a number."""
+
+    def fits(item: object, length: int) -> bool:
+        return isinstance(item, list) and len(item) == length and all(map(_is_text, item[:-1])) and _is_number(item[-1])
+
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), list) and all(fits(item, length) for item in value[name])
+        for name, length in QK_LISTS.items()
+    )
+
+
 _TOKEN_FACTS = ("a list of objects with a token, a probability and a position", _list_of(_is_token_fact))
 _TEXTS = ("prompt", "model", "model_fingerprint", "crosscoder_fingerprint", "attention", "stopped_by")
 _KINDS: dict[str, tuple[str, Check]] = {
@@ -75,6 +88,10 @@ _KINDS: dict[str, tuple[str, Check]] = {
     "loaded_from": ("an object of texts", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))),
     "targets": _TOKEN_FACTS,
     "top_tokens": _TOKEN_FACTS,
+    QK_RESULTS: (
+        f"an object of objects with the lists {', '.join(QK_LISTS)}",
+        lambda value: isinstance(value, dict) and all(map(_is_qk_result, value.values())),
+    ),
     "pruning": (
         "an object with the numbers nodes and edges",
         lambda value: isinstance(value, dict) and all(_is_number(value.get(name)) for name in ("nodes", "edges")),

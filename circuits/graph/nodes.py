@@ -173,22 +173,23 @@ class NodeTable:
         """
         names = []
         differences: dict[int, int] = {}
-        parts = np.where(self.of_attention, "A", "").tolist()
-        columns = (self.kind.tolist(), parts, self.layer.tolist(), self.position.tolist(), self.index.tolist())
-        for kind, part, layer, position, index in zip(*columns, strict=True):
-            if kind == NodeKind.TOKEN:
-                names.append(f"E_{index}_{position}")
-            elif kind == NodeKind.POSITION:
-                names.append(f"P_{position}")
-            elif kind == NodeKind.ERROR:
-                names.append(f"{part}{layer}_-1_{position}")
-            elif kind == NodeKind.FEATURE:
-                names.append(f"{part}{layer}_{index}_{position}")
-            else:
-                if index < 0:
-                    index = differences[position] = differences.get(position, 0) - 1
-                names.append(f"{layer + 1}_{index}_{position}")
+        columns = (self.kind, self.of_attention, self.layer, self.position, self.index)
+        for kind, of_attention, layer, position, index in zip(*(column.tolist() for column in columns), strict=True):
+            if kind == NodeKind.LOGIT and index < 0:
+                index = differences[position] = differences.get(position, 0) - 1
+            names.append(node_id(kind, layer=layer, position=position, index=index, of_attention=of_attention))
         return tuple(names)
+
+
+def node_id(kind: int, *, layer: int, position: int, index: int, of_attention: bool = False) -> str:
+    """The id of one node, as described at `NodeTable.ids`."""
+    if kind == NodeKind.TOKEN:
+        return f"E_{index}_{position}"
+    if kind == NodeKind.POSITION:
+        return f"P_{position}"
+    if kind == NodeKind.LOGIT:
+        return f"{layer + 1}_{index}_{position}"
+    return f"{'A' * of_attention}{layer}_{-1 if kind == NodeKind.ERROR else index}_{position}"
 
 
 def _column(name: str, column: np.ndarray, dtype: np.dtype, n_nodes: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from circuits.graph.nodes import NodeKind
+from circuits.graph.nodes import NodeKind, node_id
 from replacement.number_checks import integer
 
 ROWS_AT_ONCE = 1024
@@ -38,6 +38,14 @@ class SourceNode:
     """Readable text; empty until a node is shown."""
     column: int = -1
     """Source column of the prompt (see `circuits.attribution.columns`); -1 for the constants."""
+
+    @property
+    def id(self) -> str:
+        """The id of this node in graphs (see `NodeTable.ids`); `constants` for the constants."""
+        if self.kind is None:
+            return "constants"
+        of_attention = self.part == "attention"
+        return node_id(self.kind, layer=self.layer, position=self.position, index=self.index, of_attention=of_attention)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -120,6 +128,16 @@ class QKAttribution:
             "pairs": [{"query": query, "key": key, "contribution": value} for query, key, value in pairs],
             "by_query": [node.to_json() | {"contribution": value} for node, value in self.by_query(n)],
             "by_key": [node.to_json() | {"contribution": value} for node, value in self.by_key(n)],
+        }
+
+    def contributors(self, n: int = 10) -> dict[str, list[list[Any]]]:
+        """The top n pairs and nodes of each side by id, in the form of `qk_tracing_results` of Neuronpedia's graph JSON; for
+        `CircuitGraph.with_qk_results`.
+        """
+        return {
+            "pair_wise_contributors": [[query.id, key.id, value] for query, key, value in self.top(n)],
+            "top_q_marginal_contributors": [[node.id, value] for node, value in self.by_query(n)],
+            "top_k_marginal_contributors": [[node.id, value] for node, value in self.by_key(n)],
         }
 
     def _marginal(self, nodes: tuple[SourceNode, ...], sums: np.ndarray, n: int) -> list[tuple[SourceNode, float]]:

@@ -1,5 +1,6 @@
 """The Neuronpedia JSON against its published schema, written out by hand."""
 
+import dataclasses
 import json
 
 import networkx as nx
@@ -9,38 +10,48 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import NodeKind
-from circuits.export.neuronpedia import cantor_pair, cumulative_influence, slug
+from circuits.export.neuronpedia import cumulative_influence, slug
+from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.edges import Edges
+from circuits.graph.neuronpedia_schema import cantor_pair, cantor_unpair
 
 T, P, E, F, L = NodeKind
 FEATURE_TYPES = {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}
-NODE_FIELDS = {
-    "node_id": str, "feature": int, "layer": str, "ctx_idx": int, "feature_type": str, "token_prob": float,
-    "is_target_logit": bool, "run_idx": int, "reverse_ctx_idx": int, "jsNodeId": str, "clerp": str,
+# The published schema: what it requires, and the types it gives for what we write. Other keys are allowed everywhere.
+TYPES = {
+    "graph": {"metadata": dict, "qParams": dict, "nodes": list, "links": list},
+    "metadata": {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str},
+    "qParams": {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str},
+    "node": {
+        "node_id": str, "feature": int, "layer": str, "ctx_idx": int, "feature_type": str, "jsNodeId": str, "clerp": str,
+        "token_prob": float, "is_target_logit": bool, "run_idx": int, "reverse_ctx_idx": int,
+    },
+    "link": {"source": str, "target": str, "weight": float},
 }  # fmt: skip
-METADATA_FIELDS = {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str}
-Q_FIELDS = {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str}
+
+
+def check_types(kind: str, value: dict) -> None:
+    for name, expected in TYPES[kind].items():
+        assert type(value[name]) is expected, f"{name} of a {kind}"
 
 
 def check(data: dict) -> None:
-    """The required fields, their types, and that every link joins two nodes."""
-    assert set(data) == {"metadata", "qParams", "nodes", "links"}
-    for fields, given_fields in ((METADATA_FIELDS, data["metadata"]), (Q_FIELDS, data["qParams"])):
-        for name, kind in fields.items():
-            assert type(given_fields[name]) is kind, name
+    """The schema's required keys and their types, and that every link joins two nodes."""
+    check_types("graph", data)
+    check_types("metadata", data["metadata"])
+    check_types("qParams", data["qParams"])
     assert all(type(token) is str for token in data["metadata"]["prompt_tokens"])
     ids = [node["node_id"] for node in data["nodes"]]
     assert len(set(ids)) == len(ids)
     for node in data["nodes"]:
-        for name, kind in NODE_FIELDS.items():
-            assert type(node[name]) is kind, name
+        check_types("node", node)
         assert node["feature_type"] in FEATURE_TYPES
         assert node["influence"] is None or 0 <= node["influence"] <= 1
         assert node["activation"] is None or type(node["activation"]) is float
     for link in data["links"]:
-        assert set(link) == {"source", "target", "weight"}
+        check_types("link", link)
         assert link["source"] in ids
         assert link["target"] in ids
-        assert type(link["weight"]) is float
     json.dumps(data, allow_nan=False)
 
 
@@ -82,6 +93,55 @@ def test_nodes_of_the_small_graph(small) -> None:
     assert "node_threshold" not in data["metadata"]
 
 
+def test_heads_are_written_on_links(small) -> None:
+    """The four strongest of each link; a position's are added to its token's."""
+    share = np.array([0.4, 0.25, 0.2, 0.1, 0.05])
+    parts = small.edges.weight[:, None].astype(np.float64) * share
+    graph = dataclasses.replace(small, heads=EdgeHeads.from_dense(np.zeros(len(parts)), parts[:, None], listed=1.0))
+    links = {(link["source"], link["target"]): link for link in graph.to_neuronpedia()["links"]}
+    assert len(links) == len(small.edges)
+    link = links["1_3_1", "4_5_1"]
+    assert link["heads"] == [[0, head, pytest.approx(3 * share[head])] for head in range(4)]
+    assert link["direct"] == 0.0
+
+    token_and_position = [(6, 1, -1.0), (6, 2, 0.5)]
+    columns = (np.array(column) for column in zip(*token_and_position, strict=True))
+    edges = Edges.from_coo(*columns, n_nodes=len(small.nodes))
+    heads = np.zeros((2, 1, 6))
+    heads[0, 0, :5] = -share
+    heads[1, 0, [4, 5]] = 0.35, 0.15  # what is weak in one edge is strong in the other
+    both = dataclasses.replace(small, edges=edges, heads=EdgeHeads.from_dense(np.zeros(2), heads, listed=1.0))
+    (link,) = both.to_neuronpedia()["links"]
+    assert (link["source"], link["target"], link["weight"]) == ("E_12_1", "4_5_1", -0.5)
+    assert [head for _, head, _ in link["heads"]] == [0, 4, 1, 2]
+    assert [weight for *_, weight in link["heads"]] == pytest.approx([-0.4, 0.3, -0.25, -0.2])
+
+
+def test_qk_results_are_written_on_nodes(small) -> None:
+    result = {
+        "pair_wise_contributors": [["E_11_0", "0_7_0", 0.5]],
+        "top_q_marginal_contributors": [["E_11_0", 0.75]],
+        "top_k_marginal_contributors": [["constants", -0.25]],
+    }
+    graph = small.with_qk_results({"1/3@1": result})
+    check(graph.to_neuronpedia())
+    nodes = {node["node_id"]: node for node in graph.to_neuronpedia()["nodes"]}
+    assert [name for name, node in nodes.items() if "qk_tracing_results" in node] == ["1_3_1"]
+    assert nodes["1_3_1"]["qk_tracing_results"] == result
+    assert graph.with_qk_results({"0/7@0": result}).metadata["qk_tracing_results"].keys() == {"1_3_1", "0_7_0"}
+    with pytest.raises(ValueError, match="node: the graph has no feature 1/4@1"):
+        small.with_qk_results({"1/4@1": result})
+    for wrong in (
+        {},
+        {**result, "top_k_marginal_contributors": [["constants"]]},
+        {**result, "pair_wise_contributors": 3},
+    ):
+        with pytest.raises(
+            ValueError, match="expected qk_tracing_results to be an object of objects with the lists pair"
+        ):
+            small.with_qk_results({"1/3@1": wrong})
+
+
 def test_pruning_is_written(small) -> None:
     metadata = small.prune(nodes=0.75, edges=0.9).to_neuronpedia()["metadata"]
     assert metadata["node_threshold"] == 0.75
@@ -117,6 +177,8 @@ def test_cantor_pair_is_one_to_one() -> None:
     pairs = {cantor_pair(layer, index) for layer in range(30) for index in range(300)}
     assert len(pairs) == 30 * 300
     assert cantor_pair(2, 3) == 18
+    assert [cantor_pair(*cantor_unpair(number)) for number in range(2000)] == list(range(2000))
+    assert cantor_unpair(cantor_pair(35, 10**12)) == (35, 10**12)  # beyond what a float holds
 
 
 def test_cumulative_influence_ranks() -> None:

@@ -310,6 +310,22 @@ def test_labels_and_json(language_model: Any) -> None:
     assert {one["kind"] for one in found.to_json(10**6)["by_key"]} == {"token", "position", "error", "feature", "bias"}
 
 
+def test_contributors_are_named_as_in_graphs(language_model: Any) -> None:
+    """Pairs and marginals in the published form, with the ids that the nodes of a traced graph have."""
+    lm, prompt = language_model("gpt2"), tiny.random_tokens()
+    found = attribute_score(model_of(lm), prompt, layer=2, head=1)
+    contributors = found.contributors(10**6)
+    assert [value for *_, value in contributors["pair_wise_contributors"]] == [value for *_, value in found.top(10**6)]
+    ids = {name for name, _ in contributors["top_q_marginal_contributors"]}
+    assert ids == {name for name, _, _ in contributors["pair_wise_contributors"]}
+    assert "constants" in ids
+    graph = circuits.trace(model_of(lm), prompt)
+    below = {*graph.nodes.select(graph.nodes.mask(NodeKind.TOKEN, NodeKind.POSITION)).ids()}
+    assert below <= ids
+    assert len(ids & {*graph.nodes.ids()}) > len(below)  # errors and features too
+    assert found.contributors(3)["top_k_marginal_contributors"] == contributors["top_k_marginal_contributors"][:3]
+
+
 def test_the_default_key_is_the_most_attended_one(attributor_of: Any) -> None:
     attributor = attributor_of("gpt2")
     found = attributor.score(layer=1, head=2, query=6)
