@@ -15,6 +15,7 @@ import typer
 import circuits.export  # registers the formats
 from circuits.attribution.limits import LABELLED, MAX_NODES, memory_bytes
 from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.conventions import named_conventions
 from circuits.graph.exporters import exporter, file_formats
 from circuits.graph.pruning import check_threshold
 from circuits.graph.text import slug
@@ -76,6 +77,9 @@ def trace(
     drop_below: Annotated[
         float, typer.Option(help="Leave out edges below this share of their target's inflow; they count as lost.")
     ] = 0.0,
+    conventions: Annotated[
+        str, typer.Option(help="`exact`, or `circuit-tracer` for graphs that agree with that package's.")
+    ] = "exact",
     node_threshold: NodeThreshold = 0.8,
     edge_threshold: EdgeThreshold = 0.98,
     out: Annotated[
@@ -92,6 +96,7 @@ def trace(
     _check_thresholds(node_threshold, edge_threshold)
     check_threshold("coverage", coverage)
     check_threshold("drop-below", drop_below)
+    named_conventions(conventions)
     if max_nodes < 1:
         raise ValueError(f"max-nodes: expected at least 1, given {max_nodes}")
     limit = None if memory is None else memory_bytes(memory)
@@ -109,6 +114,7 @@ def trace(
             coverage=coverage,
             max_nodes=max_nodes,
             drop_below=drop_below,
+            conventions=conventions,
             memory=limit,
             announce=lambda cost: typer.echo(f"estimate: {cost}", err=True),
             progress=lambda expanded, share: say(progress_text(expanded, share)),

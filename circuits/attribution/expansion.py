@@ -86,6 +86,37 @@ class Attribution:
         for column in (self.value, self.bias, self.inflow, self.expanded):
             column[node] = 0
 
+    def leave_out(self, left_out: np.ndarray, output: np.ndarray) -> float:
+        """Remove some nodes; what they contribute to the nodes that stay becomes part of their bias.
+
+        Args:
+            left_out: bool[N], the nodes to remove.
+            output: float64[N], the share of the output each root stands for.
+
+        Returns:
+            The share of the output that reaches the removed nodes.
+        """
+        through, share = self.influence(output) + output, 0.0
+        for blocks in self.blocks.values():
+            for number, block in enumerate(blocks):
+                stays = ~left_out[block.node]
+                node, row = block.node[stays], np.repeat(np.arange(len(block.node)), block.counts)
+                removed = left_out[block.source]
+                size, length = np.abs(block.weight).astype(np.float64), len(block.node)
+                effect = np.bincount(row, weights=removed * block.weight, minlength=length)[stays]
+                gone = np.bincount(row, weights=removed * size, minlength=length)[stays]
+                kept = np.bincount(row, weights=~removed * size, minlength=length)[stays]
+                share += float((through[node] * gone / np.maximum(self.inflow[node], 1e-300)).sum())
+                # What fell below `drop_below` was never stored, and stays counted.
+                unstored = np.maximum(self.inflow[node] - gone - kept, 0) if self.drop_below else 0.0
+                self.bias[node], self.inflow[node] = self.bias[node] + effect, kept + unstored
+                chosen = stays[row] & ~removed
+                counts = np.bincount(row[chosen], minlength=length)[stays]
+                blocks[number] = RowBlock(node, counts, block.source[chosen], block.weight[chosen])
+        for column in (self.value, self.bias, self.inflow, self.expanded):
+            column[left_out] = 0
+        return share
+
     def influence(self, output: np.ndarray) -> np.ndarray:
         """float64[N], influence through the rows made so far: one sweep from the deepest reader to the shallowest."""
         influence = np.zeros(self.n_nodes)

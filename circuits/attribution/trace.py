@@ -30,6 +30,7 @@ from circuits.attribution.targets import (
     top_logits,
 )
 from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.conventions import EXACT, Conventions, named_conventions
 from circuits.graph.edges import Edges
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.pruning import check_threshold
@@ -46,6 +47,7 @@ def trace(
     coverage: float = 0.99,
     max_nodes: int | None = MAX_NODES,
     drop_below: float = 0.0,
+    conventions: str = "exact",
     memory: str | int | None = None,
     announce: Callable[[Estimate], None] | None = None,
     progress: Progress | None = None,
@@ -65,6 +67,11 @@ def trace(
         max_nodes: most features expanded; None for no limit. Which limit ended the trace is `metadata["stopped_by"]`.
         drop_below: edges of at most this share of their target's inflow are left out, for long prompts; they count as lost, as
             after `CircuitGraph.drop_edges`.
+        conventions: `exact`, or `circuit-tracer` for graphs that agree with that package's: the features and errors of position
+            0, learned position embeddings and features that were not expanded have no nodes, and `CircuitGraph.prune` ranks
+            tokens too (see `circuits.graph.conventions`). What these sources contribute to a node becomes part of its bias,
+            after the sums were checked; `metadata["left_out_share"]` is the share of the output that reaches them. Pruned sets
+            and `scores` follow the conventions.
         memory: most bytes that the process may hold, as a number or a text such as `4GB`; by default what it holds and what
             the machine, or its control group, has left.
         announce: called with the expected cost before the work starts.
@@ -84,6 +91,7 @@ def trace(
     check_model(model)
     check_threshold("coverage", coverage)
     check_threshold("drop_below", drop_below)
+    rules = named_conventions(conventions)
     if max_nodes is not None:
         whole_number("max_nodes", max_nodes, least=1)
     if memory is not None:
@@ -105,12 +113,16 @@ def trace(
         output[attributor.rows.n_columns :] = output_weights(logits) if logits else []
         output[attributor.columns.features.start + np.array(roots, dtype=np.int64)] = 1 / max(1, len(roots))
         rows = attributor.expand(output, coverage=coverage, max_nodes=max_nodes, progress=progress)
-        nodes, edges = _assemble(model, local, logits, rows, output)
+        columns = _columns(local, logits)
+        left_out = _left_out(columns, local, rows, rules) & (output == 0)
+        left_out_share = rows.leave_out(left_out, output) if left_out.any() else 0.0
+        nodes, edges = _assemble(model, local, logits, rows, output, columns)
     metadata = {
         "prompt": prompt if isinstance(prompt, str) else "".join(lm.token_strings(tokens_T.tolist())),
         **trace_facts(model, local, logits, roots, rows),
         "coverage": float(coverage),
         **({"dropped_below": float(drop_below)} if drop_below else {}),
+        **({} if rules == EXACT else {"conventions": rules.name, "left_out_share": left_out_share}),
         "seconds": time.perf_counter() - started,
     }
     return CircuitGraph(nodes, edges, metadata)
@@ -153,9 +165,9 @@ def _assemble(
     logits: Sequence[LogitTarget],
     rows: Attribution,
     output: np.ndarray,
+    columns: dict[str, np.ndarray],
 ) -> tuple[NodeTable, Edges]:
     """The node table and edges: every token, every target, and whatever else causes one of them."""
-    columns = _columns(local, logits)
     blocks = [block for parts in rows.blocks.values() for block in parts]
     kept = rows.expanded | (output > 0) | np.isin(columns["kind"], (NodeKind.TOKEN, NodeKind.LOGIT))
     for block in blocks:
@@ -175,6 +187,22 @@ def _assemble(
         inflow=rows.inflow[kept],
     )
     return nodes, edges
+
+
+def _left_out(
+    columns: dict[str, np.ndarray], local: LocalReplacement, rows: Attribution, rules: Conventions
+) -> np.ndarray:
+    """bool[N], the sources that have no node under the conventions."""
+    kind, position = columns["kind"], columns["position"]
+    first = max(1, *(part.crosscoder.undecomposed_positions for part in local.decompositions))
+    left_out = np.zeros(len(kind), dtype=bool)
+    if not rules.first_position:
+        left_out |= np.isin(kind, (NodeKind.ERROR, NodeKind.FEATURE)) & (position < first)
+    if not rules.learned_positions:
+        left_out |= kind == NodeKind.POSITION
+    if not rules.unexpanded:
+        left_out |= (kind == NodeKind.FEATURE) & ~rows.expanded
+    return left_out
 
 
 def _columns(local: LocalReplacement, logits: Sequence[LogitTarget]) -> dict[str, np.ndarray]:

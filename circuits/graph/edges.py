@@ -248,7 +248,8 @@ class GraphData:
     metadata: Mapping[str, Any]
     """JSON facts: `prompt`, `tokens` (text of each), `n_layers` and `identity_error` always; by tracing also
     `token_ids`, `model`, `crosscoder`, `targets`, `coverage`, `stopped_by`, `unexpanded_share`, `seconds`; `pruning`
-    when pruned, `heads` when split by heads, `dropped_below` and `weight_error` when edges were dropped or rounded."""
+    when pruned, `heads` when split by heads, `dropped_below` and `weight_error` when edges were dropped or rounded,
+    `conventions` and `left_out_share` when they are not the exact ones."""
     heads: EdgeHeads | None = None
     """The heads that carry each edge; see `circuits.with_heads`."""
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from circuits.graph.conventions import CONVENTIONS
 from circuits.graph.neuronpedia_schema import QK_LISTS, QK_RESULTS
 from circuits.graph.text import shorten
 
@@ -80,7 +81,8 @@ _TEXTS = ("prompt", "model", "model_fingerprint", "crosscoder_fingerprint", "att
 _KINDS: dict[str, tuple[str, Check]] = {
     **{name: ("text", _is_text) for name in _TEXTS},
     **{name: ("a number", _is_number) for name in ("coverage", "unexpanded_share", "seconds")},
-    **{name: ("a number", _is_number) for name in ("dropped_below", "weight_error")},
+    **{name: ("a number", _is_number) for name in ("dropped_below", "weight_error", "left_out_share")},
+    "conventions": (" or ".join(CONVENTIONS), lambda value: _is_text(value) and value in CONVENTIONS),
     "tokens": ("a list of texts", _list_of(_is_text)),
     "token_ids": ("a list of whole numbers", _list_of(_is_count)),
     "n_layers": ("a whole number of at least 1", lambda value: _is_count(value) and value >= 1),

@@ -1,7 +1,8 @@
 """Pruning: the smallest part of a graph that carries most of its influence.
 
 1. Nodes. Features, errors and positions are ranked by influence; the least influential are dropped while together
-   they hold no more than `1 - nodes` of the ranked influence. Tokens and targets always stay.
+   they hold no more than `1 - nodes` of the ranked influence. Tokens and targets always stay. Under the conventions of
+   circuit-tracer tokens are ranked too, so that what they hold counts towards `nodes` (see `circuits.graph.conventions`).
 2. Edges among the kept nodes. Rows are divided by what is left of them, and the weakest edges are dropped by the
    same rule with `1 - edges` of the edge influence.
 3. Dangling nodes, until none is left: a feature, error or position that no longer leads to a target, and a feature
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from circuits.graph.conventions import conventions_of
 from circuits.graph.edges import Edges, GraphData, joined
 from circuits.graph.influence import crossing_mass, inverse, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
@@ -41,8 +43,10 @@ def prune(graph: GraphData, *, nodes: float = 0.8, edges: float = 0.98) -> Kept:
     check_threshold("edges", edges)
     table = graph.nodes
     stays = table.mask(NodeKind.TOKEN, NodeKind.LOGIT) | table.is_target
-    influence = np.where(stays, 0.0, node_influence(graph))
-    kept_nodes = stays | largest_holding(lambda: [influence], nodes)
+    ranked = node_influence(graph)
+    if not conventions_of(graph.metadata).ranks_tokens:
+        ranked[stays] = 0.0
+    kept_nodes = stays | largest_holding(lambda: [ranked], nodes)
 
     # Rows are divided by what is left of them, which spreads the mass of the dropped nodes over the kept ones.
     both = graph.edges.kept(kept_nodes)

@@ -91,6 +91,7 @@ def test_trace_writes_every_file(tracer, tmp_path, capsys, small) -> None:
             "coverage": 0.99,
             "max_nodes": 2000,
             "drop_below": 0.0,
+            "conventions": "exact",
             "memory": None,
         }
     ]
