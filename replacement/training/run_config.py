@@ -128,7 +128,7 @@ def _from_table(value: Any, kinds: Mapping[str, type[Kind]], *, what: str, setti
     """The object that a table describes: `name` chooses its class, the other entries are its parameters.
 
     Args:
-        kinds: dataclasses by name; fields that do not count in comparisons are no parameters.
+        kinds: dataclasses by name; fields that are keyword-only or do not count in comparisons are no parameters.
         what: what the classes are, for messages.
         setting: dotted name of the setting.
     """
@@ -141,7 +141,9 @@ def _from_table(value: Any, kinds: Mapping[str, type[Kind]], *, what: str, setti
         raise ValueError(
             f"unknown {what} {_short.repr(name)}: expected one of {', '.join(kinds)} as the name in {setting}"
         )
-    known: dict[str, Field[Any]] = {field.name: field for field in fields(kinds[name]) if field.compare}
+    known: dict[str, Field[Any]] = {
+        field.name: field for field in fields(kinds[name]) if field.compare and not field.kw_only
+    }
     needed = [key for key, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
     if set(given) - set(known) or set(needed) - set(given):
         needs = f", needs {needed}" if needed else ""
