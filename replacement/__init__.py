@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from replacement.crosscoder import checkpoint
-    from replacement.crosscoder.activation import BatchTopK, JumpReLU, ReLU, TopK
+    from replacement.crosscoder.activation import BatchTopK, JointTopK, JumpReLU, ReLU, TopK
     from replacement.crosscoder.crosscoder import Crosscoder, CrosscoderOutput
     from replacement.crosscoder.features import Features
     from replacement.crosscoder.sites import ModelShape, Site
@@ -34,6 +34,7 @@ __all__ = [
     "Features",
     "Intervened",
     "Intervention",
+    "JointTopK",
     "JumpReLU",
     "LanguageModel",
     "LocalReplacement",
@@ -58,6 +59,7 @@ _LAZY = {
     "Features": "replacement.crosscoder.features",
     "Intervened": "replacement.splicing.replacement_model",
     "Intervention": "replacement.splicing.intervention",
+    "JointTopK": "replacement.crosscoder.activation",
     "JumpReLU": "replacement.crosscoder.activation",
     "LanguageModel": "replacement.language_model.language_model",
     "LocalReplacement": "replacement.splicing.local_replacement",

@@ -1,11 +1,14 @@
 """Credit through the ReLU along a graph's edges: one feature's activation divided among the nodes that feed it.
 
-With a prompt's other features held fixed, every activation function is `f(h) = h 1[h > theta]`, and theta is
+With a prompt's other features held fixed, every activation function is `f(h) = h 1[h > theta]` (before the scale and offset
+that some published crosscoders have at last), and theta is
 
     ReLU         0
     JumpReLU     the feature's own threshold
     BatchTopK    the recorded threshold, at least 0
-    TopK         the largest pre-activation of the group at that position that was not selected (with a ReLU at least 0)
+    TopK         the largest pre-activation of the group at that position that was not selected (with a ReLU at least 0); where
+                 features are chosen by scores, the largest such score, divided by the feature's own factor
+    JointTopK    the same over all groups
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
 from circuits.graph.rows import node_number
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
-from replacement import BatchTopK, Decomposition, JumpReLU, LocalReplacement, ReLU, ReplacementModel, TopK
+from replacement import BatchTopK, Decomposition, JointTopK, JumpReLU, LocalReplacement, ReLU, ReplacementModel, TopK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,10 +100,14 @@ def feature_threshold(local: LocalReplacement, part: Decomposition, number: int)
         assert crosscoder.threshold is not None
         theta = float(crosscoder.threshold[group].expand(crosscoder.n_features)[index])
         return theta if isinstance(activation, JumpReLU) else max(theta, 0.0)
-    if isinstance(activation, TopK):
-        inputs = {site: local.frozen.activations[site][row : row + 1] for site in crosscoder.wiring.reads[group]}
-        pre_F = crosscoder.pre_activations(inputs, group)[0]
-        of_group = features.of(group)
-        pre_F[of_group.index[of_group.row == row]] = -torch.inf
-        return max(float(pre_F.max()), 0.0 if activation.relu else -math.inf)
+    if isinstance(activation, TopK | JointTopK):
+        inputs = {site: local.frozen.activations[site][row : row + 1] for site in crosscoder.wiring.read_sites}
+        best = 0.0 if activation.relu else -math.inf
+        for rival in range(crosscoder.n_groups) if isinstance(activation, JointTopK) else (group,):
+            score_F = crosscoder.scores(crosscoder.pre_activations(inputs, rival), rival)[0]
+            of_group = features.of(rival)
+            score_F[of_group.index[of_group.row == row]] = -torch.inf
+            best = max(best, float(score_F.max()))
+        factor = 1.0 if crosscoder.score_factor is None else float(crosscoder.score_factor[group, index])
+        return best / factor if factor else -math.inf  # with a factor of 0 it can only be active whatever it reads
     raise ValueError(f"features of {type(activation).__name__} have no threshold that is known here")

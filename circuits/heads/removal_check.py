@@ -78,7 +78,8 @@ def check_heads(model: ReplacementModel, prompts: Sequence[Prompt], *, n_feature
         seed: of the draw.
 
     Raises:
-        ValueError: no prompts, fewer than one feature, a prompt the model cannot read, or no feature that reads heads.
+        ValueError: no prompts, fewer than one feature, a prompt the model cannot read, no feature that reads heads, or features
+            that credit does not divide: chosen over all layers together, or scaled and shifted after their choice.
         IdentityError: the heads, direct stream and bias of a feature do not sum to its pre-activation.
     """
     if isinstance(prompts, str):
@@ -87,6 +88,10 @@ def check_heads(model: ReplacementModel, prompts: Sequence[Prompt], *, n_feature
         raise ValueError("expected at least one prompt, given none")
     if n_features < 1:
         raise ValueError(f"n_features must be 1 or more, got {n_features}")
+    if any(crosscoder.activation.affine for crosscoder in model.crosscoders.values()):
+        raise ValueError(
+            "cannot check credit for activations that are scaled and shifted: it divides those in front of that"
+        )
     lm, rng = model.language_model, np.random.default_rng(seed)
     predicted: dict[str, list[np.ndarray]] = {rule: [] for rule in RULES}
     measured: dict[str, list[np.ndarray]] = {rung: [] for rung in RUNGS}
@@ -138,10 +143,8 @@ def direct_removals(local: LocalReplacement, view: HeadView) -> np.ndarray:
     lost_J = torch.from_numpy(view.contributions[:-1]).to(pre_F)
     pre_JF = pre_F.repeat(len(lost_J), 1)
     pre_JF[:, index] = view.pre_activation - lost_J
-    threshold_F = None if crosscoder.threshold is None else crosscoder.threshold[group]
-    row_S, index_S = crosscoder.activation.select(pre_JF, threshold_F, group=group)
-    threshold_S = None if threshold_F is None else threshold_F.expand(crosscoder.n_features)[index_S]
-    activation_S = crosscoder.activation.values(pre_JF[row_S, index_S], threshold_S)
+    row_S, index_S = crosscoder.select(pre_JF, group)
+    activation_S = crosscoder.activations(pre_JF[row_S, index_S], group, index_S)
     return _by_row(row_S[index_S == index], activation_S[index_S == index], len(lost_J))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from replacement.number_checks import number, whole_number
@@ -39,15 +39,30 @@ class Activation(ABC):
     Keyword-only parameters are what published crosscoders do besides. Their defaults leave no trace in checkpoints.
     """
 
+    affine: bool = field(default=False, kw_only=True)
+    """Whether activations of active features are scaled and shifted at last: `f(h) * post_scale + post_offset` where `f(h)` is
+    not 0, with one number each per feature (buffers of the crosscoder)."""
+
     name: ClassVar[str]
     learns_threshold: ClassVar[bool] = False
     """Whether the threshold is a parameter, trained by gradient."""
     chooses_by_row: ClassVar[bool] = False
     """Whether `select` looks at each row alone, so that rows may be given to it in chunks."""
+    chooses_over_groups: ClassVar[bool] = False
+    """Whether features of all groups compete: `select` then names candidates, and `JointTopK.keep` chooses among them."""
 
     def initial_threshold(self, n_groups: int, n_features: int) -> Tensor | None:
         """Threshold to keep in the crosscoder: `[G, F]`, `[G, 1]`, or None for functions without one."""
         return None
+
+    def initial_buffers(self, n_groups: int, n_features: int) -> dict[str, Tensor | None]:
+        """Initial values of further tensors `[G, F]` to keep in the crosscoder, by name; None for those it does without."""
+        made = torch.ones(n_groups, n_features) if self.affine else None
+        return {
+            "score_factor": None,
+            "post_scale": made,
+            "post_offset": None if made is None else torch.zeros_like(made),
+        }
 
     @abstractmethod
     def select(
@@ -56,7 +71,7 @@ class Activation(ABC):
         """Choose the active features of one group.
 
         Args:
-            pre_BF: pre-activations; no gradient flows through the choice.
+            pre_BF: pre-activations, or scores: pre-activations times a factor; no gradient flows through the choice.
             threshold_F: the group's row of the threshold, `[F]` or `[1]`.
             training: choose for a training step (see each class).
             group: number of the group, where groups keep different numbers of features.
@@ -74,7 +89,7 @@ class Activation(ABC):
     @property
     def is_trainable(self) -> bool:
         """Whether `replacement train` can train it: what published crosscoders do besides is read alone."""
-        return not self._options()
+        return not (self._options() or self.chooses_over_groups)
 
     def _options(self) -> dict[str, bool]:
         """Keyword-only parameters that are not at their default."""
@@ -147,10 +162,8 @@ class JumpReLU(Activation):
 
 
 @dataclass(frozen=True)
-class _KeepsLargest:
+class _KeepsLargest(Activation):
     """What activation functions that keep the k largest pre-activations share."""
-
-    name: ClassVar[str]
 
     k: int | tuple[int, ...]
     """Features kept per row: in every group, or one number for each group."""
@@ -170,7 +183,29 @@ class _KeepsLargest:
 
 
 @dataclass(frozen=True)
-class TopK(_KeepsLargest, Activation):
+class _KeepsBest(_KeepsLargest):
+    """What activation functions that keep the k best features of every row share."""
+
+    chooses_by_row: ClassVar[bool] = True
+
+    relu: bool = field(default=True, kw_only=True)
+    """Whether only positive pre-activations are kept; without it, the k largest are kept whatever their sign, and `a = h`."""
+    scored: bool = field(default=False, kw_only=True)
+    """Whether features are chosen by `h * score_factor`, with one factor of 0 or more per feature (a buffer of the
+    crosscoder), such as the norm of all its decoder vectors; their activation is still that of h."""
+
+    def initial_buffers(self, n_groups: int, n_features: int) -> dict[str, Tensor | None]:
+        """As in `Activation`; score factors are 1."""
+        factor = torch.ones(n_groups, n_features) if self.scored else None
+        return super().initial_buffers(n_groups, n_features) | {"score_factor": factor}
+
+    def values(self, pre_S: Values, threshold_S: Tensor | None) -> Values:
+        """`max(h, 0)`, or h without `relu`."""
+        return torch.relu(pre_S) if self.relu else pre_S
+
+
+@dataclass(frozen=True)
+class TopK(_KeepsBest):
     """The k largest pre-activations of every group and row, where positive (Gao et al. 2024).
 
     Raises:
@@ -178,10 +213,6 @@ class TopK(_KeepsLargest, Activation):
     """
 
     name: ClassVar[str] = "topk"
-    chooses_by_row: ClassVar[bool] = True
-
-    relu: bool = field(default=True, kw_only=True)
-    """Whether only positive pre-activations are kept; without it, the k largest are kept whatever their sign, and `a = h`."""
 
     def select(
         self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
@@ -193,13 +224,52 @@ class TopK(_KeepsLargest, Activation):
         row_S, column_S = torch.nonzero(value_BK.gather(1, order_BK) > floor, as_tuple=True)
         return Selection(row_S, index_BK[row_S, column_S])
 
-    def values(self, pre_S: Values, threshold_S: Tensor | None) -> Values:
-        """`max(h, 0)`, or h without `relu`."""
-        return torch.relu(pre_S) if self.relu else pre_S
+
+@dataclass(frozen=True)
+class JointTopK(_KeepsBest):
+    """The k best features of every row over all groups together, so that a layer may keep more than another.
+
+    Of equal scores those of the lower group are kept, and inside a group those of the lower index.
+
+    Raises:
+        ValueError: k is not one whole number of 1 or more.
+    """
+
+    name: ClassVar[str] = "jointtopk"
+    chooses_over_groups: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, tuple):
+            raise ValueError(f"k of {self.name} must be one number for all groups together, got {self.k}")
+        super().__post_init__()
+
+    def check_fits(self, n_groups: int, n_features: int) -> None:
+        if (k := k_of(self, 0)) > n_groups * n_features:
+            raise ValueError(
+                f"{self.name} keeps k={k} features, but there are only {n_groups} groups of {n_features} features"
+            )
+
+    def select(
+        self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
+    ) -> Selection:
+        """Candidates of one group: its k largest of each row, and all that equal the smallest of them."""
+        bound_B1 = _largest(pre_BF, min(k_of(self, group), pre_BF.shape[1]))[0].amin(dim=1, keepdim=True)
+        keep_BF = pre_BF >= bound_B1
+        return Selection(*torch.nonzero(keep_BF & (pre_BF > 0) if self.relu else keep_BF, as_tuple=True))
+
+    def keep(self, row_S: Int[Tensor, " S"], score_S: Values) -> Bool[Tensor, " S"]:
+        """Which of the candidates, in the order of their groups, are among the k best of their row."""
+        by_score_S = score_S.argsort(descending=True, stable=True)
+        order_S = by_score_S[row_S[by_score_S].argsort(stable=True)]
+        sorted_S = row_S[order_S]
+        rank_S = torch.arange(len(row_S), device=row_S.device) - torch.searchsorted(sorted_S, sorted_S)
+        keep_S = torch.zeros_like(row_S, dtype=torch.bool)
+        keep_S[order_S] = rank_S < k_of(self, 0)
+        return keep_S
 
 
 @dataclass(frozen=True)
-class BatchTopK(_KeepsLargest, Activation):
+class BatchTopK(_KeepsLargest):
     """The `k * B` largest pre-activations of a whole batch, where positive (Bussmann et al. 2024, "BatchTopK").
 
     Training chooses over the batch (k is then the mean number of features per row) and records a running mean of the smallest
@@ -243,7 +313,7 @@ class BatchTopK(_KeepsLargest, Activation):
         return torch.where(threshold_1 > 0, threshold_1.lerp(smallest_1, self.momentum), smallest_1)
 
 
-def k_of(activation: TopK | BatchTopK, group: int) -> int:
+def k_of(activation: _KeepsLargest, group: int) -> int:
     """Features that an activation function keeps per row in one group."""
     return activation.k[group] if isinstance(activation.k, tuple) else activation.k
 
@@ -254,7 +324,7 @@ def activation_from_dict(value: Mapping[str, Any]) -> Activation:
     Raises:
         ValueError: unknown name, or parameters the function does not have.
     """
-    kinds: dict[str, type[Activation]] = {kind.name: kind for kind in (ReLU, JumpReLU, TopK, BatchTopK)}
+    kinds: dict[str, type[Activation]] = {kind.name: kind for kind in (ReLU, JumpReLU, TopK, BatchTopK, JointTopK)}
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or value["name"] not in kinds:
         name = value.get("name") if isinstance(value, Mapping) else value
         raise ValueError(f"unknown activation {name!r:.50}: expected one of {', '.join(kinds)}")

@@ -4,6 +4,7 @@
     a_g = f(h_g)                                                  activations, kept sparse
     y_w = sum_{g writes w} (a_g W_dec[g, w] + sum_r x_r W_skip[g, r, w]^T) + b_dec[w]
 
+f looks at each group alone, but for `JointTopK`, for which all groups compete.
 Autoencoders, transcoders, cross-layer transcoders and crosscoders differ only in the wiring. Decoding visits active
 features only: a feature's decoder vectors to its written sites are contiguous, as in the published CLT layout.
 """
@@ -11,14 +12,14 @@ features only: a feature's decoder vectors to its written sites are contiguous, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from replacement.crosscoder.activation import BatchTopK
+from replacement.crosscoder.activation import BatchTopK, JointTopK, Selection
 from replacement.crosscoder.checks import finite_values
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
@@ -30,6 +31,9 @@ _ROWS_AT_ONCE = 512
 
 
 _FEATURES_AT_ONCE = 16_384
+
+Chosen: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Rows, indices and pre-activations `[S]` of chosen features of one group."""
 
 
 class CrosscoderOutput(NamedTuple):
@@ -95,36 +99,109 @@ class Crosscoder(CrosscoderWeights):
             ValueError: a site is missing, or its activations have another width, dtype, device or number of rows, or hold
                 NaN or infinity; positions that are not one int64 number for each row.
         """
-        parts = [self.encode_group(group, inputs, positions=positions) for group in range(self.n_groups)]
+        if isinstance(self.activation, JointTopK):
+            chosen = self._choose_jointly(self.activation, inputs, positions)
+            parts = [self._features(inputs, group, *features) for group, features in enumerate(chosen)]
+        else:
+            parts = [self.encode_group(group, inputs, positions=positions) for group in range(self.n_groups)]
         return Features.concatenate(parts)
 
     def encode_group(
         self, group: int, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None
     ) -> Features:
-        """Active features of one group, for running a model layer by layer; see `encode`."""
+        """Active features of one group, for running a model layer by layer; see `encode`.
+
+        Raises:
+            ValueError: besides, features that are chosen over all groups together (`JointTopK`).
+        """
+        self._check_chooses_by_group()
+        return self._features(inputs, group, *self._choose(inputs, group, positions))
+
+    def _check_chooses_by_group(self) -> None:
+        if self.activation.chooses_over_groups:
+            raise ValueError(
+                f"this crosscoder chooses features over all layers together ({self.activation.name}): no layer's features are "
+                "known without those of all others, so that a model can only be replaced with reads='clean'"
+            )
+
+    @torch.no_grad()
+    def _choose(self, inputs: Mapping[Site, Tensor], group: int, positions_B: Tensor | None) -> Chosen:
+        """Rows, indices and pre-activations of a group's active features, or candidates where all groups compete."""
         reads = self._reads(inputs, group)
         for site, x_BD in zip(self.wiring.reads[group], reads, strict=True):
             finite_values(f"the input at {site}", x_BD)  # NaN exceeds no threshold: it would look like no features
-        with torch.no_grad():
-            row_S, index_S, pre_S = self._select(reads, group)
-            if self.undecomposed_positions:
-                position_S = row_S if positions is None else _checked(positions, len(reads[0]))[row_S]
-                keep_S = position_S >= self.undecomposed_positions
-                row_S, index_S, pre_S = row_S[keep_S], index_S[keep_S], pre_S[keep_S]
+        row_S, index_S, pre_S = self._select(reads, group)
+        if self.undecomposed_positions:
+            position_S = row_S if positions_B is None else _checked(positions_B, len(reads[0]))[row_S]
+            keep_S = position_S >= self.undecomposed_positions
+            row_S, index_S, pre_S = row_S[keep_S], index_S[keep_S], pre_S[keep_S]
         if self.in_file is not None:  # a group's encoder is not needed again before the next prompt
             self.in_file.release()
+        return row_S, index_S, pre_S
+
+    @torch.no_grad()
+    def _choose_jointly(
+        self, activation: JointTopK, inputs: Mapping[Site, Tensor], positions_B: Tensor | None
+    ) -> list[Chosen]:
+        """The same for all groups, whose candidates compete; at most 2 k of every row are held at a time."""
+        held: list[Tensor] = []  # columns: group, row, index, pre-activation, score
+        for group in range(self.n_groups):
+            row_S, index_S, pre_S = self._choose(inputs, group, positions_B)
+            new = [torch.full_like(row_S, group), row_S, index_S, pre_S, self.scores(pre_S, group, index_S)]
+            held = [torch.cat(pair) for pair in zip(held, new, strict=True)] if held else new
+            keep_S = activation.keep(held[1], held[4])
+            held = [column[keep_S] for column in held]
+        counts = torch.bincount(held[0], minlength=self.n_groups).tolist()
+        return list(zip(*(column.split(counts) for column in held[1:4]), strict=True))
+
+    def _features(
+        self, inputs: Mapping[Site, Tensor], group: int, row_S: Tensor, index_S: Tensor, pre_S: Tensor
+    ) -> Features:
+        """A group's chosen features with their activations, differentiable in inputs and weights."""
         pre_S = self.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_S)
-        threshold_S = None if self.threshold is None else self.threshold[group].expand(self.n_features)[index_S]
-        acts_S = self.activation.values(pre_S, threshold_S)
+        acts_S = self.activations(pre_S, group, index_S)
         # Only a training step moves the threshold; encoding without gradients does not.
         records = self.training and torch.is_grad_enabled()
         if records and isinstance(self.activation, BatchTopK) and self.threshold is not None:
             with torch.no_grad():
                 self.threshold[group] = self.activation.next_threshold(self.threshold[group], acts_S)
-        sizes = (len(reads[0]), self.n_groups, self.n_features)
+        sizes = (len(self._reads(inputs, group)[0]), self.n_groups, self.n_features)
         return Features(torch.full_like(row_S, group), row_S, index_S, acts_S, *sizes)
 
-    def _select(self, reads: list[Tensor], group: int) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, pre_BF: Float[Tensor, "B F"], group: int) -> Selection:
+        """The active features of a group with these pre-activations.
+
+        Raises:
+            ValueError: features that are chosen over all groups together (`JointTopK`).
+        """
+        self._check_chooses_by_group()
+        return self._selection(pre_BF, group)
+
+    def _selection(self, pre_BF: Tensor, group: int) -> Selection:
+        threshold_F = None if self.threshold is None else self.threshold[group]
+        return self.activation.select(self.scores(pre_BF, group), threshold_F, training=self.training, group=group)
+
+    def scores(self, pre: Tensor, group: int, index_S: Int[Tensor, " S"] | None = None) -> Tensor:
+        """What features of a group are chosen by: their pre-activations, times `score_factor` where there is one.
+
+        Args:
+            pre: pre-activations of all features, `[..., F]`, or of those at `index_S`.
+        """
+        if self.score_factor is None:
+            return pre
+        return pre * (self.score_factor[group] if index_S is None else self.score_factor[group][index_S])
+
+    def activations(self, pre_S: Float[Tensor, " S"], group: int, index_S: Int[Tensor, " S"]) -> Float[Tensor, " S"]:
+        """Activations of chosen features of a group from their pre-activations, differentiable."""
+        threshold_S = None if self.threshold is None else self.threshold[group].expand(self.n_features)[index_S]
+        acts_S = self.activation.values(pre_S, threshold_S)
+        if self.post_scale is None or self.post_offset is None:
+            return acts_S
+        return torch.where(
+            acts_S == 0, acts_S, acts_S * self.post_scale[group][index_S] + self.post_offset[group][index_S]
+        )
+
+    def _select(self, reads: list[Tensor], group: int) -> Chosen:
         """Rows, indices and pre-activations of a group's active features.
 
         Where the choice in each row depends on that row alone, rows are processed in chunks: pre-activations are read while
@@ -134,11 +211,10 @@ class Crosscoder(CrosscoderWeights):
         chunk = _ROWS_AT_ONCE * (1 if self.device.type == "cpu" else 16)
         by_row = self.activation.chooses_by_row or not self.training  # in use, BatchTopK has a fixed threshold
         step = chunk if by_row else n_rows
-        threshold_F = None if self.threshold is None else self.threshold[group]
         parts = []
         for begin in range(0, n_rows, step):
             pre_CF = self._dense_pre_activations([x_BD[begin : begin + step] for x_BD in reads], group)
-            row_S, index_S = self.activation.select(pre_CF, threshold_F, training=self.training, group=group)
+            row_S, index_S = self._selection(pre_CF, group)
             parts.append((row_S + begin, index_S, pre_CF[row_S, index_S]))
         row_S, index_S, pre_S = (torch.cat(column) for column in zip(*parts, strict=True))
         if pre_S.dtype != self.dtype:  # autocast: features were chosen in bfloat16; their values are computed again

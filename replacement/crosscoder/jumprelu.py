@@ -18,6 +18,7 @@ from torch.nn import functional
 from replacement.crosscoder.activation import BatchTopK, JumpReLU, TopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
+from replacement.number_checks import LARGEST
 
 _ROWS_AT_ONCE = 512
 """Rows whose dense pre-activations of one group exist at a time."""
@@ -29,7 +30,8 @@ def to_jumprelu(
     *,
     target_l0: int | float | Sequence[int | float] | None = None,
 ) -> Crosscoder:
-    """A crosscoder with the same weights and one fixed threshold per group; the one given is left alone.
+    """A crosscoder with the same weights and one fixed threshold per group (of scores, where features are chosen by these);
+    the one given is left alone.
 
     Without batches a BatchTopK crosscoder keeps its running threshold, and computes exactly what it did. With batches the
     threshold of each group is the quantile of its pre-activations that leaves `target_l0` features per row on average.
@@ -47,9 +49,12 @@ def to_jumprelu(
         given = list(batches)
         n_rows = sum(len(batch[crosscoder.wiring.read_sites[0]]) for batch in given)
         threshold_G = quantile_thresholds(crosscoder, given, n_rows=n_rows, target_l0=target_l0)
-    converted = Crosscoder.like(crosscoder, activation=JumpReLU())
+    converted = Crosscoder.like(crosscoder, activation=JumpReLU(affine=crosscoder.activation.affine))
     tensors = dict(crosscoder.state_dict())
-    tensors["threshold"] = threshold_G[:, None].expand(-1, crosscoder.n_features)
+    threshold_GF = threshold_G[:, None].expand(-1, crosscoder.n_features)
+    if (factor_GF := tensors.pop("score_factor", None)) is not None:
+        threshold_GF = (threshold_GF / factor_GF).nan_to_num(0.0).clamp(max=LARGEST)  # a factor of 0: never chosen
+    tensors["threshold"] = threshold_GF
     converted.load_state_dict(tensors)
     return converted.eval()
 
@@ -93,7 +98,7 @@ def quantile_thresholds(
     target_l0: int | float | Sequence[int | float] | None = None,
 ) -> Tensor:
     """Threshold of each group, `[G]`, that leaves `target_l0` features per row on average: midway between the smallest
-    pre-activation above it and the largest one below; 0 where no more than these are positive.
+    pre-activation (or score) above it and the largest one below; 0 where no more than these are positive.
 
     Args:
         batches, target_l0: as for `to_jumprelu`, in the scale in which the crosscoder reads.
@@ -111,7 +116,7 @@ def quantile_thresholds(
         for first in range(0, len(batch[sites[0]]), _ROWS_AT_ONCE):
             inputs = {s: batch[s][first : first + _ROWS_AT_ONCE].to(largest[0]) for s in sites}
             for group, n in enumerate(n_kept):
-                pre_BF = crosscoder.pre_activations(inputs, group)
+                pre_BF = crosscoder.scores(crosscoder.pre_activations(inputs, group), group)
                 known_K = largest[group]
                 floor = known_K[-1] if len(known_K) > n else 0.0
                 largest_K = torch.cat([known_K, pre_BF[pre_BF > floor]])

@@ -43,12 +43,17 @@ class CrosscoderWeights(nn.Module):
 
     Parameters (`x @ W.T` maps rows): `W_enc[n]` `[F, D_r]`, `b_enc[g]` `[F]`, `W_dec[g]` `[F, W, D_w]` or, tied,
     `W_dec[w]` `[F, D_w]`, `b_dec[w]` `[D_w]`, `W_skip[m]` `[D_w, D_r]`; n counts (group,
-    read) pairs, m (group, read, write) triples, w `wiring.write_sites`.
+    read) pairs, m (group, read, write) triples, w `wiring.write_sites`. Where the activation has them: `threshold`, and the
+    buffers `score_factor`, `post_scale` and `post_offset`, `[G, F]`.
 
     Raises:
         ValueError: an argument of another kind, `n_features` below 1 or too large for the memory, fewer features than the
             activation keeps, or a negative number of positions.
     """
+
+    score_factor: Tensor | None
+    post_scale: Tensor | None
+    post_offset: Tensor | None
 
     def __init__(
         self,
@@ -114,6 +119,8 @@ class CrosscoderWeights(nn.Module):
             self.threshold: Tensor | None = nn.Parameter(threshold.to(dtype))
         else:
             self.register_buffer("threshold", None if threshold is None else threshold.to(dtype))
+        for name, initial in self.activation.initial_buffers(wiring.n_groups, n_features).items():
+            self.register_buffer(name, None if initial is None else initial.to(dtype))
 
     @torch.no_grad()
     def initialise(self, seed: int | None, *, part: int = 0, n_parts: int = 1) -> None:
@@ -409,13 +416,15 @@ class CrosscoderWeights(nn.Module):
         """Check every weight for NaN, infinity and magnitudes above 1e18, whose squares do not fit float32.
 
         Raises:
-            ValueError: names the first such tensor.
+            ValueError: names the first such tensor, or gives a score factor below 0.
         """
         for name, value in self.state_dict().items():
             if self.in_file is None or not name.startswith(
                 MATRICES
             ):  # they are not read for this: activations are checked
                 finite_values(f"the tensor {name}", value)
+        if self.score_factor is not None and bool((self.score_factor < 0).any()):
+            raise ValueError(f"score factors must be 0 or more, got {float(self.score_factor.min())}")
 
     def _check_group(self, group: int) -> None:
         if group not in range(self.n_groups):

@@ -161,6 +161,7 @@ class ReplacementModel:
         interventions: Iterable[Intervention],
         *,
         errors: str = "keep",
+        reads: str = "propagated",
         patterns: str = "live",
         norms: str = "live",
         mlps: str = "replaced",
@@ -176,6 +177,7 @@ class ReplacementModel:
             prompt: text, or token ids.
             interventions: features to set, scale or add to.
             errors: `keep` adds the clean run's reconstruction errors back, `drop` lets them propagate.
+            reads: as in a call of the model; with `clean` no feature reacts to the interventions.
             patterns: attention patterns `live`, or `frozen` at their values in the original model.
             norms: scales of the residual stream's norms, `live` or `frozen`.
             mlps: outputs outside `constrained_layers` come from the crosscoder (`replaced`), whose features react, or are
@@ -196,7 +198,12 @@ class ReplacementModel:
             room = lm.context_length - len(tokens_T)
             raise ValueError(f"generate must be 0 to {room} after {len(tokens_T)} tokens, got {generate}")
         conditions = Conditions(
-            errors=errors, patterns=patterns, norms=norms, mlps=mlps, constrained_layers=constrained_layers
+            errors=errors,
+            reads=reads,
+            patterns=patterns,
+            norms=norms,
+            mlps=mlps,
+            constrained_layers=constrained_layers,
         )
         by_part = _checked_by_part(interventions, crosscoders, n_positions=len(tokens_T))
         for step in range(generate + 1):

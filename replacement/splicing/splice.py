@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from replacement.crosscoder.activation import Activation
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
@@ -92,7 +93,7 @@ class Splice:
         check_choice("reads", reads, ("propagated", "clean"))
         if isinstance(errors, str):
             check_choice("errors", errors, ("drop", "keep"))
-        _check_wiring(crosscoder.wiring, reads)
+        _check_reads(crosscoder, reads)
         self.language_model, self.crosscoder, self.tokens_BT = language_model, crosscoder, tokens_BT
         self.written = _written_sites(crosscoder.wiring, sites)
         self.inputs: dict[Site, Tensor] = {}
@@ -100,6 +101,10 @@ class Splice:
         self._change, self._held, self._keeps_mlps = change, held, mlps == "original"
         self._scales = dict(scales or {})
         self._replaced_BT = replaced_tokens(tokens_BT, crosscoder.undecomposed_positions, keep_BT)
+        groups = range(crosscoder.n_groups)
+        self._encoded_together = (
+            [groups] if crosscoder.activation.chooses_over_groups else [[group] for group in groups]
+        )
         self._sums: dict[Site, Tensor] = {}
         self._added: dict[Site, Tensor] = {}
         self._errors = {} if isinstance(errors, str) else errors
@@ -197,13 +202,14 @@ class Splice:
     def _receive(self, site: Site, x_RD: Tensor) -> None:
         """Take in one read site; encode and add up every group whose reads are now complete."""
         self.inputs[site] = x_RD
-        written = set(self.written)
-        for group, reads in enumerate(self.crosscoder.wiring.reads):
-            if not written.intersection(self.crosscoder.wiring.writes[group]):
-                continue  # it writes no site that is replaced
-            if site in reads and all(read in self.inputs for read in reads):
-                inputs = self._scaled(group, self.inputs)
-                self._respond(group, self._encode(group, inputs), inputs)
+        wiring, written = self.crosscoder.wiring, set(self.written)
+        for groups in self._encoded_together:
+            writers = [group for group in groups if written.intersection(wiring.writes[group])]
+            reads = {read for group in groups for read in wiring.reads[group]}
+            if writers and site in reads and reads <= self.inputs.keys():
+                features = self._encode(groups, self.inputs)
+                for group in writers:
+                    self._respond(group, features.of(group), self._scaled([group], self.inputs))
 
     def _respond(self, group: int, read: Features, inputs: Mapping[Site, Tensor]) -> None:
         """Apply the change to the features that one group read, and add up what they write.
@@ -226,7 +232,7 @@ class Splice:
         if held is not None:
             writes = [site for site in writes if site in held.sites]
             if self.crosscoder.skip and writes:  # skip terms are linear, so they follow the stream
-                clean = self._scaled(group, held.clean)
+                clean = self._scaled([group], held.clean)
                 changes = {site: x_RD - clean[site] for site, x_RD in inputs.items()}
                 _add_sites(self._added, self.crosscoder.skip_contribution(changes, groups=[group]), writes)
         elif not self._keeps_mlps:
@@ -236,23 +242,31 @@ class Splice:
             contribution = self.crosscoder.decode_contribution(changed, groups=[group], sites=writes)
             _add_sites(self._added, contribution, writes)
 
-    def _scaled(self, group: int, inputs: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
-        """What the crosscoder reads for one group: scaled, in its own dtype."""
+    def _scaled(self, groups: Iterable[int], inputs: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        """What the crosscoder reads for some groups: scaled, in its own dtype."""
         crosscoder = self.crosscoder
         scaled = {}
-        for site in crosscoder.wiring.reads[group]:
+        for site in {site for group in groups for site in crosscoder.wiring.reads[group]}:
             x_RD = inputs[site].to(crosscoder.device, crosscoder.dtype)
             scaled[site] = x_RD * self._scales[site] if site in self._scales else x_RD
         return scaled
 
-    def _encode(self, group: int, inputs: Mapping[Site, Tensor]) -> Features:
-        """Features of the replaced tokens alone: a choice over the whole batch (BatchTopK) must not see the others."""
+    def _encode(self, groups: Sequence[int], inputs: Mapping[Site, Tensor]) -> Features:
+        """Features of groups that are encoded together, of the replaced tokens alone: a choice over the whole batch (BatchTopK)
+        must not see the others."""
+        rows = self._scaled(groups, inputs)
         if self._replaced_BT is None:
-            return self.crosscoder.encode_group(group, inputs)
+            return self._features_of(groups, rows, None)
         row_P = self._replaced_BT.to(self.crosscoder.device).flatten().nonzero()[:, 0]
-        replaced = {site: x_RD[row_P] for site, x_RD in inputs.items()}
-        features = self.crosscoder.encode_group(group, replaced, positions=row_P % self.tokens_BT.shape[1])
+        replaced = {site: x_RD[row_P] for site, x_RD in rows.items()}
+        features = self._features_of(groups, replaced, row_P % self.tokens_BT.shape[1])
         return dataclasses.replace(features, row=row_P[features.row], n_rows=self.tokens_BT.numel())
+
+    def _features_of(self, groups: Sequence[int], rows: Mapping[Site, Tensor], positions_P: Tensor | None) -> Features:
+        if self.crosscoder.activation.chooses_over_groups:
+            return self.crosscoder.encode(rows, positions=positions_P)
+        (group,) = groups
+        return self.crosscoder.encode_group(group, rows, positions=positions_P)
 
     def _add(self, sums: dict[Site, Tensor], group: int, features: Features, inputs: Mapping[Site, Tensor]) -> None:
         """Add what one group writes to the replaced sites, skip terms included, in the crosscoder's scale."""
@@ -269,9 +283,10 @@ class Splice:
     @torch.no_grad()
     def _clean_errors(self, clean: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         sums: dict[Site, Tensor] = {}
-        for group in range(self.crosscoder.n_groups):
-            inputs = self._scaled(group, clean)
-            self._add(sums, group, self._encode(group, inputs), inputs)
+        for groups in self._encoded_together:
+            features = self._encode(groups, clean)
+            for group in groups:
+                self._add(sums, group, features.of(group), self._scaled([group], clean))
         return {site: clean[site].to(sums[site]) - self._finish(site, sums[site]) for site in self.written}
 
 
@@ -315,13 +330,15 @@ def read_rows(
     return logits_BTV, activations
 
 
-def possible_reads(wiring: Wiring) -> tuple[str, ...]:
-    """Which `reads` a splice of this wiring can have: both, only `clean` (acausal), or none (a second model is involved)."""
+def possible_reads(wiring: Wiring, activation: Activation | None = None) -> tuple[str, ...]:
+    """Which `reads` a splice can have: both, only `clean` (acausal, or features chosen over all groups together), or none (a
+    second model is involved)."""
     if any(site.model for site in (*wiring.read_sites, *wiring.write_sites)):
         return ()
     # Two sites may share a point of the residual timeline (resid_post and the next resid_pre), and still one comes first.
     in_order = all(max(reads) <= min(writes) for reads, writes in zip(wiring.reads, wiring.writes, strict=True))
-    return ("propagated", "clean") if in_order else ("clean",)
+    by_group = activation is None or not activation.chooses_over_groups
+    return ("propagated", "clean") if in_order and by_group else ("clean",)
 
 
 def replaced_tokens(tokens_BT: Tensor, undecomposed_positions: int, keep_BT: Tensor | None) -> Tensor | None:
@@ -379,14 +396,15 @@ def _in_turn(first: Hook, second: Hook) -> Hook:
     return hook
 
 
-def _check_wiring(wiring: Wiring, reads: str) -> None:
-    possible = possible_reads(wiring)
+def _check_reads(crosscoder: Crosscoder, reads: str) -> None:
+    wiring = crosscoder.wiring
+    possible = possible_reads(wiring, crosscoder.activation)
     if not possible:
         raise ValueError(f"a {wiring.name} crosscoder reads or writes a second model: it cannot be spliced into one")
     if reads not in possible:
-        raise ValueError(
-            f"this {wiring.name} crosscoder writes sites before those it reads: it can be spliced with reads='clean' only"
-        )
+        together = crosscoder.activation.chooses_over_groups
+        why = "chooses features over all layers together" if together else "writes sites before those it reads"
+        raise ValueError(f"this {wiring.name} crosscoder {why}: it can be spliced with reads='clean' only")
 
 
 def _written_sites(wiring: Wiring, sites: Iterable[Site] | None) -> tuple[Site, ...]:

@@ -51,7 +51,11 @@ class Protocol:
         splices: list[Splice] = []
         for number, crosscoder in enumerate(run.crosscoders):
             sites = [site for site in crosscoder.wiring.write_sites if site in self.sites]
-            if sites and self.reads == "propagated" and "propagated" in possible_reads(crosscoder.wiring):
+            if (
+                sites
+                and self.reads == "propagated"
+                and "propagated" in possible_reads(crosscoder.wiring, crosscoder.activation)
+            ):
                 splices.append(
                     Splice(
                         run.language_model,

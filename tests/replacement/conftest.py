@@ -57,7 +57,7 @@ def random_crosscoder() -> CrosscoderFactory:
         with torch.no_grad():
             for name, value in crosscoder.state_dict().items():
                 value.normal_(generator=generator)
-                if name == "threshold":
+                if name in ("threshold", "score_factor"):
                     value.abs_()
         return crosscoder.eval()
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from circuits import trace
 from circuits.attribution.identity import IdentityError
-from replacement import JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
+from replacement import JointTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 from replacement.crosscoder.sites import SITE_KINDS
 
 N_LAYERS = 3
@@ -73,7 +73,16 @@ crosscoder_options = st.fixed_dictionaries(
         "tied": st.booleans(),
         "skip": st.booleans(),
         "undecomposed_positions": st.integers(0, 2),
-        "activation": st.sampled_from([TopK(4), TopK(9, relu=False), JumpReLU(), ReLU()]),
+        "activation": st.sampled_from(
+            [
+                TopK(4),
+                TopK(9, relu=False, scored=True),
+                JointTopK(12, relu=False, scored=True, affine=True),
+                JumpReLU(affine=True),
+                JumpReLU(),
+                ReLU(),
+            ]
+        ),
     }
 )
 
@@ -100,8 +109,11 @@ def test_causal_wirings_on_the_stream_are_exact(
     lm = language_model(architecture, torch.float64)
     options, groups = data.draw(crosscoder_options), data.draw(causal_groups(lm.shape.parallel))
     crosscoder = tiny.crosscoder_for(lm, wiring=wiring_of(groups), n_features=24, **options)
-    if crosscoder.threshold is not None:  # of either sign: activations below 0 have edges too
-        crosscoder.threshold.data = torch.randn_like(crosscoder.threshold)
+    with torch.no_grad():
+        for name in ("threshold", "score_factor", "post_scale", "post_offset"):
+            if (tensor := getattr(crosscoder, name)) is not None:  # of either sign: activations below 0 have edges too
+                values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(5), dtype=tensor.dtype)
+                tensor.copy_(values.abs() if name == "score_factor" else values)
     of_attention = None
     if attention:
         first, groups = data.draw(st.integers(0, 2)), data.draw(attention_groups())

@@ -18,7 +18,7 @@ from circuits.attribution.targets import parse_feature
 from circuits.heads.feature_heads import HeadView, HeadViews, head_view
 from circuits.heads.heat_map import drawable
 from circuits.heads.node_credit import feature_threshold
-from replacement import BatchTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
+from replacement import BatchTopK, JointTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK, Wiring
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 EVERYWHERE = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -224,6 +224,7 @@ def test_features_that_are_not_there(language_model: Any) -> None:
         TopK(5),
         TopK((3, 5, 48)),
         TopK(30, relu=False),
+        TopK(5, scored=True, affine=True),
     ],
     ids=str,
 )
@@ -233,6 +234,8 @@ def test_a_feature_is_active_above_its_threshold_alone(language_model: Any, acti
     model = model_of(lm, activation=activation)
     if isinstance(activation, BatchTopK) or activation == JumpReLU(threshold=0.0):
         model.crosscoder.threshold[:] = torch.tensor([[0.3], [0.7], [-1.0]])
+    if model.crosscoder.score_factor is not None:
+        model.crosscoder.score_factor.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
     local = model.localize(tokens)
     below_zero = activation in (JumpReLU(threshold=0.0), TopK(30, relu=False))
     assert bool((local.features.activation < 0).any()) == below_zero
@@ -244,9 +247,28 @@ def test_a_feature_is_active_above_its_threshold_alone(language_model: Any, acti
         pre_F = model.crosscoder.pre_activations({site: local.frozen.activations[site][row : row + 1]}, group)[0]
         pre_2F = pre_F.repeat(2, 1)
         pre_2F[:, index] = torch.tensor([theta - 1e-9, theta + 1e-9], dtype=torch.float64)
-        threshold = None if model.crosscoder.threshold is None else model.crosscoder.threshold[group]
-        chosen = activation.select(pre_2F, threshold, group=group)
+        chosen = model.crosscoder.select(pre_2F, group)
         assert chosen.rows[chosen.indices == index].tolist() == [1]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_jointly_chosen_feature_is_active_above_its_threshold_alone(language_model: Any, relu: bool) -> None:
+    """With the pre-activations of all layers held but one, it is among the k best scores just above its threshold."""
+    lm, tokens = language_model("gpt2", torch.float64), tiny.random_tokens(6)
+    model = model_of(lm, activation=JointTopK(12, relu=relu, scored=True))
+    crosscoder = model.crosscoder
+    crosscoder.score_factor.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+    local = model.localize(tokens)
+    pre_GTF = torch.stack([crosscoder.pre_activations(local.frozen.activations, group) for group in range(3)])
+    for number in range(0, len(local.features), 5):
+        group, row, index = (int(c[number]) for c in (local.features.group, local.features.row, local.features.index))
+        theta = feature_threshold(local, local.mlp, number)
+        for step in (-1e-9, 1e-9):
+            pre_GF = pre_GTF[:, row].clone()
+            pre_GF[group, index] = theta + step
+            score_GF = pre_GF * crosscoder.score_factor
+            is_best = int((score_GF > score_GF[group, index]).sum()) < 12
+            assert (is_best and (bool(pre_GF[group, index] > 0) or not relu)) == (step > 0)
 
 
 @pytest.fixture(scope="module")

@@ -135,10 +135,10 @@ def test_options_that_came_later_leave_no_trace_at_their_default() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"name": "gelu"}, "unknown activation 'gelu': expected one of relu, jumprelu, topk, batchtopk"),
-        ({"name": "topk"}, "activation topk has the parameters ['k', 'relu'], got []"),
+        ({"name": "gelu"}, "unknown activation 'gelu': expected one of relu, jumprelu, topk, batchtopk, jointtopk"),
+        ({"name": "topk"}, "activation topk has the parameters ['affine', 'k', 'relu', 'scored'], got []"),
         ({"name": "topk", "k": 3, "relu": "no"}, "relu of topk must be true or false, got 'no'"),
-        ({"name": "relu", "k": 3}, "activation relu has the parameters [], got ['k']"),
+        ({"name": "relu", "k": 3}, "activation relu has the parameters ['affine'], got ['k']"),
         ({"name": "topk", "k": 0}, "k must be 1 or more, got 0"),
         ({"name": "batchtopk", "k": 1, "momentum": 0.0}, "momentum must be above 0, got 0.0"),
         ({"name": "topk", "k": True}, "k must be a whole number, got True"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from replacement import (
     Intervention,
+    JointTopK,
     JumpReLU,
     LocalReplacement,
     ReplacementModel,
@@ -290,3 +291,23 @@ def test_an_intervention_changes_a_feature_in_exactly_one_way() -> None:
         Intervention(layer=0, index=0, position=0, activation=1.0, scale=2.0)
     with pytest.raises(ValueError, match="part of an intervention must be 'mlp' or 'attention', got 'heads'"):
         Intervention(layer=0, index=0, position=0, add=1.0, part="heads")
+
+
+@pytest.mark.parametrize("activation", [TopK(5), JointTopK(15)], ids=str)
+def test_clean_reads_do_not_react(language_model: Any, activation: Activation) -> None:
+    """By hand: what the changed feature writes is added to the clean outputs, and only attention and norms react."""
+    lm, tokens = language_model("gpt2", torch.float64), tiny.random_tokens()
+    model = model_of(lm, activation=activation)
+    first = model.localize(tokens).features.of(1).select(slice(7, 8))
+    index, position = int(first.index), int(first.row)
+    off = Intervention(layer=1, index=index, position=position, scale=0.0)
+    outputs = lm.read(tokens, [Site(layer, "mlp_out") for layer in range(3)])
+    for site in model.crosscoder.wiring.writes[1]:
+        outputs[site][position] -= model.crosscoder.decoder(1, site)[index] * first.activation
+    expected = lm.run(tokens, {site: lambda x, y=y: y[None] for site, y in outputs.items()})
+    found = model.intervene(tokens, [off], reads="clean")
+    torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-9)
+    assert len(found.features) == len(found.clean_features) - 1
+    if isinstance(activation, JointTopK):
+        with pytest.raises(ValueError, match="spliced with reads='clean' only"):
+            model.intervene(tokens, [off])

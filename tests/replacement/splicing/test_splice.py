@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from replacement import Crosscoder, Features, ReLU, Site, TopK, Wiring
+from replacement import Crosscoder, Features, JointTopK, ReLU, Site, TopK, Wiring
 from replacement.crosscoder.activation import BatchTopK
 from replacement.splicing.splice import Splice, possible_reads, read_rows
 
@@ -220,3 +221,29 @@ def test_splices_that_cannot_be(language_model: Any, wiring: str, options: dict[
     crosscoder = Crosscoder(made, n_features=16, activation=TopK(2))
     with pytest.raises(ValueError, match=re.escape(message)):
         Splice(lm, crosscoder, prompts(), **options)
+
+
+def test_joint_choice_is_spliced_with_clean_reads(language_model: Any) -> None:
+    """By hand: reconstructions of the original activations overwrite the outputs, at replaced tokens and layers alone."""
+    lm = language_model("gpt2", torch.float64)
+    crosscoder = tiny.crosscoder_for(lm, activation=JointTopK(14), undecomposed_positions=1, skip=True)
+    tokens_BT = prompts()
+    n_prompts, length = tokens_BT.shape
+    _, clean = read_rows(lm, tokens_BT, {*crosscoder.wiring.read_sites, *crosscoder.wiring.write_sites})
+    outputs = crosscoder(clean, positions=torch.arange(length).repeat(n_prompts)).reconstructions
+    for sites in (crosscoder.wiring.write_sites, [Site(1, "mlp_out")]):
+
+        def overwrite(x_BTD: torch.Tensor, y_RD: torch.Tensor) -> torch.Tensor:
+            y_BTD = y_RD.view_as(x_BTD)
+            return torch.cat([x_BTD[:, :1], y_BTD[:, 1:]], 1)
+
+        expected = lm.run(tokens_BT, {site: functools.partial(overwrite, y_RD=outputs[site]) for site in sites})
+        found = Splice(lm, crosscoder, tokens_BT, sites=sites, reads="clean").run()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    kept = Splice(lm, crosscoder, tokens_BT, reads="clean", errors="keep").run()
+    torch.testing.assert_close(kept, lm(tokens_BT), rtol=0, atol=1e-9)
+    assert possible_reads(crosscoder.wiring, crosscoder.activation) == ("clean",)
+    with pytest.raises(
+        ValueError, match="chooses features over all layers together: it can be spliced with reads='clean'"
+    ):
+        Splice(lm, crosscoder, tokens_BT)
