@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from replacement import Decomposition, LocalReplacement, Site
-from replacement.splicing.skip import read_depth
+from replacement.splicing.skip import read_depth, read_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ def read_vectors(
     `encoder . x_site = vector . stream + constant`; a site behind a norm is pulled back through it, frozen.
     """
     vectors_ND = local.crosscoder.encoder_vectors(group, index_N, site)
-    if site.kind != "mlp_in":
+    norm = read_norm(site, local.frozen.norms_mlp)
+    if norm is None:
         return vectors_ND, vectors_ND.new_zeros(len(vectors_ND))
-    norm = local.frozen.norms_mlp[site.layer]
     return norm.pull_back(vectors_ND, position_N), vectors_ND @ norm.bias_D
 
 

@@ -2,7 +2,10 @@
 
 One layer, in the order of the residual timeline (a parallel layer has no `resid_mid`: both branches read `resid_pre`):
 
-    resid_pre -> [attn_z -> attn_out] -> resid_mid -> [mlp_in -> mlp_out] -> resid_post = resid_pre of the next layer
+    resid_pre -> [attn_z -> attn_out] -> resid_mid -> [mlp_normalized -> mlp_in -> mlp_out] -> resid_post
+
+`resid_post` is the `resid_pre` of the next layer. `mlp_normalized` is the output of the norm in front of the MLP before its
+gain and offset, `mlp_in` after them; in a model without such a norm both are the stream.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from functools import total_ordering
 
 from replacement.number_checks import whole_number
 
-SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "mlp_in", "mlp_out", "attn_z", "attn_out")
+SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "mlp_normalized", "mlp_in", "mlp_out", "attn_z", "attn_out")
 
-# Points of one layer on the residual timeline; resid_post of a layer IS resid_pre of the next (6 = 0 one layer on).
-_POINT = {"resid_pre": 0, "attn_z": 1, "attn_out": 2, "resid_mid": 3, "mlp_in": 4, "mlp_out": 5, "resid_post": 6}
-_POINTS_PER_LAYER = 6
+# Points of one layer on the residual timeline; resid_post of a layer IS resid_pre of the next (7 = 0 one layer on).
+_IN_ORDER = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_normalized", "mlp_in", "mlp_out", "resid_post")
+_POINT = {kind: point for point, kind in enumerate(_IN_ORDER)}
+_POINTS_PER_LAYER = _POINT["resid_post"]
 _SITE_TEXT = re.compile(r"([a-z_]+)\.(\d{1,18})(?:@(\d))?", re.ASCII)
 
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.number_checks import whole_number
 
-MLP_READS = ("resid_mid", "resid_pre", "mlp_in")
+MLP_READS = ("resid_mid", "resid_pre", "mlp_in", "mlp_normalized")
 WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention")
 """Families with one group for every layer of the model."""
 
@@ -203,7 +203,8 @@ class Wiring:
         """A cross-layer transcoder (CLT): group l reads the stream at layer l and writes `mlp_out` of layers >= l.
 
         Args:
-            read: `resid_mid` (default), `resid_pre` (default for parallel models) or `mlp_in`.
+            read: `resid_mid` (default), `resid_pre` (default for parallel models), `mlp_in`, or `mlp_normalized`, which is
+                `mlp_in` before the norm's gain and offset.
         """
         return _by_layer("strictly_causal", model, _mlp_read(model, read), "mlp_out", writes_above=True)
 

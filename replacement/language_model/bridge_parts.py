@@ -22,12 +22,14 @@ HOOKS = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
     "resid_post": "hook_resid_post",
+    "mlp_normalized": "mlp.hook_in",
     "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
     "attn_z": "attn.hook_z",
     "attn_out": "hook_attn_out",
 }
-"""TransformerLens hook of every site kind, below `blocks.{layer}.`; `hook_mlp_out` is after a post-norm where there is one."""
+"""TransformerLens hook of every site kind, below `blocks.{layer}.`; `hook_mlp_out` is after a post-norm where there is one.
+`mlp_normalized` is `hook_normalized` of the norm in front of the MLP, where there is one."""
 
 NamedHook = tuple[str, Any]
 
@@ -68,7 +70,8 @@ class BridgeParts:
         if site.layer >= self.shape.n_layers or site.model != 0 or parallel_mid:
             why = "attention and MLP run in parallel" if parallel_mid else f"it has {self.shape.n_layers} layers"
             raise ValueError(f"the language model has no site {site}: {why}")
-        return f"blocks.{site.layer}.{HOOKS[site.kind]}"
+        norm = self.norm_before(site.layer, "mlp") if site.kind == "mlp_normalized" else None
+        return f"blocks.{site.layer}.{HOOKS[site.kind]}" if norm is None else f"{norm}.hook_normalized"
 
     def capture(self, tokens_T: Tensor, names: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `[T, V]` and the activations at hooks for one prompt, batch axis dropped."""
@@ -132,7 +135,7 @@ class BridgeParts:
             Hooks to run behind all others, which keep each norm's input, and hooks to run in front of them, which compute its
             output: what others make of an output stays.
         """
-        pairs = [self._held_norm(path, scale_T1) for path, scale_T1 in scales.items()]
+        pairs = [self._redone_norm(path, scale_T1) for path, scale_T1 in scales.items()]
         return [keep for keep, _ in pairs], [redo for _, redo in pairs]
 
     def frozen_hook_names(self) -> set[str]:
@@ -274,20 +277,60 @@ class BridgeParts:
         head_norms = [path for layer in range(self.shape.n_layers) for path in self.head_norms(layer)]
         paths = [*head_norms, *self.norm_paths]
         redone = [path for path in paths if not isinstance(self._component(path).original_component, nn.LayerNorm)]
-        pairs = [self._float64_norm(path) for path in redone]
+        pairs = [self._redone_norm(path) for path in redone]
         return [keep for keep, _ in pairs], [redo for _, redo in pairs]
 
-    def norm_map(self, path: str) -> Callable[[Tensor], Tensor]:
-        """A norm as a function of `[..., D]`: `c / sqrt(mean c^2 + epsilon) * weight + bias`, c = x centred or not."""
+    def normalized_map(self, path: str, scale_T1: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """A norm before its gain as a function of `[..., D]`: `c / sqrt(mean c^2 + epsilon)`, c = x centred or not.
+
+        Args:
+            scale_T1: a scale to divide by instead of that of x.
+        """
         epsilon, weights = self.norm_epsilon(path), self.norm_weights(path)
 
         def apply(x: Tensor) -> Tensor:
             c = x.to(weights.weight_D.dtype)  # models compute the norms of 16-bit activations in float32 too
             c = c - c.mean(-1, keepdim=True) if weights.centred else c
-            gain, offset = (w.unflatten(0, (-1, x.shape[-1])) for w in (weights.weight_D, weights.bias_D))
-            return (c / (c.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * gain + offset).to(x.dtype)
+            return c / ((c.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() if scale_T1 is None else scale_T1)
 
         return apply
+
+    def gain_map(self, path: str) -> Callable[[Tensor], Tensor]:
+        """What a norm does to its normalised input, as a function of `[..., D]`: `x * weight + bias`."""
+        weights = self.norm_weights(path)
+
+        def apply(x: Tensor) -> Tensor:
+            gain, offset = (w.unflatten(0, (-1, x.shape[-1])) for w in (weights.weight_D, weights.bias_D))
+            return x * gain + offset
+
+        return apply
+
+    def norm_map(self, path: str, scale_T1: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """A norm as a function of `[..., D]`; see `normalized_map` and `gain_map`."""
+        normalize, gain = self.normalized_map(path, scale_T1), self.gain_map(path)
+        return lambda x: gain(normalize(x)).to(x.dtype)
+
+    def normalized_hooks(
+        self, layer: int, run: Callable[[Tensor], Tensor | None], scales: Mapping[str, Tensor]
+    ) -> list[NamedHook]:
+        """Hooks that show `run` what the norm in front of an MLP gives before its gain; a replacement reaches the MLP alone.
+
+        Args:
+            scales: scales of norms that are held, as in `norm_scale_hooks`.
+        """
+        path, mlp_in = self.norm_before(layer, "mlp"), f"blocks.{layer}.mlp.hook_in"
+        if path is None:
+            return [(mlp_in, lambda x, hook: run(x))]
+        normalize, gain, seen = self.normalized_map(path, scales.get(path)), self.gain_map(path), dict[str, Tensor]()
+
+        def keep(x: Tensor, hook: Any) -> None:
+            seen["x"] = x
+
+        def show(y: Tensor, hook: Any) -> Tensor | None:
+            replaced = run(normalize(seen.pop("x")).to(y.dtype))
+            return None if replaced is None else gain(replaced).to(y.dtype).view_as(y)
+
+        return [(f"{path}.hook_in", keep), (mlp_in, show)]
 
     def norm_epsilon(self, path: str) -> float:
         """What a norm adds to the mean square."""
@@ -299,18 +342,22 @@ class BridgeParts:
         """The model's own map of rows `[B, D]` at a site in front of an MLP to `mlp_out`, norms included.
 
         Args:
-            read: `mlp_in`, or the stream the MLP's norm reads: `resid_mid`, `resid_pre` in a parallel model.
+            read: `mlp_in`, `mlp_normalized`, or the stream the MLP's norm reads: `resid_mid`, `resid_pre` in a parallel model.
 
         Raises:
             ValueError: another site, from which `mlp_out` depends on other positions too, or an architecture whose MLP is no
                 module of its own (OPT).
         """
         stream = "resid_pre" if self.shape.parallel else "resid_mid"
-        if read not in ("mlp_in", stream):
-            raise ValueError(f"mlp_out is a function of mlp_in or {stream} at each position, not of {read}")
+        if read not in ("mlp_in", "mlp_normalized", stream):
+            raise ValueError(
+                f"mlp_out is a function of mlp_in, mlp_normalized or {stream} at each position, not of {read}"
+            )
         mlp, scale = self._mlp(layer), self._residual_scale(layer)
         norm = self.norm_before(layer, "mlp")
-        before = self.norm_map(norm) if read == stream and norm is not None else None
+        before = None
+        if norm is not None and read != "mlp_in":
+            before = self.norm_map(norm) if read == stream else self.gain_map(norm)
         after = self.norm_map(f"blocks.{layer}.ln2_post") if "ln2_post" in self.norm_names(layer) else None
 
         def apply(x_BD: Tensor) -> Tensor:
@@ -333,28 +380,15 @@ class BridgeParts:
 
         return apply
 
-    def _held_norm(self, path: str, scale_T1: Tensor) -> tuple[NamedHook, NamedHook]:
-        weights = self.norm_weights(path)
+    def _redone_norm(self, path: str, scale_T1: Tensor | None = None) -> tuple[NamedHook, NamedHook]:
+        """A hook that keeps a norm's input, and one that computes its output from it; see `norm_map`."""
+        norm = self.norm_map(path, scale_T1)
         seen: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: Any) -> None:
             seen["x"] = x
 
         def redo(y: Tensor, hook: Any) -> Tensor:
-            x = seen.pop("x")
-            x = x - x.mean(-1, keepdim=True) if weights.centred else x
-            return (x / scale_T1 * weights.weight_D + weights.bias_D).to(y.dtype)
-
-        return (f"{path}.hook_in", keep), (f"{path}.hook_out", redo)
-
-    def _float64_norm(self, path: str) -> tuple[NamedHook, NamedHook]:
-        norm = self.norm_map(path)
-        seen: dict[str, Tensor] = {}
-
-        def keep(x: Tensor, hook: Any) -> None:
-            seen["x"] = x
-
-        def redo(y: Tensor, hook: Any) -> Tensor:
-            return norm(seen.pop("x"))
+            return norm(seen.pop("x")).to(y.dtype)
 
         return (f"{path}.hook_in", keep), (f"{path}.hook_out", redo)

@@ -75,9 +75,9 @@ def freeze(parts: BridgeParts, tokens_T: Tensor, *, sites: Iterable[Site] = ()) 
         ValueError: the frozen parts do not give the model's own activations back (the architecture is named).
     """
     layers = range(parts.shape.n_layers)
-    names = {parts.hook_name(site): site for site in {*sites, *(Site(layer, "mlp_out") for layer in layers)}}
+    names = {site: parts.hook_name(site) for site in {*sites, *(Site(layer, "mlp_out") for layer in layers)}}
     with parts.exact_arithmetic():
-        output_TV, cache = parts.capture(tokens_T, set(names) | parts.frozen_hook_names())
+        output_TV, cache = parts.capture(tokens_T, set(names.values()) | parts.frozen_hook_names())
     frozen = FrozenPrompt(
         tokens_T=tokens_T,
         logits_TV=parts.unembedding().logits(cache["ln_final.hook_out"]),
@@ -87,7 +87,7 @@ def freeze(parts: BridgeParts, tokens_T: Tensor, *, sites: Iterable[Site] = ()) 
         attentions=tuple(_freeze_attention(parts, layer, cache) for layer in layers),
         norms_mlp=tuple(_freeze_norm(parts, parts.norm_before(layer, "mlp"), cache) for layer in layers),
         norm_final=_freeze_norm(parts, "ln_final", cache),
-        activations={site: cache[name].flatten(1) for name, site in names.items()},
+        activations={site: cache[name].flatten(1) for site, name in names.items()},
         logit_gap_16bit=_logit_gap(parts, tokens_T, output_TV),
     )
     _check_exact(frozen, output_TV, cache, parts)
@@ -212,8 +212,10 @@ def _rebuilt(
         if (z := frozen.activations.get(Site(layer, "attn_z"))) is not None:
             yield f"mixed values of layer {layer}", attention.z(pre), z, (quiet_T1 * typical_z,)
         mlp_reads = pre if parts.shape.parallel else pre + written
-        mlp_in = frozen.norms_mlp[layer].apply(mlp_reads)
-        yield f"MLP norm of layer {layer}", mlp_in, cache[f"{block}.mlp.hook_in"], ()
+        norm = frozen.norms_mlp[layer]
+        yield f"MLP norm of layer {layer}", norm.apply(mlp_reads), cache[f"{block}.mlp.hook_in"], ()
+        if (shown := frozen.activations.get(Site(layer, "mlp_normalized"))) is not None:
+            yield f"MLP norm of layer {layer} before its gain", norm.without_gain.apply(mlp_reads), shown, ()
         terms = (pre, written, frozen.activations[Site(layer, "mlp_out")])
         last = layer + 1 == parts.shape.n_layers
         for name in (f"{block}.hook_resid_post", "ln_final.hook_in" if last else f"blocks.{layer + 1}.hook_resid_pre"):

@@ -48,7 +48,7 @@ class NormWeights:
 
     def freeze(self, scale_T: Tensor) -> FrozenNorm:
         """Fix the scale of every position."""
-        return FrozenNorm(gain_TD=self.weight_D / scale_T[:, None], bias_D=self.bias_D, centred=self.centred)
+        return FrozenNorm(self.weight_D / scale_T[:, None], self.bias_D, self.centred, scale_T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,17 @@ class FrozenNorm:
     """A norm whose scale is fixed at every position: an affine map per position."""
 
     gain_TD: Float[Tensor, "T D"]
+    """Gain of the norm, divided by the scale."""
     bias_D: Float[Tensor, " D"]
     centred: bool
+    scale_T: Float[Tensor, " T"]
+
+    @property
+    def without_gain(self) -> FrozenNorm:
+        """The same norm before its gain and offset."""
+        return NormWeights(torch.ones_like(self.bias_D), torch.zeros_like(self.bias_D), self.centred).freeze(
+            self.scale_T
+        )
 
     def apply(self, x_TD: Tensor) -> Tensor:
         """The norm's output for a residual stream `x_TD`."""

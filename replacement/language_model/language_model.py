@@ -273,6 +273,9 @@ class LanguageModel:
         for site in sorted(hooks):
             if site.kind == "resid_mid":
                 named += self._mid_hooks(site, hooks[site])
+            elif site.kind == "mlp_normalized":
+                self.parts.hook_name(site)  # refuses a layer that does not exist
+                named += self.parts.normalized_hooks(site.layer, hooks[site], norm_scales or {})
             else:
                 named.append((self.parts.hook_name(site), _as_bridge_hook(hooks[site])))
         keep, redo = self.parts.norm_scale_hooks(norm_scales or {})

@@ -16,7 +16,7 @@ have no mid: their MLPs read `pre_l`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
@@ -26,6 +26,9 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.language_model.frozen_layers import FrozenNorm
 
+BEHIND_THE_NORM = ("mlp_normalized", "mlp_in")
+"""Kinds of sites that read the stream through the norm in front of the MLP."""
+
 
 def read_depth(site: Site, shape: ModelShape) -> int:
     """Depth of the point of the residual stream that a site reads, `2 l` or `2 l + 1`.
@@ -33,13 +36,25 @@ def read_depth(site: Site, shape: ModelShape) -> int:
     Raises:
         ValueError: the site is not an affine reading of one point of the residual stream.
     """
-    if site.kind in ("resid_mid", "mlp_in"):
+    if site.kind in ("resid_mid", *BEHIND_THE_NORM):
         return 2 * site.layer + (not shape.parallel)
     if site.kind in ("resid_pre", "resid_post"):
         return 2 * (site.layer + (site.kind == "resid_post"))
     raise ValueError(
-        f"{site} is no reading of the residual stream: expected resid_pre, resid_mid, resid_post or mlp_in"
+        f"{site} is no reading of the residual stream: expected resid_pre, resid_mid, resid_post, mlp_in or mlp_normalized"
     )
+
+
+def read_norm(site: Site, norms_mlp: Sequence[FrozenNorm]) -> FrozenNorm | None:
+    """The frozen norm between the stream and a site; None for the stream itself.
+
+    Args:
+        norms_mlp: the norm in front of each MLP.
+    """
+    if site.kind not in BEHIND_THE_NORM:
+        return None
+    norm = norms_mlp[site.layer]
+    return norm if site.kind == "mlp_in" else norm.without_gain
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +83,7 @@ class SkipTerms:
                 if read_depth(read, self.shape) != depth:
                     continue
                 inputs = stream
-                if read.kind == "mlp_in":
-                    norm = self.norms_mlp[read.layer]
+                if (norm := read_norm(read, self.norms_mlp)) is not None:
                     centred = stream - stream.mean(-1, keepdim=True) if norm.centred else stream
                     inputs = centred * norm.gain_TD[positions_T]
                 for write in self.crosscoder.wiring.writes[group]:
@@ -88,8 +102,8 @@ class SkipTerms:
         for group in self.crosscoder.wiring.writers(write) if self else ():
             for read in self.crosscoder.wiring.reads[group]:
                 pulled = vectors @ self.crosscoder.skip_matrix(group, read, write)
-                if read.kind == "mlp_in":
-                    pulled = self.norms_mlp[read.layer].pull_back(pulled, positions_T)
+                if (norm := read_norm(read, self.norms_mlp)) is not None:
+                    pulled = norm.pull_back(pulled, positions_T)
                 yield read_depth(read, self.shape), pulled
 
     def bias(self, layer: int) -> Float[Tensor, " D"] | float:
@@ -97,10 +111,8 @@ class SkipTerms:
         write, total = Site(layer, "mlp_out"), 0.0  # type: tuple[Site, Tensor | float]
         for group in self.crosscoder.wiring.writers(write) if self else ():
             for read in self.crosscoder.wiring.reads[group]:
-                if read.kind == "mlp_in":
-                    total = (
-                        total + self.norms_mlp[read.layer].bias_D @ self.crosscoder.skip_matrix(group, read, write).T
-                    )
+                if (norm := read_norm(read, self.norms_mlp)) is not None:
+                    total = total + norm.bias_D @ self.crosscoder.skip_matrix(group, read, write).T
         return total
 
 

@@ -34,8 +34,8 @@ class JacobianMatching(Loss):
     fraction of the original's Jacobian is missed. J_f is that of the original map, by forward-mode differentiation; J_cc is
     that of the crosscoder with its active features fixed, its skip connection included.
 
-    A pair is a (read, written) site of one group with a known original map: `mlp_out` of a layer from `mlp_in` or the
-    stream in front of its norm, or any pair given.
+    A pair is a (read, written) site of one group with a known original map: `mlp_out` of a layer from `mlp_in`,
+    `mlp_normalized` or the stream in front of its norm, or any pair given.
     """
 
     name: ClassVar[str] = "jacobian"
@@ -107,7 +107,7 @@ def _pairs(state: StepState, maps: Mapping[tuple[Site, Site], OriginalMap] | Non
         if maps is not None:
             return (read, write) in maps
         same = read.layer == write.layer and read.model == write.model == 0
-        return same and write.kind == "mlp_out" and read.kind in ("mlp_in", stream)
+        return same and write.kind == "mlp_out" and read.kind in ("mlp_in", "mlp_normalized", stream)
 
     found = (
         (read, write)

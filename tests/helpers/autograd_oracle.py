@@ -134,6 +134,9 @@ class AutogradOracle:
                 x = x - x.mean(-1, keepdim=True)
             epsilon = getattr(original, "variance_epsilon", getattr(original, "eps", 1e-5))  # OLMo 1 names none
             scale = (x.detach().pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
+            self.streams[f"{path}.hook_normalized"] = (
+                x / scale
+            )  # shown by TransformerLens with a scale that is not frozen
             gain = getattr(original, "weight", 1) + (1 if norm.uses_weight_offset else 0)
             bias = getattr(original, "bias", None)
             return x / scale * gain + (0 if bias is None else bias)

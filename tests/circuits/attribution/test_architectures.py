@@ -108,7 +108,7 @@ def test_frozen_patterns_and_norms_are_held(traced: tuple[Architecture, Path]) -
 def test_the_map_of_an_mlp(traced: tuple[Architecture, Path]) -> None:
     row, folder = traced
     lm = load(folder, torch.float64)
-    reads = [Site(1, "mlp_in"), Site(1, "resid_pre" if lm.shape.parallel else "resid_mid")]
+    reads = [Site(1, "mlp_in"), Site(1, "mlp_normalized"), Site(1, "resid_pre" if lm.shape.parallel else "resid_mid")]
     activations = lm.read(tiny.random_tokens(), [*reads, Site(1, "mlp_out")])
     for read in reads:
         if row.name == "OPT":

@@ -18,7 +18,7 @@ from replacement import JointTopK, JumpReLU, ReLU, ReplacementModel, Site, TopK,
 from replacement.crosscoder.sites import SITE_KINDS
 
 N_LAYERS = 3
-ON_THE_STREAM = ("resid_pre", "resid_mid", "resid_post", "mlp_in")
+ON_THE_STREAM = ("resid_pre", "resid_mid", "resid_post", "mlp_normalized", "mlp_in")
 Groups = tuple[tuple[Site, ...], ...]
 RANDOM = settings(
     max_examples=8,

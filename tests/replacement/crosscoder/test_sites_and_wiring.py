@@ -33,7 +33,7 @@ def test_order_is_total_and_never_against_the_timeline(a: Site, b: Site) -> None
 
 
 def test_a_layer_is_met_in_forward_order() -> None:
-    names = ["resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"]
+    names = ["resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_normalized", "mlp_in", "mlp_out", "resid_post"]
     assert [site.kind for site in sorted(Site(2, kind) for kind in SITE_KINDS)] == names
     assert Site(2, "resid_post").point == Site(3, "resid_pre").point
 
@@ -151,7 +151,7 @@ def test_bad_wirings_are_refused(
 def test_bad_choices_are_refused(shape: ModelShape) -> None:
     with pytest.raises(ValueError, match="layer 3 does not exist: the model has layers 0 to 2"):
         Wiring.transcoder(shape, layer=3)
-    with pytest.raises(ValueError, match="reads one of resid_mid, resid_pre, mlp_in; got 'mlp_out'"):
+    with pytest.raises(ValueError, match="reads one of resid_mid, resid_pre, mlp_in, mlp_normalized; got 'mlp_out'"):
         Wiring.strictly_causal(shape, read="mlp_out")
     with pytest.raises(ValueError, match="reads is missing"):
         Wiring.from_dict({"name": "x"})

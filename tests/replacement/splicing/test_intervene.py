@@ -93,6 +93,18 @@ def test_negative_activations_are_changed_like_others(language_model: Any, activ
         torch.testing.assert_close(local.features.dense(group), pre_TF * (pre_TF > floor_T1))
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "neox"])
+def test_logits_change_so_too_where_the_norm_is_read_before_its_gain(language_model: Any, architecture: str) -> None:
+    lm, tokens = language_model(architecture, torch.float64), tiny.random_tokens()
+    model = model_of(lm, wiring=Wiring.strictly_causal(lm, read="mlp_normalized"), skip=True)
+    local = model.localize(tokens)
+    interventions, activation_S = three_changes(local, model.crosscoder.wiring)
+    found = model.intervene(tokens, interventions, constrained_layers=range(3), **FROZEN)
+    expected = lm.parts.soft_cap(local.logits(activation_S))
+    torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-9)
+    assert float((found.logits - found.clean_logits).abs().max()) > 1e-2
+
+
 def test_skip_terms_that_read_behind_a_layer_follow_too(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     reads = tuple((Site(layer, "resid_post"),) for layer in (0, 1))

@@ -201,7 +201,9 @@ def test_the_models_map_gives_its_own_mlp_output(language_model: Any, architectu
         torch.testing.assert_close(lm.parts.mlp_map(1, kind)(acts[read]), acts[write], rtol=0, atol=1e-11)
     state = state_of(lm, tiny.crosscoder_for(lm, activation=ReLU()))
     assert 0.1 < float(JacobianMatching(1.0)(state).detach()) < 1e3
-    with pytest.raises(ValueError, match=f"a function of mlp_in or {stream} at each position, not of attn_out"):
+    with pytest.raises(
+        ValueError, match=f"a function of mlp_in, mlp_normalized or {stream} at each position, not of attn_out"
+    ):
         lm.parts.mlp_map(1, "attn_out")
 
 
