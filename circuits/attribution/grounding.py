@@ -116,7 +116,8 @@ def traced_tokens(model: ReplacementModel, graph: CircuitGraph) -> Tensor:
         has, load = ("no ", "without") if linear else ("", "with")
         raise ValueError(f"the graph has {has}attention features: load the model {load} its attention crosscoder")
     traced = facts.get("crosscoder_fingerprint")  # graphs of earlier versions have none, or one of the legacy form
-    if traced not in (None, crosscoder_fingerprint(model), legacy_crosscoder_fingerprint(model)):
+    is_legacy = traced is not None and ":" not in traced  # which reads the whole crosscoder
+    if traced not in (None, legacy_crosscoder_fingerprint(model) if is_legacy else crosscoder_fingerprint(model)):
         raise ValueError("the graph was traced with another crosscoder: its weights are not those of the model given")
     return torch.tensor(facts["token_ids"], device=lm.device)
 

@@ -110,9 +110,10 @@ def _add_edges(picture: graphviz.Digraph, graph: GraphData) -> None:
     shares = emphasis(influence).tolist()
     named = head_tags(graph, influence, most=_MOST_TAGS)
     columns = (edges.source.tolist(), edges.target.tolist(), edges.weight.tolist(), shares)
-    for edge, (source, target, weight, share) in enumerate(zip(*columns, strict=True)):
+    rows = itertools.repeat(None, len(edges)) if graph.heads is None else graph.heads
+    for edge, (source, target, weight, share, row) in enumerate(zip(*columns, rows, strict=True)):
         alpha = f"{round(255 * (0.2 + 0.8 * share)):02x}"
-        heads = "" if graph.heads is None else f"; {graph.heads.text(edge)}"
+        heads = "" if row is None else f"; {row.text()}"
         width, label = f"{0.4 + 3.6 * share:.2f}", f' label="{named[edge]}"' if edge in named else ""
         # Written as text: nothing here needs DOT's quoting, which takes longer than all the rest.
         picture.body.append(

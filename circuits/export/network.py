@@ -64,7 +64,7 @@ def _edge_facts(graph: GraphData, block: slice, influence: np.ndarray) -> Facts:
     columns: Facts = {"weight": graph.edges.weight[block].tolist(), "influence": influence[block].tolist()}
     if graph.heads is not None:
         columns["direct"] = graph.heads.direct[block].tolist()
-        columns["heads"] = [graph.heads.text(edge) for edge in range(*block.indices(len(graph.edges)))]
+        columns["heads"] = [row.text() for row in graph.heads.rows(block)]
     return columns
 
 
@@ -90,8 +90,8 @@ def _links(graph: GraphData) -> Iterator[dict[str, Any]]:
         columns = _edge_facts(graph, block, influence)
         if graph.heads is not None:
             columns["by_head"] = [
-                [{"layer": layer, "head": head, "weight": weight} for layer, head, weight in graph.heads.of(edge)]
-                for edge in range(*block.indices(len(edges)))
+                [{"layer": layer, "head": head, "weight": weight} for layer, head, weight in row.heads]
+                for row in graph.heads.rows(block)
             ]
         columns["source"] = [ids[node] for node in edges.source[block].tolist()]
         columns["target"] = [ids[node] for node in edges.target[block].tolist()]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +25,34 @@ MOST_LISTED = 16
 and a graph of half a million edges filled 18 GB when it was exported."""
 _EDGES_AT_ONCE = 8192
 """Edges whose heads are sorted together: in float64, with the order, they take several times the memory of the table."""
+
+
+class EdgeRow(NamedTuple):
+    """The parts of one edge."""
+
+    direct: float
+    rest: float
+    heads: list[tuple[int, int, float]]
+    """(layer, head, contribution), the strongest first."""
+
+    def text(self, *, most: int = 3, least: float = 0.1) -> str:
+        """See `EdgeHeads.text`."""
+        heads = self.heads
+        total = sum([abs(weight) for _, _, weight in heads]) + abs(self.direct) + abs(self.rest) or 1.0
+        parts = [(abs(weight), 1, f"L{layer}H{head}", weight) for layer, head, weight in heads[:most]]
+        parts.append((abs(self.direct), 0, "direct", self.direct))
+        parts = sorted((part for part in parts if part[0]), key=_size, reverse=True)[:most]
+        return ", ".join(
+            [
+                f"{'−' if weight < 0 else ''}{name} {100 * size / total:.0f} %"
+                for size, _, name, weight in parts
+                if size / total >= least
+            ]
+        )
+
+
+_size = operator.itemgetter(0, 1)
+"""Larger parts first; heads in front of what is direct where both are equal."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,9 +125,7 @@ class EdgeHeads:
 
     def of(self, edge: int) -> list[tuple[int, int, float]]:
         """(layer, head, contribution) of the heads listed for one edge, the strongest first."""
-        row = slice(int(self.indptr[edge]), int(self.indptr[edge + 1]))
-        columns = (self.layer[row].tolist(), self.head[row].tolist(), self.weight[row].tolist())
-        return list(zip(*columns, strict=True))
+        return self.rows(slice(edge, edge + 1))[0].heads
 
     def magnitude(self, edge: int) -> float:
         """|direct| + sum of |heads| + |rest| of one edge; `magnitudes` has those of all."""
@@ -140,12 +169,23 @@ class EdgeHeads:
             most: names at most.
             least: smallest part that is named.
         """
-        parts = [(f"L{layer}H{head}", weight) for layer, head, weight in self.of(edge)]
-        parts.append(("direct", float(self.direct[edge])))
-        total = self.magnitude(edge) or 1.0
-        parts = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))
-        named = [(name, weight / total) for name, weight in parts[:most] if abs(weight) / total >= least]
-        return ", ".join(f"{'−' if share < 0 else ''}{name} {100 * abs(share):.0f} %" for name, share in named)
+        (row,) = self.rows(slice(edge, edge + 1))
+        return row.text(most=most, least=least)
+
+    def rows(self, edges: slice) -> list[EdgeRow]:
+        """The heads of many edges as Python values, much faster than one by one."""
+        begin, end, _ = edges.indices(len(self))
+        pairs = slice(int(self.indptr[begin]), int(self.indptr[end]))
+        layer, head, weight = (column[pairs].tolist() for column in (self.layer, self.head, self.weight))
+        listed = list(zip(layer, head, weight, strict=True))
+        starts = (self.indptr[begin : end + 1] - self.indptr[begin]).tolist()
+        ends = zip(self.direct[edges].tolist(), self.rest[edges].tolist(), itertools.pairwise(starts), strict=True)
+        return [EdgeRow(direct, rest, listed[first:last]) for direct, rest, (first, last) in ends]
+
+    def __iter__(self) -> Iterator[EdgeRow]:
+        """The heads of every edge; as Python values, those of all edges together would take a hundred times their memory."""
+        for begin in range(0, len(self), _EDGES_AT_ONCE):
+            yield from self.rows(slice(begin, begin + _EDGES_AT_ONCE))
 
 
 def _strongest(heads: np.ndarray, listed: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

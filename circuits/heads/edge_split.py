@@ -33,6 +33,8 @@ from replacement import ReplacementModel
 from replacement.language_model.frozen_layers import FrozenAttention, Scratch
 
 HOPS = ("last", "first")
+_EDGES_AT_ONCE = 8192
+"""Edges whose vectors, or heads in float64, are in memory together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +128,10 @@ class _Split:
                 self._last_hop()
             else:
                 self._first_hop()
-        direct_E, heads_EX = self.direct_E.double().cpu().numpy(), self.heads_ELH.flatten(1)
-        sum_E = direct_E + heads_EX.sum(1, dtype=torch.float64).cpu().numpy()
-        magnitude_E = torch.linalg.vector_norm(heads_EX, ord=1, dim=1, dtype=torch.float64).cpu().numpy()
+        direct_E = self.direct_E.double().cpu().numpy()
+        parts = [_sums(heads_CX) for heads_CX in self.heads_ELH.flatten(1).split(_EDGES_AT_ONCE)]
+        sum_E, magnitude_E = (np.concatenate(column) for column in zip(*parts, strict=True))
+        sum_E += direct_E
         edges, nodes = self.graph.edges, self.graph.nodes
 
         def ends(edge: int) -> tuple[int, int]:
@@ -154,8 +157,9 @@ class _Split:
                 source_S, vectors_SD = self.writes.by_depth[depth]
                 place_S.fill_(-1)[source_S] = torch.arange(len(source_S), device=place_S.device)
                 edges_E = here_E[place_S[self.source_E[here_E]] >= 0]
-                written_ED = vectors_SD[place_S[self.source_E[edges_E]]]
-                self.direct_E[edges_E] += (written_ED * read_MD[self.target_E[edges_E]]).sum(-1)
+                for edges_C in edges_E.split(_EDGES_AT_ONCE):
+                    written_CD = vectors_SD[place_S[self.source_E[edges_C]]]
+                    self.direct_E[edges_C] += (written_CD * read_MD[self.target_E[edges_C]]).sum(-1)
 
     def _read_heads(self) -> None:
         """Edges into features of attention: what each head reads of the stream the source wrote at its own position."""
@@ -222,6 +226,12 @@ class _Split:
             edges_E = torch.nonzero(torch.isin(self.source_E, sources_N))[:, 0]
             row_E = torch.searchsorted(sources_N, self.source_E[edges_E])
             yield edges_E, row_E, self.target_E[edges_E], sources_N, int(self.position_S[sources_N].min()), stop
+
+
+def _sums(heads_CX: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and sums of magnitudes over all heads of some edges, in float64."""
+    exact_CX = heads_CX.double()
+    return exact_CX.sum(1).cpu().numpy(), exact_CX.abs().sum(1).cpu().numpy()
 
 
 def _by_position(

@@ -135,8 +135,7 @@ class Crosscoder(CrosscoderWeights):
             position_S = row_S if positions_B is None else _checked(positions_B, len(reads[0]))[row_S]
             keep_S = position_S >= self.undecomposed_positions
             row_S, index_S, pre_S = row_S[keep_S], index_S[keep_S], pre_S[keep_S]
-        if self.in_file is not None:  # a group's encoder is not needed again before the next prompt
-            self.in_file.release()
+        self.release()  # a group's encoder is not needed again before the next prompt
         return row_S, index_S, pre_S
 
     @torch.no_grad()

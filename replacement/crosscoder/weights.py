@@ -211,13 +211,18 @@ class CrosscoderWeights(nn.Module):
         state = self._state()
         if state is None or self._fingerprint[0] != state:
             settings = json.dumps(self.settings(), sort_keys=True)
-            self._fingerprint = (state, fingerprint(self.state_dict().items(), settings))
+            self._fingerprint = (state, fingerprint(self._one_by_one(), settings))
         return self._fingerprint[1]
 
     @fingerprint.setter
     def fingerprint(self, recorded: str) -> None:
         """The digest of these weights is known already, from the file that holds them."""
         self._fingerprint = (self._state(), recorded)
+
+    def _one_by_one(self) -> Iterator[tuple[str, Tensor]]:
+        for named in self.state_dict().items():
+            yield named
+            self.release()
 
     def _state(self) -> object:
         """Differs after every change that autograd could see; None where torch does not count changes."""
@@ -425,6 +430,11 @@ class CrosscoderWeights(nn.Module):
                 finite_values(f"the tensor {name}", value)
         if self.score_factor is not None and bool((self.score_factor < 0).any()):
             raise ValueError(f"score factors must be 0 or more, got {float(self.score_factor.min())}")
+
+    def release(self) -> None:
+        """Let the system take back what was read of weights that stay in their files: it counts as memory of this process."""
+        if self.in_file is not None:
+            self.in_file.release()
 
     def _check_group(self, group: int) -> None:
         if group not in range(self.n_groups):
