@@ -35,7 +35,13 @@ app = new_app("Trace circuits in a language model, and prune, export or show the
 
 NodeThreshold = Annotated[float, typer.Option(help="Share of influence that the kept nodes hold, 0 to 1.")]
 EdgeThreshold = Annotated[float, typer.Option(help="Share of edge influence that the kept edges hold, 0 to 1.")]
-GraphFile = Annotated[Path, typer.Argument(help="A graph saved as .safetensors.", show_default=False)]
+GraphFile = Annotated[
+    Path,
+    typer.Argument(
+        help="A saved graph: .safetensors, graph JSON of Neuronpedia or circuit-tracer, or circuit-tracer's .pt.",
+        show_default=False,
+    ),
+]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -172,7 +178,8 @@ def export(
 def show(file: GraphFile) -> None:
     """Describe a saved graph: scores, counts, and the strongest path."""
     graph = CircuitGraph.load(file)
-    show_page(page({"pruned" if "pruning" in graph.metadata else "full": graph}, {}))
+    name = "pruned" if "pruning" in graph.metadata else "as read" if "imported" in graph.metadata else "full"
+    show_page(page({name: graph}, {}))
 
 
 app.command("heads")(heads_command)

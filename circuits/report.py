@@ -90,7 +90,9 @@ def _figures(graph: CircuitGraph) -> list[str]:
 
 
 def _run(facts: Mapping[str, Any]) -> str:
-    parts = [f"identity error {float(facts['identity_error']):.1e}"]
+    parts = [] if facts["identity_error"] is None else [f"identity error {float(facts['identity_error']):.1e}"]
+    if imported := facts.get("imported"):
+        parts.append(f"read from a {imported['format']}; not known: {', '.join(imported['unknown'])}")
     if "logit_gap_16bit" in facts:
         parts.append(f"logits of the model's own 16-bit arithmetic up to {facts['logit_gap_16bit']:.2g} away")
     if "stopped_by" in facts:

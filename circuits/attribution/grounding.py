@@ -17,6 +17,7 @@ from circuits.attribution.metadata import crosscoder_fingerprint, legacy_crossco
 from circuits.attribution.sources import LayerSources
 from circuits.attribution.targets import DifferenceTarget, LogitTarget, TokenTarget, check_model, resolve_logit
 from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.metadata import check_traced_here
 from circuits.graph.nodes import NodeKind
 from replacement import LocalReplacement, ReplacementModel
 
@@ -107,6 +108,7 @@ def traced_tokens(model: ReplacementModel, graph: CircuitGraph) -> Tensor:
     if not isinstance(graph, CircuitGraph):
         raise ValueError(f"expected a graph, as circuits.trace or CircuitGraph.load gives it, got {graph!r:.50}")
     facts, lm = graph.metadata, model.language_model
+    check_traced_here(facts)
     if "token_ids" not in facts or "model_fingerprint" not in facts:
         raise ValueError("the graph does not name its model and tokens: expected one made by circuits.trace")
     if not lm.has_fingerprint(facts["model_fingerprint"]):

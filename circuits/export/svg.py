@@ -206,7 +206,7 @@ def _node(nodes: NodeTable, box: Box, influence: np.ndarray) -> str:
     kind = NodeKind(int(nodes.kind[box.node]))
     fill, stroke, ink = NODE_COLOURS[kind]
     facts = [full_name(nodes, box.node)]
-    if kind is NodeKind.FEATURE:
+    if kind is NodeKind.FEATURE and nodes.activation[box.node]:  # 0 where a graph of another tool does not say it
         facts.append(f"activation {nodes.activation[box.node]:.3g}")
     if kind is not NodeKind.LOGIT:
         facts.append(f"influence {100 * influence[box.node]:.3g}%")
@@ -232,12 +232,13 @@ def _node(nodes: NodeTable, box: Box, influence: np.ndarray) -> str:
 def _caption(graph: GraphData, *, drawn_nodes: int, drawn_edges: int) -> str:
     result = scores(graph)
     n_nodes, n_edges = len(graph.nodes), len(graph.edges)
+    error = graph.metadata["identity_error"]
     facts = (
         f"replacement {result.replacement:.3f}",
         f"completeness {result.completeness:.3f}",
         f"{n_nodes} nodes" if drawn_nodes == n_nodes else f"{drawn_nodes} of {n_nodes} nodes drawn",
         f"{n_edges} edges" if drawn_edges == n_edges else f"{drawn_edges} of {n_edges} edges drawn",
-        f"identity error {float(graph.metadata['identity_error']):.1e}",
+        f"identity error {'not known' if error is None else format(float(error), '.1e')}",
     )
     return "  ·  ".join(facts)
 

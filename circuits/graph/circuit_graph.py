@@ -13,6 +13,7 @@ import numpy as np
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import Edges, GraphData
 from circuits.graph.exporters import export, exporter, whole
+from circuits.graph.importers.files import load
 from circuits.graph.influence import node_influence
 from circuits.graph.metadata import as_stored
 from circuits.graph.neuronpedia_schema import QK_RESULTS
@@ -20,7 +21,7 @@ from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.pruning import drop_small, prune
 from circuits.graph.rows import EdgeRow, NodeRow, Rows, node_number, node_rows, top_edges, top_nodes
 from circuits.graph.scores import Scores, scores
-from circuits.graph.storage import load, save
+from circuits.graph.storage import save
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -60,12 +61,14 @@ class CircuitGraph(GraphData):
         )
 
     @property
-    def identity_error(self) -> float:
+    def identity_error(self) -> float | None:
         """Largest relative violation of `value = sum of incoming edges + bias` seen while the full graph was traced.
 
-        Relative to the value, or to 1 % of the summed magnitudes where the value is a smaller remainder of large terms.
+        Relative to the value, or to 1 % of the summed magnitudes where the value is a smaller remainder of large terms. None
+        where it is not known, in graphs of other tools.
         """
-        return float(self.metadata["identity_error"])
+        error = self.metadata["identity_error"]
+        return None if error is None else float(error)
 
     def counts(self) -> dict[str, int]:
         """Numbers of nodes by kind (`total`, `features`, `errors`, `tokens`, `positions`, `logits`) and of `edges`."""
@@ -146,9 +149,12 @@ class CircuitGraph(GraphData):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CircuitGraph:
-        """Read a file written by `save`.
+        """Read a file written by `save`, graph JSON of Neuronpedia or circuit-tracer, or circuit-tracer's `.pt` file.
 
-        Raises one `ValueError` naming the file when it is missing, damaged or foreign.
+        The kind of a file is told by its content. `metadata["imported"]` of a graph of another tool says what it was read from
+        and what is not known; its `identity_error` is None. No code in a file is ever run.
+
+        Raises one `ValueError` naming the file when it is missing, damaged, foreign or of a newer version.
         """
         nodes, edges, metadata, heads = load(path)
         try:

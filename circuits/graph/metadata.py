@@ -41,6 +41,19 @@ def as_stored(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def check_traced_here(metadata: Mapping[str, Any]) -> None:
+    """Refuse a graph of another tool where its model is needed.
+
+    Raises:
+        ValueError: the graph was imported.
+    """
+    if imported := metadata.get("imported"):
+        raise ValueError(
+            f"expected a graph that was traced here: this one was read from a {imported['format']}, which does not say with "
+            "which weights it was traced; trace its prompt with `circuits trace` to ask its model"
+        )
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -86,7 +99,16 @@ _KINDS: dict[str, tuple[str, Check]] = {
     "tokens": ("a list of texts", _list_of(_is_text)),
     "token_ids": ("a list of whole numbers", _list_of(_is_count)),
     "n_layers": ("a whole number of at least 1", lambda value: _is_count(value) and value >= 1),
-    "identity_error": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "identity_error": (
+        "a number of at least 0, or null where it is not known",
+        lambda value: value is None or (_is_number(value) and value >= 0),
+    ),
+    "imported": (
+        "an object with a format and a list of what is unknown",
+        lambda value: (
+            isinstance(value, dict) and _is_text(value.get("format")) and _list_of(_is_text)(value.get("unknown"))
+        ),
+    ),
     "loaded_from": ("an object of texts", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))),
     "targets": _TOKEN_FACTS,
     "top_tokens": _TOKEN_FACTS,

@@ -86,7 +86,7 @@ class NodeRow:
 
     def cells(self) -> tuple[str, ...]:
         """The columns of `NODE_HEADS`."""
-        activation = f"{self.activation:.3g}" if self.kind == "feature" else ""
+        activation = f"{self.activation:.3g}" if self.kind == "feature" and self.activation else ""
         return self.name, self.kind, shorten(printable(self.label), 60), activation, f"{self.influence:.4f}"
 
 

@@ -99,10 +99,15 @@ def digest(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
     return result.hexdigest()
 
 
-def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any], EdgeHeads | None]:
-    """Nodes, edges, metadata and (where the file has them) heads of a graph file.
+Parts = tuple[NodeTable, Edges, dict[str, Any], EdgeHeads | None]
+"""Nodes, edges, metadata and heads of a graph file."""
 
-    Raises `ValueError` naming the file when it is missing, damaged, not a circuit, or written by a newer version.
+
+def graph_file(path: str | os.PathLike[str]) -> Path:
+    """The path of a regular file that may hold a graph.
+
+    Raises:
+        ValueError: nothing is there, or a folder, a device or a pipe.
     """
     path = checked_path(path)
     if path.is_dir():
@@ -110,6 +115,15 @@ def load(path: str | os.PathLike[str]) -> tuple[NodeTable, Edges, dict[str, Any]
     if not path.is_file():
         found = "given a device or pipe" if path.exists() else "but there is no such file"
         raise ValueError(f"{path}: expected a circuit file, {found}")
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> Parts:
+    """Nodes, edges, metadata and (where the file has them) heads of a graph file.
+
+    Raises `ValueError` naming the file when it is missing, damaged, not a circuit, or written by a newer version.
+    """
+    path = graph_file(path)
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}

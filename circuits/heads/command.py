@@ -15,6 +15,7 @@ import typer
 from rich.console import RenderableType
 
 from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.metadata import check_traced_here
 from circuits.graph.rows import edge_number
 from circuits.graph.text import parse_feature_name, shorten
 from circuits.heads import pages
@@ -73,6 +74,8 @@ def heads(
     graph = None if file is None else CircuitGraph.load(file)
 
     def ask(question: Callable[[ReplacementModel], Facts]) -> Facts:
+        if graph is not None:
+            check_traced_here(graph.metadata)
         chosen = options if graph is None else options.for_graph(graph.metadata)
         return chosen.use(lambda model, _: question(model))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.metadata import check_traced_here
 from replacement import console
 from replacement.command_line import AsJson, ModelOptions, model_options
 from replacement.files import read_text
@@ -44,6 +45,7 @@ def validate(
     if resample is not None:
         lines = read_text(resample, expected="a text file with one prompt per line").splitlines()
     graph = CircuitGraph.load(file)
+    check_traced_here(graph.metadata)
     options = options.for_graph(graph.metadata)
 
     def work(loaded: ReplacementModel, say: object) -> dict[str, object]:

@@ -1,0 +1,1 @@
+"""Graphs of other tools, read as the parts of a `CircuitGraph`."""
