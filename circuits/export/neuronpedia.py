@@ -63,6 +63,7 @@ def to_neuronpedia(graph: GraphData) -> dict[str, Any]:
             "schema_version": VERSION,
             "info": {"generator": {"name": "crosstrace"}},
             **imported.get("metadata", {}),
+            **({"unknown": imported["unknown"]} if imported else {}),
             **thresholds,
         },
         "qParams": _view(imported.get("qParams", {}), {ids[row] for row in shown.tolist()}),

@@ -29,7 +29,9 @@ def load(path: str | os.PathLike[str]) -> Parts:
     for kind, words, read in READERS:
         if kind == content:
             try:
-                return read(path)
+                parts = read(path)
+                parts[1].levels  # noqa: B018 - refuses cycles, which no influence can be computed with
+                return parts
             except (ValueError, ArithmeticError, OSError, MemoryError) as error:
                 raise ValueError(f"{path}: {words}: {' '.join(str(error).split())}") from error
     return storage.load(path)

@@ -32,7 +32,6 @@ from circuits.graph.neuronpedia_schema import (
     ERROR,
     FEATURE,
     LOGIT,
-    QK_LISTS,
     QK_RESULTS,
     REQUIRED,
     VERSION,
@@ -53,6 +52,8 @@ _TYPES = {
 _FEATURE_ID = re.compile(r"A?(\d{1,9})_(\d{1,18})_\d{1,9}")
 _TOKEN_ID = re.compile(r"E_(\d{1,18})_\d{1,9}")
 _OUTPUT = re.compile(r'(?:Output|Logit) "(.*)" \(p=(\d*\.?\d+)\)', re.DOTALL)
+LARGEST = 3.4e38
+"""Numbers must be smaller, so that they fit in 32 bits."""
 _READ = {
     *REQUIRED["node"], "token_prob", "is_target_logit", "influence", "activation", "output_weight", "inflow",
     "run_idx", "reverse_ctx_idx", "token", QK_RESULTS,
@@ -83,7 +84,6 @@ def load(path: Path) -> Parts:
     edges, heads = _edges(links, number)
     columns = {name: column[order] for name, column in columns.items()}
     nodes = _table(columns, [rows[row]["label"] for row in order.tolist()], edges)
-    edges.levels  # noqa: B018 - refuses cycles
     return nodes, edges, _facts(data, nodes, number), heads
 
 
@@ -106,6 +106,9 @@ def _required_keys(data: object) -> tuple[dict[str, Any], list[dict[str, Any]], 
             raise ValueError(f"expected {key} to be a list, given {type(data[key]).__name__}")
         for place, item in enumerate(data[key]):
             _require(f"{kind} {place}", item, REQUIRED[kind])
+    for place, node in enumerate(data["nodes"]):
+        if not all(isinstance(node[key], str) for key in ("node_id", "feature_type")):
+            raise ValueError(f"expected node_id and feature_type of node {place} to be texts")
     return metadata, data["nodes"], data["links"]
 
 
@@ -119,7 +122,7 @@ def _require(what: str, value: object, keys: Iterable[str]) -> None:
 
 def _row(node: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     """The columns of one node."""
-    name, kind_word, clerp = (str(node[key]) for key in ("node_id", "feature_type", "clerp"))
+    name, kind_word, clerp = node["node_id"], node["feature_type"], str(node["clerp"] or "")
     if kind_word not in _TYPES:
         raise ValueError(
             f"expected feature_type of node {name} to be one of {', '.join(_TYPES)}, given {kind_word!r:.60}"
@@ -152,7 +155,7 @@ def _row(node: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
 def _feature_index(node: Mapping[str, Any], layer: int) -> int:
     name, number = node["node_id"], _whole(node, "feature")
     paired_layer, index = cantor_unpair(number)
-    if match := _FEATURE_ID.fullmatch(str(name)):
+    if match := _FEATURE_ID.fullmatch(name):
         id_layer, index = int(match[1]), int(match[2])
         if id_layer == layer and number in (index, cantor_pair(layer, index)):
             return index
@@ -182,8 +185,10 @@ def _number(item: Mapping[str, Any], key: str) -> float:
     value = item.get(key)
     if value is None:
         return 0.0
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"expected {key} of {item.get('node_id') or 'a link'} to be a number, given {value!r:.40}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < LARGEST:
+        raise ValueError(
+            f"expected {key} of {item.get('node_id') or 'a link'} to be a finite number, given {value!r:.40}"
+        )
     return float(value)
 
 
@@ -263,7 +268,8 @@ def _facts(data: Mapping[str, Any], nodes: NodeTable, number: Mapping[str, int])
     tokens, is_token = metadata["prompt_tokens"], nodes.mask(NodeKind.TOKEN)
     token_ids = nodes.index[is_token].tolist()
     logits = np.flatnonzero(nodes.mask(NodeKind.LOGIT)).tolist()
-    pruning = metadata.get("pruning_settings") or {}
+    pruning, unknown_before = metadata.get("pruning_settings"), metadata.get("unknown")
+    pruning = pruning if isinstance(pruning, dict) else {}
     thresholds = {key: pruning.get(f"{key}_threshold") for key in ("node", "edge")}
     unread = sorted({key for node in data["nodes"] for key in node} - _READ)
     features = nodes.mask(NodeKind.FEATURE)
@@ -289,8 +295,15 @@ def _facts(data: Mapping[str, Any], nodes: NodeTable, number: Mapping[str, int])
             }
             for row in logits
         ],
-        unknown=[name for name, holds in unknown.items() if holds],
-        metadata={key: fact for key, fact in metadata.items() if key not in ("prompt", "prompt_tokens")},
+        unknown=list(
+            dict.fromkeys(
+                [
+                    *(name for name, holds in unknown.items() if holds),
+                    *(unknown_before if isinstance(unknown_before, list) else []),
+                ]
+            )
+        ),
+        metadata={key: fact for key, fact in metadata.items() if key not in ("prompt", "prompt_tokens", "unknown")},
         qParams=_view(data["qParams"], names),
         other_keys={key: value for key, value in data.items() if key not in REQUIRED["graph"]},
         **({"keys_not_read": unread} if unread else {}),
@@ -319,14 +332,10 @@ def _view(view: object, names: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _renamed(result: object, names: Mapping[str, str]) -> Any:
-    """A result of attention scores with our ids of the nodes; the graph's metadata checks its form."""
-    if not isinstance(result, dict):
-        return result
-    return {
-        key: [
-            [names.get(item, item) if isinstance(item, str) else item for item in items]
-            for items in result.get(key, [])
-        ]
-        for key in QK_LISTS
-    }
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A JSON value with our ids of the nodes. Whether it has the right form is for its user to say."""
+    if isinstance(value, list):
+        return [_renamed(item, names) for item in value]
+    if isinstance(value, dict):
+        return {key: _renamed(item, names) for key, item in value.items()}
+    return names.get(value, value) if isinstance(value, str) else value

@@ -125,9 +125,10 @@ class TensorFile:
         self._folder = folders[0]
         if self._folder + "byteorder" in names and self._read("byteorder") != b"little":
             raise ValueError("expected numbers in little-endian order, given others")
+        pickled = self._read("data.pkl")
         try:
-            self.value = _Unpickler(io.BytesIO(self._read("data.pkl"))).load()
-        except (pickle.UnpicklingError, AttributeError, TypeError, LookupError, EOFError) as error:
+            self.value = _Unpickler(io.BytesIO(pickled)).load()
+        except (pickle.UnpicklingError, ValueError, AttributeError, TypeError, LookupError, EOFError) as error:
             raise ValueError(f"refused or damaged: {error or type(error).__name__}") from error
 
     def array(self, tensor: object, name: str) -> np.ndarray:
@@ -155,7 +156,9 @@ class TensorFile:
             return np.zeros(size, dtype)
         flat, steps = np.frombuffer(content, dtype)[offset:], [step * dtype.itemsize for step in stride]
         view = np.lib.stride_tricks.as_strided(flat, size, steps, writeable=False)
-        return (view.astype(np.uint32) << 16).view(np.float32) if storage.type_name == "BFloat16Storage" else view
+        if storage.type_name == "BFloat16Storage":  # the upper half of a float32
+            return np.left_shift(view, 16, dtype=np.uint32, out=np.empty(size, np.uint32)).view(np.float32)
+        return view
 
     def _read(self, name: str) -> bytes:
         try:
