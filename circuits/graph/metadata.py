@@ -100,7 +100,7 @@ _KINDS: dict[str, tuple[str, Check]] = {
     "token_ids": ("a list of whole numbers", _list_of(_is_count)),
     "n_layers": ("a whole number of at least 1", lambda value: _is_count(value) and value >= 1),
     "identity_error": (
-        "a number of at least 0, or null where it is not known",
+        "a number of at least 0",
         lambda value: value is None or (_is_number(value) and value >= 0),
     ),
     "imported": (

@@ -311,16 +311,11 @@ def test_a_flipped_bit_is_named_or_a_graph(tmp_path_factory, data) -> None:
             raise
 
 
-def nan_weight() -> torch.Tensor:
+def with_weight(target: int, source: int, weight: float) -> dict[str, Any]:
+    """A change of one entry of the matrix."""
     matrix = published()["adjacency_matrix"]
-    matrix[0, 5] = float("nan")
-    return matrix
-
-
-def into_a_token() -> torch.Tensor:
-    matrix = published()["adjacency_matrix"]
-    matrix[10, 0] = 1.0
-    return matrix
+    matrix[target, source] = weight
+    return {"adjacency_matrix": matrix}
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -337,10 +332,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "targets": ({"logit_targets": [" x", " y"]}, "expected logit_targets to be a list of a text and a vocabulary id each"),
     "no tensor": ({"input_tokens": [1, 2, 3]}, "expected input_tokens to be a tensor, given list"),
     "position": ({"active_features": torch.tensor(ACTIVE) + torch.tensor([0, 1, 0])}, "expected positions below 3, given 3"),
-    "nan": ({"adjacency_matrix": nan_weight()}, "expected finite numbers, given NaN"),
-    "into a token": ({"adjacency_matrix": into_a_token()}, "expected edges into expanded nodes only"),
-    "cycle": ({"adjacency_matrix": published()["adjacency_matrix"].index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(1.0))},
-              "expected a graph without cycles"),
+    "nan": (with_weight(0, 5, float("nan")), "expected finite numbers, given NaN"),
+    "into a token": (with_weight(10, 4, 1.0), "expected edges into expanded nodes only"),
+    "cycle": (with_weight(0, 1, 1.0), "expected a graph without cycles"),
 }  # fmt: skip
 
 
