@@ -8,6 +8,7 @@ gradients to the crosscoder's weights. `clean_run.py` makes many passes over one
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -254,19 +255,15 @@ class Splice:
     def _encode(self, groups: Sequence[int], inputs: Mapping[Site, Tensor]) -> Features:
         """Features of groups that are encoded together, of the replaced tokens alone: a choice over the whole batch (BatchTopK)
         must not see the others."""
-        rows = self._scaled(groups, inputs)
+        crosscoder, rows = self.crosscoder, self._scaled(groups, inputs)
+        together = crosscoder.activation.chooses_over_groups
+        encode = crosscoder.encode if together else functools.partial(crosscoder.encode_group, groups[0])
         if self._replaced_BT is None:
-            return self._features_of(groups, rows, None)
-        row_P = self._replaced_BT.to(self.crosscoder.device).flatten().nonzero()[:, 0]
+            return encode(rows)
+        row_P = self._replaced_BT.to(crosscoder.device).flatten().nonzero()[:, 0]
         replaced = {site: x_RD[row_P] for site, x_RD in rows.items()}
-        features = self._features_of(groups, replaced, row_P % self.tokens_BT.shape[1])
+        features = encode(replaced, positions=row_P % self.tokens_BT.shape[1])
         return dataclasses.replace(features, row=row_P[features.row], n_rows=self.tokens_BT.numel())
-
-    def _features_of(self, groups: Sequence[int], rows: Mapping[Site, Tensor], positions_P: Tensor | None) -> Features:
-        if self.crosscoder.activation.chooses_over_groups:
-            return self.crosscoder.encode(rows, positions=positions_P)
-        (group,) = groups
-        return self.crosscoder.encode_group(group, rows, positions=positions_P)
 
     def _add(self, sums: dict[Site, Tensor], group: int, features: Features, inputs: Mapping[Site, Tensor]) -> None:
         """Add what one group writes to the replaced sites, skip terms included, in the crosscoder's scale."""

@@ -11,9 +11,15 @@ import torch
 
 from circuits import NodeKind, trace
 from circuits.heads.node_credit import source_credit
-from replacement import JumpReLU, ReLU, ReplacementModel, TopK
+from replacement import JointTopK, JumpReLU, ReLU, ReplacementModel, TopK
 
-ACTIVATIONS = {"relu": ReLU(), "jumprelu": JumpReLU(threshold=0.2), "topk": TopK(5)}
+ACTIVATIONS = {
+    "relu": ReLU(),
+    "jumprelu": JumpReLU(threshold=0.2),
+    "topk": TopK(5),
+    "any sign": TopK(20, relu=False),
+    "joint": JointTopK(15),
+}
 
 
 @pytest.fixture(params=ACTIVATIONS)

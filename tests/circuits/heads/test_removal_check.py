@@ -16,7 +16,7 @@ import replacement
 from circuits.heads.feature_heads import HeadViews
 from circuits.heads.relu_credit import RULES
 from circuits.heads.removal_check import RUNGS, HeadCheck, check_heads, direct_removals, run_without
-from replacement import BatchTopK, JumpReLU, LanguageModel, ReLU, ReplacementModel, Site, TopK, Wiring
+from replacement import BatchTopK, JointTopK, JumpReLU, LanguageModel, ReLU, ReplacementModel, Site, TopK, Wiring
 
 PROMPTS = [tiny.random_tokens(8, seed=seed) for seed in range(2)]
 ACTIVATIONS = [ReLU(), JumpReLU(threshold=0.4), BatchTopK(4), TopK(5)]
@@ -167,6 +167,19 @@ def test_scores() -> None:
 def test_mistakes(language_model: Any, prompts: list[Tensor], options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_heads(model_of(language_model("gpt2")), prompts, **options)
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (ReLU(affine=True), "cannot check credit for activations that are scaled and shifted"),
+        (JointTopK(12), "chooses features over all layers together"),
+    ],
+)
+def test_features_that_credit_does_not_divide(language_model: Any, activation: Any, message: str) -> None:
+    lm = language_model("gpt2")
+    with pytest.raises(ValueError, match=message):
+        check_heads(ReplacementModel(lm, tiny.crosscoder_for(lm, activation=activation)), [tiny.random_tokens()])
 
 
 def test_demo() -> None:

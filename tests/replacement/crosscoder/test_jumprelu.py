@@ -71,6 +71,24 @@ def test_measured_thresholds_give_every_group_its_l0(
     assert len(thresholds[:, 0].unique()) == 3
 
 
+def test_choice_by_scores_becomes_one_threshold_per_feature(random_crosscoder: Any, random_inputs: Any) -> None:
+    wiring = Wiring.strictly_causal(SHAPE)
+    crosscoder = random_crosscoder(wiring, activation=TopK(4, scored=True, affine=True), n_features=64)
+    crosscoder.score_factor[1, 7] = 0
+    batch = random_inputs(wiring, n_rows=300)
+    converted = to_jumprelu(crosscoder, [batch])
+    assert l0_by_group(converted, [batch]) == pytest.approx([4, 4, 4], rel=0.01)
+    score_GF = (converted.threshold * crosscoder.score_factor).detach()
+    score_GF[1, 7] = score_GF[1, 0]
+    torch.testing.assert_close(score_GF, score_GF[:, :1].expand_as(score_GF))
+    features = converted.encode(batch)
+    index_S = features.of(2).index
+    pre_S = converted.pre_activations(batch, 2)[features.of(2).row, index_S]
+    expected_S = pre_S * crosscoder.post_scale[2][index_S] + crosscoder.post_offset[2][index_S]
+    torch.testing.assert_close(features.of(2).activation, expected_S)
+    assert not bool((features.of(1).index == 7).any())
+
+
 def test_keeping_everything_and_saving(random_crosscoder: Any, random_inputs: Any, tmp_path: Path) -> None:
     wiring = Wiring.strictly_causal(SHAPE)
     crosscoder = random_crosscoder(wiring, activation=TopK(2), tied=True, undecomposed_positions=1, dtype=torch.float32)
