@@ -12,8 +12,11 @@ outputs they stand for.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -137,3 +140,13 @@ def write_crosscoder(setting: Setting, lm: LanguageModel, tokens_T: Tensor, fold
     if setting.activation == "topk":
         config |= {"activation": "topk", "k": setting.n_active}
     (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML too
+
+
+def run_apart(*command: str, threads: int | None = None) -> dict[str, Any]:
+    """The JSON that another process prints last; it runs on that many threads, or as many as it likes."""
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:3])} failed: {done.stderr.strip()[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result

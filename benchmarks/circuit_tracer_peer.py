@@ -127,7 +127,6 @@ def main() -> None:
     started, cpu = time.perf_counter(), time.process_time()
     graph = attribute(torch.tensor(options.tokens), model, batch_size=options.batch, max_feature_nodes=options.nodes)
     facts = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu, "peak": peak_bytes() / 2**30}
-    facts |= {"active": len(graph.active_features), "rows": len(graph.selected_features) + len(graph.logit_targets)}
     facts["replacement"], facts["completeness"] = compute_graph_scores(graph)
     pruned = prune_graph(graph)
     tensors = {

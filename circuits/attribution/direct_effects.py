@@ -29,7 +29,7 @@ from circuits.attribution.readers import Targets
 from circuits.attribution.sources import Sources
 from replacement import LocalReplacement
 from replacement.language_model.frozen_layers import FrozenAttention, Scratch
-from replacement.splicing.skip import add_terms
+from replacement.splicing.skip import add_terms, read_depth
 
 LEAST_TARGETS = 16
 """Targets of a chunk however long the prompt is: each source row that is read from memory is then used this often."""
@@ -53,7 +53,7 @@ class Transport:
         self.local = local
         self.sources = Sources(local)
         self.constants = constant_stream(local, self.sources)
-        self.pushed = None if local.crosscoder.skip else _push_embeddings(local)
+        self.pushed = _push_embeddings(local)
         self.attentions = _with_held_weights(local.frozen.attentions)
         self.scratch = Scratch()
 
@@ -128,26 +128,23 @@ class _Walk:
                 self._meet_pushed(pushed, reached)
                 self._meet_embeddings(slice(reached, None))
                 return self.effects_CN
-            for rows, z_XNT in self._mix_back(layer):
-                self.transport.attentions[layer].add_values_back_(z_XNT, self.v_NTD[rows])
+            self._pull_back(layer)
             self._add_pending(2 * layer)
         self._meet_embeddings(slice(None))
         return self.effects_CN
 
-    def _mix_back(self, layer: int) -> Iterator[tuple[slice, Tensor]]:
-        """Pull the targets under way back to the value vectors of one layer.
+    def _pull_back(self, layer: int) -> None:
+        """Pull the targets under way back through the attention of one layer.
 
-        Targets that meet their first attention layer here are still at one position, which saves half of its cost.
+        Targets that meet their first attention layer here are still at one position, which saves most of its cost.
         """
         attention = self.transport.attentions[layer]
         spread, reached = self._under_way(2 * layer + 3), self._under_way(2 * layer + 1)
         if spread:
-            yield slice(0, spread), attention.mix_back(self.v_NTD[:spread], self.transport.scratch)
+            v_NTD = self.v_NTD[:spread]
+            attention.add_values_back_(attention.mix_back(v_NTD, self.transport.scratch), v_NTD)
         if reached > spread:
-            fresh = slice(spread, reached)
-            position_N = self.position_N[fresh]
-            v_ND = self.v_NTD[torch.arange(spread, reached, device=position_N.device), position_N]
-            yield fresh, attention.mix_back_from(v_ND, position_N, self.v_NTD.shape[1])
+            attention.add_pull_back_from_(self.v_NTD[spread:reached], self.position_N[spread:reached])
 
     def _under_way(self, depth: int) -> int:
         """Number of targets that read at this depth or deeper; they are a prefix."""
@@ -221,11 +218,13 @@ def _push_embeddings(local: LocalReplacement) -> Tensor | None:
     """`[T, D, C]`: what each embedding (C = T, or 2 T with positions) is at every position after attention 0.
 
     Every target passes attention 0, but there are few embeddings: pushing them up costs less than pulling all targets
-    down, as long as the prompt is short beside D. None for longer prompts.
+    down, as long as the prompt is short beside D. None for longer prompts, and where skip connections read the embeddings
+    themselves.
     """
     attention, sources = local.frozen.attentions[0], _embeddings(local)
     T, D = sources[0].shape
-    if len(sources) * T > D // 4 or len(sources) * T * T * D > PUSHED_NUMBERS:
+    read = {read_depth(site, local.shape) for site in local.crosscoder.wiring.read_sites}
+    if len(sources) * T > D // 4 or len(sources) * T * T * D > PUSHED_NUMBERS or (local.crosscoder.skip and 0 in read):
         return None
     weights = attention.weights
     parts = []

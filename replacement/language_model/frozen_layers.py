@@ -234,9 +234,15 @@ class FrozenAttention:
         """Vectors that read `attn_z` at one position each, as vectors on the stream that this layer reads."""
         if self.scale_out_T is not None:  # attn_z lies before the output norm
             w_NX = w_NX * self.scale_out_T[position_N][:, None]
-        H, length = self.weights.n_heads, int(position_N.max()) + 1
-        pulled_NHD = torch.einsum("nhk,hkd->nhd", w_NX.unflatten(1, (H, -1)), self.weights.W_V_XD.unflatten(0, (H, -1)))
+        pulled_NHD, length = self._by_head(w_NX), int(position_N.max()) + 1
         return torch.einsum("hnt,nhd->ntd", self.kernel_HTT[:, position_N, :length], pulled_NHD)
+
+    def _by_head(self, u_NX: Float[Tensor, "N X"]) -> Float[Tensor, "N H D"]:
+        """Vectors on the value vectors of every head, as vectors on the stream, head by head."""
+        u_NHK, W_V_HKD = (
+            x.unflatten(axis, (self.weights.n_heads, -1)) for x, axis in ((u_NX, 1), (self.weights.W_V_XD, 0))
+        )
+        return torch.einsum("nhk,hkd->nhd", u_NHK, W_V_HKD)
 
     def mix_back(self, v_NTD: Float[Tensor, "N T D"], scratch: Scratch) -> Float[Tensor, "X N T"]:
         """Vectors at this layer's output, pulled back to its value vectors: `[X, N, T]`, positions last.
@@ -259,13 +265,18 @@ class FrozenAttention:
             torch.bmm(u_HMT[..., start:], self.kernel_HTT[:, start:T, keys], out=z_HMT[..., keys])
         return z_HMT.view(X, N, T)
 
-    def mix_back_from(
-        self, v_ND: Float[Tensor, "N D"], position_N: Int[Tensor, " N"], length: int
-    ) -> Float[Tensor, "X N T"]:
-        """`mix_back` of vectors that are still at one position each: one product per target instead of one per row."""
-        u_HKN = torch.mm(self.weights.W_O_XD, v_ND.T).unflatten(0, (self.weights.n_heads, -1))
-        rows_HNT = self.kernel_HTT[:, position_N, :length]
-        return (u_HKN[..., None] * rows_HNT[:, None]).flatten(0, 1)
+    def add_pull_back_from_(self, v_NTD: Float[Tensor, "N T D"], position_N: Int[Tensor, " N"]) -> None:
+        """The whole pull-back in place, of vectors that are still at one position each.
+
+        Both products are per target instead of per row: the rows of a head differ by a number of its pattern alone.
+        """
+        N, T, _ = v_NTD.shape
+        step = max(1, N * T // self.weights.n_heads)  # so that [N, H, D] takes no more memory than v
+        for start in range(0, N, step):
+            v_ntd, position_n = v_NTD[start : start + step], position_N[start : start + step]
+            v_nd = v_ntd[torch.arange(len(v_ntd), device=v_ntd.device), position_n]
+            pattern_nth = self.kernel_HTT[:, position_n, :T].permute(1, 2, 0)
+            v_ntd.baddbmm_(pattern_nth, self._by_head(v_nd @ self.weights.W_O_XD.T))
 
     def add_values_back_(self, z_XNT: Float[Tensor, "X N T"], v_NTD: Float[Tensor, "N T D"]) -> None:
         """Finish the pull-back in place: `v += z W_V`; `v` then sits at this layer's input, direct stream included."""

@@ -48,8 +48,12 @@ def test_autograd_oracle_agrees(language_model: Any, architecture: str, dtype: t
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_autograd_oracle_agrees_where_embeddings_are_pushed_up(language_model: Any, architecture: str) -> None:
-    """Prompts short beside D take another way through attention 0."""
-    model, tokens = model_of(language_model(architecture, torch.float64)), tiny.random_tokens(4)
+    """Prompts short beside D take another way through attention 0, skip connections from behind it or not."""
+    lm, tokens = language_model(architecture, torch.float64), tiny.random_tokens(4)
+    behind = model_of(lm, wiring=Wiring.per_layer(lm), skip=True)
+    assert (Transport(behind.localize(tokens)).pushed is None) == lm.shape.parallel
+    compare_with_oracle(behind, tokens, tolerance=1e-12)
+    model = model_of(lm)
     assert Transport(model.localize(tokens)).pushed is not None
     assert Transport(model.localize(tiny.random_tokens(20))).pushed is None
     compare_with_oracle(model, tokens, tolerance=1e-12)
