@@ -54,8 +54,14 @@ def validate(
         `perturbations`; `circuit` by treatment of error terms; `average_path_length`, `hop_fidelity`.
 
     Raises:
-        ValueError: a graph of another model or without features, or other prompts of another length.
+        ValueError: a graph of another model or without features, other prompts of another length, or features that cannot be
+            predicted from a graph or cannot react: scaled and shifted ones, and those chosen over all layers together.
     """
+    for crosscoder in model.crosscoders.values():
+        if crosscoder.activation.affine:
+            raise ValueError(
+                "cannot predict activations that are scaled and shifted at last: a graph explains what is in front of that"
+            )
     grounding = Grounding.of(model, graph)
     changed = sample_features(grounding, n_features, seed=seed)
     effects = Effects(model, grounding)

@@ -64,9 +64,8 @@ class FrozenNorm:
     @property
     def without_gain(self) -> FrozenNorm:
         """The same norm before its gain and offset."""
-        return NormWeights(torch.ones_like(self.bias_D), torch.zeros_like(self.bias_D), self.centred).freeze(
-            self.scale_T
-        )
+        gain_TD = (1 / self.scale_T)[:, None].expand_as(self.gain_TD)  # a view: [T, D] is not made for every reading
+        return FrozenNorm(gain_TD, torch.zeros_like(self.bias_D), self.centred, self.scale_T)
 
     def apply(self, x_TD: Tensor) -> Tensor:
         """The norm's output for a residual stream `x_TD`."""

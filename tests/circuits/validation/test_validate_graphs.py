@@ -25,7 +25,7 @@ from circuits.validation.prediction import predicted_changes
 from circuits.validation.report import page
 from circuits.validation.sufficiency import Resampler, sufficiency
 from circuits.validation.validate import one_layer_cosine, validate
-from replacement import Intervention, ReLU, ReplacementModel, Site, Wiring
+from replacement import Intervention, JointTopK, ReLU, ReplacementModel, Site, TopK, Wiring
 
 PROMPT = "the capital of the state containing Dallas is"
 OTHERS = [tiny.random_tokens(seed=seed) for seed in range(1, 4)]
@@ -41,10 +41,17 @@ def traced(lm: Any, **options: Any) -> tuple[ReplacementModel, Grounding]:
 
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [("gpt2", {"attention": True}), ("gemma2", {}), ("neox", {}), ("llama", {"skip": True}), ("neox", {"skip": True})],
+    [
+        ("gpt2", {"attention": True}),
+        ("gemma2", {}),
+        ("neox", {}),
+        ("llama", {"skip": True}),
+        ("neox", {"skip": True}),
+        ("gpt2", {"activation": TopK(30, relu=False)}),  # activations below 0 among the sources
+    ],
 )
 def test_direct_edges_are_exact_where_everything_is_frozen(
-    language_model: Any, architecture: str, options: dict[str, bool]
+    language_model: Any, architecture: str, options: dict[str, Any]
 ) -> None:
     model, grounding = traced(language_model(architecture, torch.float64), **options)
     predicted, measured = Effects(model, grounding).self_check(sample_features(grounding, 12, seed=0))
@@ -185,6 +192,13 @@ def test_mistakes(language_model: Any) -> None:
     feature = circuits.trace(model, tiny.random_tokens(), targets=_last_feature(grounding))
     with pytest.raises(ValueError, match="explains features, not logits"):
         sufficiency(model, Grounding.of(model, feature), OTHERS, errors="keep")
+    for activation, message in (
+        (ReLU(affine=True), "cannot predict activations that are scaled and shifted"),
+        (JointTopK(12), "chooses features over all layers together: it can be spliced with reads='clean' only"),
+    ):
+        model, grounding = traced(language_model("gpt2"), activation=activation)
+        with pytest.raises(ValueError, match=message):
+            validate(model, grounding.graph, n_features=2)
 
 
 def test_a_graph_of_a_feature_has_no_output_to_speak_of(language_model: Any) -> None:
