@@ -33,7 +33,8 @@ def load(path: str | os.PathLike[str]) -> Parts:
                 parts[1].levels  # noqa: B018 - refuses cycles, which no influence can be computed with
                 return parts
             except (ValueError, ArithmeticError, OSError, MemoryError) as error:
-                raise ValueError(f"{path}: {words}: {' '.join(str(error).split())}") from error
+                reason = " ".join(str(error).split()) or type(error).__name__  # a MemoryError has no words
+                raise ValueError(f"{path}: {words}: {reason}") from error
     return storage.load(path)
 
 

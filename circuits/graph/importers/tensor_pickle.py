@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from pathlib import Path
@@ -104,6 +105,13 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something other than a storage of numbers")
 
 
+def _check_size(program: bytes) -> None:
+    """Refuse a short pickle that would take a lot of memory: for texts longer than itself, or a memo with huge numbers."""
+    for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name.endswith("PUT") and isinstance(argument, int) and argument >= len(program):
+            raise pickle.UnpicklingError(f"it remembers a value as number {argument}")
+
+
 class TensorFile:
     """The value in a file of `torch.save`, and the numbers of its tensors."""
 
@@ -127,6 +135,7 @@ class TensorFile:
             raise ValueError("expected numbers in little-endian order, given others")
         pickled = self._read("data.pkl")
         try:
+            _check_size(pickled)
             self.value = _Unpickler(io.BytesIO(pickled)).load()
         except (pickle.UnpicklingError, ValueError, AttributeError, TypeError, LookupError, EOFError) as error:
             raise ValueError(f"refused or damaged: {error or type(error).__name__}") from error

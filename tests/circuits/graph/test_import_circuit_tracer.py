@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import types
@@ -263,6 +264,20 @@ def test_a_pickle_cannot_change_the_classes_that_stand_in(tmp_path, target: str,
         CircuitGraph.load(archive(tmp_path / "graph.pt", f"{target}{state}{end}".encode()))
     after = {name: dict(vars(kind)) for name, kind in vars(tensor_pickle).items() if isinstance(kind, type)}
     assert before == after
+
+
+@pytest.mark.parametrize(
+    "program", [b"\x80\x02Nr\xff\xff\xff\x03.", b"Np67108863\n.", b"\x8e" + b"\xff" * 5 + b"\0\0\0."]
+)
+def test_a_pickle_cannot_fill_the_memory(tmp_path, program: bytes) -> None:
+    """A memo that would take a gigabyte, and bytes that are not there."""
+    path = archive(tmp_path / "graph.pt", program)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        ValueError, match=r"refused or damaged: (it remembers a value as number 67108863|expected 10995)"
+    ):
+        CircuitGraph.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
 def test_names_stand_for_inert_classes_and_texts_alone() -> None:
