@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from circuits.graph.nodes import NodeKind
+from circuits.graph.nodes import NodeKind, NodeTable
 
 
 def table_order(columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -41,7 +41,7 @@ def facts(
     token_ids: Sequence[int] | None,
     model: str,
     n_layers: int,
-    targets: Sequence[Mapping[str, Any]],
+    nodes: NodeTable,
     unknown: Sequence[str],
     **others: Any,
 ) -> dict[str, Any]:
@@ -59,6 +59,14 @@ def facts(
         "model": model,
         "n_layers": n_layers,
         "identity_error": None,
-        "targets": [dict(target) for target in targets],
+        "targets": [
+            {
+                "token": nodes.label[row] or f"#{nodes.index[row]}",
+                "token_id": int(nodes.index[row]),
+                "position": int(nodes.position[row]),
+                "probability": float(nodes.probability[row]),
+            }
+            for row in np.flatnonzero(nodes.mask(NodeKind.LOGIT)).tolist()
+        ],
         "imported": {"format": source, "unknown": list(unknown), **others},
     }

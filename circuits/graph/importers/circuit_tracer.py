@@ -145,7 +145,6 @@ def _facts(
     tokens, scan, model = tensors["input_tokens"].tolist(), value.get("scan"), value["cfg"].get("model_name")
     n_active, n_selected = len(tensors["active_features"]), len(tensors["selected_features"])
     others = [] if n_active == n_selected else [f"what {n_active - n_selected} active features of {n_active} cause"]
-    logits = np.flatnonzero(nodes.mask(NodeKind.LOGIT)).tolist()
     return facts(
         source=FORMAT,
         prompt=str(value["input_string"]),
@@ -153,15 +152,7 @@ def _facts(
         token_ids=tokens,
         model=str(model or scan or "unknown"),
         n_layers=n_layers,
-        targets=[
-            {
-                "token": nodes.label[row] or f"#{nodes.index[row]}",
-                "token_id": int(nodes.index[row]),
-                "position": int(nodes.position[row]),
-                "probability": float(nodes.probability[row]),
-            }
-            for row in logits
-        ],
+        nodes=nodes,
         unknown=["texts of tokens", "biases", "identity error", *others],
         metadata={"scan": "-".join(scan)} if isinstance(scan, list) else {"scan": str(scan)} if scan else {},
         config={name: fact for name, fact in value["cfg"].items() if isinstance(fact, str | int | float | bool)},

@@ -59,6 +59,7 @@ _READ = {
     "run_idx", "reverse_ctx_idx", "token", QK_RESULTS,
 }  # fmt: skip
 """Keys of nodes that are read, or say nothing that is not said elsewhere; others are listed in the metadata as not read."""
+_READ_OF_LINKS = {*REQUIRED["link"], "direct", "heads"}
 
 
 def load(path: Path) -> Parts:
@@ -98,6 +99,8 @@ def _required_keys(data: object) -> tuple[dict[str, Any], list[dict[str, Any]], 
         raise ValueError(
             f"expected schema version {VERSION}, given {version!r:.40}; a newer version of crosstrace is needed"
         )
+    if not all(isinstance(metadata[key], str) for key in ("slug", "scan", "prompt")):
+        raise ValueError("expected slug, scan and prompt in metadata to be texts")
     tokens = metadata["prompt_tokens"]
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError("expected metadata.prompt_tokens to be a list of texts")
@@ -265,55 +268,47 @@ def _heads(links: list[dict[str, Any]], weight: np.ndarray) -> EdgeHeads:
 def _facts(data: Mapping[str, Any], nodes: NodeTable, number: Mapping[str, int]) -> dict[str, Any]:
     metadata, ids = data["metadata"], nodes.ids()
     names = {given: ids[row] for given, row in number.items()}
-    tokens, is_token = metadata["prompt_tokens"], nodes.mask(NodeKind.TOKEN)
-    token_ids = nodes.index[is_token].tolist()
-    logits = np.flatnonzero(nodes.mask(NodeKind.LOGIT)).tolist()
-    pruning, unknown_before = metadata.get("pruning_settings"), metadata.get("unknown")
-    pruning = pruning if isinstance(pruning, dict) else {}
-    thresholds = {key: pruning.get(f"{key}_threshold") for key in ("node", "edge")}
+    token_ids = nodes.index[nodes.mask(NodeKind.TOKEN)].tolist()
+    known = len(token_ids) == len(metadata["prompt_tokens"]) and min(token_ids, default=0) >= 0
+    logits = nodes.mask(NodeKind.LOGIT)
     unread = sorted({key for node in data["nodes"] for key in node} - _READ)
-    features = nodes.mask(NodeKind.FEATURE)
-    unknown = {
-        "biases": True,
-        "identity error": True,
-        "edges left out before the file was written": not any("inflow" in node for node in data["nodes"]),
-        "activations": features.any() and not nodes.activation[features].any(),
-    }
+    unread += sorted({f"link.{key}" for link in data["links"] for key in link.keys() - _READ_OF_LINKS})
     result = facts(
         source=FORMAT,
-        prompt=str(metadata["prompt"]),
-        tokens=tokens,
-        token_ids=token_ids if len(token_ids) == len(tokens) and min(token_ids, default=0) >= 0 else None,
-        model=str(metadata["scan"]),
-        n_layers=int(nodes.layer[logits[0]]) if logits else int(nodes.layer.max()) + 1,
-        targets=[
-            {
-                "token": nodes.label[row],
-                "token_id": int(nodes.index[row]),
-                "position": int(nodes.position[row]),
-                "probability": float(nodes.probability[row]),
-            }
-            for row in logits
-        ],
-        unknown=list(
-            dict.fromkeys(
-                [
-                    *(name for name, holds in unknown.items() if holds),
-                    *(unknown_before if isinstance(unknown_before, list) else []),
-                ]
-            )
-        ),
+        prompt=metadata["prompt"],
+        tokens=metadata["prompt_tokens"],
+        token_ids=token_ids if known else None,
+        model=metadata["scan"],
+        n_layers=int(nodes.layer[logits][0] if logits.any() else nodes.layer.max() + 1),
+        nodes=nodes,
+        unknown=_unknown(data, nodes),
         metadata={key: fact for key, fact in metadata.items() if key not in ("prompt", "prompt_tokens", "unknown")},
         qParams=_view(data["qParams"], names),
         other_keys={key: value for key, value in data.items() if key not in REQUIRED["graph"]},
         **({"keys_not_read": unread} if unread else {}),
     )
-    if all(isinstance(threshold, int | float) for threshold in thresholds.values()):
-        result["pruning"] = {"nodes": thresholds["node"], "edges": thresholds["edge"]}
-    results = {
-        names[node["node_id"]]: _renamed(node[QK_RESULTS], names) for node in data["nodes"] if node.get(QK_RESULTS)
+    pruning = metadata.get("pruning_settings")
+    thresholds = [pruning.get(f"{key}_threshold") for key in ("node", "edge")] if isinstance(pruning, dict) else [None]
+    if all(isinstance(threshold, int | float) for threshold in thresholds):
+        result["pruning"] = dict(zip(("nodes", "edges"), thresholds, strict=True))
+    if any(QK_RESULTS in node for node in data["nodes"]):
+        given = {node["node_id"]: node[QK_RESULTS] for node in data["nodes"] if node.get(QK_RESULTS)}
+        result[QK_RESULTS] = {names[name]: _renamed(value, names) for name, value in given.items()}
+    return result
+
+
+def _unknown(data: Mapping[str, Any], nodes: NodeTable) -> list[str]:
+    """What a graph that is traced here would say, and this one does not."""
+    features, before = nodes.mask(NodeKind.FEATURE), data["metadata"].get("unknown")
+    checks = {
+        "biases": True,
+        "identity error": True,
+        "edges left out before the file was written": not any("inflow" in node for node in data["nodes"]),
+        "activations": features.any() and not nodes.activation[features].any(),
     }
-    return result | ({QK_RESULTS: results} if results else {})
+    unknown = [name for name, holds in checks.items() if holds]
+    # We write the list of a graph that was imported itself.
+    return unknown + [name for name in (before if isinstance(before, list) else []) if name not in unknown]
 
 
 def _view(view: object, names: Mapping[str, str]) -> dict[str, Any]:

@@ -184,6 +184,7 @@ def test_what_the_file_says_beside_the_graph_is_kept(read) -> None:
     """The viewer's state, with our ids; metadata and top-level keys; the names of keys that nothing here reads."""
     data = published()
     data["nodes"][0]["sae_name"] = "lorsa-8x"
+    data["links"][0]["sign"] = 1
     data["qk_only_nodes"] = [{"node_id": "0_5_0"}]
     graph = read(data)
     again = graph.to_neuronpedia()
@@ -194,7 +195,7 @@ def test_what_the_file_says_beside_the_graph_is_kept(read) -> None:
     kept = {key: value for key, value in again["metadata"].items() if key != "unknown"}
     assert kept == data["metadata"]
     assert again["qk_only_nodes"] == data["qk_only_nodes"]
-    assert graph.metadata["imported"]["keys_not_read"] == ["sae_name"]
+    assert graph.metadata["imported"]["keys_not_read"] == ["sae_name", "link.sign"]
     unknown = read(again).metadata["imported"]["unknown"]  # what is not known is not forgotten on the way
     assert set(unknown) == set(graph.metadata["imported"]["unknown"])
     pruned = graph.prune(nodes=0.1)
@@ -263,6 +264,7 @@ BAD: dict[str, tuple[object, str]] = {
     "other": ({"graphs": []}, "to have metadata, qParams, nodes, links, but there is no metadata, .* links among graphs"),
     "no links": (changed("links"), "but there is no links among metadata, qParams, nodes"),
     "no scan": (changed("metadata", "scan"), "expected metadata to have .*, but there is no scan among slug"),
+    "scan": (changed("metadata", "scan", to=5), "expected slug, scan and prompt in metadata to be texts"),
     "no ctx_idx": (changed("nodes", 3, "ctx_idx"), "expected node 3 to have .*, but there is no ctx_idx among node_id"),
     "no weight": (changed("links", 2, "weight"), "expected link 2 to have source, target, weight, but there is no weight"),
     "newer": (changed("metadata", "schema_version", to=2), "expected schema version 1, given 2; a newer version of crosstr"),
