@@ -244,8 +244,8 @@ def _check_writable(crosscoder: Crosscoder, family: str, layout: str) -> str:
 
 def _has_no_name(activation: Activation) -> bool:
     if isinstance(activation, TopK):
-        return activation.relu or not isinstance(activation.k, int)
-    return not isinstance(activation, ReLU | JumpReLU)
+        return not isinstance(activation.k, int) or activation != TopK(activation.k, relu=False)
+    return activation.affine or not isinstance(activation, ReLU | JumpReLU)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

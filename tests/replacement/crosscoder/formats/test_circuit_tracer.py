@@ -14,9 +14,10 @@ from published_layouts import RandomTensors, assert_computes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replacement import checkpoint
+from replacement import Crosscoder, JointTopK, ReLU, TopK, Wiring, checkpoint
+from replacement.crosscoder.activation import Activation
 from replacement.crosscoder.formats.convert import convert
-from replacement.crosscoder.sites import Site
+from replacement.crosscoder.sites import ModelShape, Site
 
 L, F, D, K = 3, 12, 8, 4
 CONFIG = {
@@ -210,3 +211,17 @@ def test_what_the_layout_cannot_say_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "clt").exists()
     with pytest.raises(ValueError, match=r"to: expected one of crosstrace, circuit-tracer-plt, .*, got 'onnx'"):
         convert(folder, tmp_path / "clt", to="onnx")
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [TopK(3), TopK(3, relu=False, scored=True), TopK((3, 2, 1), relu=False), JointTopK(9), ReLU(affine=True)],
+    ids=str,
+)
+def test_activation_functions_without_a_name_there_are_refused(activation: Activation, tmp_path: Path) -> None:
+    wiring = Wiring.per_layer(ModelShape(n_layers=L, d_model=D, n_heads=1, d_head=D))
+    crosscoder = Crosscoder(wiring, n_features=F, activation=activation, undecomposed_positions=1)
+    checkpoint.save(crosscoder, tmp_path / "own")
+    with pytest.raises(ValueError, match="the layout circuit-tracer-plt has no place for the activation"):
+        convert(tmp_path / "own", tmp_path / "plt", to="circuit-tracer-plt")
+    assert not (tmp_path / "plt").exists()
