@@ -117,23 +117,29 @@ def _entries(header: dict[str, dict]) -> dict[str, dict]:
 
 
 def write_tensors(
-    path: Path, tensors: Iterable[tuple[str, torch.Size, Callable[[], Tensor]]], dtype: torch.dtype
+    path: Path,
+    tensors: Iterable[tuple[str, torch.Size, Callable[[], Tensor]]],
+    dtype: torch.dtype,
+    *,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Write a safetensors file one tensor at a time, so that memory is needed for the largest alone.
 
     Args:
         tensors: name, shape and a function that gives the values, which are converted to `dtype`.
+        dtypes: other dtypes, by name.
     """
     tensors = list(tensors)
-    kind = next(kind for kind, known in _DTYPES.items() if known == dtype)
+    chosen = {name: (dtypes or {}).get(name, dtype) for name, _, _ in tensors}
+    kinds = {known: kind for kind, known in _DTYPES.items()}
     header: dict[str, dict] = {}
     end = 0
     for name, shape, _ in tensors:
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + math.prod(shape) * chosen[name].itemsize
+        header[name] = {"dtype": kinds[chosen[name]], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at multiples of 8 bytes
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for _, _, values in tensors:
-            file.write(values().detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+        for name, _, values in tensors:
+            file.write(values().detach().to("cpu", chosen[name]).contiguous().flatten().view(torch.uint8).numpy().data)

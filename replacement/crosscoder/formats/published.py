@@ -39,6 +39,8 @@ class Published:
     decoders: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
     """Decoders `[F, D]` by (group, place among its written sites), where a layout keeps the sites apart; `W_dec.*` is then
     absent from `tensors`."""
+    derived: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """What to make of small tensors of `tensors` where that takes a pass over whole matrices: done on loading, not before."""
     files: Sequence[MappedFile] = ()
     """What the tensors are views of."""
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class Published:
             if lazy and name.startswith(MATRICES):
                 kept[name] = value
                 continue
-            kept[name] = self._copy(name, value, dtype)
+            kept[name] = self._copy(name, self.derived[name](value) if name in self.derived else value, dtype)
         if lazy:
             kept |= {
                 name: value for name, value in expected.items() if name not in kept

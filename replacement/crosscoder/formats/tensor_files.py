@@ -95,6 +95,10 @@ class Settings:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
+    def names(self) -> list[str]:
+        """Names of all entries."""
+        return list(map(str, self._values))
+
     def take(self, name: str, kind: type | tuple[type, ...], *, default: Any = ...) -> Any:
         """An entry of this kind, or the default where there is none.
 

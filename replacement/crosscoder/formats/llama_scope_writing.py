@@ -1,0 +1,154 @@
+"""Writes the layout of `llama_scope.py`, and has the names that reading and writing share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replacement.crosscoder.activation import JointTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.formats.circuit_tracer import READS, WRITES
+from replacement.crosscoder.formats.decoder_norms import decoder_norms
+from replacement.crosscoder.mapped_file import write_tensors
+from replacement.crosscoder.sites import Site
+
+NAME = "llama-scope-2"
+CONFIG_FILE, TENSOR_FILE = "config.json", "sae_weights.safetensors"
+THRESHOLD = "activation_function.log_jumprelu_threshold"
+NORM = "dataset_average_activation_norm."
+UNDECOMPOSED = 1
+
+
+def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
+    """Write a transcoder, per-layer transcoder or cross-layer transcoder, its scales folded in (`inference`).
+
+    Thresholds are logarithms, in float64 so that their exponentials are exact.
+
+    Raises:
+        ValueError: what the layout has no place for (named): another wiring, read site or activation function, scores that are
+            not decoder norms, thresholds below 0, skip connections, tied decoders, or another number of positions without
+            features than 1.
+    """
+    hook = _check_writable(crosscoder)
+    if crosscoder.wiring.name != "per_layer":
+        _write_part(crosscoder, range(crosscoder.n_groups), folder, dtype, hook)
+        return
+    for group in range(crosscoder.n_groups):
+        target = folder / f"layer{crosscoder.wiring.group_layer(group)}_transcoder"
+        target.mkdir()
+        _write_part(crosscoder, range(group, group + 1), target, dtype, hook)
+
+
+def _check_writable(crosscoder: Crosscoder) -> str:
+    wiring, activation = crosscoder.wiring, crosscoder.activation
+    reads, writes = ({site.kind for site in sites} for sites in (wiring.read_sites, wiring.write_sites))
+    hook = next((name for name, kind in READS.items() if reads == {kind}), None)
+    is_clt = wiring.name == "strictly_causal"
+    plain: tuple[type, ...] = (TopK, JointTopK) if is_clt else (TopK,)
+    has_name = isinstance(activation, ReLU | JumpReLU)
+    if isinstance(activation, TopK | JointTopK):
+        has_name = isinstance(activation, plain) and activation.relu and isinstance(activation.k, int)
+    theta = crosscoder.threshold
+    problems = {
+        f"the wiring {wiring.name}": wiring.name not in ("transcoder", "per_layer", "strictly_causal")
+        or writes != {"mlp_out"},
+        f"reads of {', '.join(sorted(reads))}": hook is None,
+        f"the activation {activation.to_dict()}": not has_name or activation.affine,
+        "skip connections": crosscoder.skip,
+        "tied decoders": crosscoder.tied,
+        "thresholds below 0": theta is not None and bool((theta < 0).any()),
+        f"{crosscoder.undecomposed_positions} positions without features": crosscoder.undecomposed_positions
+        != UNDECOMPOSED,
+    }
+    refused = [problem for problem, found in problems.items() if found]
+    if not refused and crosscoder.score_factor is not None and not _scores_are_norms(crosscoder):
+        refused = ["scores other than decoder norms"]
+    if refused:
+        raise ValueError(f"the layout {NAME} has no place for {refused[0]}")
+    assert hook is not None
+    return hook
+
+
+def _scores_are_norms(crosscoder: Crosscoder) -> bool:
+    """Whether features are chosen by norms of decoders, up to a common factor of those that compete."""
+    assert crosscoder.score_factor is not None
+    groups = (
+        (crosscoder.decoder(group, site) for site in sites) for group, sites in enumerate(crosscoder.wiring.writes)
+    )
+    norms_GF, scores_GF = decoder_norms(groups), crosscoder.score_factor.double()
+    dims = (0, 1) if isinstance(crosscoder.activation, JointTopK) else (1,)
+    factor = scores_GF.sum(dim=dims, keepdim=True) / norms_GF.sum(dim=dims, keepdim=True)
+    return torch.allclose(scores_GF, norms_GF * factor, rtol=1e-3, atol=0)
+
+
+def _write_part(crosscoder: Crosscoder, groups: range, folder: Path, dtype: torch.dtype, hook: str) -> None:
+    """Write some groups as one folder."""
+    is_clt, wiring = crosscoder.wiring.name == "strictly_causal", crosscoder.wiring
+    width, n_features, first = wiring.widths["mlp_out"], crosscoder.n_features, groups[0]
+    layers = [wiring.group_layer(group) for group in groups]
+
+    def encoder(group: int) -> Tensor:
+        return crosscoder.encoder(group, wiring.reads[group][0]).T
+
+    def decoders(target: int) -> Tensor:
+        return torch.stack([crosscoder.decoder(group, Site(target, "mlp_out")) for group in range(target + 1)])
+
+    made: dict[str, Callable[[], Tensor]]
+    if is_clt:
+        made = {
+            "W_E": lambda: torch.stack([encoder(group) for group in groups]),
+            "b_E": lambda: torch.stack(list(crosscoder.b_enc)),
+            **{f"W_D.{target}": partial(decoders, target) for target in groups},
+            **{f"b_D.{target}": partial(crosscoder.decoder_bias, Site(target, "mlp_out")) for target in groups},
+        }
+        shapes = {"W_E": (len(groups), width, n_features), "b_E": (len(groups), n_features)}
+        shapes |= {f"W_D.{target}": (target + 1, n_features, width) for target in groups}
+        shapes |= {f"b_D.{target}": (width,) for target in groups}
+    else:
+        (site,) = wiring.writes[first]
+        made = {
+            "W_E": partial(encoder, first),
+            "b_E": lambda: crosscoder.b_enc[first],
+            "W_D": partial(crosscoder.decoder, first, site),
+            "b_D": partial(crosscoder.decoder_bias, site),
+        }
+        shapes = {"W_E": (width, n_features), "b_E": (n_features,), "W_D": (n_features, width), "b_D": (width,)}
+    if isinstance(crosscoder.activation, JumpReLU):
+        assert crosscoder.threshold is not None
+        log_GF = crosscoder.threshold.double().log().expand(-1, n_features)
+        kept = log_GF if is_clt else log_GF[first]
+        made[THRESHOLD], shapes[THRESHOLD] = (lambda: kept), tuple(kept.shape)
+    listed = [(name, torch.Size(shapes[name]), values) for name, values in made.items()]
+    write_tensors(folder / TENSOR_FILE, listed, dtype, dtypes={THRESHOLD: torch.float64})
+    (folder / CONFIG_FILE).write_text(json.dumps(_config(crosscoder, layers, dtype, hook), indent=4), encoding="utf-8")
+
+
+def _config(crosscoder: Crosscoder, layers: Sequence[int], dtype: torch.dtype, hook: str) -> dict[str, Any]:
+    activation, width = crosscoder.activation, crosscoder.wiring.widths["mlp_out"]
+    is_clt = crosscoder.wiring.name == "strictly_causal"
+    factor = crosscoder.n_features / width
+    if int(width * factor) != crosscoder.n_features:  # rounded down
+        factor = math.nextafter(factor, math.inf)
+    names = {ReLU: "relu", JumpReLU: "jumprelu", TopK: "topk", JointTopK: "layertopk"}
+    config: dict[str, Any] = {
+        "dtype": str(dtype),
+        "sae_type": "clt" if is_clt else "sae",
+        "d_model": width,
+        "expansion_factor": factor,
+        "use_decoder_bias": True,
+        "act_fn": names[type(activation)],
+        "norm_activation": "inference",
+        "sparsity_include_decoder_norm": crosscoder.score_factor is not None,
+    }
+    config |= {"top_k": activation.k} if isinstance(activation, TopK | JointTopK) else {}
+    for side, name in (("in", hook), ("out", WRITES[0])):
+        hooks = [f"blocks.{layer}.{name}" for layer in layers]
+        config |= {f"hook_points_{side}": hooks} if is_clt else {f"hook_point_{side}": hooks[0]}
+    return config
