@@ -49,6 +49,7 @@ def save(graph: GraphData, path: str | os.PathLike[str], *, weight_bits: int = 3
     with atomic_file(path) as scratch:
         try:
             save_file(tensors, scratch, metadata=header)
+            _sort_metadata(scratch)
         except SafetensorError as error:
             raise OSError(str(error)) from error
     return Path(path)
@@ -58,7 +59,27 @@ def save(graph: GraphData, path: str | os.PathLike[str], *, weight_bits: int = 3
 def to_bytes(graph: GraphData) -> bytes:
     """Content of the graph file."""
     tensors, header = _content(graph, 32)
-    return bytes(serialise(tensors, metadata=header))
+    content = bytes(serialise(tensors, metadata=header))
+    end = 8 + int.from_bytes(content[:8], "little")
+    return content[:8] + _with_sorted_metadata(content[8:end]) + content[end:]
+
+
+def _sort_metadata(path: Path) -> None:
+    """The same graph is then written as the same bytes: safetensors orders the texts of its header at random."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        file.seek(8)
+        file.write(_with_sorted_metadata(header))
+
+
+def _with_sorted_metadata(header: bytes) -> bytes:
+    """A safetensors header with the texts in the order of their names, of the same length."""
+    entries = json.loads(header)
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(encoded) <= len(header), "the same entries are no longer"
+    return encoded.ljust(len(header))
 
 
 def _content(graph: GraphData, weight_bits: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -244,3 +244,11 @@ def test_columns_of_a_wrong_shape_or_dtype_are_named(tmp_path) -> None:
         columns = [changed if column[0] == changed[0] else column for column in COLUMNS]
         with pytest.raises(ValueError, match=r"old\.safetensors: .*expected an? .*array of"):
             CircuitGraph.load(written_by_hand(tmp_path / "old.safetensors", columns, header("1")))
+
+
+def test_the_same_graph_is_the_same_bytes(small: CircuitGraph, tmp_path: Path) -> None:
+    """Whatever order the library writes the texts of its header in."""
+    contents = {small.save(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}
+    contents |= {small.export("safetensors", tmp_path / "exported").read_bytes() for _ in range(8)}
+    assert len(contents) == 1
+    assert CircuitGraph.load(tmp_path / "exported").metadata == small.metadata
