@@ -105,7 +105,7 @@ def clt_reference(folder: Path) -> Any:
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize(
     ("hook", "kind"),
-    [("hook_resid_mid", "resid_mid"), ("mlp.hook_in", "mlp_in")],
+    [("hook_resid_mid", "resid_mid"), ("mlp.hook_in", "mlp_in"), ("ln2.hook_normalized", "mlp_normalized")],
 )
 @pytest.mark.parametrize("chooses", ["relu", "jump_relu", "topk"])
 def test_per_layer_transcoders(tmp_path: Path, skip: bool, hook: str, kind: str, chooses: str) -> None:
