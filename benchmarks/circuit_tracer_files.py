@@ -32,7 +32,7 @@ MODELS = {"GPT-2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM", "Gemma 2": "G
 READS = {
     "GPT-2": ("hook_resid_mid", "resid_mid"),
     "Llama": ("mlp.hook_in", "mlp_in"),
-    "Gemma 2": ("mlp.hook_in", "mlp_in"),
+    "Gemma 2": ("ln2.hook_normalized", "mlp_normalized"),
 }
 """Where the crosscoders of each model read, in TransformerLens's words and in this package's."""
 

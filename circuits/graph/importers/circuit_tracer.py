@@ -4,7 +4,8 @@ A dictionary with an adjacency matrix whose rows are targets. Its nodes are, in 
 `active_features`: layer, position, index), errors (layer by layer, all positions of a layer), tokens, and logits. Every feature
 and logit has its row, so all are expanded. Effects of active features that were not selected are not in the file, and a row's
 inflow is the sum of the magnitudes that are. Output weights are the logits' probabilities divided by their sum. Token texts are
-not in the file either: tokens are named by their ids, as `#464`.
+not in the file either: tokens are named by their ids, as `#464`. Pruning follows circuit-tracer's conventions (see
+`circuits.graph.conventions`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from circuits.graph.conventions import CIRCUIT_TRACER
 from circuits.graph.edges import Edges, RowBlock
 from circuits.graph.importers.assemble import facts, shares, table_order
 from circuits.graph.importers.tensor_pickle import TensorFile
@@ -145,7 +147,7 @@ def _facts(
     tokens, scan, model = tensors["input_tokens"].tolist(), value.get("scan"), value["cfg"].get("model_name")
     n_active, n_selected = len(tensors["active_features"]), len(tensors["selected_features"])
     others = [] if n_active == n_selected else [f"what {n_active - n_selected} active features of {n_active} cause"]
-    return facts(
+    known = facts(
         source=FORMAT,
         prompt=str(value["input_string"]),
         tokens=[f"#{token}" for token in tokens],
@@ -157,3 +159,4 @@ def _facts(
         metadata={"scan": "-".join(scan)} if isinstance(scan, list) else {"scan": str(scan)} if scan else {},
         config={name: fact for name, fact in value["cfg"].items() if isinstance(fact, str | int | float | bool)},
     )
+    return known | {"conventions": CIRCUIT_TRACER.name}

@@ -113,6 +113,7 @@ def test_a_published_file_is_read(write, to_dense) -> None:
     facts = graph.metadata
     assert (facts["prompt"], facts["tokens"], facts["token_ids"]) == ("<s> a b", ["#3", "#9", "#4"], TOKENS)
     assert (facts["model"], facts["n_layers"], facts["identity_error"]) == ("toy-2b", LAYERS, None)
+    assert facts["conventions"] == "circuit-tracer", "which pruning follows"
     assert "what 1 active features of 5 cause" in facts["imported"]["unknown"]
     assert facts["imported"]["config"]["d_model"] == 8
     assert graph.to_neuronpedia()["metadata"]["scan"] == "org/toy-transcoders"
