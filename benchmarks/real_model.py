@@ -70,11 +70,13 @@ def write_random(folder: Path, model: Path, wiring: str) -> None:
 
 
 class Stages:
-    """Seconds of named stages, in order: those of the clock, and CPU time of all threads of the process together."""
+    """Named stages, in order: seconds of the clock, CPU time of all threads of the process together, and peak memory."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        """Largest resident memory during the stage, in bytes; since the process began where the kernel resets no count."""
         self.notes: dict[str, str] = {}
         """What is said of a stage behind its times."""
 
@@ -84,22 +86,28 @@ class Stages:
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
-        """While open, time counts for a stage."""
+        """While open, time and memory count for a stage."""
+        reset_peak()
         started, worked = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = time.perf_counter() - started
         self.cpu_seconds[name] = time.process_time() - worked
+        self.peaks[name] = peak_bytes()
 
     def print(self, *, parts: tuple[str, ...]) -> None:
         """One line per stage, and their sum without the stages that are no part of the work, or part of another."""
         for name, seconds in self.seconds.items():
-            note = self.notes.get(name, "")
-            print(f"  {name:<25} {seconds:7.2f} s   {self.cpu_seconds[name]:7.2f} s of CPU time   {note}".rstrip())
+            cpu, peak, note = self.cpu_seconds[name], self.peaks[name] / 1e9, self.notes.get(name, "")
+            print(f"  {name:<25} {seconds:7.2f} s   {cpu:7.2f} s of CPU time   {peak:5.2f} GB   {note}".rstrip())
         total, cpu = (
             sum(seconds for name, seconds in column.items() if name not in parts)
             for column in (self.seconds, self.cpu_seconds)
         )
         print(f"  {'total without loading':<25} {total:7.2f} s   {cpu:7.2f} s of CPU time")
+        print(f"  {'peak memory, loading':<25} {self.peaks['load'] / 1e9:7.2f} GB")
+        print(
+            f"  {'peak memory afterwards':<25} {max(self.peaks[name] for name in self.peaks if name != 'load') / 1e9:7.2f} GB"
+        )
 
 
 def check_completions(lm: LanguageModel) -> None:
@@ -142,7 +150,6 @@ def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str,
     stages = Stages()
     with stages.measured("load"):
         model = replacement.load(model_folder, crosscoder=crosscoder, dtype=dtype, lazy=lazy)
-    loading_peak, was_reset = peak_bytes(), reset_peak()
     lm, width = model.language_model, model.crosscoder.n_features
     shape, tokens_T = lm.shape, lm.tokenize(PROMPT)
     print(f"{lm.name}: {shape.n_layers} layers, d_model {shape.d_model}, {len(tokens_T)} tokens, {dtype}")
@@ -162,9 +169,6 @@ def measure(model_folder: Path, crosscoder: Path, *, max_nodes: int, dtype: str,
     if "logit_gap_16bit" in graph.metadata:
         print(f"  logits, 16 bits to exact  {graph.metadata['logit_gap_16bit']:.2f} at most apart")
     stages.print(parts=("load", "localize (part of trace)"))
-    for name, peak in (("peak memory, loading", loading_peak), ("peak memory afterwards", peak_bytes())):
-        if was_reset or name.endswith("loading"):
-            print(f"  {name:<25} {peak / 1e9:.2f} GB")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from circuits.attribution.limits import LABELLED, MAX_NODES, memory_bytes
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.conventions import named_conventions
 from circuits.graph.exporters import exporter, file_formats
+from circuits.graph.neuronpedia_schema import UPLOAD_BYTES
 from circuits.graph.pruning import check_threshold
 from circuits.graph.text import slug
 from circuits.heads.command import heads as heads_command
@@ -134,6 +135,10 @@ def trace(
         show_json(summary(graph, circuit, files))
     else:
         show_page(page({"full": graph, "pruned": circuit}, files))
+    size = files["neuronpedia"].stat().st_size
+    if size > UPLOAD_BYTES:
+        limit = f"Neuronpedia takes up to {UPLOAD_BYTES / 1e6:.0f} MB: use a tighter --edge-threshold (here {edge_threshold})"
+        typer.echo(f"{files['neuronpedia']} has {size / 1e6:.0f} MB; {limit}", err=True)
     if graph.metadata.get("stopped_by") == "interrupt":
         left = f"{100 * graph.metadata['unexpanded_share']:.2g} % of the influence is not expanded"
         typer.echo(f"interrupted: the graph is partial, {left}", err=True)

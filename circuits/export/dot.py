@@ -30,8 +30,10 @@ def to_dot(graph: GraphData) -> Iterator[str]:
     picture.attr("node", fontname="Helvetica", fontsize="11", shape="box", height="0.3", margin="0.08,0.04")
     picture.attr("edge", arrowsize="0.5", fontname="Helvetica", fontsize="9", fontcolor="#374151")
     _add_ranks(picture, graph)
-    _add_edges(picture, graph)
-    yield from picture
+    *nodes, end = picture
+    yield from nodes
+    yield from _edges(graph)  # as they come: beside them the nodes are few
+    yield end
 
 
 def render(dot: Iterable[str], picture_format: str) -> bytes:
@@ -105,7 +107,7 @@ def _label(text: str) -> str:
     return graphviz.nohtml("\\n".join(line.replace("\\", "\\\\") for line in lines))
 
 
-def _add_edges(picture: graphviz.Digraph, graph: GraphData) -> None:
+def _edges(graph: GraphData) -> Iterator[str]:
     ids, edges, influence = graph.nodes.ids(), graph.edges, edge_influence(graph)
     shares = emphasis(influence).tolist()
     named = head_tags(graph, influence, most=_MOST_TAGS)
@@ -116,7 +118,7 @@ def _add_edges(picture: graphviz.Digraph, graph: GraphData) -> None:
         heads = "" if row is None else f"; {row.text()}"
         width, label = f"{0.4 + 3.6 * share:.2f}", f' label="{named[edge]}"' if edge in named else ""
         # Written as text: nothing here needs DOT's quoting, which takes longer than all the rest.
-        picture.body.append(
+        yield (
             f'\t"{ids[source]}" -> "{ids[target]}" [tooltip="{weight:+.4g}{heads}" '
             f'color="{EDGE_COLOURS[weight > 0]}{alpha}" penwidth={width}{label}]\n'
         )

@@ -28,7 +28,7 @@ from circuits.graph.text import printable, slug
 
 _LINKS_AT_ONCE = 4096
 HEADS_PER_LINK = 4
-"""Heads written on a link at most: hosts take files of up to 100 MB."""
+"""Heads written on a link at most: uploads are limited to `UPLOAD_BYTES`."""
 
 
 def cumulative_influence(influence: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ VERSION = 1
 FEATURE, ERROR, EMBEDDING, LOGIT = "cross layer transcoder", "mlp reconstruction error", "embedding", "logit"
 ATTENTION_FEATURE, ATTENTION_ERROR = "lorsa", "lorsa error"
 """Types of attention's nodes in graphs of other tools; ours have the types of MLP nodes, and ids that begin with `A`."""
+UPLOAD_BYTES = 100_000_000
+"""Largest file that Neuronpedia takes as an upload."""
 REQUIRED = {
     "graph": ("metadata", "qParams", "nodes", "links"),
     "metadata": ("slug", "scan", "prompt_tokens", "prompt"),

@@ -342,6 +342,21 @@ def test_an_interrupted_trace_is_written_and_said_to_be_partial(tracer, tmp_path
     assert capsys.readouterr().err.endswith(message)
 
 
+def test_a_file_too_large_for_neuronpedia_is_written_and_said_so(tracer, tmp_path, capsys, monkeypatch) -> None:
+    path = tmp_path / CIRCUIT_FILES["neuronpedia"]
+    arguments = ["trace", "a b", "--out", str(tmp_path), "--edge-threshold", "0.9"]
+    assert main(arguments) == 0
+    size = path.stat().st_size
+    for limit, is_too_large in ((size, False), (size - 1, True)):
+        monkeypatch.setattr("circuits.cli.UPLOAD_BYTES", limit)
+        capsys.readouterr()
+        assert main(arguments) == 0
+        error = capsys.readouterr().err
+        assert error.endswith("use a tighter --edge-threshold (here 0.9)\n") == is_too_large
+        assert (str(path) in error) == is_too_large
+        assert path.stat().st_size == size
+
+
 def test_help_is_the_answer_to_nothing(capsys) -> None:
     assert main([]) == 0
     assert "trace" in capsys.readouterr().out
