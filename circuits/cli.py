@@ -137,8 +137,8 @@ def trace(
         show_page(page({"full": graph, "pruned": circuit}, files))
     size = files["neuronpedia"].stat().st_size
     if size > UPLOAD_BYTES:
-        limit = f"Neuronpedia takes up to {UPLOAD_BYTES / 1e6:.0f} MB: use a tighter --edge-threshold (here {edge_threshold})"
-        typer.echo(f"{files['neuronpedia']} has {size / 1e6:.0f} MB; {limit}", err=True)
+        remedy = f"Neuronpedia takes up to {UPLOAD_BYTES / 1e6:.0f} MB: use a tighter --edge-threshold (here {edge_threshold})"
+        typer.echo(f"{files['neuronpedia']} has {size / 1e6:.0f} MB; {remedy}", err=True)
     if graph.metadata.get("stopped_by") == "interrupt":
         left = f"{100 * graph.metadata['unexpanded_share']:.2g} % of the influence is not expanded"
         typer.echo(f"interrupted: the graph is partial, {left}", err=True)
