@@ -1,4 +1,4 @@
-"""The `replacement` command: train, describe and validate crosscoders, measure the demo.
+"""The `replacement` command: train, describe, convert and validate crosscoders, measure the demo.
 
 Every mistake of the user is one line `error: ...` on stderr and exit code 2. Models are imported by the verb that needs
 them.
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
 from replacement.command_line import DEMO, AsJson, ModelOptions, model_options, new_app, path_option, run
-from replacement.console import pairs, section, show_json, table
+from replacement.console import add_row, pairs, section, show_json, table
 from replacement.console import show as show_page
+
+if TYPE_CHECKING:
+    from replacement.validation.claims import Compared
 
 app = new_app("Crosscoders, and the replacement model that a crosscoder makes of a language model.")
 
@@ -149,16 +152,32 @@ def validate(
         show_page(page(facts))
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="`demo`, the folder of a training run or of a crosscoder, or hf:ORG/REPO[/PATH][@REVISION].",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
 def show(
-    crosscoder: Annotated[
-        str,
-        typer.Argument(help="`demo`, the folder of a training run or of a crosscoder.", show_default=False),
-    ],
+    crosscoder: Source,
+    *,
+    model: Annotated[
+        str | None, typer.Option(help="Measure it in this language model, on --data.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text files, a dataset, token ids or `demo`.", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the data that are measured.")] = 8192,
 ) -> None:
-    """Describe a crosscoder."""
+    """Describe a crosscoder; with --model and --data also measure it, beside what its file says of itself."""
+    if (model is None) != (data is None):
+        raise ValueError("expected --model and --data together, to measure the crosscoder, or neither of them")
     from replacement.crosscoder.formats.layouts import open_published
-    from replacement.loading import crosscoder_folder
+    from replacement.loading import crosscoder_folder, load_language_model
 
     published = open_published(crosscoder_folder(crosscoder))
     wiring = published.wiring
@@ -177,6 +196,59 @@ def show(
         **published.facts,
     }
     show_page(pairs(facts.items()))
+    if model is None or data is None:
+        return
+    import torch
+
+    from replacement.validation.claims import compare_with_claims
+
+    lm, loaded = load_language_model(model), published.load(dtype=torch.float32, device="cpu", lazy=None)
+    n_tokens, compared = compare_with_claims(lm, loaded, published.facts, data=data, n_tokens=tokens)
+    show_page(section(f"Measured on {n_tokens:,} tokens of {data}", _claims(compared)))
+    for warning in filter(None, (quantity.warning() for quantity in compared)):
+        typer.echo(f"warning: {warning}", err=True)
+
+
+@app.command()
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(parser=path_option, help="A new or empty folder.", show_default=False)],
+    *,
+    to: Annotated[str, typer.Option(help="Layout to write, see `replacement layouts`.")] = "crosstrace",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights that are written.", show_default="that of the source")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Language model that the copy is tied to.", show_default="what the source says")
+    ] = None,
+) -> None:
+    """Write a crosscoder in another layout; the copy computes the same function."""
+    from replacement.crosscoder.formats.convert import convert as write_copy
+    from replacement.crosscoder.formats.layouts import open_published
+    from replacement.loading import crosscoder_folder, dtype_of, load_language_model
+    from replacement.memory import size_text
+
+    wanted = None if dtype is None else dtype_of(dtype)
+    lm = None if model is None else load_language_model(model)
+    write_copy(crosscoder_folder(source), target, to=to, dtype=wanted, model=lm)
+    written, files = open_published(target), [path for path in target.rglob("*") if path.is_file()]
+    facts = {
+        "folder": target,
+        "layout": written.layout,
+        "wiring": f"{written.wiring.name}, {written.wiring.n_groups} groups of {written.n_features} features",
+        "stored as": str(written.stored_dtype).removeprefix("torch."),
+        "files": f"{len(files)}, {size_text(sum(path.stat().st_size for path in files))}",
+    }
+    show_page(pairs(facts.items()))
+
+
+@app.command()
+def layouts() -> None:
+    """Which layouts of published crosscoders can be read and written."""
+    from replacement.crosscoder.formats.layouts import LAYOUTS
+
+    rows = [(entry.name, "yes", "no" if entry.write is None else "yes", entry.description) for entry in LAYOUTS]
+    show_page(table("layout", "read", "written", "what it is", rows=rows, texts=("read", "written", "what it is")))
 
 
 @app.command()
@@ -190,6 +262,18 @@ def architectures() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
     return run(app, "replacement", arguments)
+
+
+def _claims(compared: Sequence[Compared]) -> Table:
+    def text(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    result = table("quantity", "where", "measured", "the file says", texts=("where",))
+    for quantity in compared:
+        for place, (name, value) in enumerate(zip(quantity.places, quantity.measured, strict=True)):
+            add_row(result, quantity.quantity, name, text(value), text(quantity.claim(place)))
+        add_row(result, quantity.quantity, quantity.over_all, text(quantity.total), text(quantity.claimed_total))
+    return result
 
 
 def _accuracy(behaviours: list[dict[str, Any]]) -> Table:

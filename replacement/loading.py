@@ -47,15 +47,14 @@ def load(
     if crosscoder is None and not is_demo:
         raise ValueError(f"expected a crosscoder for the model {str(model)!r}: give load(..., crosscoder=FOLDER)")
     crosscoder = DEMO if crosscoder is None else crosscoder
-    dtype, device = _dtype(dtype), _device(device)
+    dtype, device = dtype_of(dtype), _device(device)
     _check_together(dtype, device)
     folders = [crosscoder_folder(crosscoder)]
     if attention_crosscoder is not None:
         folders.append(crosscoder_folder(attention_crosscoder, shipped="attention_crosscoder"))
     for folder in folders:
         open_published(folder)  # a wrong path should not cost loading the language model
-    lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
-    lm.name = DEMO if is_demo else lm.name
+    lm = load_language_model(model, dtype=dtype, device=device)
     loaded = [checkpoint.load(folder, dtype=dtype, device=device, lazy=lazy) for folder in folders]
     result = ReplacementModel(
         lm, loaded[0], attention_crosscoder=loaded[1] if attention_crosscoder is not None else None
@@ -65,7 +64,22 @@ def load(
     return result
 
 
-def _dtype(given: torch.dtype | str) -> torch.dtype:
+def load_language_model(
+    model: str | Path = DEMO, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> LanguageModel:
+    """The language model alone; `model` as for `load`."""
+    is_demo = str(checked_path(model)) == DEMO
+    lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model" if is_demo else model, dtype=dtype, device=device)
+    lm.name = DEMO if is_demo else lm.name
+    return lm
+
+
+def dtype_of(given: torch.dtype | str) -> torch.dtype:
+    """A dtype by its name.
+
+    Raises:
+        ValueError: none of `DTYPES`.
+    """
     dtype = DTYPES.get(given) if isinstance(given, str) else given
     if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {str(given).removeprefix('torch.')!r}")

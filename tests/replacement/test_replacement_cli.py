@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from replacement.cli import main
+from replacement.crosscoder import checkpoint
+from replacement.crosscoder.formats.layouts import LAYOUTS, open_published
 from replacement.loading import ARTIFACTS
 
 
@@ -52,3 +55,70 @@ def test_mistakes_are_one_line(
     assert captured.out == ""
     assert captured.err.startswith(message)
     assert captured.err.count("\n") == 1
+
+
+def test_convert_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "copy"
+    assert main(["convert", "demo", str(target), "--dtype", "bfloat16", "--model", "demo"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (str(target), "crosstrace", "strictly_causal, 4 groups of", "bfloat16", "files      2, "):
+        assert expected in printed
+    assert open_published(target).stored_dtype == torch.bfloat16
+
+
+def test_layouts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layouts"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["layout", "read", "written", "what", "it", "is"]
+    assert [line.split()[0] for line in lines[1:] if not line.startswith(" ")] == [layout.name for layout in LAYOUTS]
+
+
+def test_show_measures_beside_what_the_file_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "demo", "--model", "demo", "--data", "demo", "--tokens", "2048"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "Measured on 2,0" in captured.out
+    for expected in ("layer 0", "all layers together", "mlp_out.3", "mean over sites"):
+        assert expected in captured.out
+
+
+def test_show_warns_where_the_file_says_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The layout takes its claim from the folder's name."""
+    folder = tmp_path / "k900"
+    crosscoder = checkpoint.load(ARTIFACTS / "crosscoder")
+    crosscoder.undecomposed_positions = 1
+    checkpoint.save(crosscoder, tmp_path / "native")
+    assert main(["convert", str(tmp_path / "native"), str(folder), "--to", "llama-scope-2"]) == 0
+    assert main(["show", str(folder), "--model", "demo", "--data", "demo", "--tokens", "1024"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: active features per token, all layers together: measured ")
+    assert "the file says 3600" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "demo", "OUT", "--to", "onnx"], "error: to: expected one of crosstrace, "),
+        (["convert", "demo", "OUT", "--dtype", "int8"], "error: dtype: expected one of float32, "),
+        (
+            ["convert", "demo", "OUT", "--to", "circuit-tracer-plt"],
+            "error: the layout circuit-tracer-plt has no place ",
+        ),
+        (["convert", "/nowhere", "OUT"], "error: /nowhere does not exist"),
+        (["convert", "demo", "."], "error: "),
+        (["show", "demo", "--model", "demo"], "error: expected --model and --data together"),
+        (["show", "demo", "--model", "demo", "--data", "demo", "--tokens", "0"], "error: tokens: expected at least 1"),
+        (["show", "demo", "--model", "demo", "--data", "/nowhere.txt"], "error: "),
+        (["layouts", "more"], "error: "),
+    ],
+)
+def test_mistakes_of_layouts_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "out") if word == "OUT" else word for word in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" or arguments[0] == "show"
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -154,7 +154,7 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
 LAYOUTS = (
     Layout(
         name=NAME,
-        description="Cross-Layer-TopK-CLT: W_enc_N, W_dec_N and W_dec_norm files; features of all layers compete",
+        description="ByteDance-Seed: a CLT in W_enc_N and W_dec_N files, whose layers compete",
         detect=detect,
         read=read,
         write=write,

@@ -336,7 +336,7 @@ def _scale(file: TensorFile, hook: str, width: int) -> float:
 LAYOUTS = (
     Layout(
         name=NAME,
-        description="Llama Scope 2 (OpenMOSS): config.json and sae_weights.safetensors; a folder per layer, or a CLT",
+        description="OpenMOSS, Llama Scope 2: sae_weights.safetensors, for every layer or of a CLT",
         detect=detect,
         read=read,
         write=write,
