@@ -16,7 +16,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.fingerprint import sampled_fingerprint
 from replacement.crosscoder.mapped_file import MappedFile, WeightsInFile
 from replacement.crosscoder.sites import Site
-from replacement.crosscoder.weights import MATRICES
+from replacement.crosscoder.weights_by_site import MATRICES
 from replacement.crosscoder.wiring import Wiring
 from replacement.memory import available_memory, size_text
 

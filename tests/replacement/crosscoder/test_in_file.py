@@ -14,7 +14,7 @@ import circuits
 from replacement import BatchTopK, Crosscoder, JumpReLU, ReLU, ReplacementModel, TopK, Wiring, checkpoint
 from replacement.crosscoder import crosscoder as computing
 from replacement.crosscoder.formats import native, published
-from replacement.crosscoder.weights import MATRICES
+from replacement.crosscoder.weights_by_site import MATRICES
 
 ACTIVATIONS = [TopK(4), BatchTopK(4), ReLU(), JumpReLU()]
 ALIKE = {"rtol": 0, "atol": 1e-5}
