@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from replacement.crosscoder.formats import circuit_tracer, cross_layer_topk, llama_scope, native
+from replacement.crosscoder.formats import circuit_tracer, clt_training, cross_layer_topk, llama_scope, native, sparsify
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.tensor_files import listed
 from replacement.files import checked_path
@@ -15,7 +15,14 @@ _MOST_FILES = 200
 """Files of a folder that are looked at for a message."""
 
 
-LAYOUTS = (*native.LAYOUTS, *circuit_tracer.LAYOUTS, *llama_scope.LAYOUTS, *cross_layer_topk.LAYOUTS)
+LAYOUTS = (
+    *native.LAYOUTS,
+    *circuit_tracer.LAYOUTS,
+    *llama_scope.LAYOUTS,
+    *cross_layer_topk.LAYOUTS,
+    *sparsify.LAYOUTS,
+    *clt_training.LAYOUTS,
+)
 """In the order in which they are tried."""
 
 

@@ -1,0 +1,227 @@
+"""EleutherAI's sparsify: autoencoders and transcoders with TopK, one folder per hookpoint such as `layers.3.mlp`.
+
+    h = s_in x W_enc^T + b_enc     a = TopK_k(max(h, 0))     s_out y = a W_dec + b_dec (+ s_in x W_skip^T)
+
+An autoencoder (without `transcode`) reads and writes the output of the module that its folder is named after, and has `b_dec`
+subtracted from its input: `b_enc` then becomes `b_enc - W_enc b_dec`. A transcoder maps an MLP's input (after the norm) to its
+output, and nothing is subtracted. The ReLU comes first in every version but the earliest with `signed`, which is refused.
+
+clt-training's transcoders of one layer add a map behind the activation function, `(a + post_enc) * post_enc_scale` where a is
+above 0, scales (`in_norm`, `out_norm`: `s = sqrt(D) / norm`), and, in the settings of the whole training, the input that was
+read (`hookpoints_in`). All positions have features, unless these settings say that BOS was left out (`filter_bos`). Where a
+model has a norm behind its MLP (Gemma 2 and 3), the output of the module in front of that norm is not our `mlp_out`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replacement.crosscoder.activation import TopK
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.formats.published import Layout, Published
+from replacement.crosscoder.formats.single_layers import LayerWeights
+from replacement.crosscoder.formats.sparsify_files import (
+    CONFIG_FILE,
+    RUN_FILE,
+    TENSOR_FILE,
+    Coder,
+    activation_of,
+    detect,
+    open_coders,
+    run_of,
+    shape_of,
+)
+from replacement.crosscoder.mapped_file import write_tensors
+from replacement.crosscoder.sites import Site
+from replacement.crosscoder.wiring import Wiring
+
+NAME = "sparsify"
+READ_HOOKS = {"mlp_in": "layers.{}.mlp", "resid_mid": "layers.{}.post_attention_layernorm"}
+"""Module whose input is each site, as `hookpoints_in` names it."""
+
+
+def read(folder: Path) -> Published:
+    """Open a folder of hookpoints, or one of them.
+
+    Raises:
+        ValueError: names the file and what is missing, misshapen, not known or not supported.
+    """
+    coders, left_out = open_coders(folder)
+    run = run_of(folder, coders)
+    read_kind = run.read if coders[0].transcode else coders[0].written
+    reads = [Site(coder.layer, read_kind) for coder in coders]
+    writes = [Site(coder.layer, coder.written) for coder in coders]
+    tensors: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
+    for group, coder in enumerate(coders):
+        taken = _tensors(coder, group)
+        tensors |= taken
+        sources |= dict.fromkeys(taken, str(coder.file.path))
+    input_scale = {site: coder.scale("in_norm") for site, coder in zip(reads, coders, strict=True)}
+    output_scale = {site: coder.scale("out_norm") for site, coder in zip(writes, coders, strict=True)}
+    activation, buffers = activation_of(coders, [coder.affine([("post_enc", "post_enc_scale")]) for coder in coders])
+    for coder in coders:
+        coder.file.finish()
+    what = "transcoder of each layer's MLP" if coders[0].transcode else "autoencoder, b_dec subtracted from its input"
+    return Published(
+        layout=NAME,
+        path=folder,
+        rule=f"{what}: h = x W_enc^T + b_enc, the k largest where above 0, b_dec added to the layer's output",
+        wiring=_wiring(coders, reads, writes, whole=not (folder / CONFIG_FILE).is_file()),
+        n_features=coders[0].n_features,
+        activation=activation,
+        tensors=tensors | buffers,
+        sources=sources,
+        files=[coder.file.mapped for coder in coders],
+        skip=coders[0].skip,
+        undecomposed_positions=run.undecomposed_positions,
+        model_name=run.model_name,
+        input_scale=other_than_1(input_scale),
+        output_scale=other_than_1(output_scale),
+        facts=facts_of(coders, left_out),
+    )
+
+
+def _tensors(coder: Coder, group: int) -> dict[str, Tensor]:
+    n_features, width = coder.n_features, coder.width
+    bias_D = coder.file.take("b_dec", width)
+    taken = {
+        f"W_enc.{group}": coder.encoder(),
+        f"b_enc.{group}": coder.encoder_bias(None if coder.transcode else bias_D),
+        f"W_dec.{group}": coder.file.take("W_dec", n_features, width)[:, None],
+        f"b_dec.{group}": bias_D,
+    }
+    if coder.skip:
+        taken[f"W_skip.{group}"] = coder.file.take("W_skip", width, width)
+    return taken
+
+
+def _wiring(coders: Sequence[Coder], reads: Sequence[Site], writes: Sequence[Site], *, whole: bool) -> Wiring:
+    """One group per hookpoint; a transcoder of every layer is told by a folder with all from the first one on."""
+    layers = [coder.layer for coder in coders]
+    if not coders[0].transcode:
+        return Wiring.autoencoder(shape_of(coders), layers=layers, site=coders[0].written)
+    name = "per_layer" if whole and layers == list(range(len(layers))) else "transcoder"
+    widths = {site.kind: coders[0].width for site in (reads[0], writes[0])}
+    return Wiring(name, tuple((site,) for site in reads), tuple((site,) for site in writes), widths)
+
+
+def facts_of(coders: Sequence[Coder], left_out: Sequence[str]) -> dict[str, Any]:
+    """What the files claim."""
+    facts: dict[str, Any] = {"l0": sum(coder.k for coder in coders) / len(coders)}
+    return facts | ({"left out": ", ".join(left_out)} if left_out else {})
+
+
+def other_than_1(scales: Mapping[Site, float]) -> dict[Site, float]:
+    """Scales that change something."""
+    return {site: scale for site, scale in scales.items() if scale != 1.0}
+
+
+# Writing -----------------------------------------------------------------------------------------------------------------
+
+
+def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
+    """Write a per-layer transcoder; see `check_writable` for what is refused."""
+    check_writable(crosscoder, NAME)
+    if any(crosscoder.wiring.writes[group] != (Site(read.layer, "mlp_out"),) for group, (read,) in _read(crosscoder)):
+        raise ValueError(f"the layout {NAME} has no place for the wiring {crosscoder.wiring.name}")
+    if crosscoder.tied:
+        raise ValueError(f"the layout {NAME} has no place for tied decoders")
+    for group, (read,) in _read(crosscoder):
+        weights = LayerWeights.of(crosscoder, group)
+        tensors = {
+            "encoder.weight": weights.encoder_FD,
+            "encoder.bias": weights.encoder_bias_F,
+            "W_dec": weights.decoder_FD,
+            "b_dec": weights.decoder_bias_D,
+        }
+        if weights.skip_DD is not None:
+            tensors["W_skip"] = weights.skip_DD
+        write_hookpoint(crosscoder, folder, group, read.layer, tensors, dtype, {})
+    write_run(crosscoder, folder)
+
+
+def _read(crosscoder: Crosscoder) -> Any:
+    return enumerate(crosscoder.wiring.reads)
+
+
+def check_writable(crosscoder: Crosscoder, layout: str) -> None:
+    """What both projects' files ask of a crosscoder.
+
+    Raises:
+        ValueError: another activation function than TopK with a ReLU, other reads than one MLP input or stream in front of an
+            MLP, writes to other sites than outputs of MLPs, or more than one position without features.
+    """
+    wiring = crosscoder.wiring
+    reads, writes = ({site.kind for site in sites} for sites in (wiring.read_sites, wiring.write_sites))
+    single = all(len(sites) == 1 for sites in wiring.reads)
+    problems = {
+        f"the activation {crosscoder.activation.to_dict()}": type(crosscoder.activation) is not TopK
+        or not crosscoder.activation.is_trainable,
+        f"the wiring {wiring.name}": not single or writes != {"mlp_out"} or len(wiring.layers) < wiring.n_groups,
+        f"reads of {', '.join(sorted(reads))}": len(reads) != 1 or not reads <= READ_HOOKS.keys(),
+        f"{crosscoder.undecomposed_positions} positions without features": crosscoder.undecomposed_positions > 1,
+    }
+    refused = [problem for problem, found in problems.items() if found]
+    if refused:
+        raise ValueError(f"the layout {layout} has no place for {refused[0]}")
+
+
+def write_hookpoint(
+    crosscoder: Crosscoder,
+    folder: Path,
+    group: int,
+    layer: int,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    settings: Mapping[str, Any],
+) -> None:
+    """The two files of one group."""
+    activation = crosscoder.activation
+    assert isinstance(activation, TopK)
+    path = folder / f"layers.{layer}.mlp"
+    path.mkdir()
+    named = [(name, value.shape, partial(Tensor.detach, value)) for name, value in tensors.items()]
+    write_tensors(path / TENSOR_FILE, named, dtype)
+    config = {
+        "activation": "topk",
+        "num_latents": crosscoder.n_features,
+        "normalize_decoder": False,
+        "k": activation.k if isinstance(activation.k, int) else activation.k[group],
+        "multi_topk": False,
+        "skip_connection": crosscoder.skip,
+        "transcode": True,
+        **settings,
+        "d_in": crosscoder.encoders(group)[0].shape[1],
+    }
+    (path / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def write_run(crosscoder: Crosscoder, folder: Path) -> None:
+    """Settings of the whole training: the model, what was read, and whether BOS was left out."""
+    sites = [read for (read,) in crosscoder.wiring.reads]
+    config: dict[str, Any] = {
+        "model": crosscoder.model_name,
+        "hookpoints": [f"layers.{site.layer}.mlp" for site in sites],
+        "hookpoints_in": [READ_HOOKS[site.kind].format(site.layer) for site in sites],
+        "filter_bos": crosscoder.undecomposed_positions == 1,
+    }
+    (folder / RUN_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+LAYOUTS = (
+    Layout(
+        name=NAME,
+        description="EleutherAI sparsify: layers.N.mlp folders with cfg.json and sae.safetensors",
+        detect=partial(detect, cross_layer=False),
+        read=read,
+        write=write,
+    ),
+)
