@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,14 +135,12 @@ def read(folder: Path) -> Published:
     norms = _Norms([[d for (g, _), d in decoders.items() if g == number] for number in range(len(groups))], files)
     derived: dict[str, Callable[[Tensor], Tensor]] = {}
     if isinstance(first.activation, JumpReLU):
-        tensors["threshold"] = torch.stack([theta.double().exp() for part in parts for theta in part.log_thresholds])
-        derived = {"threshold": norms.under} if first.is_scored else {}
+        tensors["threshold"] = torch.stack([log_F for part in parts for log_F in part.log_thresholds])
+        derived = {"threshold": norms.under if first.is_scored else _exp}
     elif first.is_scored and not isinstance(first.activation, ReLU):
         tensors["score_factor"] = torch.ones(1, 1).expand(len(groups), first.n_features)
         derived = {"score_factor": norms.times}
-    read_site = first.reads[0].kind
     scales = {site: scale for part in parts for site, scale in part.scales.items()}
-    k = getattr(first.activation, "k", None) or _k_of_name(folder)
     reads = {site for part in parts for site in part.reads}
     writes = {site for part in parts for site in part.writes}
     gated = "h ||W_D||" if first.is_scored else "h"
@@ -149,7 +148,7 @@ def read(folder: Path) -> Published:
         layout=NAME,
         path=folder,
         rule=f"{KINDS[first.kind]} of MLPs: h = x W_E + b_E, gate on {gated}, b_D added to what is written",
-        wiring=_wiring(first, len(groups), read_site, is_single=is_single),
+        wiring=_wiring(first, len(groups), is_single=is_single),
         n_features=first.n_features,
         activation=first.activation,
         tensors=tensors,
@@ -160,8 +159,16 @@ def read(folder: Path) -> Published:
         undecomposed_positions=UNDECOMPOSED,
         input_scale={site: scale for site, scale in scales.items() if site in reads},
         output_scale={site: scale for site, scale in scales.items() if site in writes},
-        facts={} if k is None else {"k": k},
+        facts=_facts(folder, first.activation, len(groups)),
     )
+
+
+def _facts(folder: Path, activation: Activation, n_groups: int) -> dict[str, Any]:
+    """How many features are kept, where the configuration or the folder's name says it."""
+    k = getattr(activation, "k", None) or _k_of_name(folder)
+    if k is None:
+        return {}
+    return {"k": k, "l0": k / n_groups} if isinstance(activation, JointTopK) else {"k": k}
 
 
 def _k_of_name(folder: Path) -> int | None:
@@ -186,8 +193,8 @@ def _check_layers(folder: Path, parts: Sequence[_Part]) -> None:
             raise ValueError(f"{part.file.path}: layers read {parts[0].reads[0].kind} and {part.reads[0].kind}")
 
 
-def _wiring(first: _Part, n_groups: int, read_site: str, *, is_single: bool) -> Wiring:
-    layer = first.reads[0].layer
+def _wiring(first: _Part, n_groups: int, *, is_single: bool) -> Wiring:
+    layer, read_site = first.reads[0].layer, first.reads[0].kind
     n_layers = layer + 1 if is_single and first.kind == "sae" else n_groups
     shape = ModelShape(n_layers=n_layers, d_model=first.width, n_heads=1, d_head=first.width)
     if first.kind == "clt":
@@ -208,11 +215,16 @@ class _Norms:
         """Values times the norms."""
         return value_GF * decoder_norms(self.groups, self.files)
 
-    def under(self, threshold_GF: Tensor) -> Tensor:
-        """Thresholds of h for thresholds of `h ||W_D||`."""
+    def under(self, log_GF: Tensor) -> Tensor:
+        """Thresholds of h for logarithms of thresholds of `h ||W_D||`."""
         norms_GF = decoder_norms(self.groups, self.files)
-        divided_GF = (threshold_GF / norms_GF).clamp(max=_NEVER_ACTIVE)
+        divided_GF = (_exp(log_GF) / norms_GF).clamp(max=_NEVER_ACTIVE)
         return torch.where(norms_GF > 0, divided_GF, _NEVER_ACTIVE)
+
+
+def _exp(log_GF: Tensor) -> Tensor:
+    """Thresholds for their logarithms."""
+    return log_GF.double().exp()
 
 
 # One folder --------------------------------------------------------------------------------------------------------------

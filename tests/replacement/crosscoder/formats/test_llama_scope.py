@@ -229,6 +229,10 @@ def test_k_is_taken_from_names_where_thresholds_replaced_it(tmp_path: Path) -> N
     assert open_published(folder / "layer1_transcoder_8x_k64").facts == {"k": 64}
 
 
+def test_a_joint_choice_claims_its_share_of_each_layer(tmp_path: Path) -> None:
+    assert open_published(write_clt(tmp_path / "clt", act_fn="layertopk")).facts == {"k": K, "l0": K / L}
+
+
 Change = Callable[[Path], Any]
 FIRST, SECOND, THIRD = (f"layer{layer}_transcoder_8x_k64" for layer in range(L))
 
