@@ -76,7 +76,8 @@ def read(folder: Path) -> Published:
         layout=NAME,
         path=folder,
         rule="cross-layer transcoder: h = x W_enc^T + b_enc, the k largest of each layer where above 0, "
-        f"coalesce_topk {coders[0].coalesce_topk}, b_dec added once to the layer's output",
+        f"coalesce_topk {coders[0].coalesce_topk}, b_dec of "
+        + ("all layers that write one are added" if coders[0].coalesce_topk == "none" else "a layer is added once"),
         wiring=wiring,
         n_features=coders[0].n_features,
         activation=activation,

@@ -130,11 +130,12 @@ def other_than_1(scales: Mapping[Site, float]) -> dict[Site, float]:
 def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
     """Write a per-layer transcoder; see `check_writable` for what is refused."""
     check_writable(crosscoder, NAME)
-    if any(crosscoder.wiring.writes[group] != (Site(read.layer, "mlp_out"),) for group, (read,) in _read(crosscoder)):
+    reads = crosscoder.wiring.reads
+    if any(crosscoder.wiring.writes[group] != (Site(read.layer, "mlp_out"),) for group, (read,) in enumerate(reads)):
         raise ValueError(f"the layout {NAME} has no place for the wiring {crosscoder.wiring.name}")
     if crosscoder.tied:
         raise ValueError(f"the layout {NAME} has no place for tied decoders")
-    for group, (read,) in _read(crosscoder):
+    for group, (read,) in enumerate(reads):
         weights = LayerWeights.of(crosscoder, group)
         tensors = {
             "encoder.weight": weights.encoder_FD,
@@ -146,10 +147,6 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
             tensors["W_skip"] = weights.skip_DD
         write_hookpoint(crosscoder, folder, group, read.layer, tensors, dtype, {})
     write_run(crosscoder, folder)
-
-
-def _read(crosscoder: Crosscoder) -> Any:
-    return enumerate(crosscoder.wiring.reads)
 
 
 def check_writable(crosscoder: Crosscoder, layout: str) -> None:

@@ -1,7 +1,7 @@
 """Folders of EleutherAI's sparsify and clt-training, opened: one folder per hookpoint with `cfg.json` and `sae.safetensors`.
 
-Both projects write the same files; clt-training adds cross-layer transcoders and what `OFF` and `Coder` name. Read from the
-sources of sparsify (1.3 and main of 2025) and clt-training (main of 2025), and of their predecessor `sae`.
+Both projects write the same files; clt-training adds cross-layer transcoders and some of what `OFF` and `Coder` name. Read from
+the sources of sparsify (commits 001d98e, 0faa4b5 and 7c2dd15), clt-training (047af6d) and their predecessor sae (00bbb22).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ WRITTEN = {
 }
 """Our site for the output of each submodule of a layer."""
 NORMS_BEFORE_MLP = ("post_attention_layernorm", "pre_feedforward_layernorm", "ln_2")
+"""Norms whose input is `resid_mid`. In Gemma 2 and 3 `post_attention_layernorm` lies elsewhere; the settings do not tell."""
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 OFF = {
     "signed": "keeps the largest magnitudes",
