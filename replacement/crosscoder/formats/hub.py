@@ -61,9 +61,10 @@ class Reference(NamedTuple):
 
 
 def local_copy(given: str | Path) -> Path:
-    """The path that a `hf:` reference or a path stands for; see `Reference`."""
-    reference = Reference.parse(str(given))
-    return checked_path(given) if reference is None else reference.download()
+    """The path that a `hf:` reference or a path stands for; see `Reference`. A query at its end (`reference.Asked`) is kept."""
+    text, mark, query = str(given).partition("?") if not str(given).startswith("hf://") else (str(given), "", "")
+    reference = Reference.parse(text)
+    return checked_path(given) if reference is None else Path(f"{reference.download()}{mark}{query}")
 
 
 def local_file(given: str, *, beside: Path) -> Path:

@@ -6,8 +6,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from replacement.crosscoder.formats import circuit_tracer, clt_training, cross_layer_topk, llama_scope, native, sparsify
+from replacement.crosscoder.formats import (
+    circuit_tracer,
+    clt_training,
+    cross_layer_topk,
+    gemma_scope,
+    llama_scope,
+    native,
+    sparsify,
+)
 from replacement.crosscoder.formats.published import Layout, Published
+from replacement.crosscoder.formats.reference import Asked
 from replacement.crosscoder.formats.tensor_files import listed
 from replacement.files import checked_path
 
@@ -18,6 +27,7 @@ _MOST_FILES = 200
 LAYOUTS = (
     *native.LAYOUTS,
     *circuit_tracer.LAYOUTS,
+    *gemma_scope.LAYOUTS,
     *llama_scope.LAYOUTS,
     *cross_layer_topk.LAYOUTS,
     *sparsify.LAYOUTS,
@@ -37,10 +47,15 @@ def open_published(path: Path) -> Published:
     Raises:
         ValueError: nothing is there, it has no known layout (the message says what was found), or whatever its reader says.
     """
-    path = checked_path(path)
+    path, asked = Asked.split(checked_path(path))
     for layout in LAYOUTS:
-        if layout.detect(path):
-            return layout.read(path)
+        if not layout.detect(path):
+            continue
+        if layout.read_asked is not None:
+            return layout.read_asked(path, asked)
+        if asked:
+            raise ValueError(f"{path} (layout {layout.name}) says itself what it reads and writes: leave out ?{asked}")
+        return layout.read(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: expected the folder of a crosscoder")
     known = ", ".join(layout.name for layout in LAYOUTS)

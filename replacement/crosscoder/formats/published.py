@@ -14,6 +14,7 @@ from replacement.crosscoder.activation import Activation
 from replacement.crosscoder.checks import finite_values, float_dtype
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.fingerprint import sampled_fingerprint
+from replacement.crosscoder.formats.reference import Asked
 from replacement.crosscoder.mapped_file import MappedFile, WeightsInFile
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.weights_by_site import MATRICES
@@ -209,6 +210,8 @@ class Layout:
     """Whether a folder or file has this layout: reads no weights, and raises nothing."""
     read: Callable[[Path], Published]
     """Open it. Raises ValueError, naming the file, for whatever is wrong."""
+    read_asked: Callable[[Path, Asked], Published] | None = None
+    """The same with what a reference says of sites; None for layouts whose files say themselves what they read and write."""
     write: Callable[[Crosscoder, Path, torch.dtype], None] | None = None
     """Write a crosscoder into an empty folder in a dtype; None where nothing writes this layout.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.tensor_files import TensorFile
 from replacement.crosscoder.mapped_file import MappedFile
+from replacement.crosscoder.sites import Site
+from replacement.crosscoder.wiring import Wiring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +47,91 @@ class LayerWeights:
         )
 
 
-def read_layer(path: Path) -> LayerWeights:
-    """Open one layer's file.
+@dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """Names and orientation of the tensors in the files of one publisher."""
+
+    encoder: str = "W_enc"
+    decoder: str = "W_dec"
+    threshold: str = "threshold"
+    skip: str = "W_skip"
+    encoder_is_DF: bool = True
+    """Whether the encoder is `[D, F]`, applied as `x @ W`, instead of `[F, D]`."""
+    skip_is_applied_as_is: bool = False
+    """Whether the skip matrix is applied as `x @ W`, instead of `x @ W.T`."""
+    threshold_after_relu: bool = True
+    """Whether `max(h, 0)` comes first: a threshold below 0 then means 0."""
+
+
+CIRCUIT_TRACER = Spelling(threshold="activation_function.threshold", encoder_is_DF=False, threshold_after_relu=False)
+SAELENS = Spelling()
+"""Gemma Scope's `.npz` files, too."""
+GEMMA_SCOPE_2 = Spelling(encoder="w_enc", decoder="w_dec", skip="affine_skip_connection", skip_is_applied_as_is=True)
+
+
+def read_layer(path: Path, *, threshold_after_relu: bool = False) -> LayerWeights:
+    """Open one layer's file, whichever spelling it has.
 
     | spelling | encoder | decoder | threshold | skip |
     |---|---|---|---|---|
     | circuit-tracer | `W_enc [F, D]` | `W_dec [F, D]` | `activation_function.threshold` | `W_skip`, `x @ W_skip.T` |
+    | Gemma Scope (`.npz`) | `W_enc [D, F]` | `W_dec [F, D]` | `threshold` | none |
+    | Gemma Scope 2 | `w_enc [D, F]` | `w_dec [F, D]` | `threshold` | `affine_skip_connection`, `x @ W` |
+
+    Args:
+        threshold_after_relu: whether a threshold below 0 means 0, as in Gemma Scope's own code; circuit-tracer reads the same
+            files without the ReLU.
 
     Raises:
         ValueError: names the file and what is missing, misshapen or not known.
     """
     file = TensorFile(path)
-    encoder_FD = file.take("W_enc", None, None)
-    n_features, width = encoder_FD.shape
-    weights = LayerWeights(
-        encoder_FD=encoder_FD,
-        decoder_FD=file.take("W_dec", n_features, width),
-        encoder_bias_F=file.take("b_enc", n_features),
-        decoder_bias_D=file.take("b_dec", width),
-        threshold_F=file.take_if_there("activation_function.threshold", n_features),
-        skip_DD=file.take_if_there("W_skip", width, width),
-        mapped=file.mapped,
-    )
+    spelling = GEMMA_SCOPE_2 if "w_enc" in file else SAELENS if "threshold" in file else CIRCUIT_TRACER
+    factor_F = file.take_if_there("scaling_factor", None)  # of a finetuning
+    if factor_F is not None and not bool((factor_F == 1).all()):
+        raise ValueError(f"{path}: the tensor scaling_factor is not 1, which is not supported")
+    weights = take_layer(file, replace(spelling, threshold_after_relu=threshold_after_relu))
     file.finish()
     return weights
+
+
+def take_layer(file: TensorFile, spelling: Spelling) -> LayerWeights:
+    """The tensors of one layer, of one spelling."""
+    encoder_FD = file.take(spelling.encoder, None, None)
+    encoder_FD = encoder_FD.T if spelling.encoder_is_DF else encoder_FD
+    n_features, read_width = encoder_FD.shape
+    decoder_FD = file.take(spelling.decoder, n_features, None)
+    width = decoder_FD.shape[1]
+    threshold_F = file.take_if_there(spelling.threshold, n_features)
+    if threshold_F is not None and spelling.threshold_after_relu:
+        threshold_F = threshold_F.clamp(min=0)
+    if spelling.skip_is_applied_as_is:
+        skip_DD = file.take_if_there(spelling.skip, read_width, width)
+        skip_DD = None if skip_DD is None else skip_DD.T
+    else:
+        skip_DD = file.take_if_there(spelling.skip, width, read_width)
+    return LayerWeights(
+        encoder_FD=encoder_FD,
+        decoder_FD=decoder_FD,
+        encoder_bias_F=file.take("b_enc", n_features),
+        decoder_bias_D=file.take("b_dec", width),
+        threshold_F=threshold_F,
+        skip_DD=skip_DD,
+        mapped=file.mapped,
+    )
+
+
+def layer_wiring(reads: Sequence[Site], writes: Sequence[Site], layers: Sequence[LayerWeights]) -> Wiring:
+    """The wiring of one group per layer, which reads one site and writes one.
+
+    Named `autoencoder` where each writes what it reads, `per_layer` where layers 0, 1, 2 and so on are there, and
+    `transcoder` for single layers.
+    """
+    whole = len(reads) > 1 and [site.layer for site in reads] == list(range(len(reads)))
+    name = "autoencoder" if list(reads) == list(writes) else "per_layer" if whole else "transcoder"
+    widths = {site.kind: layer.encoder_FD.shape[1] for site, layer in zip(reads, layers, strict=True)}
+    widths |= {site.kind: layer.decoder_FD.shape[1] for site, layer in zip(writes, layers, strict=True)}
+    return Wiring(name, tuple((site,) for site in reads), tuple((site,) for site in writes), widths)
 
 
 def joined(layers: Sequence[LayerWeights], paths: Sequence[Path]) -> dict[str, Any]:

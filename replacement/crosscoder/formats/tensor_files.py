@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from replacement.crosscoder.checks import float_dtype
+from replacement.crosscoder.formats.numpy_files import ArraysInFile
 from replacement.crosscoder.mapped_file import MappedFile, map_tensors
 from replacement.files import read_json, read_text
 
@@ -18,7 +19,7 @@ MOST_NAMED = 8
 
 
 class TensorFile:
-    """The tensors of one safetensors file, as views of a map of it.
+    """The tensors of one safetensors or NumPy (`.npz`) file, as views of a map of it.
 
     A layout takes the tensors it knows by name and shape; `finish` then refuses a file that holds others, because what is not
     understood may change the function.
@@ -29,8 +30,13 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._tensors: Mapping[str, Tensor]
         self.mapped: MappedFile
-        self._tensors, self.mapped = map_tensors(path)
+        if path.suffix == ".npz":
+            self._tensors = arrays = ArraysInFile(path)
+            self.mapped = arrays.mapped
+        else:
+            self._tensors, self.mapped = map_tensors(path)
         self._taken: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
