@@ -41,8 +41,10 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
     Raises:
-        ValueError: names the file that cannot be read or is not JSON.
+        ValueError: names the file that does not exist, cannot be read or is not JSON.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -220,7 +220,7 @@ def renamed(name: str) -> Change:
 AT = "layers.1.mlp/cfg.json"
 MISTAKES: list[tuple[Change, str]] = [
     (lambda folder: (folder / "layers.1.mlp/sae.safetensors").unlink(), "layers.1.mlp/sae.safetensors does not exist"),
-    (lambda folder: (folder / AT).unlink(), f"{AT} is not JSON: "),
+    (lambda folder: (folder / AT).unlink(), f"{AT} does not exist"),
     (lambda folder: (folder / AT).write_text("{"), f"{AT} "),
     (cut_off, "layers.1.mlp/sae.safetensors is damaged or not a safetensors file"),
     (with_tensors(b_dec=None), "layers.1.mlp/sae.safetensors lacks the tensor b_dec: it holds "),
