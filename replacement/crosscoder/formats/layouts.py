@@ -13,6 +13,7 @@ from replacement.crosscoder.formats import (
     gemma_scope,
     llama_scope,
     native,
+    saelens,
     sparsify,
 )
 from replacement.crosscoder.formats.published import Layout, Published
@@ -28,6 +29,7 @@ LAYOUTS = (
     *native.LAYOUTS,
     *circuit_tracer.LAYOUTS,
     *gemma_scope.LAYOUTS,
+    *saelens.LAYOUTS,
     *llama_scope.LAYOUTS,
     *cross_layer_topk.LAYOUTS,
     *sparsify.LAYOUTS,

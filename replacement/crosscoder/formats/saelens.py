@@ -1,0 +1,304 @@
+"""SAELens: SAEs and transcoders, `cfg.json` and `sae_weights.safetensors` in a folder for each layer.
+
+    h = (x - b_dec) W_enc + b_enc, where `apply_b_dec_to_input`, else x W_enc + b_enc
+    a = max(h, 0), for `jumprelu` where h > threshold, for `topk` where h is among the k largest
+    y = a W_dec + b_dec (+ x W_skip^T)
+
+The subtracted `b_dec` is folded into `b_enc`, for which the encoder is read once. A threshold below 0 means 0, because a ReLU
+comes first. `batchtopk` is JumpReLU at inference. With `rescale_acts_by_decoder_norm` the k largest `h ||W_dec||` are chosen;
+activations are those of h (SAELens gives `h ||W_dec||`, and divides by the norm again when it decodes). Hooks are
+TransformerLens's, or modules of the Hugging Face model where `hf_hook_name` names one (Gemma Scope 2 saved by SAELens gives
+`hook_mlp_in`, which is another place). The first position has no features where `exclude_special_tokens` left BOS out.
+Source: SAELens 6.49, which also says what versions before 6 mean.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU, TopK
+from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.formats.circuit_tracer import READS
+from replacement.crosscoder.formats.gemma_scope import HOOKS as HF_HOOKS
+from replacement.crosscoder.formats.published import Layout, Published
+from replacement.crosscoder.formats.single_layers import SAELENS, LayerWeights, joined, layer_wiring, take_layer
+from replacement.crosscoder.formats.tensor_files import Settings, TensorFile
+from replacement.crosscoder.mapped_file import write_tensors
+from replacement.crosscoder.sites import Site
+
+NAME = "saelens"
+CONFIG_FILE, TENSOR_FILE = "cfg.json", "sae_weights.safetensors"
+HOOKS = {
+    **READS,
+    "hook_resid_post": "resid_post",
+    "hook_mlp_out": "mlp_out",
+    "hook_attn_out": "attn_out",
+    "attn.hook_z": "attn_z",
+}
+SAES = ("standard", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+HARMLESS = [
+    "dtype",
+    "device",
+    "metadata",
+    "model_name",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "prepend_bos",
+    "neuronpedia_id",
+    "context_size",
+    "seqpos_slice",
+    "dataset_path",
+    "dataset_trust_remote_code",
+    "sae_lens_version",
+    "sae_lens_training_version",
+    "hook_layer",
+    "hook_layer_out",
+    "d_out",
+    "d_sae",
+    "d_in",
+    "hook_point_layer",
+    "seed",
+    "verbose",
+]
+"""Settings of the training, and sizes that the tensors have, too."""
+
+
+def detect(path: Path) -> bool:
+    """Whether there are both files, in the folder or in folders of it."""
+    return path.is_dir() and bool(_folders(path))
+
+
+def _folders(path: Path) -> list[Path]:
+    candidates = (
+        [path] if (path / TENSOR_FILE).is_file() else sorted(file.parent for file in path.glob(f"*/{TENSOR_FILE}"))
+    )
+    return [folder for folder in candidates if (folder / CONFIG_FILE).is_file()]
+
+
+def read(path: Path) -> Published:
+    """Open one folder, or a folder of one for each layer.
+
+    Raises:
+        ValueError: names the file: an architecture, hook or setting that is not supported, tensors or entries that are
+            missing, misshapen or not known, or layers that do not fit together.
+    """
+    parts = sorted((_Layer(folder) for folder in _folders(path)), key=lambda layer: (layer.read, layer.write))
+    for first, second in itertools.pairwise(parts):
+        if first.read == second.read:
+            raise ValueError(
+                f"{path}: {first.folder.name} and {second.folder.name} both read {first.read}: name one folder"
+            )
+    for layer in parts:
+        if layer.shared != parts[0].shared:
+            raise ValueError(f"{layer.folder} has {layer.shared}, {parts[0].folder.name} has {parts[0].shared}")
+    tensors = joined([layer.weights for layer in parts], [layer.folder / TENSOR_FILE for layer in parts])
+    if parts[0].scored:
+        norms = [layer.weights.decoder_FD.float().norm(dim=1) for layer in parts]
+        tensors["tensors"]["score_factor"] = torch.stack(norms)
+    return Published(
+        layout=NAME,
+        path=path,
+        rule="h = x W_enc + b_enc, x - b_dec where apply_b_dec_to_input; a = max(h, 0), where h > threshold or among the k largest; "
+        "b_dec added to the output",
+        wiring=layer_wiring([p.read for p in parts], [p.write for p in parts], [p.weights for p in parts]),
+        activation=parts[0].activation,
+        undecomposed_positions=parts[0].undecomposed_positions,
+        model_name=parts[0].model_name,
+        **tensors,
+    )
+
+
+class _Layer:
+    """One folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        cfg = Settings(folder / CONFIG_FILE)
+        metadata = cfg.take("metadata", dict, default={})
+        where = Settings(cfg.path, metadata) if "hook_name" in metadata else cfg
+        architecture = cfg.take("architecture", str, default="standard")
+        activation_fn = cfg.take("activation_fn", str, default=cfg.take("activation_fn_str", str, default="relu"))
+        kwargs = cfg.take("activation_fn_kwargs", dict, default={})
+        if architecture == "standard" and activation_fn == "topk":  # before version 6
+            architecture = "topk"
+        if architecture not in (*SAES, *TRANSCODERS):
+            expected = ", ".join((*SAES, *TRANSCODERS))
+            raise ValueError(f"{cfg.path}: architecture: expected one of {expected}, got {architecture!r:.50}")
+        if activation_fn not in ("relu", "topk") or set(kwargs) - {"k"}:
+            raise ValueError(
+                f"{cfg.path}: activation_fn: expected relu or topk, got {activation_fn!r:.50} with {kwargs}"
+            )
+        is_transcoder = architecture in TRANSCODERS
+        self._refuse(cfg, where)
+        self.read = _site(where, "", cfg.path)
+        self.write = _site(where, "_out", cfg.path) if is_transcoder else self.read
+        subtracts = cfg.take("apply_b_dec_to_input", bool, default=not is_transcoder)
+        self.scored = cfg.take("rescale_acts_by_decoder_norm", bool, default=False)
+        if self.scored and architecture != "topk":
+            raise ValueError(f"{cfg.path}: rescale_acts_by_decoder_norm is supported with the architecture topk only")
+        k = cfg.take("k", (int, float), default=kwargs.get("k"))
+        excluded = where.take("exclude_special_tokens", (bool, list), default=False)
+        self.undecomposed_positions = int(bool(excluded))
+        self.model_name = where.take("model_name", str, default="")
+        cfg.ignore(*HARMLESS)
+        cfg.finish()
+        file = TensorFile(folder / TENSOR_FILE)
+        factor_F = file.take_if_there("scaling_factor", None)
+        if factor_F is not None and not bool((factor_F == 1).all()):
+            raise ValueError(f"{file.path}: the tensor scaling_factor (finetuning) is not 1, which is not supported")
+        weights = take_layer(file, SAELENS)
+        file.finish()
+        needs = {
+            "threshold": "jumprelu" in architecture or "batchtopk" in architecture,
+            "W_skip": "skip" in architecture,
+        }
+        for name, needed in needs.items():
+            if needed != (name in file):
+                verb = "lacks" if needed else "has"
+                raise ValueError(
+                    f"{file.path} {verb} the tensor {name}, which does not fit the architecture {architecture}"
+                )
+        if subtracts and is_transcoder:
+            raise ValueError(f"{cfg.path}: apply_b_dec_to_input is not possible in a transcoder")
+        self.weights = _folded(weights) if subtracts else weights
+        self.activation: Activation = JumpReLU() if needs["threshold"] else ReLU()
+        if architecture == "topk":
+            if not isinstance(k, int):
+                raise ValueError(f"{cfg.path}: expected a whole number k with architecture topk, got {k!r:.50}")
+            self.activation = TopK(k, scored=self.scored)
+        self.shared = (self.activation, self.model_name, self.undecomposed_positions)
+
+    def _refuse(self, cfg: Settings, where: Settings) -> None:
+        """Refuse settings that change the function in ways that a crosscoder here does not have."""
+        allowed: dict[str, tuple[Any, ...]] = {
+            "normalize_activations": ("none", None, False),
+            "reshape_activations": ("none", "hook_z"),
+            "finetuning_scaling_factor": (False, None),
+        }
+        for name, values in allowed.items():
+            value = cfg.take(name, (str, bool, type(None)), default=values[0])
+            if value not in values:
+                raise ValueError(f"{cfg.path}: {name} {value!r:.50} is not supported")
+        for name in ("hook_head_index", "hook_head_index_out", "hook_point_head_index"):
+            if where.take(name, (int, type(None)), default=None) is not None:
+                raise ValueError(f"{cfg.path}: {name}: a single head is not supported")
+
+
+def _site(where: Settings, suffix: str, path: Path) -> Site:
+    named = where.take(f"hf_hook_name{suffix}", (str, type(None)), default=None)
+    match = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d{1,9})\.(.+)", named or "")
+    if match is not None and match[2] in HF_HOOKS:
+        where.ignore(f"hook_name{suffix}")
+        return Site(int(match[1]), HF_HOOKS[match[2]])
+    old = "hook_point" if not suffix and "hook_point" in where else f"hook_name{suffix}"
+    hook = where.take(old, str)
+    match = re.fullmatch(r"blocks\.(\d{1,9})\.(.+)", hook)
+    if match is None or match[2] not in HOOKS:
+        raise ValueError(f"{path}: {old}: expected blocks.N. and one of {', '.join(HOOKS)}, got {hook!r:.80}")
+    return Site(int(match[1]), HOOKS[match[2]])
+
+
+def _folded(weights: LayerWeights) -> LayerWeights:
+    """The same with `b_enc - b_dec W_enc`, in float64, an eighth of the features at a time."""
+    bias_D = weights.decoder_bias_D.double()
+    shift_F = torch.cat([part.double() @ bias_D for part in weights.encoder_FD.chunk(8)])
+    values = {**vars(weights), "encoder_bias_F": weights.encoder_bias_F.double() - shift_F}
+    return LayerWeights(**values)
+
+
+# Writing -----------------------------------------------------------------------------------------------------------------
+
+
+def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
+    """Write both files, in folders `layer_N` where there are several layers.
+
+    Raises:
+        ValueError: names what the layout cannot say.
+    """
+    architecture = _architecture(crosscoder)
+    hooks = {kind: hook for hook, kind in HOOKS.items() if hook != "hook_mlp_in"}
+    for group in range(crosscoder.n_groups):
+        (read,), (write,) = crosscoder.wiring.reads[group], crosscoder.wiring.writes[group]
+        weights = LayerWeights.of(crosscoder, group)
+        named = {
+            "W_enc": weights.encoder_FD.T,
+            "W_dec": weights.decoder_FD,
+            "b_enc": weights.encoder_bias_F,
+            "b_dec": weights.decoder_bias_D,
+            "threshold": weights.threshold_F,
+            "W_skip": weights.skip_DD,
+        }
+        kept: Sequence[tuple[str, Tensor]] = [(name, value) for name, value in named.items() if value is not None]
+        place = folder if crosscoder.n_groups == 1 else folder / f"layer_{read.layer}"
+        place.mkdir(exist_ok=True)
+        tensors = [(name, value.shape, partial(Tensor.detach, value)) for name, value in kept]
+        write_tensors(place / TENSOR_FILE, tensors, dtype)
+        config: dict[str, Any] = {
+            "architecture": architecture,
+            "d_in": weights.encoder_FD.shape[1],
+            "d_sae": crosscoder.n_features,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": False,
+            "normalize_activations": "none",
+            "reshape_activations": "hook_z" if read.kind == "attn_z" else "none",
+            "metadata": {
+                "sae_lens_version": "6.49.0",
+                "model_name": crosscoder.model_name,
+                "hook_name": f"blocks.{read.layer}.{hooks[read.kind]}",
+                "exclude_special_tokens": bool(crosscoder.undecomposed_positions),
+            },
+        }
+        if isinstance(crosscoder.activation, TopK):
+            config |= {"k": crosscoder.activation.k, "rescale_acts_by_decoder_norm": False}
+        if read != write:
+            config["d_out"] = weights.decoder_FD.shape[1]
+            config["metadata"]["hook_name_out"] = f"blocks.{write.layer}.{hooks[write.kind]}"
+        (place / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _architecture(crosscoder: Crosscoder) -> str:
+    wiring, activation = crosscoder.wiring, crosscoder.activation
+    sites = [site for side in (wiring.reads, wiring.writes) for group in side for site in group]
+    single = all(len(group) == 1 for side in (wiring.reads, wiring.writes) for group in side)
+    names = {ReLU: "standard", JumpReLU: "jumprelu", TopK: "topk"}
+    plain = type(activation) in names and activation.to_dict().keys() <= {"name", "k", "threshold", "bandwidth"}
+    is_sae = list(wiring.reads) == list(wiring.writes)
+    problems = {
+        f"the wiring {wiring.name}": not single or len({group[0].layer for group in wiring.reads}) < wiring.n_groups,
+        f"the activation {activation.to_dict()}": not plain or isinstance(getattr(activation, "k", 0), tuple),
+        "TopK in a transcoder": isinstance(activation, TopK) and not is_sae,
+        "thresholds below 0": crosscoder.threshold is not None and bool((crosscoder.threshold < 0).any()),
+        "tied decoders": crosscoder.tied,
+        "skip connections in an SAE": crosscoder.skip and is_sae,
+        "a second model": any(site.model for site in sites),
+        f"{crosscoder.undecomposed_positions} positions without features": crosscoder.undecomposed_positions > 1,
+    }
+    refused = [problem for problem, found in problems.items() if found]
+    if refused:
+        raise ValueError(f"the layout saelens has no place for {refused[0]}")
+    if is_sae:
+        return names[type(activation)]
+    jump = "jumprelu_" if isinstance(activation, JumpReLU) else ""
+    return jump + ("skip_transcoder" if crosscoder.skip else "transcoder")
+
+
+LAYOUTS = (
+    Layout(
+        name=NAME,
+        description="SAELens: cfg.json and sae_weights.safetensors of SAEs and transcoders, one folder per layer",
+        detect=detect,
+        read=read,
+        write=write,
+    ),
+)
