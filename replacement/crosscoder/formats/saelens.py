@@ -108,8 +108,8 @@ def read(path: Path) -> Published:
     return Published(
         layout=NAME,
         path=path,
-        rule="h = x W_enc + b_enc, x - b_dec where apply_b_dec_to_input; a = max(h, 0), where h > threshold or among the k largest; "
-        "b_dec added to the output",
+        rule="h = x W_enc + b_enc, x - b_dec where apply_b_dec_to_input; a = max(h, 0), above the threshold or among the "
+        "k largest; b_dec added to the output",
         wiring=layer_wiring([p.read for p in parts], [p.write for p in parts], [p.weights for p in parts]),
         activation=parts[0].activation,
         undecomposed_positions=parts[0].undecomposed_positions,
