@@ -96,40 +96,18 @@ def write_crosscoder(setting: Setting, lm: LanguageModel, tokens_T: Tensor, fold
     outputs = lm.read(tokens_T, [Site(layer, "mlp_out") for layer in layers])
     sizes = [float(outputs[Site(layer, "mlp_out")][1:].pow(2).mean().sqrt()) for layer in layers]
     is_clt, generator = setting.crosscoder == "CLT", torch.Generator().manual_seed(1)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
     for layer in layers:
         x_TD = inputs[Site(layer, kind)][1:]
-        encoder_FD = noise(setting.n_features, setting.d_model) / float(x_TD.norm(dim=1).mean())
-        bias_F = 0.1 * noise(setting.n_features)
-        pre_TF = x_TD @ encoder_FD.T + bias_F
-        largest = pre_TF.flatten().topk(setting.n_active * len(x_TD) + 1).values
-        threshold = float(largest[-2:].mean())  # half-way between the last active feature and the next
-        written = list(layers[layer:]) if is_clt else [layer]
-        activation = (threshold if setting.activation != "relu" else 0.0) + float((largest[:-1] - threshold).mean())
-        if setting.activation == "relu":
-            bias_F -= threshold
-        scale = torch.tensor(
-            [sizes[w] / (activation * ((w + 1 if is_clt else 1) * setting.n_active) ** 0.5) for w in written]
-        )
-        decoder_FWD = noise(setting.n_features, len(written), setting.d_model) * scale[:, None]
-        tensors = {"W_enc": encoder_FD, "b_enc": bias_F, "b_dec": 0.1 * sizes[layer] * noise(setting.d_model)}
-        if setting.crosscoder == "skip PLT":
-            tensors["W_skip"] = (
-                noise(setting.d_model, setting.d_model) * 0.5 * sizes[layer] / float(x_TD.norm(dim=1).mean())
-            )
-        if setting.activation == "jumprelu":
-            name = "threshold" if is_clt else "activation_function.threshold"
-            tensors[name] = torch.full((setting.n_features,), threshold)
+        written = {w: sizes[w] / (w + 1) ** 0.5 for w in layers[layer:]} if is_clt else {layer: sizes[layer]}
+        tensors = _layer(setting, x_TD, list(written.values()), sizes[layer], generator)
         if is_clt:
-            save_file(
-                {f"{name}_{layer}": value for name, value in tensors.items()}, folder / f"W_enc_{layer}.safetensors"
-            )
-            save_file({f"W_dec_{layer}": decoder_FWD}, folder / f"W_dec_{layer}.safetensors")
+            tensors = {f"{name}_{layer}": value for name, value in tensors.items()}
+            save_file({f"W_dec_{layer}": tensors.pop(f"W_dec_{layer}")}, folder / f"W_dec_{layer}.safetensors")
+            save_file(tensors, folder / f"W_enc_{layer}.safetensors")
         else:
-            save_file({**tensors, "W_dec": decoder_FWD[:, 0].contiguous()}, folder / f"layer_{layer}.safetensors")
+            names = {"threshold": "activation_function.threshold"}
+            tensors = {names.get(name, name): value for name, value in tensors.items()}
+            save_file(tensors | {"W_dec": tensors["W_dec"][:, 0].contiguous()}, folder / f"layer_{layer}.safetensors")
     config = {
         "model_name": lm.name,
         "model_kind": "cross_layer_transcoder" if is_clt else "transcoder_set",
@@ -140,6 +118,37 @@ def write_crosscoder(setting: Setting, lm: LanguageModel, tokens_T: Tensor, fold
     if setting.activation == "topk":
         config |= {"activation": "topk", "k": setting.n_active}
     (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML too
+
+
+def _layer(
+    setting: Setting, x_TD: Tensor, written: list[float], size: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Weights of one layer's features.
+
+    Args:
+        x_TD: what they read, which sets their thresholds.
+        written: size of what they are to write to each layer, all features active at a token together.
+        size: size of the layer's MLP output.
+    """
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    F, D, norm = setting.n_features, setting.d_model, float(x_TD.norm(dim=1).mean())
+    tensors = {"W_enc": noise(F, D) / norm, "b_enc": 0.1 * noise(F), "b_dec": 0.1 * size * noise(D)}
+    pre_TF = x_TD @ tensors["W_enc"].T + tensors["b_enc"]
+    largest = pre_TF.flatten().topk(setting.n_active * len(x_TD) + 1).values
+    threshold = float(largest[-2:].mean())  # half-way between the last active feature and the next
+    activation = float(largest[:-1].mean())
+    if setting.activation == "relu":
+        tensors["b_enc"] -= threshold
+        activation -= threshold
+    elif setting.activation == "jumprelu":
+        tensors["threshold"] = torch.full((F,), threshold)
+    if setting.crosscoder == "skip PLT":
+        tensors["W_skip"] = 0.5 * size / norm * noise(D, D)
+    scale_W = torch.tensor(written) / (activation * setting.n_active**0.5)
+    return tensors | {"W_dec": noise(F, len(written), D) * scale_W[:, None]}
 
 
 def run_apart(*command: str, threads: int | None = None) -> dict[str, Any]:
