@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from circuits.heads.node_credit import source_credit
     from circuits.heads.qk_attribution import QKAttributor, attribute_score
     from circuits.heads.qk_result import QKAttribution
+    from circuits.many_prompts import PromptLine, read_prompts, trace_many
+    from circuits.trace_options import TraceOptions
 
 __all__ = [
     "CircuitGraph",
@@ -33,16 +35,20 @@ __all__ = [
     "HeadView",
     "NodeKind",
     "NodeTable",
+    "PromptLine",
     "QKAttribution",
     "QKAttributor",
     "Scores",
     "TokenTarget",
+    "TraceOptions",
     "attribute_score",
     "head_view",
     "plot_heads",
+    "read_prompts",
     "source_credit",
     "split_heads",
     "trace",
+    "trace_many",
     "with_heads",
     "with_labels",
 ]
@@ -56,16 +62,20 @@ _LAZY = {
     "HeadView": "circuits.heads.feature_heads",
     "NodeKind": "circuits.graph.nodes",
     "NodeTable": "circuits.graph.nodes",
+    "PromptLine": "circuits.many_prompts",
     "QKAttribution": "circuits.heads.qk_result",
     "QKAttributor": "circuits.heads.qk_attribution",
     "Scores": "circuits.graph.scores",
     "TokenTarget": "circuits.attribution.targets",
+    "TraceOptions": "circuits.trace_options",
     "attribute_score": "circuits.heads.qk_attribution",
     "head_view": "circuits.heads.feature_heads",
     "plot_heads": "circuits.heads.heat_map",
+    "read_prompts": "circuits.many_prompts",
     "source_credit": "circuits.heads.node_credit",
     "split_heads": "circuits.heads.edge_split",
     "trace": "circuits.attribution.trace",
+    "trace_many": "circuits.many_prompts",
     "with_heads": "circuits.heads.edge_split",
     "with_labels": "circuits.attribution.labels",
 }

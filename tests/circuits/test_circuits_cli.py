@@ -16,10 +16,13 @@ from rich.console import Console
 import circuits
 import replacement
 from circuits import CircuitGraph
-from circuits.cli import CIRCUIT_FILES, main
+from circuits.cli import main
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.report import page
+from circuits.trace_options import FORMATS, files_of
 from replacement.console import show
+
+FILES = files_of(FORMATS)
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def fails(capsys, *arguments: object) -> str:
 def test_trace_writes_every_file(tracer, tmp_path, capsys, small) -> None:
     out = tmp_path / "new" / "folder"
     assert main(["trace", "a b", "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {"graph.safetensors", *CIRCUIT_FILES.values()}
+    assert {path.name for path in out.iterdir()} == set(FILES.values())
     assert CircuitGraph.load(out / "graph.safetensors") == small
     circuit = CircuitGraph.load(out / "circuit.safetensors")
     assert dataclasses.replace(circuit, heads=None) == small.prune()
@@ -123,7 +126,7 @@ def test_trace_passes_options_on(tracer, tmp_path) -> None:
     assert main(["trace", "hi", *options, "--max-nodes", "7", "--memory", "4GB", "--out", str(tmp_path)]) == 0
     assert tracer[0]["targets"] == [" x", " y"]
     assert (tracer[0]["model"], tracer[0]["coverage"], tracer[0]["max_nodes"]) == ("gpt2 with here", 0.5, 7)
-    assert tracer[0]["memory"] == 4 * 10**9
+    assert tracer[0]["memory"] == "4GB"
     assert main(["trace", "hi", "--attention", "features", "--attention-crosscoder", "z", "--out", str(tmp_path)]) == 0
     assert main(["trace", "hi", "--attention", "features", "--out", str(tmp_path)]) == 0
     assert main(["trace", "hi", "--attention-crosscoder", "z", "--dtype", "float64", "--out", str(tmp_path)]) == 0
@@ -161,7 +164,7 @@ def test_json_is_exactly_one_object(tracer, tmp_path, capsys, small) -> None:
     assert facts["scores"]["replacement"] == pytest.approx(small.scores().replacement)
     assert facts["pruned_scores"]["completeness"] == pytest.approx(pruned.scores().completeness)
     assert facts["stopped_by"] == "coverage"
-    assert set(facts["files"]) == {"graph", *CIRCUIT_FILES}
+    assert set(facts["files"]) == set(FILES)
     assert CircuitGraph.load(facts["files"]["graph"]) == small
 
 
@@ -281,17 +284,17 @@ def test_a_trace_keeps_other_files_and_links_to_folders(tracer, tmp_path, small)
     (tmp_path / "link").symlink_to("real")
     assert main(["trace", "a b", "--out", str(tmp_path / "link")]) == 0
     assert (tmp_path / "link").is_symlink()
-    names = {"notes.txt", "graph.safetensors", *CIRCUIT_FILES.values()}
+    names = {"notes.txt", *FILES.values()}
     assert {path.name for path in (tmp_path / "real").iterdir()} == names
 
 
 def test_the_next_trace_removes_what_a_killed_one_left(tracer, saved, tmp_path) -> None:
     folder = tmp_path / "folder"
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom circuits.cli import CircuitGraph, _write_all\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom circuits.trace_command import CircuitGraph, write_all\n"
         "graph = CircuitGraph.load(sys.argv[1])\n"
         "CircuitGraph.export = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "_write_all(graph, graph, Path(sys.argv[2]))"
+        "write_all(graph, graph, Path(sys.argv[2]))"
     )
     ran = subprocess.run([sys.executable, "-c", script, saved, folder / "out"], capture_output=True, timeout=60)
     assert ran.returncode == -9
@@ -343,12 +346,12 @@ def test_an_interrupted_trace_is_written_and_said_to_be_partial(tracer, tmp_path
 
 
 def test_a_file_too_large_for_neuronpedia_is_written_and_said_so(tracer, tmp_path, capsys, monkeypatch) -> None:
-    path = tmp_path / CIRCUIT_FILES["neuronpedia"]
+    path = tmp_path / FILES["neuronpedia"]
     arguments = ["trace", "a b", "--out", str(tmp_path), "--edge-threshold", "0.9"]
     assert main(arguments) == 0
     size = path.stat().st_size
     for limit, is_too_large in ((size, False), (size - 1, True)):
-        monkeypatch.setattr("circuits.cli.UPLOAD_BYTES", limit)
+        monkeypatch.setattr("circuits.trace_command.UPLOAD_BYTES", limit)
         capsys.readouterr()
         assert main(arguments) == 0
         error = capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""Everything that `circuits trace` does to one prompt: trace, prune, label, name heads, write files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from circuits.attribution.limits import LABELLED, MAX_NODES, memory_bytes
+from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.conventions import named_conventions
+from circuits.graph.exporters import exporter, file_formats
+from circuits.graph.pruning import check_threshold
+
+if TYPE_CHECKING:
+    from circuits.attribution.estimate import Estimate
+    from replacement import ReplacementModel
+
+GRAPH_FILE = "graph.safetensors"
+FORMATS = tuple(name for name, exporter in file_formats().items() if exporter.fallback is None)
+"""Of the pruned circuit; pictures that need Graphviz are left to `circuits export`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions:
+    """Options of a trace, with the same defaults in Python and on the command line.
+
+    Raises:
+        ValueError: a number outside its range, or unknown conventions.
+    """
+
+    coverage: float = 0.99
+    """Share of influence that is followed back, 0 to 1."""
+    max_nodes: int = MAX_NODES
+    """Most features to expand."""
+    drop_below: float = 0.0
+    """Edges below this share of their target's inflow are left out; they count as lost."""
+    conventions: str = "exact"
+    """`exact`, or `circuit-tracer` for graphs that agree with that package's."""
+    node_threshold: float = 0.8
+    """Share of influence that the kept nodes hold, 0 to 1."""
+    edge_threshold: float = 0.98
+    """Share of edge influence that the kept edges hold, 0 to 1."""
+    heads: bool = True
+    """Whether the heads of the pruned circuit's edges are named."""
+    memory: str | None = None
+    """Most memory for the process, such as `4GB`; what is available by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("node_threshold", "edge_threshold", "coverage", "drop_below"):
+            check_threshold(name.replace("_", "-"), getattr(self, name))
+        named_conventions(self.conventions)
+        if self.max_nodes < 1:
+            raise ValueError(f"max-nodes: expected at least 1, given {self.max_nodes}")
+        if self.memory is not None:
+            memory_bytes(self.memory)
+
+    def trace(
+        self,
+        model: ReplacementModel,
+        prompt: str,
+        targets: Iterable[str] | None = None,
+        *,
+        announce: Callable[[Estimate], None] | None = None,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> tuple[CircuitGraph, CircuitGraph]:
+        """The full graph of a prompt, and its pruned circuit with labels and heads; see `circuits.trace`."""
+        import circuits
+
+        graph = circuits.trace(
+            model,
+            prompt,
+            targets=list(targets or ()) or None,
+            coverage=self.coverage,
+            max_nodes=self.max_nodes,
+            drop_below=self.drop_below,
+            conventions=self.conventions,
+            memory=self.memory,
+            announce=announce,
+            progress=progress,
+        )
+        pruned = graph.prune(nodes=self.node_threshold, edges=self.edge_threshold)
+        circuit = circuits.with_labels(model, pruned, most=LABELLED)
+        return graph, circuits.with_heads(model, circuit) if self.heads else circuit
+
+
+def check_formats(names: Iterable[str]) -> tuple[str, ...]:
+    """The names of formats of files, each once.
+
+    Raises:
+        ValueError: a name that no format has.
+    """
+    return tuple(dict.fromkeys(exporter(name, writes_files=True).name for name in names))
+
+
+def files_of(formats: Iterable[str]) -> dict[str, str]:
+    """The names of the files that `write_files` writes, by format; the full graph's is called `graph`."""
+    suffixes = {name: exporter.suffix for name, exporter in file_formats().items()}
+    return {"graph": GRAPH_FILE, **{name: f"circuit{suffixes[name]}" for name in formats}}
+
+
+def write_files(graph: CircuitGraph, circuit: CircuitGraph, folder: Path, formats: Iterable[str]) -> None:
+    """Write the full graph, and the circuit in some formats, into a folder."""
+    for name, file in files_of(formats).items():
+        if name == "graph":
+            graph.save(folder / file)
+        else:
+            circuit.export(name, folder / file)
+
+
+def facts_of(graph: CircuitGraph, circuit: CircuitGraph) -> dict[str, Any]:
+    """Figures of one trace for a table: counts, scores, the identity error, and what ended it."""
+    full, pruned = graph.scores(), circuit.scores()
+    return {
+        "nodes": len(graph.nodes),
+        "edges": len(graph.edges),
+        "replacement": full.replacement,
+        "completeness": full.completeness,
+        "circuit_nodes": len(circuit.nodes),
+        "circuit_edges": len(circuit.edges),
+        "circuit_replacement": pruned.replacement,
+        "circuit_completeness": pruned.completeness,
+        "identity_error": graph.identity_error,
+        "stopped_by": graph.metadata["stopped_by"],
+    }
