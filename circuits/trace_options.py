@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import circuits.export  # noqa: F401 - registers the formats
 from circuits.attribution.limits import LABELLED, MAX_NODES, memory_bytes
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.conventions import named_conventions
@@ -66,9 +67,11 @@ class TraceOptions:
         progress: Callable[[int, float], None] | None = None,
     ) -> tuple[CircuitGraph, CircuitGraph]:
         """The full graph of a prompt, and its pruned circuit with labels and heads; see `circuits.trace`."""
-        import circuits
+        from circuits.attribution.labels import with_labels
+        from circuits.attribution.trace import trace
+        from circuits.heads.edge_split import with_heads
 
-        graph = circuits.trace(
+        graph = trace(
             model,
             prompt,
             targets=list(targets or ()) or None,
@@ -81,8 +84,8 @@ class TraceOptions:
             progress=progress,
         )
         pruned = graph.prune(nodes=self.node_threshold, edges=self.edge_threshold)
-        circuit = circuits.with_labels(model, pruned, most=LABELLED)
-        return graph, circuits.with_heads(model, circuit) if self.heads else circuit
+        circuit = with_labels(model, pruned, most=LABELLED)
+        return graph, with_heads(model, circuit) if self.heads else circuit
 
 
 def check_formats(names: Iterable[str]) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import circuits
 import replacement
 from circuits import CircuitGraph
 from circuits.cli import main
@@ -54,7 +53,7 @@ def tracer(monkeypatch, small) -> list[dict]:
 
     tracing.trace, splitting.with_heads = trace, with_heads
     monkeypatch.setattr(replacement, "load", load)
-    monkeypatch.setattr(circuits, "with_labels", lambda model, graph, **_: graph, raising=False)
+    monkeypatch.setattr("circuits.attribution.labels.with_labels", lambda model, graph, **_: graph)
     monkeypatch.setitem(sys.modules, "circuits.heads.edge_split", splitting)
     monkeypatch.setitem(sys.modules, "circuits.attribution.trace", tracing)
     return calls
@@ -223,7 +222,7 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
         (["trace", "a", "--coverage", "much"], "Invalid value for '--coverage'"),
         (["trace", "a", "--max-nodes", "1.5"], "Invalid value for '--max-nodes'"),
         (["trace", "a", "--bogus"], "No such option: --bogus"),
-        (["trace"], "Missing argument"),
+        (["trace"], "prompt: expected some text, given none"),
         (["bogus"], "No such command"),
         (["show", "missing.safetensors"], "missing.safetensors: expected a circuit file, but there is no such file"),
         (["prune", "missing.safetensors"], "missing.safetensors: expected a circuit file, but there is no such file"),

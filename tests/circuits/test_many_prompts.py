@@ -117,7 +117,7 @@ def test_other_options_are_refused_before_any_work(
 
 def test_a_folder_of_something_else_is_refused(model: Any, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    with pytest.raises(ValueError, match=r"record.json is not JSON"):
+    with pytest.raises(ValueError, match=r"record.json does not exist"):
         trace_many(model, [PromptLine(id="a", prompt="the hammer was")], tmp_path)
     (tmp_path / "a" / "record.json").write_text("{}")
     with pytest.raises(ValueError, match=r"record.json is no record of a traced prompt"):
