@@ -99,6 +99,8 @@ def _run(facts: Mapping[str, Any]) -> str:
         parts.append(f"stopped by {facts['stopped_by']}")
     if "unexpanded_share" in facts:
         parts.append(f"{100 * facts['unexpanded_share']:.2g} % not expanded")
+    if "left_out_share" in facts:
+        parts.append(f"{100 * facts['left_out_share']:.2g} % left out by the graph's conventions")
     if "seconds" in facts:
         parts.append(f"{facts['seconds']:.2f} s")
     return ", ".join(parts)

@@ -120,9 +120,18 @@ def test_the_page_says_which_token_is_meant(small, position: int, token: str, ti
     assert [line for line in lines if line in ("Next token", "Targets") or line.startswith("Token after")] == titles
 
 
+def test_the_page_says_what_conventions_left_out(small) -> None:
+    facts = {**small.metadata, "conventions": "circuit-tracer", "left_out_share": 0.25}
+    console = Console(file=io.StringIO(), width=200)
+    show(page({"full": dataclasses.replace(small, metadata=facts)}, {}), console)
+    assert "0 % not expanded, 25 % left out by the graph's conventions, 0.10 s" in console.file.getvalue()
+
+
 def test_trace_passes_options_on(tracer, tmp_path) -> None:
     options = ["--model", "gpt2", "--crosscoder", "here", "--target", " x", "--target", " y", "--coverage", "0.5"]
+    options += ["--conventions", "circuit-tracer"]
     assert main(["trace", "hi", *options, "--max-nodes", "7", "--memory", "4GB", "--out", str(tmp_path)]) == 0
+    assert tracer[0]["conventions"] == "circuit-tracer"
     assert tracer[0]["targets"] == [" x", " y"]
     assert (tracer[0]["model"], tracer[0]["coverage"], tracer[0]["max_nodes"]) == ("gpt2 with here", 0.5, 7)
     assert tracer[0]["memory"] == "4GB"
