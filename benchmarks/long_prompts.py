@@ -3,10 +3,10 @@
     python benchmarks/long_prompts.py                                    32, 256 and 1,024 tokens, 2,000 features expanded
     python benchmarks/long_prompts.py --peer PEER/bin/python             also circuit-tracer, installed in its own environment
 
-The model has the shapes of GPT-2 small (12 layers, d_model 768) and random weights; its crosscoder is a CLT with thresholds
-(JumpReLU) that leave 8 features active for each layer and token, about 100 in all, unevenly over positions. Both are folders
-that circuit-tracer reads too (see `circuit_tracer_files.py`). Every measurement is a process of its own, so that its peak
-memory is its own. Times are those of a whole trace, and of the rows alone: everything between a localized prompt and its
+The model has the shapes of GPT-2 small (12 layers, d_model 768) and random weights; its crosscoder (a CLT by default) has
+thresholds (JumpReLU) that leave 8 features active for each layer and token, about 100 in all, unevenly over positions. Both are
+folders that circuit-tracer reads too (see `circuit_tracer_files.py`). Every measurement is a process of its own, so that its
+peak memory is its own. Times are those of a whole trace, and of the rows alone: everything between a localized prompt and its
 finished rows. `floor` is the number of floating-point operations (see `benchmarks/attribution.py`) over the speed of one
 [2048, D] x [D, D] product, measured before and after in the same process.
 
@@ -40,10 +40,10 @@ D = 768
 PEER = Path(__file__).with_name("circuit_tracer_peer.py")
 
 
-def write(n_tokens: int, folder: Path) -> list[str]:
+def write(n_tokens: int, crosscoder: str, folder: Path) -> list[str]:
     """Write the model, the crosscoder and a prompt; returns the arguments that say where they are."""
     setting = Setting(
-        "GPT-2", "CLT", "jumprelu", n_layers=12, d_model=D, n_features=2048, n_active=8, n_tokens=n_tokens
+        "GPT-2", crosscoder, "jumprelu", n_layers=12, d_model=D, n_features=2048, n_active=8, n_tokens=n_tokens
     )
     tokens_T = write_model(setting, folder / "model")
     write_crosscoder(setting, LanguageModel.from_pretrained(folder / "model"), tokens_T, folder / "crosscoder")
@@ -95,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time attribution of long prompts.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 256, 1024], help="tokens of the prompts")
     parser.add_argument("--nodes", type=int, default=2000, help="features expanded")
+    parser.add_argument("--crosscoder", default="CLT", choices=("CLT", "PLT", "skip PLT"), help="kind of crosscoder")
     parser.add_argument("--peer", default="", help="Python of an environment that has circuit-tracer")
     parser.add_argument("--peer-lengths", type=int, nargs="*", default=[32, 256], help="lengths that the peer is given")
     parser.add_argument("--peer-batch", type=int, default=64, help="targets of one backward pass of the peer")
@@ -107,7 +108,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine()}")
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as folder:
-            files = write(length, Path(folder))
+            files = write(length, options.crosscoder, Path(folder))
             ours = run_apart(sys.executable, __file__, "--nodes", str(options.nodes), "--one", *files)
             print(
                 f"{length} tokens: {ours['active']:,} active features, {ours['expanded']:,} expanded, {ours['edges']:,} edges"
