@@ -98,18 +98,24 @@ class EdgeHeads:
             heads: float[E, L, H].
             listed: share of the summed magnitudes that the listed heads must hold, unless that takes more than `MOST_LISTED`.
         """
-        blocks = [
-            _strongest(heads[begin : begin + _EDGES_AT_ONCE], listed)
-            for begin in range(0, max(1, len(heads)), _EDGES_AT_ONCE)  # one empty block where there are no edges
-        ]
-        number, weight, counts, rest = (np.concatenate(column) for column in zip(*blocks, strict=True))
+        n_edges, _, n_heads = heads.shape
+        counts, rest = np.zeros(n_edges, np.int64), np.zeros(n_edges, np.float32)
+        # Results have their place beforehand: small ones between large ones that come and go would keep these apart in memory.
+        number = np.empty(n_edges * MOST_LISTED, np.int32)
+        weight = np.empty(n_edges * MOST_LISTED, np.float32)
+        n_pairs = 0
+        for begin in range(0, n_edges, _EDGES_AT_ONCE):
+            block = slice(begin, begin + _EDGES_AT_ONCE)
+            listed_numbers, listed_weights, counts[block], rest[block] = _strongest(heads[block], listed)
+            pairs = slice(n_pairs, n_pairs + len(listed_numbers))
+            number[pairs], weight[pairs], n_pairs = listed_numbers, listed_weights, pairs.stop
         return cls(
             direct=direct.astype(np.float32),
             rest=rest,
             indptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            layer=(number // heads.shape[2]).astype(np.int16),
-            head=(number % heads.shape[2]).astype(np.int16),
-            weight=weight,
+            layer=(number[:n_pairs] // n_heads).astype(np.int16),
+            head=(number[:n_pairs] % n_heads).astype(np.int16),
+            weight=weight[:n_pairs].copy(),
         )
 
     def __repr__(self) -> str:

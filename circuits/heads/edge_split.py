@@ -129,8 +129,7 @@ class _Split:
             else:
                 self._first_hop()
         direct_E = self.direct_E.double().cpu().numpy()
-        parts = [_sums(heads_CX) for heads_CX in self.heads_ELH.flatten(1).split(_EDGES_AT_ONCE)]
-        sum_E, magnitude_E = (np.concatenate(column) for column in zip(*parts, strict=True))
+        sum_E, magnitude_E = _sums(self.heads_ELH.flatten(1))
         sum_E += direct_E
         edges, nodes = self.graph.edges, self.graph.nodes
 
@@ -228,10 +227,16 @@ class _Split:
             yield edges_E, row_E, self.target_E[edges_E], sources_N, int(self.position_S[sources_N].min()), stop
 
 
-def _sums(heads_CX: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and sums of magnitudes over all heads of some edges, in float64."""
-    exact_CX = heads_CX.double()
-    return exact_CX.sum(1).cpu().numpy(), exact_CX.abs().sum(1).cpu().numpy()
+def _sums(heads_EX: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and sums of magnitudes over all heads of every edge, in float64."""
+    # Results have their place beforehand: small ones between large ones that come and go would keep these apart in memory.
+    sums_2E = heads_EX.new_empty(2, len(heads_EX), dtype=torch.float64)
+    for heads_CX, sums_2C in zip(heads_EX.split(_EDGES_AT_ONCE), sums_2E.split(_EDGES_AT_ONCE, dim=1), strict=True):
+        exact_CX = heads_CX.double()
+        torch.sum(exact_CX, 1, out=sums_2C[0])
+        torch.sum(exact_CX.abs(), 1, out=sums_2C[1])
+    sum_E, magnitude_E = sums_2E.cpu().numpy()
+    return sum_E, magnitude_E
 
 
 def _by_position(
