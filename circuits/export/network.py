@@ -10,6 +10,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
+from circuits.graph.edge_heads import EdgeRow
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import register
 from circuits.graph.influence import edge_influence, node_influence
@@ -60,11 +61,12 @@ def _node_facts(graph: GraphData) -> Facts:
     return columns
 
 
-def _edge_facts(graph: GraphData, block: slice, influence: np.ndarray) -> Facts:
+def _edge_facts(graph: GraphData, block: slice, influence: np.ndarray, rows: list[EdgeRow] | None = None) -> Facts:
+    """Facts of a block of edges; `rows` are its heads, where somebody has taken them already."""
     columns: Facts = {"weight": graph.edges.weight[block].tolist(), "influence": influence[block].tolist()}
     if graph.heads is not None:
         columns["direct"] = graph.heads.direct[block].tolist()
-        columns["heads"] = [row.text() for row in graph.heads.rows(block)]
+        columns["heads"] = [row.text() for row in rows or graph.heads.rows(block)]
     return columns
 
 
@@ -72,7 +74,7 @@ def _edge_facts(graph: GraphData, block: slice, influence: np.ndarray) -> Facts:
 def to_node_link(graph: GraphData) -> dict[str, Any]:
     """The graph as a JSON object, its edges as an iterator; `networkx.node_link_graph(json.load(file))` reads the file.
 
-    Where heads are known, `by_head` of an edge lists its heads as `{layer, head, weight}`, the strongest first.
+    Where heads are known, `by_head` of an edge lists its heads as `[layer, head, weight]`, the strongest first.
     """
     nodes = zip(graph.nodes.ids(), _rows(_node_facts(graph)), strict=True)
     return {
@@ -87,12 +89,10 @@ def to_node_link(graph: GraphData) -> dict[str, Any]:
 def _links(graph: GraphData) -> Iterator[dict[str, Any]]:
     ids, edges, influence = graph.nodes.ids(), graph.edges, edge_influence(graph)
     for block in _blocks(len(edges)):
-        columns = _edge_facts(graph, block, influence)
-        if graph.heads is not None:
-            columns["by_head"] = [
-                [{"layer": layer, "head": head, "weight": weight} for layer, head, weight in row.heads]
-                for row in graph.heads.rows(block)
-            ]
+        rows = None if graph.heads is None else graph.heads.rows(block)
+        columns = _edge_facts(graph, block, influence, rows)
+        if rows is not None:
+            columns["by_head"] = [row.heads for row in rows]
         columns["source"] = [ids[node] for node in edges.source[block].tolist()]
         columns["target"] = [ids[node] for node in edges.target[block].tolist()]
         yield from _rows(columns)

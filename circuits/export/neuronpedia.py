@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.edge_heads import EdgeRow, ranges
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import register
 from circuits.graph.influence import node_influence
@@ -154,25 +154,25 @@ def _links(graph: GraphData, host: np.ndarray, ids: list[str]) -> Iterator[dict[
     order = np.argsort(first)
     for begin in range(0, len(order), _LINKS_AT_ONCE):
         chosen = order[begin : begin + _LINKS_AT_ONCE]
-        columns = (
-            source[first[chosen]],
-            target[first[chosen]],
-            weight[chosen],
-            ends[chosen - 1] * (chosen > 0),
-            ends[chosen],
-        )
-        for start, end, value, from_edge, to_edge in zip(*(column.tolist() for column in columns), strict=True):
-            link = {"source": ids[start], "target": ids[end], "weight": value}
-            yield link if heads is None else link | _link_heads(heads, by_link[from_edge:to_edge])
+        columns = (source[first[chosen]].tolist(), target[first[chosen]].tolist(), weight[chosen].tolist())
+        links = ({"source": ids[a], "target": ids[b], "weight": value} for a, b, value in zip(*columns, strict=True))
+        if heads is None:
+            yield from links
+            continue
+        starts, stops = ends[chosen - 1] * (chosen > 0), ends[chosen]
+        rows = iter(heads.rows(by_link[ranges(starts, stops)]))
+        for link, count in zip(links, (stops - starts).tolist(), strict=True):
+            yield link | _link_heads(list(itertools.islice(rows, count)))
 
 
-def _link_heads(heads: EdgeHeads, edges: np.ndarray) -> dict[str, Any]:
+def _link_heads(rows: list[EdgeRow]) -> dict[str, Any]:
     """What the heads of some edges, merged into a link, carry: the direct part, and the strongest heads."""
-    weights: dict[tuple[int, int], float] = defaultdict(float)
-    for layer, head, weight in itertools.chain.from_iterable(map(heads.of, edges.tolist())):
-        weights[layer, head] += weight
-    strongest = sorted(weights.items(), key=lambda item: -abs(item[1]))[:HEADS_PER_LINK]
-    return {
-        "direct": float(heads.direct[edges].sum()),
-        "heads": [[layer, head, weight] for (layer, head), weight in strongest],
-    }
+    heads = rows[0].heads
+    if len(rows) > 1:
+        weights: dict[tuple[int, int], float] = defaultdict(float)
+        for layer, head, weight in itertools.chain.from_iterable(row.heads for row in rows):
+            weights[layer, head] += weight
+        merged = sorted(weights.items(), key=lambda item: -abs(item[1]))
+        heads = [(layer, head, weight) for (layer, head), weight in merged]
+    strongest = [list(head) for head in heads[:HEADS_PER_LINK]]
+    return {"direct": sum(row.direct for row in rows), "heads": strongest}

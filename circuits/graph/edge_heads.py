@@ -178,20 +178,28 @@ class EdgeHeads:
         (row,) = self.rows(slice(edge, edge + 1))
         return row.text(most=most, least=least)
 
-    def rows(self, edges: slice) -> list[EdgeRow]:
-        """The heads of many edges as Python values, much faster than one by one."""
-        begin, end, _ = edges.indices(len(self))
-        pairs = slice(int(self.indptr[begin]), int(self.indptr[end]))
-        layer, head, weight = (column[pairs].tolist() for column in (self.layer, self.head, self.weight))
-        listed = list(zip(layer, head, weight, strict=True))
-        starts = (self.indptr[begin : end + 1] - self.indptr[begin]).tolist()
-        ends = zip(self.direct[edges].tolist(), self.rest[edges].tolist(), itertools.pairwise(starts), strict=True)
-        return [EdgeRow(direct, rest, listed[first:last]) for direct, rest, (first, last) in ends]
+    def rows(self, edges: slice | np.ndarray) -> list[EdgeRow]:
+        """The heads of many edges (a slice, or their numbers) as Python values, much faster than one by one."""
+        number = np.arange(len(self))[edges] if isinstance(edges, slice) else edges
+        starts, stops = self.indptr[number], self.indptr[number + 1]
+        pairs = ranges(starts, stops)
+        columns = (column[pairs].tolist() for column in (self.layer, self.head, self.weight))
+        listed = list(zip(*columns, strict=True))
+        ends = np.concatenate([[0], np.cumsum(stops - starts)]).tolist()
+        facts = zip(self.direct[number].tolist(), self.rest[number].tolist(), itertools.pairwise(ends), strict=True)
+        return [EdgeRow(direct, rest, listed[first:last]) for direct, rest, (first, last) in facts]
 
     def __iter__(self) -> Iterator[EdgeRow]:
         """The heads of every edge; as Python values, those of all edges together would take a hundred times their memory."""
         for begin in range(0, len(self), _EDGES_AT_ONCE):
             yield from self.rows(slice(begin, begin + _EDGES_AT_ONCE))
+
+
+def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """The numbers of several ranges, one after the other."""
+    lengths = stops - starts
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
 
 
 def _strongest(heads: np.ndarray, listed: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,13 +77,26 @@ def export(graph: GraphData, name: str, path: str | os.PathLike[str]) -> Path:
     """
     chosen, path = exporter(name, writes_files=True), check_file(path)
     try:
-        return write_atomic(path, content(graph, chosen))
+        with _without_garbage_collection():
+            return write_atomic(path, content(graph, chosen))
     except MissingProgramError as error:
         if chosen.fallback is None:
             raise
         instead = exporter(chosen.fallback)
         written = write_atomic(path.with_suffix(str(instead.suffix)), content(graph, instead))
         raise MissingProgramError(f"{error}; the graph was written as {instead.name} to {written}") from error
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Exports make millions of small values without cycles; looking for cycles among them takes a quarter of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def content(graph: GraphData, chosen: Exporter) -> str | bytes | Iterable[str]:

@@ -54,8 +54,8 @@ def test_heads_are_written_on_edges(with_heads, tmp_path) -> None:
     assert network.edges["0_7_0", "1_3_1"]["heads"] == edge["heads"]
     links = json.loads(with_heads.export("json", tmp_path / "c.json").read_text())["edges"]
     link = next(link for link in links if (link["source"], link["target"]) == ("0_7_0", "1_3_1"))
-    assert [(one["layer"], one["head"]) for one in link["by_head"]] == [(1, 2), (0, 1)]
-    assert link["direct"] + sum(one["weight"] for one in link["by_head"]) == pytest.approx(link["weight"])
+    assert [(layer, head) for layer, head, _ in link["by_head"]] == [(1, 2), (0, 1)]
+    assert link["direct"] + sum(weight for *_, weight in link["by_head"]) == pytest.approx(link["weight"])
     assert 'label="L1H2"' in with_heads.to_dot()
     assert ">L1H2</text>" in with_heads.to_svg()
     assert "direct 50 %" in with_heads.to_svg()
