@@ -155,7 +155,9 @@ def validate(
 Source = Annotated[
     str,
     typer.Argument(
-        help="`demo`, the folder of a training run or of a crosscoder, or hf:ORG/REPO[/PATH][@REVISION].",
+        help="The crosscoder: `demo`, the folder of a training run, a file or folder in any layout that `replacement layouts` "
+        "lists, or one on the Hugging Face hub: hf:ORG/REPO, hf:ORG/REPO/PATH, hf:ORG/REPO/PATH@REVISION. A file that does "
+        "not say what it reads and writes takes it from the end of its path: params.npz?read=mlp_in&write=mlp_out&layer=5.",
         show_default=False,
     ),
 ]
@@ -166,14 +168,22 @@ def show(
     crosscoder: Source,
     *,
     model: Annotated[
-        str | None, typer.Option(help="Measure it in this language model, on --data.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Language model to measure it in, on --data: `demo`, a folder, or a name on the hub.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Text files, a dataset, token ids or `demo`.", show_default=False)
+        str | None,
+        typer.Option(help="Text to measure it on: a text file, a dataset, token ids, or `demo`.", show_default=False),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the data that are measured.")] = 8192,
 ) -> None:
-    """Describe a crosscoder; with --model and --data also measure it, beside what its file says of itself."""
+    """Describe a crosscoder: its layout, what it computes, reads and writes, and what its file claims.
+
+    With --model and --data it is measured, too, and the claims are compared with what was found.
+    """
     if (model is None) != (data is None):
         raise ValueError("expected --model and --data together, to measure the crosscoder, or neither of them")
     from replacement.crosscoder.formats.layouts import open_published
@@ -214,15 +224,28 @@ def convert(
     source: Source,
     target: Annotated[Path, typer.Argument(parser=path_option, help="A new or empty folder.", show_default=False)],
     *,
-    to: Annotated[str, typer.Option(help="Layout to write, see `replacement layouts`.")] = "crosstrace",
+    to: Annotated[
+        str, typer.Option(help="Layout to write: one that `replacement layouts` lists as written.")
+    ] = "crosstrace",
     dtype: Annotated[
-        str | None, typer.Option(help="Of the weights that are written.", show_default="that of the source")
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, float16 or float64: of the weights that are written.",
+            show_default="that of the source; float32 where its scales are folded in",
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Language model that the copy is tied to.", show_default="what the source says")
+        str | None,
+        typer.Option(
+            help="Language model that the copy belongs to (name and fingerprint): `demo`, a folder, or a name on the hub.",
+            show_default="what the source says",
+        ),
     ] = None,
 ) -> None:
-    """Write a crosscoder in another layout; the copy computes the same function."""
+    """Write a crosscoder in another layout; the copy computes the same function.
+
+    What the other layout cannot say is an error, and nothing is written then.
+    """
     from replacement.crosscoder.formats.convert import convert as write_copy
     from replacement.crosscoder.formats.layouts import open_published
     from replacement.loading import crosscoder_folder, dtype_of, load_language_model
@@ -244,7 +267,11 @@ def convert(
 
 @app.command()
 def layouts() -> None:
-    """Which layouts of published crosscoders can be read and written."""
+    """List the layouts (files and folders that crosscoders are published in) that can be read, and which can be written.
+
+    A crosscoder's layout is told by its content: `replacement show` and every option --crosscoder take all of them.
+    `replacement convert --to` takes those that can be written.
+    """
     from replacement.crosscoder.formats.layouts import LAYOUTS
 
     rows = [(entry.name, "yes", "no" if entry.write is None else "yes", entry.description) for entry in LAYOUTS]

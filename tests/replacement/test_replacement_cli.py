@@ -35,6 +35,22 @@ def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "show" in printed
 
 
+@pytest.mark.parametrize("verb", ["demo", "train", "validate", "show", "convert", "layouts", "architectures"])
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert f"replacement {verb}" in printed
+    assert "--help" in printed
+
+
+@pytest.mark.parametrize("verb", ["show", "convert"])
+def test_help_says_how_a_crosscoder_is_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    words = "".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "hf:ORG/REPO/PATH@REVISION" in words
+    assert "params.npz?read=mlp_in&write=mlp_out&layer=5" in words
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -25,32 +25,23 @@ from torch import Tensor
 from replacement.crosscoder.activation import Activation, JumpReLU, ReLU, TopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats import hub
+from replacement.crosscoder.formats.hooks import MLP_OUT, MLP_READS, MLP_WRITES, shape_of
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.single_layers import LayerWeights, joined, read_layer
-from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, numbered
-from replacement.crosscoder.mapped_file import write_tensors
-from replacement.crosscoder.sites import ModelShape
+from replacement.crosscoder.formats.tensor_files import Settings, layer_files, mentions, numbered
+from replacement.crosscoder.formats.writing import check_holds, decoders_by_target, positions_but, write_named
 from replacement.crosscoder.wiring import Wiring
 
 CONFIG_FILE = "config.yaml"
 KINDS = {"circuit-tracer-plt": "transcoder_set", "circuit-tracer-clt": "cross_layer_transcoder"}
-READS = {
-    "hook_resid_mid": "resid_mid",
-    "hook_resid_pre": "resid_pre",
-    "hook_mlp_in": "resid_mid",
-    "ln2.hook_normalized": "mlp_normalized",
-    "mlp.hook_in": "mlp_in",
-}
-"""Our site for each hook that is read. TransformerLens's `hook_mlp_in` is the stream in front of the MLP's norm."""
-WRITES = ("hook_mlp_out", "mlp.hook_out")
 UNDECOMPOSED = 1
 """circuit-tracer sets the features of the first position to 0."""
 
 
-def detect(folder: Path) -> bool:
-    """Whether a folder says what circuit-tracer asks for."""
+def detect(folder: Path, *, cross_layer: bool) -> bool:
+    """Whether a folder says what circuit-tracer asks for, of a CLT or of anything else."""
     config = folder / CONFIG_FILE
-    return config.is_file() and b"model_kind" in config.read_bytes()[:65536]
+    return mentions(config, "model_kind") and mentions(config, KINDS["circuit-tracer-clt"]) == cross_layer
 
 
 def read(folder: Path) -> Published:
@@ -63,8 +54,8 @@ def read(folder: Path) -> Published:
     settings = Settings(folder / CONFIG_FILE)
     kind = settings.take("model_kind", str)
     facts = {
-        "feature_input_hook": _hook(settings, "input", READS),
-        "feature_output_hook": _hook(settings, "output", WRITES),
+        "feature_input_hook": _hook(settings, "input", MLP_READS),
+        "feature_output_hook": _hook(settings, "output", MLP_WRITES),
     }
     name, scan = settings.take("model_name", str, default=""), settings.take("scan", (str, list), default="")
     facts |= {"scan": scan} if scan else {}
@@ -74,7 +65,7 @@ def read(folder: Path) -> Published:
     readers = {"transcoder_set": _read_plt, "cross_layer_transcoder": _read_clt}
     if kind not in readers:
         raise ValueError(f"{settings.path}: model_kind: expected {' or '.join(readers)}, got {kind!r:.50}")
-    read_site = READS[facts["feature_input_hook"]]
+    read_site = MLP_READS[facts["feature_input_hook"]]
     parts = readers[kind](folder, settings, read_site)
     settings.finish()
     return Published(
@@ -87,7 +78,7 @@ def read(folder: Path) -> Published:
     )
 
 
-def _hook(settings: Settings, side: str, known: Mapping[str, str] | tuple[str, ...]) -> str:
+def _hook(settings: Settings, side: str, known: Mapping[str, str]) -> str:
     entry = f"feature_{side}_hook"
     hook: str = settings.take(entry, str)
     if hook not in known:
@@ -116,7 +107,7 @@ def _read_plt(folder: Path, settings: Settings, read_site: str) -> dict[str, Any
     else:
         paths = [hub.local_file(str(given), beside=folder) for given in listed]
     layers = [read_layer(path) for path in paths]
-    shape = _shape(len(layers), layers[0].encoder_FD.shape[1])
+    shape = shape_of(len(layers), layers[0].encoder_FD.shape[1])
     rule = "transcoder of each layer's MLP: h = x W_enc^T + b_enc, b_dec added to the layer's output"
     return {
         "layout": "circuit-tracer-plt",
@@ -127,11 +118,8 @@ def _read_plt(folder: Path, settings: Settings, read_site: str) -> dict[str, Any
 
 
 def _read_clt(folder: Path, settings: Settings, read_site: str) -> dict[str, Any]:
-    encoders = [TensorFile(path) for path in numbered(folder, "W_enc_", ".safetensors")]
-    decoders = [TensorFile(path) for path in numbered(folder, "W_dec_", ".safetensors")]
+    encoders, decoders = layer_files(folder)
     n_layers = len(encoders)
-    if len(decoders) != n_layers:
-        raise ValueError(f"{folder}: expected as many W_dec files as W_enc files, got {len(decoders)} and {n_layers}")
     n_features, width = encoders[0].take("W_enc_0", None, None).shape
     tensors: dict[str, Tensor] = {}
     sources: dict[str, str] = {}
@@ -158,17 +146,12 @@ def _read_clt(folder: Path, settings: Settings, read_site: str) -> dict[str, Any
     return {
         "layout": "circuit-tracer-clt",
         "rule": "cross-layer transcoder: h = x W_enc^T + b_enc, b_dec of a layer added once to that layer's output",
-        "wiring": Wiring.strictly_causal(_shape(n_layers, width), read=read_site),
+        "wiring": Wiring.strictly_causal(shape_of(n_layers, width), read=read_site),
         "n_features": n_features,
         "tensors": tensors,
         "sources": sources,
         "files": [file.mapped for file in (*encoders, *decoders)],
     }
-
-
-def _shape(n_layers: int, width: int) -> ModelShape:
-    """What a wiring to the MLPs depends on; heads do not."""
-    return ModelShape(n_layers=n_layers, d_model=width, n_heads=1, d_head=width)
 
 
 # Writing -----------------------------------------------------------------------------------------------------------------
@@ -187,32 +170,29 @@ def write_plt(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
             "W_skip": weights.skip_DD,
             "activation_function.threshold": weights.threshold_F,
         }
-        kept = {name: value for name, value in named.items() if value is not None}
-        _write(folder / f"layer_{layer}.safetensors", kept, dtype)
+        write_named(folder / f"layer_{layer}.safetensors", named, dtype)
     _write_config(crosscoder, folder, KINDS["circuit-tracer-plt"], hook)
 
 
 def write_clt(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
     """Write a cross-layer transcoder; see `_check_writable` for what is refused."""
     hook = _check_writable(crosscoder, "strictly_causal", "circuit-tracer-clt")
-    if crosscoder.skip:
-        raise ValueError(
-            "the layout circuit-tracer-clt has no place for skip connections: that tool does not load them"
-        )
-    if isinstance(crosscoder.activation, TopK):
-        raise ValueError("the layout circuit-tracer-clt has no TopK: that tool applies a ReLU or thresholds")
+    problems = {
+        "skip connections: that tool does not load them": crosscoder.skip,
+        "TopK: that tool applies a ReLU or thresholds": isinstance(crosscoder.activation, TopK),
+    }
+    check_holds("circuit-tracer-clt", problems)
     for layer, writes in enumerate(crosscoder.wiring.writes):
         (read,) = crosscoder.wiring.reads[layer]
         named = {
             f"W_enc_{layer}": crosscoder.encoder(layer, read),
             f"b_enc_{layer}": crosscoder.b_enc[layer],
             f"b_dec_{layer}": crosscoder.decoder_bias(writes[0]),
+            f"threshold_{layer}": None if crosscoder.threshold is None else crosscoder.threshold[layer],
         }
-        if crosscoder.threshold is not None:
-            named[f"threshold_{layer}"] = crosscoder.threshold[layer]
-        _write(folder / f"W_enc_{layer}.safetensors", named, dtype)
-        decoder = torch.stack([crosscoder.decoder(layer, site) for site in writes], dim=1)
-        _write(folder / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": decoder}, dtype)
+        write_named(folder / f"W_enc_{layer}.safetensors", named, dtype)
+        decoder = decoders_by_target(crosscoder, layer)
+        write_named(folder / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": decoder}, dtype)
     _write_config(crosscoder, folder, KINDS["circuit-tracer-clt"], hook)
 
 
@@ -226,18 +206,14 @@ def _check_writable(crosscoder: Crosscoder, family: str, layout: str) -> str:
     wiring = crosscoder.wiring
     sites = {site.kind for site in (*wiring.read_sites, *wiring.write_sites)}
     reads = {site.kind for site in wiring.read_sites}
-    hook = next((name for name, kind in READS.items() if reads == {kind}), None)
+    hook = next((name for name, kind in MLP_READS.items() if reads == {kind}), None)
     problems = {
         f"the wiring {wiring.name}": wiring.name != family or "mlp_out" not in sites,
         f"reads of {', '.join(sorted(reads))}": hook is None,
         f"the activation {crosscoder.activation.to_dict()}": _has_no_name(crosscoder.activation),
         "tied decoders": crosscoder.tied,
-        f"{crosscoder.undecomposed_positions} positions without features": crosscoder.undecomposed_positions
-        != UNDECOMPOSED,
     }
-    refused = [problem for problem, found in problems.items() if found]
-    if refused:
-        raise ValueError(f"the layout {layout} has no place for {refused[0]}")
+    check_holds(layout, problems | positions_but(UNDECOMPOSED, crosscoder))
     assert hook is not None
     return hook
 
@@ -248,16 +224,12 @@ def _has_no_name(activation: Activation) -> bool:
     return activation.affine or not isinstance(activation, ReLU | JumpReLU)
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    write_tensors(path, [(name, value.shape, partial(Tensor.detach, value)) for name, value in tensors.items()], dtype)
-
-
 def _write_config(crosscoder: Crosscoder, folder: Path, kind: str, hook: str) -> None:
     config: dict[str, Any] = {
         "model_name": crosscoder.model_name,
         "model_kind": kind,
         "feature_input_hook": hook,
-        "feature_output_hook": WRITES[0],
+        "feature_output_hook": MLP_OUT,
     }
     if isinstance(crosscoder.activation, TopK):
         config |= {"activation": "topk", "k": crosscoder.activation.k}
@@ -268,14 +240,14 @@ LAYOUTS = (
     Layout(
         name="circuit-tracer-plt",
         description="circuit-tracer: config.yaml and one transcoder per layer",
-        detect=detect,
+        detect=partial(detect, cross_layer=False),
         read=read,
         write=write_plt,
     ),
     Layout(
         name="circuit-tracer-clt",
         description="circuit-tracer: config.yaml, W_enc_N and W_dec_N files",
-        detect=detect,
+        detect=partial(detect, cross_layer=True),
         read=read,
         write=write_clt,
     ),

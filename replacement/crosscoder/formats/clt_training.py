@@ -31,6 +31,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats import sparsify
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.sparsify_files import Coder, activation_of, detect, open_coders, run_of
+from replacement.crosscoder.formats.writing import check_holds
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 
@@ -193,10 +194,9 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
     wiring = crosscoder.wiring
     layers = [read.layer for (read,) in wiring.reads]
     for group, writes in enumerate(wiring.writes):
-        if [site.layer for site in writes] != layers[group : group + len(writes)]:
-            raise ValueError(f"the layout {NAME} has no place for the wiring {wiring.name}")
-    if crosscoder.tied and crosscoder.skip:
-        raise ValueError(f"the layout {NAME} has no place for tied decoders with skip connections between layers")
+        skips_some = [site.layer for site in writes] != layers[group : group + len(writes)]
+        check_holds(NAME, {f"the wiring {wiring.name}": skips_some})
+    check_holds(NAME, {"tied decoders with skip connections between layers": crosscoder.tied and crosscoder.skip})
     for group, ((read,), writes) in enumerate(zip(wiring.reads, wiring.writes, strict=True)):
         bias_D = crosscoder.decoder_bias(writes[0])
         tensors = {"encoder.weight": crosscoder.encoder(group, read), "encoder.bias": crosscoder.b_enc[group]}

@@ -15,7 +15,6 @@ Files: `W_enc_{l}` `[F, D]`; `W_dec_{l}` `[F, L - l, D]` with `W_dec_norm_{l}` `
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,16 @@ from torch import Tensor
 
 from replacement.crosscoder.activation import JointTopK
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.formats.hooks import shape_of
 from replacement.crosscoder.formats.published import Layout, Published
-from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, numbered
-from replacement.crosscoder.mapped_file import write_tensors
-from replacement.crosscoder.sites import ModelShape
+from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, layer_files, mentions
+from replacement.crosscoder.formats.writing import (
+    check_holds,
+    decoders_by_target,
+    positions_but,
+    write_json,
+    write_named,
+)
 from replacement.crosscoder.wiring import Wiring
 
 NAME = "cross-layer-topk"
@@ -42,10 +47,7 @@ RULE = (
 
 def detect(folder: Path) -> bool:
     """Whether a folder has this layout's configuration beside encoders."""
-    config = folder / CONFIG_FILE
-    return (
-        config.is_file() and b'"d_feature"' in config.read_bytes()[:65536] and any(folder.glob("W_enc_*.safetensors"))
-    )
+    return mentions(folder / CONFIG_FILE, '"d_feature"') and any(folder.glob("W_enc_*.safetensors"))
 
 
 def read(folder: Path) -> Published:
@@ -56,11 +58,8 @@ def read(folder: Path) -> Published:
     """
     settings = Settings(folder / CONFIG_FILE)
     n_features, k = settings.take("d_feature", int), settings.take("k", int)
-    encoders = [TensorFile(path) for path in numbered(folder, "W_enc_", ".safetensors")]
-    decoders = [TensorFile(path) for path in numbered(folder, "W_dec_", ".safetensors")]
+    encoders, decoders = layer_files(folder)
     n_layers = len(encoders)
-    if len(decoders) != n_layers:
-        raise ValueError(f"{folder}: expected as many W_dec files as W_enc files, got {len(decoders)} and {n_layers}")
     width = encoders[0].take("W_enc_0", n_features, None).shape[1]
     norms = TensorFile(folder / NORM_FILE)
     tensors: dict[str, Tensor] = {"score_factor": norms.take("W_dec_norm", n_layers, n_features)}
@@ -81,7 +80,7 @@ def read(folder: Path) -> Published:
         layout=NAME,
         path=folder,
         rule=RULE,
-        wiring=Wiring.strictly_causal(ModelShape(n_layers, width, n_heads=1, d_head=width), read="resid_mid"),
+        wiring=Wiring.strictly_causal(shape_of(n_layers, width), read="resid_mid"),
         n_features=n_features,
         activation=JointTopK(k * n_layers, scored=True),
         tensors=tensors,
@@ -127,28 +126,22 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
         "biases": any(bool(bias.any()) for bias in (*crosscoder.b_enc, *crosscoder.b_dec)),
         "skip connections": crosscoder.skip,
         "tied decoders": crosscoder.tied,
-        f"{crosscoder.undecomposed_positions} positions without features": crosscoder.undecomposed_positions
-        != UNDECOMPOSED,
     }
-    refused = [problem for problem, found in problems.items() if found]
-    if refused:
-        raise ValueError(f"the layout {NAME} has no place for {refused[0]}")
+    check_holds(NAME, problems | positions_but(UNDECOMPOSED, crosscoder))
     assert crosscoder.score_factor is not None
     norms_GF = crosscoder.score_factor
 
     def save(name: str, **tensors: Tensor) -> None:
-        listed = [(key, value.shape, partial(Tensor.detach, value)) for key, value in tensors.items()]
-        write_tensors(folder / f"{name}.safetensors", listed, dtype)
+        write_named(folder / f"{name}.safetensors", tensors, dtype)
 
-    for layer, writes in enumerate(wiring.writes):
-        (read_site,) = wiring.reads[layer]
+    for layer, (read_site,) in enumerate(wiring.reads):
         save(f"W_enc_{layer}", **{f"W_enc_{layer}": crosscoder.encoder(layer, read_site)})
-        decoder = torch.stack([crosscoder.decoder(layer, site) for site in writes], dim=1)
+        decoder = decoders_by_target(crosscoder, layer)
         save(f"W_dec_{layer}", **{f"W_dec_{layer}": decoder, f"W_dec_norm_{layer}": norms_GF[layer]})
     save("W_dec_norm", W_dec_norm=norms_GF)
     config: dict[str, Any] = {"d_feature": crosscoder.n_features, "k": k // n_layers}
     config |= {"base_model": crosscoder.model_name, "n_layers": n_layers, "d_model": wiring.widths["mlp_out"]}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    write_json(folder / CONFIG_FILE, config)
 
 
 LAYOUTS = (

@@ -22,18 +22,16 @@ should be 0. The first position has no features: they were trained without the b
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import JumpReLU, ReLU
-from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.activation import JumpReLU
+from replacement.crosscoder.formats.gemma_scope_description import SUFFIX, Description
+from replacement.crosscoder.formats.gemma_scope_writing import MULTI, UNDECOMPOSED, write
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.reference import Asked
 from replacement.crosscoder.formats.single_layers import (
@@ -41,48 +39,21 @@ from replacement.crosscoder.formats.single_layers import (
     layer_wiring,
     read_layer,
 )
-from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, listed, numbered
-from replacement.crosscoder.mapped_file import write_tensors
+from replacement.crosscoder.formats.tensor_files import TensorFile, listed, numbered
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 
-UNDECOMPOSED = 1
 PLACES = ("layer_*/width_*/average_l0_*/params.npz", "width_*/average_l0_*/params.npz", "average_l0_*/params.npz")
 PLACES_2 = ("layer_*/params.safetensors",)
-MULTI = "params_layer_"
-SUFFIX = ".safetensors"
-HOOKS = {
-    "output": "resid_post",
-    "self_attn.o_proj.input": "attn_z",
-    "pre_feedforward_layernorm.output": "mlp_in",
-    "post_feedforward_layernorm.output": "mlp_out",
-}
-"""Our site for each point of Gemma 3 in the configurations."""
-NAMES = (
-    (r"gemma-scope-\d+b-\w+-transcoders", "mlp_normalized", "mlp_out"),
-    (r"gemma-scope-\d+b-\w+-res", "resid_post", "resid_post"),
-    (r"gemma-scope-\d+b-\w+-mlp", "mlp_out", "mlp_out"),
-    (r"gemma-scope-\d+b-\w+-att", "attn_z", "attn_z"),
-    (r"transcoder(_all)?|clt", "mlp_in", "mlp_out"),
-    (r"(resid_post(_all)?|crosscoder)", "resid_post", "resid_post"),
-    (r"mlp_out(_all)?", "mlp_out", "mlp_out"),
-    (r"attn_out(_all)?", "attn_z", "attn_z"),
-)
-"""A part of the path (on the hub's cache, the repository is one), what is read, and what is written."""
-_POINT = re.compile(r"model\.(?:language_model\.)?layers\.(\d+|\{all\}|\{\d+(?:,\s*\d+)*\})\.(.+)")
-_MODEL = re.compile(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)")
 
 
-def detect(path: Path) -> bool:
-    """Whether there are files of either release."""
-    if path.suffix == ".npz" or (path.name.startswith("params") and path.suffix == SUFFIX):
-        return path.is_file()
-    return path.is_dir() and ((path / f"{MULTI}0{SUFFIX}").is_file() or bool(_single_files(path)))
-
-
-def _detect_npz(path: Path) -> bool:
-    files = [path] if path.is_file() else _single_files(path)
-    return bool(files) and files[0].suffix == ".npz"
+def detect(path: Path, *, suffix: str) -> bool:
+    """Whether there are files of the release that has them end like this."""
+    if path.is_file():
+        return path.suffix == suffix and (suffix == ".npz" or path.name.startswith("params"))
+    if (path / f"{MULTI}0{SUFFIX}").is_file():
+        return suffix == SUFFIX
+    return [file.suffix for file in _single_files(path)[:1]] == [suffix]
 
 
 def read(path: Path, asked: Asked) -> Published:
@@ -108,8 +79,8 @@ def _single_files(path: Path) -> list[Path]:
 
 
 def _read_single(files: Sequence[Path], path: Path, asked: Asked) -> Published:
-    described = [_Description.of(file, asked) for file in files]
-    by_layer: dict[int, _Description] = {}
+    described = [Description.of(file, asked) for file in files]
+    by_layer: dict[int, Description] = {}
     for entry in sorted(described, key=lambda entry: entry.layer):
         if entry.layer in by_layer:
             names = [str(other.path.relative_to(path)) for other in described if other.layer == entry.layer]
@@ -142,7 +113,7 @@ def _read_single(files: Sequence[Path], path: Path, asked: Asked) -> Published:
 def _read_multi(folder: Path, asked: Asked) -> Published:
     files = [TensorFile(path) for path in numbered(folder, MULTI, SUFFIX)]
     n_layers = len(files)
-    config = _Description.of(files[0].path, asked, n_layers=n_layers)
+    config = Description.of(files[0].path, asked, n_layers=n_layers)
     tensors: dict[str, Tensor] = {}
     sources: dict[str, str] = {}
     thresholds, below, skips = [], 0.0, []
@@ -198,7 +169,7 @@ def _skips_to_own_layer(skips: Sequence[Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _multi_wiring(config: _Description, width: int) -> Wiring:
+def _multi_wiring(config: Description, width: int) -> Wiring:
     layers = config.layers
     name = "strictly_causal" if config.read.kind != config.write.kind else "weakly_causal"
     if list(layers) != list(range(len(layers))):
@@ -208,200 +179,18 @@ def _multi_wiring(config: _Description, width: int) -> Wiring:
     return Wiring(name, reads, writes, dict.fromkeys((config.read.kind, config.write.kind), width))
 
 
-class _Description:
-    """What a file's surroundings say of it."""
-
-    def __init__(
-        self, path: Path, read: str, write: str, layers: Sequence[int], *, affine: bool | None, facts: dict[str, Any]
-    ) -> None:
-        self.path, self.layers, self.affine, self.facts = path, layers, affine, facts
-        self.layer = layers[0]
-        self.read, self.write = Site(self.layer, read), Site(self.layer, write)
-        match = next((match for part in reversed(path.parts) if (match := _MODEL.search(part))), None)
-        named = "" if match is None else f"google/gemma-{'3' if match[1] else '2'}-{match[2]}-{match[3]}"
-        self.model_name: str = facts.pop("model_name", "") or named.removesuffix(
-            "-pt" if match and not match[1] else ""
-        )
-
-    @classmethod
-    def of(cls, path: Path, asked: Asked, *, n_layers: int | None = None) -> _Description:
-        config = path.parent / "config.json"
-        if config.is_file() and path.suffix == SUFFIX and not asked:
-            return cls._configured(path, Settings(config), n_layers)
-        named = next(
-            (
-                (read, write)
-                for part in reversed(path.parts)
-                for name, read, write in NAMES
-                if re.fullmatch(name, _repo(part))
-            ),
-            (None, None),
-        )
-        layers = asked.layers or _layers_of(path, n_layers)
-        read, write = asked.read or named[0], asked.write or asked.read or named[1]
-        asked.require(path, read=read, write=write, layer=layers or None)
-        assert read is not None
-        assert write is not None
-        return cls(path, read, write, layers, affine=None, facts={})
-
-    @classmethod
-    def _configured(cls, path: Path, settings: Settings, n_layers: int | None) -> _Description:
-        architecture = settings.take("architecture", str)
-        if architecture != "jump_relu":
-            raise ValueError(f"{settings.path}: architecture: expected jump_relu, got {architecture!r:.50}")
-        layers, read = _point(settings, "hf_hook_point_in", n_layers)
-        written, write = _point(settings, "hf_hook_point_out", n_layers, default=settings.take("hf_hook_point_in", str))
-        if layers != written or len(layers) != (n_layers or 1):
-            raise ValueError(
-                f"{settings.path}: expected {n_layers or 1} layers that are read and written, got {layers} and {written}"
-            )
-        facts = {
-            "type": settings.take("type", str, default=""),
-            "l0": settings.take("l0", (int, float), default=None),
-            "model_name": settings.take("model_name", str, default=""),
-        }
-        affine = settings.take("affine_connection", bool, default=None)
-        settings.ignore("width")
-        settings.finish()
-        return cls(path, read, write, layers, affine=affine, facts={k: v for k, v in facts.items() if v})
-
-    def check_skip(self, has_skip: bool) -> None:
-        """Compare with what the configuration says."""
-        if self.affine is not None and self.affine != has_skip:
-            given = "has one" if has_skip else "has none"
-            raise ValueError(f"{self.path} {given}, but its config.json says affine_connection {self.affine}")
-
-
-def _repo(part: str) -> str:
-    """A folder's name; of the hub's cache, the repository's."""
-    return part.rpartition("--")[2] if part.startswith("models--") else part
-
-
-def _layers_of(path: Path, n_layers: int | None) -> list[int]:
-    if n_layers is not None and path.parent.parent.name == "clt":
-        return list(range(n_layers))
-    match = next(
-        (m for part in reversed(path.parts[:-1]) if (m := re.match(r"layer_(\d+(?:_\d+)*)(?:_|$)", part))), None
-    )
-    layers = [] if match is None else [int(number) for number in match[1].split("_")]
-    return layers if len(layers) == (n_layers or 1) else []
-
-
-def _point(settings: Settings, entry: str, n_layers: int | None, **options: Any) -> tuple[list[int], str]:
-    point = settings.take(entry, str, **options)
-    match = _POINT.fullmatch(point)
-    if match is None or match[2] not in HOOKS:
-        raise ValueError(
-            f"{settings.path}: {entry}: expected model.layers.N. and one of {', '.join(HOOKS)}, got {point!r:.80}"
-        )
-    if match[1] == "{all}":
-        return list(range(n_layers or 1)), HOOKS[match[2]]
-    return [int(number) for number in match[1].strip("{}").split(",")], HOOKS[match[2]]
-
-
-# Writing -----------------------------------------------------------------------------------------------------------------
-
-
-def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
-    """Write Gemma Scope 2's files: a folder for each layer, or one file for each layer of a CLT or crosscoder.
-
-    Raises:
-        ValueError: names what the layout cannot say.
-    """
-    wiring = crosscoder.wiring
-    single = all(len(sites) == 1 for sites in wiring.writes)
-    _check_writable(crosscoder, single=single)
-    for group, ((read,), writes) in enumerate(zip(wiring.reads, wiring.writes, strict=True)):
-        decoder = crosscoder.decoder(group, writes[0])
-        if not single:
-            before = torch.zeros((), dtype=decoder.dtype).expand(*decoder.shape)
-            columns = [before] * (wiring.n_groups - len(writes)) + [crosscoder.decoder(group, site) for site in writes]
-            decoder = torch.stack(columns, dim=1)
-        named = {
-            "w_enc": crosscoder.encoder(group, read).T,
-            "w_dec": decoder,
-            "b_enc": crosscoder.b_enc[group],
-            "b_dec": crosscoder.decoder_bias(writes[0]),
-            "threshold": torch.zeros(crosscoder.n_features)
-            if crosscoder.threshold is None
-            else crosscoder.threshold[group],
-        }
-        if crosscoder.skip:
-            named["affine_skip_connection"] = crosscoder.skip_matrix(group, read, writes[0]).T
-        place = folder / f"layer_{read.layer}_width_{crosscoder.n_features}" if single else folder
-        place.mkdir(exist_ok=True)
-        tensors = [(name, value.shape, partial(Tensor.detach, value)) for name, value in named.items()]
-        write_tensors(place / ("params.safetensors" if single else f"{MULTI}{group}{SUFFIX}"), tensors, dtype)
-        if single:
-            _write_config(crosscoder, place, [group])
-    if not single:
-        _write_config(crosscoder, folder, range(wiring.n_groups))
-
-
-def _write_config(crosscoder: Crosscoder, folder: Path, groups: Sequence[int]) -> None:
-    layers = [crosscoder.wiring.reads[group][0].layer for group in groups]
-    kinds = [side[groups[0]][0].kind for side in (crosscoder.wiring.reads, crosscoder.wiring.writes)]
-    points = {kind: point for point, kind in HOOKS.items()}
-    numbers = str(layers[0]) if len(groups) == 1 else "{" + ",".join(map(str, layers)) + "}"
-    config = {
-        "hf_hook_point_in": f"model.layers.{numbers}.{points[kinds[0]]}",
-        "hf_hook_point_out": f"model.layers.{numbers}.{points[kinds[1]]}",
-        "width": crosscoder.n_features * len(groups),
-        "model_name": crosscoder.model_name,
-        "architecture": "jump_relu",
-        "affine_connection": crosscoder.skip,
-        "type": ("transcoder" if len(groups) == 1 else "clt")
-        if kinds[0] != kinds[1]
-        else ("sae" if len(groups) == 1 else "crosscoder"),
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
-def _check_writable(crosscoder: Crosscoder, *, single: bool) -> None:
-    wiring, threshold = crosscoder.wiring, crosscoder.threshold
-    layers = [sites[0].layer for sites in wiring.reads]
-    fits = all(len(sites) == 1 for sites in wiring.reads) and len(set(layers)) == len(layers)
-    for group, sites in enumerate(wiring.writes):
-        expected = [layers[group]] if single else layers[group:]
-        fits = fits and [site.layer for site in sites] == expected
-    kinds = sorted({site.kind for site in (*wiring.read_sites, *wiring.write_sites)} - set(HOOKS.values()))
-    activation = crosscoder.activation
-    is_plain = isinstance(activation, ReLU | JumpReLU) and not activation.affine
-    problems = {
-        f"the wiring {wiring.name}": not fits,
-        f"the site {', '.join(kinds)}": bool(kinds),
-        f"the activation {activation.to_dict()}": not is_plain,
-        "thresholds below 0": threshold is not None and bool((threshold < 0).any()),
-        "tied decoders": crosscoder.tied,
-        f"{crosscoder.undecomposed_positions} positions without features": crosscoder.undecomposed_positions
-        != UNDECOMPOSED,
-        "skip connections to later layers": crosscoder.skip and not single and _skips_further(crosscoder),
-    }
-    refused = [problem for problem, found in problems.items() if found]
-    if refused:
-        raise ValueError(f"the layout gemma-scope-2 has no place for {refused[0]}")
-
-
-def _skips_further(crosscoder: Crosscoder) -> bool:
-    return any(
-        bool(crosscoder.skip_matrix(group, reads[0], site).any())
-        for group, (reads, writes) in enumerate(zip(crosscoder.wiring.reads, crosscoder.wiring.writes, strict=True))
-        for site in writes[1:]
-    )
-
-
 LAYOUTS = (
     Layout(
         name="gemma-scope",
         description="Gemma Scope: params.npz of SAEs and transcoders of Gemma 2",
-        detect=_detect_npz,
+        detect=partial(detect, suffix=".npz"),
         read=lambda path: read(path, Asked()),
         read_asked=read,
     ),
     Layout(
         name="gemma-scope-2",
         description="Gemma Scope 2: safetensors of SAEs, transcoders, CLTs and crosscoders of Gemma 3",
-        detect=detect,
+        detect=partial(detect, suffix=SUFFIX),
         read=lambda path: read(path, Asked()),
         read_asked=read,
         write=write,

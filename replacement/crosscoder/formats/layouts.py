@@ -56,7 +56,7 @@ def open_published(path: Path) -> Published:
         if layout.read_asked is not None:
             return layout.read_asked(path, asked)
         if asked:
-            raise ValueError(f"{path} (layout {layout.name}) says itself what it reads and writes: leave out ?{asked}")
+            raise ValueError(f"{path} (layout {layout.name}) says itself what it reads and writes: leave out {asked}")
         return layout.read(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: expected the folder of a crosscoder")

@@ -17,51 +17,28 @@ Refused: Lorsa (attention), gated encoders, `batchtopk` (it depends on the batch
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation, JointTopK, JumpReLU, ReLU, TopK
-from replacement.crosscoder.formats.circuit_tracer import READS, WRITES
+from replacement.crosscoder.activation import Activation, JointTopK, JumpReLU, ReLU
 from replacement.crosscoder.formats.decoder_norms import decoder_norms
-from replacement.crosscoder.formats.llama_scope_writing import (
-    CONFIG_FILE,
-    NAME,
-    NORM,
-    TENSOR_FILE,
-    THRESHOLD,
-    UNDECOMPOSED,
-    write,
-)
+from replacement.crosscoder.formats.hooks import shape_of
+from replacement.crosscoder.formats.llama_scope_folder import CONFIG_FILE, KINDS, Part, read_part
+from replacement.crosscoder.formats.llama_scope_writing import NAME, UNDECOMPOSED, write
 from replacement.crosscoder.formats.published import Layout, Published
-from replacement.crosscoder.formats.tensor_files import Settings, TensorFile
+from replacement.crosscoder.formats.tensor_files import mentions
 from replacement.crosscoder.mapped_file import MappedFile
-from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import Wiring
 
-KINDS = {"sae": "transcoder", "clt": "cross-layer transcoder"}
 _LAYER_FOLDER = re.compile(r"layer_?(\d{1,6})(?!\d)")
-_HOOK = re.compile(r"blocks\.(\d{1,6})\.(.+)")
 _NEVER_ACTIVE = 1e17
 """Threshold of features that write nothing, which the gate never lets through; twice that would be refused as too large."""
-_TRAINING = (
-    *(
-        "device",
-        "dtype",
-        "use_triton_kernel",
-        "sparsity_threshold_for_triton_spmm_kernel",
-        "sparsity_threshold_for_csr",
-    ),
-    *("decode_with_csr", "init_cross_layer_decoder_all_zero", "jumprelu_threshold_window", "force_unit_decoder_norm"),
-    *("sae_pretrained_name_or_path", "strict_loading"),
-)
-"""Settings that do not change the function of a trained model."""
 
 
 def detect(folder: Path) -> bool:
@@ -70,7 +47,7 @@ def detect(folder: Path) -> bool:
 
 
 def _says_kind(config: Path) -> bool:
-    return config.is_file() and b'"sae_type"' in config.read_bytes()[:65536]
+    return mentions(config, '"sae_type"')
 
 
 def _layer_folders(folder: Path) -> list[Path]:
@@ -81,27 +58,6 @@ def _layer_folders(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """The configuration and tensors of one folder: one layer's transcoder, or a CLT."""
-
-    kind: str
-    reads: Sequence[Site]
-    writes: Sequence[Site]
-    width: int
-    n_features: int
-    activation: Activation
-    is_scored: bool
-    file: TensorFile
-    encoders: Sequence[Tensor]
-    encoder_biases: Sequence[Tensor]
-    decoders: Mapping[tuple[int, int], Tensor]
-    """By (group, place among the sites it writes)."""
-    decoder_biases: Sequence[Tensor]
-    log_thresholds: Sequence[Tensor]
-    scales: Mapping[Site, float] = field(default_factory=dict)
-
-
 def read(folder: Path) -> Published:
     """Open one folder, or the folder of a folder for each layer.
 
@@ -110,7 +66,7 @@ def read(folder: Path) -> Published:
             scaling or hook that is not known; a layer that is missing or given twice; layers that do not agree.
     """
     is_single = _says_kind(folder / CONFIG_FILE)
-    parts = [_read_part(path) for path in ([folder] if is_single else _layer_folders(folder))]
+    parts = [read_part(path) for path in ([folder] if is_single else _layer_folders(folder))]
     first = parts[0]
     if not is_single:
         _check_layers(folder, parts)
@@ -177,7 +133,7 @@ def _k_of_name(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _check_layers(folder: Path, parts: Sequence[_Part]) -> None:
+def _check_layers(folder: Path, parts: Sequence[Part]) -> None:
     for layer, part in enumerate(parts):
         if part.kind != "sae":
             raise ValueError(f"{part.file.path}: expected transcoders in folders of layers, got a {KINDS[part.kind]}")
@@ -193,10 +149,10 @@ def _check_layers(folder: Path, parts: Sequence[_Part]) -> None:
             raise ValueError(f"{part.file.path}: layers read {parts[0].reads[0].kind} and {part.reads[0].kind}")
 
 
-def _wiring(first: _Part, n_groups: int, *, is_single: bool) -> Wiring:
+def _wiring(first: Part, n_groups: int, *, is_single: bool) -> Wiring:
     layer, read_site = first.reads[0].layer, first.reads[0].kind
     n_layers = layer + 1 if is_single and first.kind == "sae" else n_groups
-    shape = ModelShape(n_layers=n_layers, d_model=first.width, n_heads=1, d_head=first.width)
+    shape = shape_of(n_layers, first.width)
     if first.kind == "clt":
         return Wiring.strictly_causal(shape, read=read_site)
     if is_single:
@@ -225,124 +181,6 @@ class _Norms:
 def _exp(log_GF: Tensor) -> Tensor:
     """Thresholds for their logarithms."""
     return log_GF.double().exp()
-
-
-# One folder --------------------------------------------------------------------------------------------------------------
-
-
-def _read_part(folder: Path) -> _Part:
-    settings = Settings(folder / CONFIG_FILE)
-    kind = settings.take("sae_type", str)
-    if kind not in KINDS:
-        about = " (sparse attention: its features are heads, not a crosscoder's)" if kind == "lorsa" else ""
-        raise ValueError(f"{settings.path}: sae_type: expected {' or '.join(KINDS)}, got {kind!r:.50}{about}")
-    width, factor = settings.take("d_model", int), settings.take("expansion_factor", (int, float))
-    n_features = int(width * factor)
-    reads, writes = _sites(settings, kind)
-    n_layers = len(reads)
-    activation, is_scored = _activation(settings, kind)
-    norm = settings.take("norm_activation", str, default="dataset-wise")
-    if norm not in ("dataset-wise", "inference"):
-        raise ValueError(
-            f"{settings.path}: norm_activation: expected dataset-wise or inference, got {norm!r:.50}: its scale would "
-            "change from token to token"
-        )
-    for name in ("use_glu_encoder", "apply_decoder_bias_to_pre_encoder"):
-        if settings.take(name, bool, default=False):
-            raise ValueError(f"{settings.path}: {name} is true, which a crosscoder cannot express")
-    has_bias = settings.take("use_decoder_bias", bool, default=True)
-    settings.ignore(*_TRAINING)
-    settings.finish()
-    file = TensorFile(folder / TENSOR_FILE)
-    if kind == "clt":
-        encoders = [matrix.T for matrix in file.take("W_E", n_layers, width, n_features)]
-        encoder_biases = list(file.take("b_E", n_layers, n_features))
-        targets = [file.take(f"W_D.{layer}", layer + 1, n_features, width) for layer in range(n_layers)]
-        decoders = {(g, m - g): targets[m][g] for g in range(n_layers) for m in range(g, n_layers)}
-        decoder_biases = [file.take(f"b_D.{layer}", width) for layer in range(n_layers)]
-    else:
-        encoders, encoder_biases = [file.take("W_E", width, n_features).T], [file.take("b_E", n_features)]
-        decoders = {(0, 0): file.take("W_D", n_features, width)}
-        decoder_biases = [file.take("b_D", width) if has_bias else torch.zeros(width)]
-    thresholds: list[Tensor] = []
-    if isinstance(activation, JumpReLU):
-        shape = (n_layers, n_features) if kind == "clt" else (n_features,)
-        thresholds = list(file.take(THRESHOLD, *shape).view(-1, n_features))
-    scales = (
-        {site: _scale(file, hook, width) for site, hook in {**reads, **writes}.items()} if norm != "inference" else {}
-    )
-    file.ignore(*(name for name in file.names() if name.startswith(NORM)))
-    file.finish()
-    return _Part(
-        kind=kind,
-        reads=list(reads),
-        writes=list(writes),
-        width=width,
-        n_features=n_features,
-        activation=activation,
-        is_scored=is_scored,
-        file=file,
-        encoders=encoders,
-        encoder_biases=encoder_biases,
-        decoders=decoders,
-        decoder_biases=decoder_biases,
-        log_thresholds=thresholds,
-        scales=scales,
-    )
-
-
-def _sites(settings: Settings, kind: str) -> tuple[dict[Site, str], dict[Site, str]]:
-    """Sites read and written with their hooks, which must be those of one MLP each; a CLT's of layers 0, 1, 2 and so on."""
-    sides = []
-    for side, known in (("in", READS), ("out", dict.fromkeys(WRITES, "mlp_out"))):
-        entry = f"hook_points_{side}" if kind == "clt" else f"hook_point_{side}"
-        hooks = settings.take(entry, list if kind == "clt" else str)
-        sites: dict[Site, str] = {}
-        for hook in hooks if kind == "clt" else [hooks]:
-            match = _HOOK.fullmatch(str(hook))
-            if match is None or match[2] not in known:
-                expected = ", ".join(f"blocks.N.{name}" for name in known)
-                raise ValueError(f"{settings.path}: {entry}: expected {expected}, got {hook!r:.80}")
-            sites[Site(int(match[1]), known[match[2]])] = str(hook)
-        sides.append(sites)
-    layers = [[site.layer for site in sites] for sites in sides]
-    expected_layers = list(range(len(layers[0]))) if kind == "clt" else layers[0]
-    if (
-        not expected_layers
-        or layers != [expected_layers, expected_layers]
-        or len({site.kind for site in sides[0]}) != 1
-    ):
-        raise ValueError(
-            f"{settings.path}: expected hooks of the same layers, in order, that are read and written; got layers "
-            f"{layers[0]} and {layers[1]}"
-        )
-    return sides[0], sides[1]
-
-
-def _activation(settings: Settings, kind: str) -> tuple[Activation, bool]:
-    """The activation function, and whether its gate acts on pre-activations times decoder norms."""
-    name = settings.take("act_fn", str, default="relu").lower()
-    k = settings.take("top_k", int, default=50)
-    is_scored = settings.take("sparsity_include_decoder_norm", bool, default=True)
-    known: dict[str, Callable[[], Activation]] = {
-        "relu": ReLU,
-        "jumprelu": JumpReLU,
-        "topk": lambda: TopK(k, scored=is_scored),
-    }
-    if kind == "clt":
-        known["layertopk"] = lambda: JointTopK(k, scored=is_scored)
-    if name not in known:
-        about = ", whose choice depends on the batch: convert it to jumprelu first" if "batch" in name else ""
-        raise ValueError(f"{settings.path}: act_fn: expected {', '.join(known)}, got {name!r:.50}{about}")
-    return known[name](), is_scored
-
-
-def _scale(file: TensorFile, hook: str, width: int) -> float:
-    """`sqrt(D) / norm` of a hook's activations."""
-    norm = float(file.take(NORM + hook))
-    if not (math.isfinite(norm) and norm > 0):
-        raise ValueError(f"{file.path}: the tensor {NORM}{hook} must be a finite number above 0, got {norm}")
-    return math.sqrt(width) / norm
 
 
 LAYOUTS = (

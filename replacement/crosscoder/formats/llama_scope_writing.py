@@ -1,8 +1,7 @@
-"""Writes the layout of `llama_scope.py`, and has the names that reading and writing share."""
+"""Writes the layout of `llama_scope.py`."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,15 +13,14 @@ from torch import Tensor
 
 from replacement.crosscoder.activation import JointTopK, JumpReLU, ReLU, TopK
 from replacement.crosscoder.crosscoder import Crosscoder
-from replacement.crosscoder.formats.circuit_tracer import READS, WRITES
 from replacement.crosscoder.formats.decoder_norms import decoder_norms
+from replacement.crosscoder.formats.hooks import MLP_OUT, MLP_READS
+from replacement.crosscoder.formats.llama_scope_folder import CONFIG_FILE, TENSOR_FILE, THRESHOLD
+from replacement.crosscoder.formats.writing import check_holds, positions_but, write_json
 from replacement.crosscoder.mapped_file import write_tensors
 from replacement.crosscoder.sites import Site
 
 NAME = "llama-scope-2"
-CONFIG_FILE, TENSOR_FILE = "config.json", "sae_weights.safetensors"
-THRESHOLD = "activation_function.log_jumprelu_threshold"
-NORM = "dataset_average_activation_norm."
 UNDECOMPOSED = 1
 
 
@@ -49,7 +47,7 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
 def _check_writable(crosscoder: Crosscoder) -> str:
     wiring, activation = crosscoder.wiring, crosscoder.activation
     reads, writes = ({site.kind for site in sites} for sites in (wiring.read_sites, wiring.write_sites))
-    hook = next((name for name, kind in READS.items() if reads == {kind}), None)
+    hook = next((name for name, kind in MLP_READS.items() if reads == {kind}), None)
     is_clt = wiring.name == "strictly_causal"
     plain: tuple[type, ...] = (TopK, JointTopK) if is_clt else (TopK,)
     has_name = isinstance(activation, ReLU | JumpReLU)
@@ -64,14 +62,10 @@ def _check_writable(crosscoder: Crosscoder) -> str:
         "skip connections": crosscoder.skip,
         "tied decoders": crosscoder.tied,
         "thresholds below 0": theta is not None and bool((theta < 0).any()),
-        f"{crosscoder.undecomposed_positions} positions without features": crosscoder.undecomposed_positions
-        != UNDECOMPOSED,
     }
-    refused = [problem for problem, found in problems.items() if found]
-    if not refused and crosscoder.score_factor is not None and not _scores_are_norms(crosscoder):
-        refused = ["scores other than decoder norms"]
-    if refused:
-        raise ValueError(f"the layout {NAME} has no place for {refused[0]}")
+    check_holds(NAME, problems | positions_but(UNDECOMPOSED, crosscoder))
+    if crosscoder.score_factor is not None:
+        check_holds(NAME, {"scores other than decoder norms": not _scores_are_norms(crosscoder)})
     assert hook is not None
     return hook
 
@@ -127,7 +121,7 @@ def _write_part(crosscoder: Crosscoder, groups: range, folder: Path, dtype: torc
         made[THRESHOLD], shapes[THRESHOLD] = (lambda: kept), tuple(kept.shape)
     listed = [(name, torch.Size(shapes[name]), values) for name, values in made.items()]
     write_tensors(folder / TENSOR_FILE, listed, dtype, dtypes={THRESHOLD: torch.float64})
-    (folder / CONFIG_FILE).write_text(json.dumps(_config(crosscoder, layers, dtype, hook), indent=4), encoding="utf-8")
+    write_json(folder / CONFIG_FILE, _config(crosscoder, layers, dtype, hook))
 
 
 def _config(crosscoder: Crosscoder, layers: Sequence[int], dtype: torch.dtype, hook: str) -> dict[str, Any]:
@@ -148,7 +142,7 @@ def _config(crosscoder: Crosscoder, layers: Sequence[int], dtype: torch.dtype, h
         "sparsity_include_decoder_norm": crosscoder.score_factor is not None,
     }
     config |= {"top_k": activation.k} if isinstance(activation, TopK | JointTopK) else {}
-    for side, name in (("in", hook), ("out", WRITES[0])):
+    for side, name in (("in", hook), ("out", MLP_OUT)):
         hooks = [f"blocks.{layer}.{name}" for layer in layers]
         config |= {f"hook_points_{side}": hooks} if is_clt else {f"hook_point_{side}": hooks[0]}
     return config

@@ -20,6 +20,8 @@ from replacement.crosscoder.activation import activation_from_dict
 from replacement.crosscoder.checks import finite_values
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.published import Layout, Published
+from replacement.crosscoder.formats.tensor_files import mentions
+from replacement.crosscoder.formats.writing import write_json
 from replacement.crosscoder.mapped_file import map_tensors, write_tensors
 from replacement.crosscoder.wiring import Wiring
 from replacement.files import read_json, sha256_of
@@ -51,10 +53,7 @@ RULE = "as its wiring says: h = x W_enc^T + b_enc, a = f(h), y = a W_dec + b_dec
 
 def detect(folder: Path) -> bool:
     """Whether a folder says that it is one, or holds the tensors of one."""
-    config = folder / CONFIG_FILE
-    if (folder / TENSOR_FILE).is_file():
-        return True
-    return config.is_file() and b'"format"' in config.read_bytes()[:4096]
+    return (folder / TENSOR_FILE).is_file() or mentions(folder / CONFIG_FILE, '"format"')
 
 
 def read(folder: Path) -> Published:
@@ -111,7 +110,7 @@ def write(
     write_tensors(folder / TENSOR_FILE, tensors, dtype)
     config["tensors_sha256"] = sha256_of(folder / TENSOR_FILE)
     config["config_sha256"] = config_digest(config)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_FILE, config)
 
 
 def _not_described(folder: Path, error: ValueError) -> ValueError:

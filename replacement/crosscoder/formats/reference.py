@@ -26,6 +26,12 @@ class Asked:
     def __bool__(self) -> bool:
         return self != Asked()
 
+    def __str__(self) -> str:
+        """As it was written behind the path, with its question mark."""
+        layers = ",".join(map(str, self.layers))
+        named = {"read": self.read, "write": self.write, "layer": layers}
+        return "?" + "&".join(f"{key}={value}" for key, value in named.items() if value)
+
     @classmethod
     def split(cls, path: Path) -> tuple[Path, Asked]:
         """A path without the query at its end, and what the query says.

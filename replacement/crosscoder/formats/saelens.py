@@ -15,35 +15,32 @@ Source: SAELens 6.49, which also says what versions before 6 mean.
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from replacement.crosscoder.activation import Activation, JumpReLU, ReLU, TopK
 from replacement.crosscoder.crosscoder import Crosscoder
-from replacement.crosscoder.formats.circuit_tracer import READS
-from replacement.crosscoder.formats.gemma_scope import HOOKS as HF_HOOKS
+from replacement.crosscoder.formats.decoder_norms import decoder_norms
+from replacement.crosscoder.formats.hooks import HOOKS, MODULES, hook_of
 from replacement.crosscoder.formats.published import Layout, Published
-from replacement.crosscoder.formats.single_layers import SAELENS, LayerWeights, joined, layer_wiring, take_layer
+from replacement.crosscoder.formats.single_layers import (
+    SAELENS,
+    LayerWeights,
+    bias_for_shifted_input,
+    joined,
+    layer_wiring,
+    take_layer,
+)
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile
-from replacement.crosscoder.mapped_file import write_tensors
+from replacement.crosscoder.formats.writing import check_holds, positions_but, write_json, write_named
 from replacement.crosscoder.sites import Site
 
 NAME = "saelens"
 CONFIG_FILE, TENSOR_FILE = "cfg.json", "sae_weights.safetensors"
-HOOKS = {
-    **READS,
-    "hook_resid_post": "resid_post",
-    "hook_mlp_out": "mlp_out",
-    "hook_attn_out": "attn_out",
-    "attn.hook_z": "attn_z",
-}
 SAES = ("standard", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 HARMLESS = [
@@ -103,8 +100,7 @@ def read(path: Path) -> Published:
             raise ValueError(f"{layer.folder} has {layer.shared}, {parts[0].folder.name} has {parts[0].shared}")
     tensors = joined([layer.weights for layer in parts], [layer.folder / TENSOR_FILE for layer in parts])
     if parts[0].scored:
-        norms = [layer.weights.decoder_FD.float().norm(dim=1) for layer in parts]
-        tensors["tensors"]["score_factor"] = torch.stack(norms)
+        tensors["tensors"]["score_factor"] = decoder_norms([[layer.weights.decoder_FD] for layer in parts])
     return Published(
         layout=NAME,
         path=path,
@@ -170,7 +166,10 @@ class _Layer:
                 )
         if subtracts and is_transcoder:
             raise ValueError(f"{cfg.path}: apply_b_dec_to_input is not possible in a transcoder")
-        self.weights = _folded(weights) if subtracts else weights
+        if subtracts:
+            shift = weights.encoder_FD, weights.encoder_bias_F, weights.decoder_bias_D, weights.mapped
+            weights = replace(weights, encoder_bias_F=bias_for_shifted_input(*shift))
+        self.weights = weights
         self.activation: Activation = JumpReLU() if needs["threshold"] else ReLU()
         if architecture == "topk":
             if not isinstance(k, int):
@@ -197,23 +196,15 @@ class _Layer:
 def _site(where: Settings, suffix: str, path: Path) -> Site:
     named = where.take(f"hf_hook_name{suffix}", (str, type(None)), default=None)
     match = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d{1,9})\.(.+)", named or "")
-    if match is not None and match[2] in HF_HOOKS:
+    if match is not None and match[2] in MODULES:
         where.ignore(f"hook_name{suffix}")
-        return Site(int(match[1]), HF_HOOKS[match[2]])
+        return Site(int(match[1]), MODULES[match[2]])
     old = "hook_point" if not suffix and "hook_point" in where else f"hook_name{suffix}"
     hook = where.take(old, str)
     match = re.fullmatch(r"blocks\.(\d{1,9})\.(.+)", hook)
     if match is None or match[2] not in HOOKS:
         raise ValueError(f"{path}: {old}: expected blocks.N. and one of {', '.join(HOOKS)}, got {hook!r:.80}")
     return Site(int(match[1]), HOOKS[match[2]])
-
-
-def _folded(weights: LayerWeights) -> LayerWeights:
-    """The same with `b_enc - b_dec W_enc`, in float64, an eighth of the features at a time."""
-    bias_D = weights.decoder_bias_D.double()
-    shift_F = torch.cat([part.double() @ bias_D for part in weights.encoder_FD.chunk(8)])
-    values = {**vars(weights), "encoder_bias_F": weights.encoder_bias_F.double() - shift_F}
-    return LayerWeights(**values)
 
 
 # Writing -----------------------------------------------------------------------------------------------------------------
@@ -226,7 +217,6 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
         ValueError: names what the layout cannot say.
     """
     architecture = _architecture(crosscoder)
-    hooks = {kind: hook for hook, kind in HOOKS.items() if hook != "hook_mlp_in"}
     for group in range(crosscoder.n_groups):
         (read,), (write,) = crosscoder.wiring.reads[group], crosscoder.wiring.writes[group]
         weights = LayerWeights.of(crosscoder, group)
@@ -238,11 +228,9 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
             "threshold": weights.threshold_F,
             "W_skip": weights.skip_DD,
         }
-        kept: Sequence[tuple[str, Tensor]] = [(name, value) for name, value in named.items() if value is not None]
         place = folder if crosscoder.n_groups == 1 else folder / f"layer_{read.layer}"
         place.mkdir(exist_ok=True)
-        tensors = [(name, value.shape, partial(Tensor.detach, value)) for name, value in kept]
-        write_tensors(place / TENSOR_FILE, tensors, dtype)
+        write_named(place / TENSOR_FILE, named, dtype)
         config: dict[str, Any] = {
             "architecture": architecture,
             "d_in": weights.encoder_FD.shape[1],
@@ -255,7 +243,7 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
             "metadata": {
                 "sae_lens_version": "6.49.0",
                 "model_name": crosscoder.model_name,
-                "hook_name": f"blocks.{read.layer}.{hooks[read.kind]}",
+                "hook_name": f"blocks.{read.layer}.{hook_of(read.kind)}",
                 "exclude_special_tokens": bool(crosscoder.undecomposed_positions),
             },
         }
@@ -263,8 +251,8 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
             config |= {"k": crosscoder.activation.k, "rescale_acts_by_decoder_norm": False}
         if read != write:
             config["d_out"] = weights.decoder_FD.shape[1]
-            config["metadata"]["hook_name_out"] = f"blocks.{write.layer}.{hooks[write.kind]}"
-        (place / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            config["metadata"]["hook_name_out"] = f"blocks.{write.layer}.{hook_of(write.kind)}"
+        write_json(place / CONFIG_FILE, config)
 
 
 def _architecture(crosscoder: Crosscoder) -> str:
@@ -282,11 +270,8 @@ def _architecture(crosscoder: Crosscoder) -> str:
         "tied decoders": crosscoder.tied,
         "skip connections in an SAE": crosscoder.skip and is_sae,
         "a second model": any(site.model for site in sites),
-        f"{crosscoder.undecomposed_positions} positions without features": crosscoder.undecomposed_positions > 1,
     }
-    refused = [problem for problem, found in problems.items() if found]
-    if refused:
-        raise ValueError(f"the layout saelens has no place for {refused[0]}")
+    check_holds(NAME, problems | positions_but(range(2), crosscoder))
     if is_sae:
         return names[type(activation)]
     jump = "jumprelu_" if isinstance(activation, JumpReLU) else ""

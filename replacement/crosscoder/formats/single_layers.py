@@ -17,6 +17,8 @@ from replacement.crosscoder.mapped_file import MappedFile
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 
+_ROWS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
@@ -119,6 +121,21 @@ def take_layer(file: TensorFile, spelling: Spelling) -> LayerWeights:
         skip_DD=skip_DD,
         mapped=file.mapped,
     )
+
+
+def bias_for_shifted_input(
+    encoder_FD: Float[Tensor, "F D"],
+    bias_F: Float[Tensor, " F"],
+    shift_D: Float[Tensor, " D"],
+    mapped: MappedFile | None,
+) -> Float[Tensor, " F"]:
+    """`b_enc - W_enc b_dec` in float64: the encoder's bias where `b_dec` is subtracted from the input."""
+    parts = []
+    for rows_RD in encoder_FD.split(_ROWS_AT_ONCE):
+        parts.append(rows_RD.double() @ shift_D.double())
+        if mapped is not None:
+            mapped.release()
+    return bias_F.double() - torch.cat(parts)
 
 
 def layer_wiring(reads: Sequence[Site], writes: Sequence[Site], layers: Sequence[LayerWeights]) -> Wiring:

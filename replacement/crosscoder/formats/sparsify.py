@@ -14,7 +14,6 @@ model has a norm behind its MLP (Gemma 2 and 3), the output of the module in fro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from replacement.crosscoder.activation import TopK
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.formats.hooks import shape_of
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.single_layers import LayerWeights
 from replacement.crosscoder.formats.sparsify_files import (
@@ -36,9 +36,8 @@ from replacement.crosscoder.formats.sparsify_files import (
     detect,
     open_coders,
     run_of,
-    shape_of,
 )
-from replacement.crosscoder.mapped_file import write_tensors
+from replacement.crosscoder.formats.writing import check_holds, positions_but, write_json, write_named
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 
@@ -107,7 +106,7 @@ def _wiring(coders: Sequence[Coder], reads: Sequence[Site], writes: Sequence[Sit
     """One group per hookpoint; a transcoder of every layer is told by a folder with all from the first one on."""
     layers = [coder.layer for coder in coders]
     if not coders[0].transcode:
-        return Wiring.autoencoder(shape_of(coders), layers=layers, site=coders[0].written)
+        return Wiring.autoencoder(shape_of(layers[-1] + 1, coders[0].width), layers=layers, site=coders[0].written)
     name = "per_layer" if whole and layers == list(range(len(layers))) else "transcoder"
     widths = {site.kind: coders[0].width for site in (reads[0], writes[0])}
     return Wiring(name, tuple((site,) for site in reads), tuple((site,) for site in writes), widths)
@@ -131,10 +130,12 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
     """Write a per-layer transcoder; see `check_writable` for what is refused."""
     check_writable(crosscoder, NAME)
     reads = crosscoder.wiring.reads
-    if any(crosscoder.wiring.writes[group] != (Site(read.layer, "mlp_out"),) for group, (read,) in enumerate(reads)):
-        raise ValueError(f"the layout {NAME} has no place for the wiring {crosscoder.wiring.name}")
-    if crosscoder.tied:
-        raise ValueError(f"the layout {NAME} has no place for tied decoders")
+    writes = [(Site(read.layer, "mlp_out"),) for (read,) in reads]
+    problems = {
+        f"the wiring {crosscoder.wiring.name}": list(crosscoder.wiring.writes) != writes,
+        "tied decoders": crosscoder.tied,
+    }
+    check_holds(NAME, problems)
     for group, (read,) in enumerate(reads):
         weights = LayerWeights.of(crosscoder, group)
         tensors = {
@@ -142,9 +143,8 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
             "encoder.bias": weights.encoder_bias_F,
             "W_dec": weights.decoder_FD,
             "b_dec": weights.decoder_bias_D,
+            "W_skip": weights.skip_DD,
         }
-        if weights.skip_DD is not None:
-            tensors["W_skip"] = weights.skip_DD
         write_hookpoint(crosscoder, folder, group, read.layer, tensors, dtype, {})
     write_run(crosscoder, folder)
 
@@ -164,11 +164,8 @@ def check_writable(crosscoder: Crosscoder, layout: str) -> None:
         or not crosscoder.activation.is_trainable,
         f"the wiring {wiring.name}": not single or writes != {"mlp_out"} or len(wiring.layers) < wiring.n_groups,
         f"reads of {', '.join(sorted(reads))}": len(reads) != 1 or not reads <= READ_HOOKS.keys(),
-        f"{crosscoder.undecomposed_positions} positions without features": crosscoder.undecomposed_positions > 1,
     }
-    refused = [problem for problem, found in problems.items() if found]
-    if refused:
-        raise ValueError(f"the layout {layout} has no place for {refused[0]}")
+    check_holds(layout, problems | positions_but(range(2), crosscoder))
 
 
 def write_hookpoint(
@@ -176,7 +173,7 @@ def write_hookpoint(
     folder: Path,
     group: int,
     layer: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | None],
     dtype: torch.dtype,
     settings: Mapping[str, Any],
 ) -> None:
@@ -185,8 +182,7 @@ def write_hookpoint(
     assert isinstance(activation, TopK)
     path = folder / f"layers.{layer}.mlp"
     path.mkdir()
-    named = [(name, value.shape, partial(Tensor.detach, value)) for name, value in tensors.items()]
-    write_tensors(path / TENSOR_FILE, named, dtype)
+    write_named(path / TENSOR_FILE, tensors, dtype)
     config = {
         "activation": "topk",
         "num_latents": crosscoder.n_features,
@@ -198,7 +194,7 @@ def write_hookpoint(
         **settings,
         "d_in": crosscoder.encoders(group)[0].shape[1],
     }
-    (path / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_json(path / CONFIG_FILE, config)
 
 
 def write_run(crosscoder: Crosscoder, folder: Path) -> None:
@@ -210,7 +206,7 @@ def write_run(crosscoder: Crosscoder, folder: Path) -> None:
         "hookpoints_in": [READ_HOOKS[site.kind].format(site.layer) for site in sites],
         "filter_bos": crosscoder.undecomposed_positions == 1,
     }
-    (folder / RUN_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / RUN_FILE, config)
 
 
 LAYOUTS = (

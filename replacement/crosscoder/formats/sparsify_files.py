@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from replacement.crosscoder.activation import TopK
-from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, listed
-from replacement.crosscoder.sites import ModelShape
+from replacement.crosscoder.formats.single_layers import bias_for_shifted_input
+from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, listed, norm_scale
 from replacement.files import read_json
 
 CONFIG_FILE = "cfg.json"
@@ -71,7 +70,6 @@ HARMLESS = (
 )
 """Settings of a training: weights are stored as they are used."""
 _HOOKPOINT = re.compile(r"(?:[A-Za-z_]\w*\.)*?(?:layers|h|blocks)\.(\d{1,9})(?:\.(\w+))?", re.ASCII)
-_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +102,11 @@ class Coder:
         bias_F = self.file.take("encoder.bias", self.n_features)
         if decoder_bias_D is None:
             return bias_F
-        parts = [rows_RD.double() @ decoder_bias_D.double() for rows_RD in self.encoder().split(_ROWS_AT_ONCE)]
-        self.file.mapped.release()
-        return bias_F.double() - torch.cat(parts)
+        return bias_for_shifted_input(self.encoder(), bias_F, decoder_bias_D, self.file.mapped)
 
     def scale(self, name: str) -> float:
         """`sqrt(D) / norm` for the mean norm of the inputs or outputs of its training; 1 where it was trained without."""
-        if not self.normalize_io:
-            return 1.0
-        norm = float(self.file.take(name, 1))
-        if not 0 < norm < math.inf:
-            raise ValueError(f"{self.file.path}: the tensor {name} must hold a positive number, got {norm}")
-        return math.sqrt(self.width) / norm
+        return norm_scale(self.file, name, 1, width=self.width) if self.normalize_io else 1.0
 
     def affine(self, names: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
         """Scale and offset `[F]` behind the activation function: `(a + post_enc) * post_enc_scale` where a is above 0.
@@ -267,12 +258,6 @@ def activation_of(coders: Sequence[Coder], affine: Sequence[tuple[Tensor, Tensor
     scale_GF, offset_GF = (torch.stack(column) for column in zip(*affine, strict=True))
     changes = bool((scale_GF != 1).any()) or bool((offset_GF != 0).any())
     return TopK(k, affine=changes), {"post_scale": scale_GF, "post_offset": offset_GF} if changes else {}
-
-
-def shape_of(coders: Iterable[Coder]) -> ModelShape:
-    """Sizes that a wiring depends on; heads do not."""
-    last = max(coders, key=lambda coder: coder.layer)
-    return ModelShape(n_layers=last.layer + 1, d_model=last.width, n_heads=1, d_head=last.width)
 
 
 def run_of(folder: Path, coders: Sequence[Coder]) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,18 @@ class TensorFile:
             raise ValueError(f"{self.path} holds tensors that its layout does not have: {listed(sorted(left))}")
 
 
+def norm_scale(file: TensorFile, name: str, *shape: int, width: int) -> float:
+    """`sqrt(D) / norm` for a mean norm of activations that a file holds.
+
+    Raises:
+        ValueError: no such tensor, or no finite number above 0.
+    """
+    norm = float(file.take(name, *shape))
+    if not 0 < norm < math.inf:
+        raise ValueError(f"{file.path}: the tensor {name} must be a finite number above 0, got {norm}")
+    return math.sqrt(width) / norm
+
+
 class Settings:
     """Entries of a configuration file, taken by name and kind; `finish` refuses those that were not taken.
 
@@ -146,6 +159,29 @@ def numbered(folder: Path, prefix: str, suffix: str) -> list[Path]:
         last = f", but {prefix}{numbers[-1]}{suffix} is there" if numbers else ""
         raise ValueError(f"{folder} lacks the file {prefix}{missing[0]}{suffix}{last}")
     return [folder / f"{prefix}{number}{suffix}" for number in numbers]
+
+
+def layer_files(folder: Path) -> tuple[list[TensorFile], list[TensorFile]]:
+    """The files `W_enc_{layer}` and `W_dec_{layer}` of a cross-layer transcoder, opened.
+
+    Raises:
+        ValueError: a layer that is missing in one of them.
+    """
+    encoders, decoders = (
+        [TensorFile(path) for path in numbered(folder, prefix, ".safetensors")] for prefix in ("W_enc_", "W_dec_")
+    )
+    if len(decoders) != len(encoders):
+        given = f"{len(decoders)} and {len(encoders)}"
+        raise ValueError(f"{folder}: expected as many W_dec files as W_enc files, got {given}")
+    return encoders, decoders
+
+
+def mentions(path: Path, word: str) -> bool:
+    """Whether there is a file with this word in its first 64 KiB, for telling layouts apart."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return word.encode() in file.read(65536)
 
 
 def _numbers(folder: Path, prefix: str, suffix: str) -> Iterator[int]:

@@ -258,7 +258,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: Change, message: str) ->
 def test_norms_must_be_positive(tmp_path: Path) -> None:
     folder = write_coders(tmp_path / "plt", tuned=True)
     with_tensors(out_norm=torch.zeros(1))(folder)
-    with pytest.raises(ValueError, match=r"the tensor out_norm must hold a positive number, got 0.0"):
+    with pytest.raises(ValueError, match=r"the tensor out_norm must be a finite number above 0, got 0.0"):
         checkpoint.load(folder)
 
 
