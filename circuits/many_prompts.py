@@ -33,7 +33,7 @@ COLUMNS = (
     *("circuit_replacement", "circuit_completeness", "identity_error", "stopped_by", "folder", "error"),
 )
 """Of the summary table."""
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +61,9 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     parsed = _parsed(line, number, path)
-                    if parsed.id in numbers:
-                        raise ValueError(
-                            f"{path} line {number}: line {numbers[parsed.id]} has the id {parsed.id!r} too"
-                        )
-                    numbers[parsed.id] = number
+                    before = numbers.setdefault(parsed.id.lower(), number)  # some file systems do not know the case
+                    if before != number:
+                        raise ValueError(f"{path} line {number}: line {before} has the id {parsed.id!r} too")
                     lines.append(parsed)
     except OSError as error:
         raise ValueError(f"{path}: expected a file of prompts, but it cannot be read ({error.strerror})") from error
@@ -89,7 +87,7 @@ def _parsed(line: bytes, number: int, path: Path) -> PromptLine:
     prompt, name, target = value.get("prompt"), value.get("id", str(number)), value.get("target", [])
     if not isinstance(prompt, str) or not prompt.strip():
         raise wrong(f"prompt: expected some text, got {prompt!r:.50}")
-    if not isinstance(name, str) or not _ID.fullmatch(name):
+    if not isinstance(name, str) or not _ID.fullmatch(name) or name.lower() == SUMMARY_FILE:
         raise wrong(f"id: expected up to 100 letters, digits, dots, dashes and underscores, got {name!r:.50}")
     targets = [target] if isinstance(target, str) else target
     if not isinstance(targets, list) or not all(isinstance(text, str) for text in targets):
@@ -108,7 +106,7 @@ def trace_many(
     n_parts: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trace prompts into `out/ID/`, those apart that were finished before, and write `out/summary.csv`.
+    """Trace prompts into `out/ID/`, those apart that were traced before, and write `out/summary.csv`.
 
     Args:
         options: of every trace.
@@ -118,7 +116,8 @@ def trace_many(
 
     Returns:
         The rows of the summary (see `COLUMNS`), in the order of the prompts. A prompt that could not be traced has `failed` as
-        its status and an error; the others do not stop for it. Every process ends when all are finished.
+        its status and an error; the others do not stop for it, and the next call tries it again. Every process ends when all
+        are finished.
 
     Raises:
         ValueError: the folder holds a prompt of that id that was made with other options, or cannot be written.
@@ -129,26 +128,29 @@ def trace_many(
     made_by = {line.id: _made_by(line, model, options, formats) for line in prompts}
     finished: dict[str, dict[str, Any]] = {}
     for line in prompts:  # all of them first: other options are refused before any work
-        if (record := _record(folder / line.id, made_by[line.id])) is not None:
+        record = _record(folder / line.id, made_by[line.id])
+        if record is not None and "error" not in record:
             finished[line.id] = record
     if progress is not None:
         progress(len(finished))
-    for line in _order(prompts, part, n_parts):
+    for line, is_own in _order(prompts, part, n_parts):
         if line.id in finished:
             continue
         record = _record(folder / line.id, made_by[line.id])  # another process may have finished it meanwhile
-        finished[line.id] = record or _trace_one(model, line, folder / line.id, options, formats, made_by[line.id])
+        if record is None or ("error" in record and is_own):
+            record = _trace_one(model, line, folder / line.id, options, formats, made_by[line.id])
+        finished[line.id] = record
         if progress is not None:
             progress(len(finished))
-    rows = [_row(line, finished[line.id]) for line in prompts]
+    rows = [_row(line, _record(folder / line.id, made_by[line.id]) or finished[line.id]) for line in prompts]
     write_atomic(folder / SUMMARY_FILE, _table(rows))
     return rows
 
 
-def _order(prompts: Sequence[PromptLine], part: int, n_parts: int) -> Iterator[PromptLine]:
-    """This process's share, then those of the others from the end: where they will come last themselves."""
-    yield from prompts[part::n_parts]
-    yield from (line for number, line in reversed(list(enumerate(prompts))) if number % n_parts != part)
+def _order(prompts: Sequence[PromptLine], part: int, n_parts: int) -> Iterator[tuple[PromptLine, bool]]:
+    """This process's share, with True, then those of the others from the end: where they will come last themselves."""
+    yield from ((line, True) for line in prompts[part::n_parts])
+    yield from ((line, False) for number, line in reversed(list(enumerate(prompts))) if number % n_parts != part)
 
 
 def _made_by(
@@ -169,7 +171,7 @@ def _made_by(
 
 
 def _record(folder: Path, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of a finished prompt; None for one that is not finished.
+    """The record of a finished prompt; None for one that is not finished, or failed when something else was asked for.
 
     Raises:
         ValueError: something else made it.
@@ -180,6 +182,8 @@ def _record(folder: Path, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
     known = record.get("made_by") if isinstance(record, dict) else None
     if not isinstance(known, dict):
         raise ValueError(f"{folder / RECORD_FILE} is no record of a traced prompt: choose another folder")
+    if "error" in record and known != made_by:
+        return None
     for name in made_by:
         if known.get(name) != made_by[name]:
             raise ValueError(
@@ -197,15 +201,20 @@ def _trace_one(
     formats: Sequence[str],
     made_by: Mapping[str, Any],
 ) -> dict[str, Any]:
+    import torch
+
     record: dict[str, Any] = {"made_by": made_by}
     try:
         graph, circuit = (_timeless(graph) for graph in options.trace(model, line.prompt, line.targets))
-    except ValueError as error:
-        record["error"] = " ".join(str(error).split())
+    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        record["error"] = " ".join(str(error).split()) or type(error).__name__
     else:
         if graph.metadata["stopped_by"] == "interrupt":
             raise KeyboardInterrupt
         record["result"] = facts_of(graph, circuit)
+    before = _record(folder, made_by)  # a folder is replaced only where that changes something
+    if before is not None and ("error" not in before or before == record):
+        return before
     with atomic_folder(folder, replaces=(RECORD_FILE, *files_of(formats).values())) as scratch:
         if "result" in record:
             write_files(graph, circuit, scratch, formats)

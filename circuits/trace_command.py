@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +89,7 @@ def trace(
         typer.Option(
             rich_help_panel=MANY,
             help="Instead of PROMPT: a file with one JSON object per line, with a prompt, and if wanted an id and a target. "
-            "Each prompt gets a folder in OUT, and OUT/summary.csv a row. Finished prompts are not traced again; run it "
+            "Each prompt gets a folder in OUT, and OUT/summary.csv a row. Traced prompts are not traced again; run it "
             "under torchrun to share the work. Exit code 1 where some could not be traced.",
             show_default=False,
         ),
@@ -184,7 +186,8 @@ def _trace_file(
         options = replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     part, n_parts = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     check_folder(out)
-    rows = options.use(lambda model, say: _with_bar(model, lines, out, tracing, formats, part, n_parts, say))
+    model = options.use(lambda loaded, _: loaded)  # a bar needs the terminal without the spinner
+    rows = _with_bar(model, lines, out, tracing, formats, part, n_parts)
     failed = [row for row in rows if row["status"] == "failed"]
     if part == 0:
         facts = {"prompts": len(rows), "failed": len(failed), "summary": str(out / SUMMARY_FILE)}
@@ -206,11 +209,12 @@ def _with_bar(
     formats: tuple[str, ...],
     part: int,
     n_parts: int,
-    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Trace, with a bar in the first process if it is attached to a terminal."""
-    say("")
-    with tqdm(total=len(lines), unit="prompt", disable=True if part else None) as bar:
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        tqdm(total=len(lines), desc="trace", unit="prompt", disable=True if part else None) as bar,
+    ):
 
         def progress(finished: int) -> None:
             bar.update(finished - bar.n)

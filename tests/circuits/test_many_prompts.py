@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import replacement
 from circuits import CircuitGraph
@@ -83,7 +84,8 @@ def test_the_split_shows_nowhere(model: Any, file: Path, tmp_path: Path) -> None
 def test_finished_prompts_are_not_traced_again(
     model: Any, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines, out = read_prompts(file), tmp_path / "out"
+    out = tmp_path / "out"
+    lines = [line for line in read_prompts(file) if line.prompt != "no such words"]
     trace_many(model, lines, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.parent != out}
 
@@ -93,6 +95,56 @@ def test_finished_prompts_are_not_traced_again(
     monkeypatch.setattr(TraceOptions, "trace", forbidden)
     trace_many(model, lines, out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.parent != out} == before
+
+
+def test_failed_prompts_are_tried_again(model: Any, tmp_path: Path) -> None:
+    """With more memory, and with another prompt in the same line; a failure that stays the same is not written again."""
+    line, record = PromptLine(id="a", prompt="the hammer was"), tmp_path / "a" / "record.json"
+    (row,) = trace_many(model, [line], tmp_path, options=TraceOptions(memory="1MB"))
+    assert (row["status"], row["nodes"]) == ("failed", "")
+    assert "raise --memory" in row["error"]
+    (row,) = trace_many(model, [line], tmp_path)
+    assert (row["status"], row["error"]) == ("traced", "")
+    wrong = PromptLine(id="b", prompt="no such words")
+    trace_many(model, [line, wrong], tmp_path)
+    before = record.stat().st_mtime_ns, (tmp_path / "b" / "record.json").stat().st_mtime_ns
+    trace_many(model, [line, wrong], tmp_path, part=1, n_parts=2)
+    assert (record.stat().st_mtime_ns, (tmp_path / "b" / "record.json").stat().st_mtime_ns) == before
+    rows = trace_many(model, [line, PromptLine(id="b", prompt="33 + 45 =")], tmp_path)
+    assert [row["status"] for row in rows] == ["traced", "traced"]
+    with (tmp_path / "summary.csv").open(newline="") as table:
+        assert [row["prompt"] for row in csv.DictReader(table)] == ["the hammer was", "33 + 45 ="]
+
+
+def test_memory_that_runs_out_is_an_error_of_its_prompt(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trace(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TraceOptions, "trace", trace)
+    rows = trace_many(model, [PromptLine(id=name, prompt="33 + 45 =") for name in "ab"], tmp_path)
+    assert [row["error"] for row in rows] == ["CUDA out of memory"] * 2
+
+
+def test_the_bar_is_shown_on_a_terminal(file: Path, tmp_path: Path) -> None:
+    """And it is the only thing that moves there: the model's spinner has ended."""
+    pty, termios = (pytest.importorskip(name, reason="no terminals to imitate") for name in ("pty", "termios"))
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = [sys.executable, "-m", "circuits", "trace", "--prompts", str(file), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env={**ENVIRONMENT, "TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 4096):
+            shown += piece
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 1
+    last_spinner = shown.rfind(b"loading the model")
+    assert 0 < last_spinner < shown.find(b"trace:") < shown.find(b"6/6")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +228,9 @@ def test_two_processes_and_kills(file: Path, tmp_path: Path) -> None:
             "line 2: id: expected up to 100 letters, digits, dots, dashes and underscores",
         ),
         ('{"prompt": "a", "id": ".x"}', "line 2: id: expected"),
+        ('{"prompt": "a", "id": "x."}', "line 2: id: expected"),
+        ('{"prompt": "a", "id": "Summary.csv"}', "line 2: id: expected"),
+        ('{"prompt": "a", "id": "X"}', "line 2: line 1 has the id 'X' too"),
         ('{"prompt": "a", "id": 5}', "line 2: id: expected"),
         ('{"prompt": "a", "target": 5}', "line 2: target: expected a text or a list of texts, got 5"),
         ('{"prompt": "a", "target": [5]}', "line 2: target: expected a text or a list of texts, got [5]"),
