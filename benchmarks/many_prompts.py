@@ -11,6 +11,7 @@ processes were killed and is another one in the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -41,10 +42,21 @@ def write_prompts(path: Path, n_prompts: int) -> int:
 
 
 def start(file: Path, out: Path, launcher: list[str]) -> subprocess.Popen[bytes]:
-    """Start the command in a process group of its own."""
+    """Start the command."""
     command = [sys.executable, *launcher, *TRACE, str(file), "--out", str(out)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **quiet)
+    return subprocess.Popen(command, env=ENVIRONMENT, **quiet)
+
+
+def kill(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a launcher and its workers, which would outlive it."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    workers = [int(pid) for pid, parent in map(str.split, listed.splitlines()) if int(parent) == launcher.pid]
+    for process in (launcher.pid, *workers):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    launcher.wait()
+    time.sleep(0.2)
 
 
 def finish(file: Path, out: Path, launcher: list[str]) -> float:
@@ -82,9 +94,7 @@ def kill_often(file: Path, out: Path, *, n_kills: int, n_prompts: int) -> tuple[
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.1))
         kills += running.poll() is None
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-        time.sleep(0.5)  # torchrun's children have groups of their own
+        kill(running)
         seen |= {name: inode for name, inode in folders(out).items() if name not in seen}
     finish(file, out, TWO)
     after = folders(out)

@@ -199,11 +199,15 @@ def test_two_processes_and_kills(file: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = [*torchrun, *trace, str(tmp_path / "two")]
     quiet: dict[str, Any] = {"env": ENVIRONMENT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    killed = subprocess.Popen(command, start_new_session=True, **quiet)
+    killed = subprocess.Popen(command, **quiet)
     end = time.monotonic() + 240
     while not list((tmp_path / "two").glob("*/record.json")) and time.monotonic() < end and killed.poll() is None:
         time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    workers = [int(pid) for pid, parent in map(str.split, listed.splitlines()) if int(parent) == killed.pid]
+    assert len(workers) == 2
+    for process in (killed.pid, *workers):  # workers outlive their launcher
+        os.kill(process, signal.SIGKILL)
     killed.wait()
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("[!.]*/*")}
     assert finished
