@@ -29,7 +29,7 @@ from replacement.crosscoder.formats.hooks import MLP_OUT, MLP_READS, MLP_WRITES,
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.single_layers import LayerWeights, joined, read_layer
 from replacement.crosscoder.formats.tensor_files import Settings, layer_files, mentions, numbered
-from replacement.crosscoder.formats.writing import check_holds, decoders_by_target, positions_but, write_named
+from replacement.crosscoder.formats.writing import check_holds, common_problems, decoders_by_target, write_named
 from replacement.crosscoder.wiring import Wiring
 
 CONFIG_FILE = "config.yaml"
@@ -213,7 +213,7 @@ def _check_writable(crosscoder: Crosscoder, family: str, layout: str) -> str:
         f"the activation {crosscoder.activation.to_dict()}": _has_no_name(crosscoder.activation),
         "tied decoders": crosscoder.tied,
     }
-    check_holds(layout, problems | positions_but(UNDECOMPOSED, crosscoder))
+    check_holds(layout, problems | common_problems(crosscoder, positions=UNDECOMPOSED))
     assert hook is not None
     return hook
 

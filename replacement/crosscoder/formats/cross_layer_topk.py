@@ -28,8 +28,8 @@ from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, layer_files, mentions
 from replacement.crosscoder.formats.writing import (
     check_holds,
+    common_problems,
     decoders_by_target,
-    positions_but,
     write_json,
     write_named,
 )
@@ -127,7 +127,7 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
         "skip connections": crosscoder.skip,
         "tied decoders": crosscoder.tied,
     }
-    check_holds(NAME, problems | positions_but(UNDECOMPOSED, crosscoder))
+    check_holds(NAME, problems | common_problems(crosscoder, positions=UNDECOMPOSED))
     assert crosscoder.score_factor is not None
     norms_GF = crosscoder.score_factor
 

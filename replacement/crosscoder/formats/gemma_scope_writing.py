@@ -12,8 +12,8 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.hooks import MODULES
 from replacement.crosscoder.formats.writing import (
     check_holds,
+    common_problems,
     decoders_by_target,
-    positions_but,
     write_json,
     write_named,
 )
@@ -91,7 +91,7 @@ def _check_writable(crosscoder: Crosscoder, *, single: bool) -> None:
         "tied decoders": crosscoder.tied,
         "skip connections to later layers": crosscoder.skip and not single and _skips_further(crosscoder),
     }
-    check_holds("gemma-scope-2", problems | positions_but(UNDECOMPOSED, crosscoder))
+    check_holds("gemma-scope-2", problems | common_problems(crosscoder, positions=UNDECOMPOSED))
 
 
 def _skips_further(crosscoder: Crosscoder) -> bool:

@@ -33,9 +33,9 @@ MODULES = {
 """Inputs and outputs of modules of a layer of Hugging Face's Gemma 3."""
 
 
-def hook_of(kind: str) -> str | None:
-    """TransformerLens's hook of a kind of site, without the layer; None where there is none."""
-    return next((hook for hook, known in HOOKS.items() if known == kind), None)
+def hook_of(kind: str) -> str:
+    """TransformerLens's hook of a kind of site, without the layer."""
+    return next(hook for hook, known in HOOKS.items() if known == kind)
 
 
 def shape_of(n_layers: int, width: int) -> ModelShape:

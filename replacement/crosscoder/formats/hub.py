@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from replacement.files import checked_path
@@ -38,15 +39,26 @@ class Reference(NamedTuple):
             raise ValueError(f"cannot read {text!r:.120}: expected hf:org/repo[/path][@revision]")
         return cls(match["repo"], (match["path"] or "").strip("/") or None, match["revision"])
 
+    @property
+    def _config(self) -> str:
+        """A configuration beside a file, which says what it reads and writes; empty for folders."""
+        path = PurePosixPath(self.path or "")
+        return str(path.with_name("config.json")) if path.suffix in (".safetensors", ".npz") else ""
+
     def download(self) -> Path:
         """Path of the file or folder on this machine; fetched unless it is in the hub's cache.
+
+        Nothing else of the repository is fetched, but for a `config.json` beside a file of weights.
 
         Raises:
             ValueError: it does not exist, needs a login, or the hub cannot be reached.
         """
         from huggingface_hub import snapshot_download
 
-        patterns = None if self.path is None else [self.path, f"{self.path}/*"]
+        patterns = None
+        if self.path is not None:
+            path = glob.escape(self.path)
+            patterns = [path, f"{path}/*", *([glob.escape(self._config)] if self._config else [])]
         try:
             folder = Path(snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:  # requests and hub errors are both

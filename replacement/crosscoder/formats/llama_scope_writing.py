@@ -16,7 +16,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.decoder_norms import decoder_norms
 from replacement.crosscoder.formats.hooks import MLP_OUT, MLP_READS
 from replacement.crosscoder.formats.llama_scope_folder import CONFIG_FILE, TENSOR_FILE, THRESHOLD
-from replacement.crosscoder.formats.writing import check_holds, positions_but, write_json
+from replacement.crosscoder.formats.writing import check_holds, common_problems, write_json
 from replacement.crosscoder.mapped_file import write_tensors
 from replacement.crosscoder.sites import Site
 
@@ -63,7 +63,7 @@ def _check_writable(crosscoder: Crosscoder) -> str:
         "tied decoders": crosscoder.tied,
         "thresholds below 0": theta is not None and bool((theta < 0).any()),
     }
-    check_holds(NAME, problems | positions_but(UNDECOMPOSED, crosscoder))
+    check_holds(NAME, problems | common_problems(crosscoder, positions=UNDECOMPOSED))
     if crosscoder.score_factor is not None:
         check_holds(NAME, {"scores other than decoder norms": not _scores_are_norms(crosscoder)})
     assert hook is not None

@@ -36,7 +36,7 @@ from replacement.crosscoder.formats.single_layers import (
     take_layer,
 )
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile
-from replacement.crosscoder.formats.writing import check_holds, positions_but, write_json, write_named
+from replacement.crosscoder.formats.writing import check_holds, common_problems, write_json, write_named
 from replacement.crosscoder.sites import Site
 
 NAME = "saelens"
@@ -121,7 +121,7 @@ class _Layer:
         self.folder = folder
         cfg = Settings(folder / CONFIG_FILE)
         metadata = cfg.take("metadata", dict, default={})
-        where = Settings(cfg.path, metadata) if "hook_name" in metadata else cfg
+        where = Settings(cfg.path, metadata) if {"hook_name", "hf_hook_name"} & metadata.keys() else cfg
         architecture = cfg.take("architecture", str, default="standard")
         activation_fn = cfg.take("activation_fn", str, default=cfg.take("activation_fn_str", str, default="relu"))
         kwargs = cfg.take("activation_fn_kwargs", dict, default={})
@@ -257,7 +257,6 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
 
 def _architecture(crosscoder: Crosscoder) -> str:
     wiring, activation = crosscoder.wiring, crosscoder.activation
-    sites = [site for side in (wiring.reads, wiring.writes) for group in side for site in group]
     single = all(len(group) == 1 for side in (wiring.reads, wiring.writes) for group in side)
     names = {ReLU: "standard", JumpReLU: "jumprelu", TopK: "topk"}
     plain = type(activation) in names and activation.to_dict().keys() <= {"name", "k", "threshold", "bandwidth"}
@@ -269,9 +268,8 @@ def _architecture(crosscoder: Crosscoder) -> str:
         "thresholds below 0": crosscoder.threshold is not None and bool((crosscoder.threshold < 0).any()),
         "tied decoders": crosscoder.tied,
         "skip connections in an SAE": crosscoder.skip and is_sae,
-        "a second model": any(site.model for site in sites),
     }
-    check_holds(NAME, problems | positions_but(range(2), crosscoder))
+    check_holds(NAME, problems | common_problems(crosscoder, positions=range(2)))
     if is_sae:
         return names[type(activation)]
     jump = "jumprelu_" if isinstance(activation, JumpReLU) else ""

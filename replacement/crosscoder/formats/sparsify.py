@@ -37,7 +37,7 @@ from replacement.crosscoder.formats.sparsify_files import (
     open_coders,
     run_of,
 )
-from replacement.crosscoder.formats.writing import check_holds, positions_but, write_json, write_named
+from replacement.crosscoder.formats.writing import check_holds, common_problems, write_json, write_named
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 
@@ -165,7 +165,7 @@ def check_writable(crosscoder: Crosscoder, layout: str) -> None:
         f"the wiring {wiring.name}": not single or writes != {"mlp_out"} or len(wiring.layers) < wiring.n_groups,
         f"reads of {', '.join(sorted(reads))}": len(reads) != 1 or not reads <= READ_HOOKS.keys(),
     }
-    check_holds(layout, problems | positions_but(range(2), crosscoder))
+    check_holds(layout, problems | common_problems(crosscoder, positions=range(2)))
 
 
 def write_hookpoint(

@@ -29,11 +29,19 @@ def check_holds(layout: str, problems: Mapping[str, bool]) -> None:
             raise ValueError(f"the layout {layout} has no place for {problem}")
 
 
-def positions_but(allowed: int | range, crosscoder: Crosscoder) -> dict[str, bool]:
-    """The problem, for `check_holds`, of another number of positions without features than the layout implies."""
-    given = crosscoder.undecomposed_positions
-    fits = given == allowed if isinstance(allowed, int) else given in allowed
-    return {f"{given} positions without features": not fits}
+def common_problems(crosscoder: Crosscoder, *, positions: int | range) -> dict[str, bool]:
+    """Problems, for `check_holds`, that all published layouts have: sites of a second model, and positions without features.
+
+    Args:
+        positions: how many positions without features the layout can say.
+    """
+    sites = (*crosscoder.wiring.read_sites, *crosscoder.wiring.write_sites)
+    n_positions = crosscoder.undecomposed_positions
+    fits = n_positions in (positions if isinstance(positions, range) else (positions,))
+    return {
+        "a second model": any(site.model for site in sites),
+        f"{n_positions} positions without features": not fits,
+    }
 
 
 def decoders_by_target(crosscoder: Crosscoder, group: int) -> Tensor:

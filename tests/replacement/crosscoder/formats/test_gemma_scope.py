@@ -15,9 +15,11 @@ from published_layouts import RandomTensors, assert_computes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from replacement import checkpoint
+from replacement import JumpReLU, ReLU, TopK, checkpoint
+from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.convert import convert
-from replacement.crosscoder.sites import Site
+from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.wiring import Wiring
 
 L, F, D = 3, 12, 8
 TRANSCODERS = Path("models--google--gemma-scope-2b-pt-transcoders") / "snapshots" / "abc"
@@ -231,8 +233,9 @@ def test_circuit_tracer_lists_both_releases(tmp_path: Path) -> None:
     assert torch.equal(crosscoder.W_enc[1], second["w_enc"].T)
     assert crosscoder.threshold is not None
     assert torch.equal(crosscoder.threshold[1], second["threshold"])
-    with pytest.raises(ValueError, match="says itself what it reads and writes"):
-        checkpoint.load(f"{tmp_path}?read=mlp_in")
+    for query in ("?read=mlp_in", "?write=mlp_out&layer=3", "?read=mlp_in&write=mlp_out&layer=5,9"):
+        with pytest.raises(ValueError, match=re.escape(f"says itself what it reads and writes: leave out {query}")):
+            checkpoint.load(f"{tmp_path}{query}")
 
 
 def test_what_is_wrong_with_arrays_is_named(tmp_path: Path) -> None:
@@ -277,3 +280,45 @@ def test_what_is_wrong_with_the_second_release_is_named(tmp_path: Path) -> None:
     (folder / "params_layer_1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks the file params_layer_1.safetensors, but params_layer_2"):
         checkpoint.load(folder)
+
+
+SHAPE = ModelShape(n_layers=L, d_model=D, n_heads=2, d_head=4)
+CLT = Wiring.strictly_causal(SHAPE, read="mlp_in")
+SECOND_MODEL = ((Site(1, "resid_post", model=1),),)
+REFUSED: list[tuple[Wiring, dict[str, Any], str]] = [
+    (Wiring.acausal(SHAPE), {}, "the wiring acausal"),
+    (Wiring.model_diffing(SHAPE, layer=1), {}, "the wiring model_diffing"),
+    (Wiring("autoencoder", SECOND_MODEL, SECOND_MODEL, {"resid_post": D}), {}, "a second model"),
+    (Wiring.per_layer(SHAPE, read="resid_mid"), {}, "the site resid_mid"),
+    (Wiring.attention(SHAPE), {}, "the site attn_out"),
+    (CLT, {"activation": TopK(2)}, "the activation {'name': 'topk', 'k': 2}"),
+    (CLT, {"activation": JumpReLU(affine=True)}, "the activation {'name': 'jumprelu', "),
+    (CLT, {"tied": True}, "tied decoders"),
+    (CLT, {"skip": True}, "skip connections to later layers"),
+    (CLT, {"undecomposed_positions": 0}, "0 positions without features"),
+]
+
+
+@pytest.mark.parametrize(("wiring", "changes", "problem"), REFUSED)
+def test_what_the_second_release_cannot_say_is_refused(
+    tmp_path: Path, wiring: Wiring, changes: dict[str, Any], problem: str
+) -> None:
+    options = {"activation": ReLU(), "undecomposed_positions": 1, **changes}
+    crosscoder = Crosscoder(wiring, n_features=F, **options)
+    for matrix in crosscoder.W_skip if crosscoder.skip else ():
+        torch.nn.init.ones_(matrix)
+    checkpoint.save(crosscoder, tmp_path / "native")
+    with pytest.raises(ValueError, match=re.escape(f"the layout gemma-scope-2 has no place for {problem}")):
+        convert(tmp_path / "native", tmp_path / "copy", to="gemma-scope-2")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_thresholds_below_0_are_refused(tmp_path: Path) -> None:
+    crosscoder = Crosscoder(CLT, n_features=F, activation=JumpReLU(), undecomposed_positions=1)
+    assert crosscoder.threshold is not None
+    with torch.no_grad():
+        crosscoder.threshold[1, 2] = -0.5
+    checkpoint.save(crosscoder, tmp_path / "native")
+    for layout in ("gemma-scope-2", "llama-scope-2"):
+        with pytest.raises(ValueError, match=f"the layout {layout} has no place for thresholds below 0"):
+            convert(tmp_path / "native", tmp_path / "copy", to=layout)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import huggingface_hub.utils
 import pytest
 import tiny
 import torch
@@ -172,6 +173,39 @@ def test_a_repository_in_the_cache_is_loaded(offline_hub: Path, language_model: 
         local_copy("hf:org/other")
     with pytest.raises(ValueError, match="cannot fetch org/repo from the Hugging Face hub: "):
         local_copy("hf:org/repo@another")
+
+
+LAYERS = [f"layer_{layer}/width_16k/average_l0_{l0}" for layer in range(26) for l0 in (8, 80)]
+BIG_REPOSITORY = [f"{layer}/{name}" for layer in LAYERS for name in ("params.npz", "config.json", "notes.txt")]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/layer_1/width_16k/average_l0_8/params.npz", [f"{LAYERS[2]}/config.json", f"{LAYERS[2]}/params.npz"]),
+        ("/layer_1/width_16k/average_l0_8/notes.txt", [f"{LAYERS[2]}/notes.txt"]),
+        ("/layer_1", sorted(name for name in BIG_REPOSITORY if name.startswith("layer_1/"))),
+        ("/layer_[12]", []),
+        ("", sorted(BIG_REPOSITORY)),
+    ],
+)
+def test_nothing_but_what_is_named_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: list[str]
+) -> None:
+    def fetch(repo: str, *, revision: str | None, allow_patterns: list[str] | None) -> str:
+        """The hub's own choice of files, of a repository with many."""
+        for name in huggingface_hub.utils.filter_repo_objects(BIG_REPOSITORY, allow_patterns=allow_patterns):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    if expected:
+        assert local_copy(f"hf:org/repo{path}") == tmp_path / path.removeprefix("/")
+    else:
+        with pytest.raises(ValueError, match="the repository org/repo has no "):
+            local_copy(f"hf:org/repo{path}")
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()) == expected
 
 
 def test_a_crosscoder_of_another_model_is_refused() -> None:

@@ -12,9 +12,11 @@ import torch
 from published_layouts import RandomTensors, assert_computes
 from safetensors.torch import load_file, save_file
 
-from replacement import checkpoint
+from replacement import BatchTopK, JumpReLU, ReLU, TopK, checkpoint
+from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.convert import convert
-from replacement.crosscoder.sites import Site
+from replacement.crosscoder.sites import SITE_KINDS, ModelShape, Site
+from replacement.crosscoder.wiring import Wiring
 
 F, D, K = 12, 8, 4
 
@@ -116,3 +118,83 @@ def test_what_is_wrong_is_named(tmp_path: Path, architecture: str, changes: dict
     folder = write(tmp_path / "sae", architecture, **changes)
     with pytest.raises(ValueError, match=re.escape(message)):
         checkpoint.load(folder)
+
+
+GEMMA = "model.language_model.layers.3."
+BLOCK = "blocks.7.hook_mlp_in"
+NAMED: list[tuple[dict[str, Any], tuple[str, str]]] = [
+    # A module of the Hugging Face model decides; TransformerLens's name beside it is of another place, or absent.
+    (
+        {
+            "hook_name": BLOCK,
+            "hf_hook_name": f"{GEMMA}pre_feedforward_layernorm.output",
+            "hook_name_out": "blocks.7.hook_mlp_out",
+            "hf_hook_name_out": f"{GEMMA}post_feedforward_layernorm.output",
+        },
+        ("mlp_in.3", "mlp_out.3"),
+    ),
+    ({"hf_hook_name": "model.layers.2.output", "hf_hook_name_out": "model.layers.2.output"}, ("resid_post.2",) * 2),
+    # It is left aside where it is null or names a module that is not known.
+    (
+        {"hook_name": BLOCK, "hf_hook_name": None, "hook_name_out": "blocks.7.hook_mlp_out"},
+        ("resid_mid.7", "mlp_out.7"),
+    ),
+    (
+        {"hook_name": BLOCK, "hf_hook_name": f"{GEMMA}mlp.gate.input", "hook_name_out": "blocks.7.hook_mlp_out"},
+        ("resid_mid.7", "mlp_out.7"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("metadata", "sites"), NAMED)
+def test_a_module_of_the_model_decides_where_it_reads(
+    tmp_path: Path, metadata: dict[str, Any], sites: tuple[str, str]
+) -> None:
+    wiring = checkpoint.load(write(tmp_path / "sae", "transcoder", metadata=metadata)).wiring
+    assert (wiring.reads, wiring.writes) == tuple(((Site.parse(site),),) for site in sites)
+
+
+SHAPE = ModelShape(n_layers=3, d_model=D, n_heads=2, d_head=4)
+SAE, PLT = Wiring.autoencoder(SHAPE, layers=[1]), Wiring.per_layer(SHAPE)
+SECOND_MODEL = ((Site(1, "resid_post", model=1),),)
+TWICE = tuple((Site(1, kind),) for kind in ("resid_pre", "resid_post"))
+REFUSED: list[tuple[Wiring, dict[str, Any], str]] = [
+    (Wiring.strictly_causal(SHAPE), {}, "the wiring strictly_causal"),
+    (Wiring.acausal(SHAPE), {}, "the wiring acausal"),
+    (Wiring("two of a layer", TWICE, TWICE, {"resid_pre": D, "resid_post": D}), {}, "the wiring two of a layer"),
+    (Wiring("autoencoder", SECOND_MODEL, SECOND_MODEL, {"resid_post": D}), {}, "a second model"),
+    (SAE, {"activation": BatchTopK(2)}, "the activation {'name': 'batchtopk', "),
+    (SAE, {"activation": TopK(2, relu=False)}, "the activation {'name': 'topk', 'k': 2, 'relu': False}"),
+    (SAE, {"activation": TopK(2, scored=True)}, "the activation {'name': 'topk', 'k': 2, 'scored': True}"),
+    (SAE, {"activation": JumpReLU(affine=True)}, "the activation {'name': 'jumprelu', "),
+    (PLT, {"activation": TopK((1, 2, 3))}, "the activation {'name': 'topk', 'k': "),
+    (PLT, {"activation": TopK(2)}, "TopK in a transcoder"),
+    (PLT, {"tied": True}, "tied decoders"),
+    (SAE, {"skip": True}, "skip connections in an SAE"),
+    (SAE, {"undecomposed_positions": 2}, "2 positions without features"),
+]
+
+
+@pytest.mark.parametrize(("wiring", "changes", "problem"), REFUSED)
+def test_what_it_cannot_say_is_refused(tmp_path: Path, wiring: Wiring, changes: dict[str, Any], problem: str) -> None:
+    checkpoint.save(Crosscoder(wiring, n_features=F, **{"activation": ReLU(), **changes}), tmp_path / "native")
+    with pytest.raises(ValueError, match=re.escape(f"the layout saelens has no place for {problem}")):
+        convert(tmp_path / "native", tmp_path / "copy", to="saelens")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_thresholds_below_0_are_refused(tmp_path: Path) -> None:
+    crosscoder = Crosscoder(SAE, n_features=F, activation=JumpReLU())
+    assert crosscoder.threshold is not None
+    torch.nn.init.constant_(crosscoder.threshold, -0.5)
+    checkpoint.save(crosscoder, tmp_path / "native")
+    with pytest.raises(ValueError, match="the layout saelens has no place for thresholds below 0"):
+        convert(tmp_path / "native", tmp_path / "copy", to="saelens")
+
+
+@pytest.mark.parametrize("kind", SITE_KINDS)
+def test_every_site_has_a_hook(tmp_path: Path, kind: str) -> None:
+    wiring = Wiring.autoencoder(SHAPE, layers=[2], site=kind)
+    checkpoint.save(Crosscoder(wiring, n_features=F, activation=ReLU()), tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "copy", to="saelens")
+    assert checkpoint.load(tmp_path / "copy").wiring == wiring
