@@ -30,7 +30,7 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats import sparsify
 from replacement.crosscoder.formats.published import Layout, Published
-from replacement.crosscoder.formats.sparsify_files import Coder, activation_of, detect, open_coders, run_of
+from replacement.crosscoder.formats.sparsify_files import Coder, described, detect, open_coders, run_of
 from replacement.crosscoder.formats.writing import check_holds
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
@@ -63,36 +63,19 @@ def read(folder: Path) -> Published:
         sources |= dict.fromkeys(taken, str(coder.file.path))
     decoders = {} if tied else _decoders(coders)
     skips = _skips(coders) if coders[0].skip else []
-    names = [
-        [(f"post_encs.{index}", f"post_enc_scales.{index}") for index in range(coder.n_targets)] for coder in coders
-    ]
-    activation, buffers = activation_of(
-        coders, [coder.affine(given) for coder, given in zip(coders, names, strict=True)]
-    )
-    input_scale = {Site(coder.layer, run.read): coder.scale("in_norm") for coder in coders}
-    output_scale = {Site(coder.layer, "mlp_out"): coder.scale("out_norm") for coder in coders}
-    for coder in coders:
-        coder.file.finish()
+    tensors |= {f"W_skip.{number}": matrix for number, matrix in enumerate(skips)}
+    parts = described(folder, coders, left_out, run.read, run, tensors)
+    parts["facts"] |= {"coalesce_topk": coders[0].coalesce_topk}
     return Published(
         layout=NAME,
-        path=folder,
         rule="cross-layer transcoder: h = x W_enc^T + b_enc, the k largest of each layer where above 0, "
         f"coalesce_topk {coders[0].coalesce_topk}, b_dec of "
         + ("all layers that write one are added" if coders[0].coalesce_topk == "none" else "a layer is added once"),
         wiring=wiring,
-        n_features=coders[0].n_features,
-        activation=activation,
-        tensors={**tensors, **buffers, **{f"W_skip.{number}": matrix for number, matrix in enumerate(skips)}},
         decoders=decoders,
         sources=sources,
-        files=[coder.file.mapped for coder in coders],
         tied=tied,
-        skip=coders[0].skip,
-        undecomposed_positions=run.undecomposed_positions,
-        model_name=run.model_name,
-        input_scale=sparsify.other_than_1(input_scale),
-        output_scale=sparsify.other_than_1(output_scale),
-        facts={**sparsify.facts_of(coders, left_out), "coalesce_topk": coders[0].coalesce_topk},
+        **parts,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ def read_part(folder: Path) -> Part:
         about = " (sparse attention: its features are heads, not a crosscoder's)" if kind == "lorsa" else ""
         raise ValueError(f"{settings.path}: sae_type: expected {' or '.join(KINDS)}, got {kind!r:.50}{about}")
     width, factor = settings.take("d_model", int), settings.take("expansion_factor", (int, float))
+    if width < 1 or not 0 < factor < math.inf:
+        raise ValueError(f"{settings.path}: expected a d_model and expansion_factor above 0, got {width} and {factor}")
     n_features = int(width * factor)
     reads, writes = _sites(settings, kind)
     n_layers = len(reads)

@@ -14,7 +14,7 @@ model has a norm behind its MLP (Gemma 2 and 3), the output of the module in fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,20 @@ from torch import Tensor
 
 from replacement.crosscoder.activation import TopK
 from replacement.crosscoder.crosscoder import Crosscoder
-from replacement.crosscoder.formats.hooks import shape_of
 from replacement.crosscoder.formats.published import Layout, Published
-from replacement.crosscoder.formats.single_layers import LayerWeights
+from replacement.crosscoder.formats.single_layers import LayerWeights, joined, layer_wiring
 from replacement.crosscoder.formats.sparsify_files import (
     CONFIG_FILE,
     RUN_FILE,
     TENSOR_FILE,
     Coder,
-    activation_of,
+    described,
     detect,
     open_coders,
     run_of,
 )
 from replacement.crosscoder.formats.writing import check_holds, common_problems, write_json, write_named
 from replacement.crosscoder.sites import Site
-from replacement.crosscoder.wiring import Wiring
 
 NAME = "sparsify"
 READ_HOOKS = {"mlp_in": "layers.{}.mlp", "resid_mid": "layers.{}.post_attention_layernorm"}
@@ -57,70 +55,29 @@ def read(folder: Path) -> Published:
     read_kind = run.read if coders[0].transcode else coders[0].written
     reads = [Site(coder.layer, read_kind) for coder in coders]
     writes = [Site(coder.layer, coder.written) for coder in coders]
-    tensors: dict[str, Tensor] = {}
-    sources: dict[str, str] = {}
-    for group, coder in enumerate(coders):
-        taken = _tensors(coder, group)
-        tensors |= taken
-        sources |= dict.fromkeys(taken, str(coder.file.path))
-    input_scale = {site: coder.scale("in_norm") for site, coder in zip(reads, coders, strict=True)}
-    output_scale = {site: coder.scale("out_norm") for site, coder in zip(writes, coders, strict=True)}
-    activation, buffers = activation_of(coders, [coder.affine([("post_enc", "post_enc_scale")]) for coder in coders])
-    for coder in coders:
-        coder.file.finish()
+    layers = [_weights(coder) for coder in coders]
+    parts = joined(layers, [coder.file.path for coder in coders])
     what = "transcoder of each layer's MLP" if coders[0].transcode else "autoencoder, b_dec subtracted from its input"
     return Published(
         layout=NAME,
-        path=folder,
         rule=f"{what}: h = x W_enc^T + b_enc, the k largest where above 0, b_dec added to the layer's output",
-        wiring=_wiring(coders, reads, writes, whole=not (folder / CONFIG_FILE).is_file()),
-        n_features=coders[0].n_features,
-        activation=activation,
-        tensors=tensors | buffers,
-        sources=sources,
-        files=[coder.file.mapped for coder in coders],
-        skip=coders[0].skip,
-        undecomposed_positions=run.undecomposed_positions,
-        model_name=run.model_name,
-        input_scale=other_than_1(input_scale),
-        output_scale=other_than_1(output_scale),
-        facts=facts_of(coders, left_out),
+        wiring=layer_wiring(reads, writes, layers),
+        sources=parts["sources"],
+        **described(folder, coders, left_out, read_kind, run, parts["tensors"]),
     )
 
 
-def _tensors(coder: Coder, group: int) -> dict[str, Tensor]:
+def _weights(coder: Coder) -> LayerWeights:
     n_features, width = coder.n_features, coder.width
     bias_D = coder.file.take("b_dec", width)
-    taken = {
-        f"W_enc.{group}": coder.encoder(),
-        f"b_enc.{group}": coder.encoder_bias(None if coder.transcode else bias_D),
-        f"W_dec.{group}": coder.file.take("W_dec", n_features, width)[:, None],
-        f"b_dec.{group}": bias_D,
-    }
-    if coder.skip:
-        taken[f"W_skip.{group}"] = coder.file.take("W_skip", width, width)
-    return taken
-
-
-def _wiring(coders: Sequence[Coder], reads: Sequence[Site], writes: Sequence[Site], *, whole: bool) -> Wiring:
-    """One group per hookpoint; a transcoder of every layer is told by a folder with all from the first one on."""
-    layers = [coder.layer for coder in coders]
-    if not coders[0].transcode:
-        return Wiring.autoencoder(shape_of(layers[-1] + 1, coders[0].width), layers=layers, site=coders[0].written)
-    name = "per_layer" if whole and layers == list(range(len(layers))) else "transcoder"
-    widths = {site.kind: coders[0].width for site in (reads[0], writes[0])}
-    return Wiring(name, tuple((site,) for site in reads), tuple((site,) for site in writes), widths)
-
-
-def facts_of(coders: Sequence[Coder], left_out: Sequence[str]) -> dict[str, Any]:
-    """What the files claim."""
-    facts: dict[str, Any] = {"l0": sum(coder.k for coder in coders) / len(coders)}
-    return facts | ({"left out": ", ".join(left_out)} if left_out else {})
-
-
-def other_than_1(scales: Mapping[Site, float]) -> dict[Site, float]:
-    """Scales that change something."""
-    return {site: scale for site, scale in scales.items() if scale != 1.0}
+    return LayerWeights(
+        encoder_FD=coder.encoder(),
+        decoder_FD=coder.file.take("W_dec", n_features, width),
+        encoder_bias_F=coder.encoder_bias(None if coder.transcode else bias_D),
+        decoder_bias_D=bias_D,
+        skip_DD=coder.file.take("W_skip", width, width) if coder.skip else None,
+        mapped=coder.file.mapped,
+    )
 
 
 # Writing -----------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from replacement.crosscoder.activation import TopK
 from replacement.crosscoder.formats.single_layers import bias_for_shifted_input
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, listed, norm_scale
+from replacement.crosscoder.sites import Site
 from replacement.files import read_json
 
 CONFIG_FILE = "cfg.json"
@@ -108,15 +110,15 @@ class Coder:
         """`sqrt(D) / norm` for the mean norm of the inputs or outputs of its training; 1 where it was trained without."""
         return norm_scale(self.file, name, 1, width=self.width) if self.normalize_io else 1.0
 
-    def affine(self, names: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and offset `[F]` behind the activation function: `(a + post_enc) * post_enc_scale` where a is above 0.
-
-        Args:
-            names: names of the tensors with offsets and scales for every written layer.
 
         Raises:
             ValueError: they differ between written layers.
         """
+        names = [("post_enc", "post_enc_scale")]
+        if self.n_targets:
+            names = [(f"post_encs.{index}", f"post_enc_scales.{index}") for index in range(self.n_targets)]
         found = []
         for offset_name, scale_name in names:
             offset_F = self.file.take_if_there(offset_name, self.n_features)
@@ -247,17 +249,38 @@ def _site(path: Path, name: str) -> tuple[int, str]:
     return int(match.group(1)), WRITTEN[part]
 
 
-def activation_of(coders: Sequence[Coder], affine: Sequence[tuple[Tensor, Tensor]]) -> tuple[TopK, dict[str, Tensor]]:
-    """The activation function of all of them, and the buffers of the crosscoder that belong to it.
+def described(
+    folder: Path, coders: Sequence[Coder], left_out: Sequence[str], read: str, run: Run, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What `Published` needs but for the name, rule, wiring, decoders and sources.
 
     Args:
-        affine: `Coder.affine` of each.
+        read: kind of the sites that are read.
+        tensors: all that the layout takes of the files; those of the activation function are added.
+
+    Raises:
+        ValueError: a file holds tensors that nothing took.
     """
     counts = tuple(coder.k for coder in coders)
-    k = counts[0] if len(set(counts)) == 1 else counts
-    scale_GF, offset_GF = (torch.stack(column) for column in zip(*affine, strict=True))
-    changes = bool((scale_GF != 1).any()) or bool((offset_GF != 0).any())
-    return TopK(k, affine=changes), {"post_scale": scale_GF, "post_offset": offset_GF} if changes else {}
+    scale_GF, offset_GF = (torch.stack(column) for column in zip(*(coder.affine() for coder in coders), strict=True))
+    is_affine = bool((scale_GF != 1).any()) or bool((offset_GF != 0).any())
+    input_scale = {Site(coder.layer, read): coder.scale("in_norm") for coder in coders}
+    output_scale = {Site(coder.layer, coder.written): coder.scale("out_norm") for coder in coders}
+    for coder in coders:
+        coder.file.finish()
+    return {
+        "path": folder,
+        "n_features": coders[0].n_features,
+        "activation": TopK(counts[0] if len(set(counts)) == 1 else counts, affine=is_affine),
+        "tensors": {**tensors, **({"post_scale": scale_GF, "post_offset": offset_GF} if is_affine else {})},
+        "files": [coder.file.mapped for coder in coders],
+        "skip": coders[0].skip,
+        "undecomposed_positions": run.undecomposed_positions,
+        "model_name": run.model_name,
+        "input_scale": {site: scale for site, scale in input_scale.items() if scale != 1.0},
+        "output_scale": {site: scale for site, scale in output_scale.items() if scale != 1.0},
+        "facts": {"l0": sum(counts) / len(counts), **({"left out": ", ".join(left_out)} if left_out else {})},
+    }
 
 
 def run_of(folder: Path, coders: Sequence[Coder]) -> Run:

@@ -269,6 +269,11 @@ MISTAKES: list[tuple[Change, str]] = [
     (with_config(SECOND, hook_point_in=hooks(0)[0], hook_point_out=hooks(0)[1], norm_activation="inference"), "twice"),
     (cut_off, "sae_weights.safetensors is damaged or not a safetensors file"),
     (with_config(FIRST, sae_type="lorsa"), "got 'lorsa' (sparse attention"),
+    (
+        with_config(FIRST, expansion_factor=float("inf")),
+        "expected a d_model and expansion_factor above 0, got 8 and inf",
+    ),
+    (with_config(FIRST, d_model=-8), "expected a d_model and expansion_factor above 0, got -8 and 1.5"),
     (with_config(FIRST, sae_type="molt"), "sae_type: expected sae or clt, got 'molt'"),
     (with_config(FIRST, act_fn="batchtopk"), "got 'batchtopk', whose choice depends on the batch: convert it to"),
     (with_config(FIRST, act_fn="gelu"), "act_fn: expected relu, jumprelu, topk, got 'gelu'"),
