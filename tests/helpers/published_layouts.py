@@ -11,6 +11,8 @@ from torch import Tensor
 from replacement import checkpoint
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats import convert
+from replacement.crosscoder.formats.layouts import LAYOUTS, open_published
+from replacement.crosscoder.formats.reference import Asked
 from replacement.crosscoder.sites import Site
 
 N_ROWS = 7
@@ -40,6 +42,8 @@ def inputs_for(crosscoder: Crosscoder, *, n_rows: int = N_ROWS) -> dict[Site, Te
 def assert_computes(path: Path, reference: Reference, scratch: Path, *, decomposed_from: int = 0) -> Crosscoder:
     """A checkpoint computes what the reference says, loaded and left in its files, and so does a native copy of it.
 
+    It is detected as its own layout and no other.
+
     Args:
         scratch: folder for the copy.
         decomposed_from: rows before this one have no features.
@@ -47,6 +51,8 @@ def assert_computes(path: Path, reference: Reference, scratch: Path, *, decompos
     Returns:
         The crosscoder in float64.
     """
+    bare, _ = Asked.split(path)
+    assert [layout.name for layout in LAYOUTS if layout.detect(bare)] == [open_published(path).layout]
     convert.convert(path, scratch / "native", to="crosstrace", dtype=torch.float64)
     eager = checkpoint.load(path, dtype=torch.float64, lazy=False)
     lazy = checkpoint.load(path, dtype=torch.float64, lazy=True)
