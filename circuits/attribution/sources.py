@@ -89,7 +89,6 @@ class LayerSources:
                 vectors_SD[place] = rows * part.features.activation[numbers_S, None]
                 columns_S[place] = columns.feature_columns[number] + numbers_S
             start += len(position)
-        part.crosscoder.release()  # decoders of this layer are not read again while their rows are kept
         return cls(vectors_SD, columns_S, tuple(_blocks(counts_T)))
 
     def products(
