@@ -205,12 +205,16 @@ def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
 def _strongest(heads: np.ndarray, listed: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The listed heads of a block of edges: numbers (layer * H + head) and weights, how many of each edge, and the rest."""
     flat = heads.reshape(len(heads), heads.shape[1] * heads.shape[2]).astype(np.float64)
-    order = np.argsort(-np.abs(flat), axis=1, kind="stable")
-    strongest = np.take_along_axis(flat, order, axis=1)
-    before = np.cumsum(np.abs(strongest), axis=1) - np.abs(strongest)
-    keep = (before < listed * np.abs(flat).sum(1, keepdims=True)) & (strongest != 0)
-    keep[:, MOST_LISTED:] = False
-    rest = np.where(keep, 0.0, strongest).sum(1).astype(np.float32)
+    size = np.abs(flat)
+    # Only the strongest are sorted; equal ones by number, as their places are sorted first.
+    most = min(MOST_LISTED, flat.shape[1])
+    place = np.sort(np.argpartition(-size, most - 1, axis=1)[:, :most], axis=1)
+    order = np.take_along_axis(place, np.argsort(-np.take_along_axis(size, place, 1), axis=1, kind="stable"), 1)
+    strongest, sizes = np.take_along_axis(flat, order, 1), np.take_along_axis(size, order, 1)
+    before = np.cumsum(sizes, axis=1) - sizes
+    keep = (before < listed * size.sum(1, keepdims=True)) & (strongest != 0)
+    np.put_along_axis(flat, order, np.where(keep, 0.0, strongest), 1)  # what is left of each edge
+    rest = flat.sum(1).astype(np.float32)
     return order[keep].astype(np.int32), strongest[keep].astype(np.float32), keep.sum(1), rest
 
 
