@@ -114,7 +114,8 @@ class ModelOptions:
         str | None,
         typer.Option(
             rich_help_panel=PANEL,
-            help="`demo`, the folder of a training run or of a crosscoder.",
+            help="`demo`, the folder of a training run, a crosscoder in any layout that `replacement layouts` lists, or one "
+            "on the Hugging Face hub: hf:ORG/REPO/PATH.",
             show_default="the demo's for the demo",
         ),
     ] = None

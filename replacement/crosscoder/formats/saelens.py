@@ -279,7 +279,7 @@ def _architecture(crosscoder: Crosscoder) -> str:
 LAYOUTS = (
     Layout(
         name=NAME,
-        description="SAELens: cfg.json and sae_weights.safetensors of SAEs and transcoders, one folder per layer",
+        description="SAELens: cfg.json and sae_weights.safetensors, one folder for each layer",
         detect=detect,
         read=read,
         write=write,
