@@ -70,15 +70,7 @@ def read_part(folder: Path) -> Part:
     reads, writes = _sites(settings, kind)
     n_layers = len(reads)
     activation, is_scored = _activation(settings, kind)
-    norm = settings.take("norm_activation", str, default="dataset-wise")
-    if norm not in ("dataset-wise", "inference"):
-        raise ValueError(
-            f"{settings.path}: norm_activation: expected dataset-wise or inference, got {norm!r:.50}: its scale would "
-            "change from token to token"
-        )
-    for name in ("use_glu_encoder", "apply_decoder_bias_to_pre_encoder"):
-        if settings.take(name, bool, default=False):
-            raise ValueError(f"{settings.path}: {name} is true, which a crosscoder cannot express")
+    norm = _norm_activation(settings)
     has_bias = settings.take("use_decoder_bias", bool, default=True)
     settings.ignore(*_TRAINING)
     settings.finish()
@@ -118,6 +110,20 @@ def read_part(folder: Path) -> Part:
         log_thresholds=thresholds,
         scales=scales,
     )
+
+
+def _norm_activation(settings: Settings) -> str:
+    """How activations are scaled; what a crosscoder cannot express is refused."""
+    norm = settings.take("norm_activation", str, default="dataset-wise")
+    if norm not in ("dataset-wise", "inference"):
+        raise ValueError(
+            f"{settings.path}: norm_activation: expected dataset-wise or inference, got {norm!r:.50}: its scale would "
+            "change from token to token"
+        )
+    for name in ("use_glu_encoder", "apply_decoder_bias_to_pre_encoder"):
+        if settings.take(name, bool, default=False):
+            raise ValueError(f"{settings.path}: {name} is true, which a crosscoder cannot express")
+    return norm
 
 
 def _sites(settings: Settings, kind: str) -> tuple[dict[Site, str], dict[Site, str]]:
