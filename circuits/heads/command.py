@@ -36,7 +36,7 @@ _LONGEST_ECHO = 60
 @model_options
 def heads(
     file: Annotated[
-        Path | None, typer.Argument(help="A graph saved as .safetensors; may be left out with --check.")
+        Path | None, typer.Argument(help="A saved graph, .safetensors or graph JSON; may be left out with --check.")
     ] = None,
     *,
     edge: Annotated[str | None, typer.Option(help="One edge, `SOURCE->TARGET`, by node ids.")] = None,

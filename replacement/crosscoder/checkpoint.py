@@ -93,7 +93,10 @@ def check_fits(crosscoder: Crosscoder, model: ModelShape | HasShape) -> None:
                 f"the model is {name!r} with weights {fingerprint}"
             )
     elif crosscoder.model_name and name and last_name(crosscoder.model_name) != last_name(name):
-        raise ValueError(f"this crosscoder was trained on {crosscoder.model_name!r}, the model is {name!r}")
+        raise ValueError(
+            f"this crosscoder was trained on {crosscoder.model_name!r}, the model is {name!r}; if that is the same model in "
+            "another folder, `replacement convert CROSSCODER FOLDER --model MODEL` writes a crosscoder that says so"
+        )
 
 
 def last_name(model_name: str) -> str:

@@ -59,7 +59,7 @@ def open_published(path: Path) -> Published:
             raise ValueError(f"{path} (layout {layout.name}) says itself what it reads and writes: leave out {asked}")
         return layout.read(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist: expected the folder of a crosscoder")
+        raise ValueError(f"{path} does not exist: expected the folder of a crosscoder, or hf:ORG/REPO on the hub")
     known = ", ".join(layout.name for layout in LAYOUTS)
     raise ValueError(f"{path} has no known layout ({known}): it holds {_contents(path)}")
 

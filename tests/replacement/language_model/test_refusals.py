@@ -91,7 +91,10 @@ def test_words_past_the_vocabulary(tmp_path: Path) -> None:
         ({"dtype": torch.bool}, "dtype: expected one of float32, .*, got 'bool'"),
         ({"device": "quantum"}, "device: 'quantum' cannot be used here"),
         ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here"),
-        ({"crosscoder": "/nowhere"}, "/nowhere does not exist: expected the folder of a crosscoder"),
+        (
+            {"crosscoder": "/nowhere"},
+            "/nowhere does not exist: expected the folder of a crosscoder, or hf:ORG/REPO on the hub",
+        ),
     ],
 )
 def test_options_of_load(options: dict[str, Any], message: str) -> None:

@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 import replacement
 from replacement import TopK, checkpoint
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.formats.convert import convert
 from replacement.crosscoder.formats.hub import Reference, local_copy
 from replacement.crosscoder.formats.published import Published
 from replacement.crosscoder.mapped_file import map_tensors
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import Wiring
+from replacement.loading import load_language_model
 
 L, F, D = 3, 10, 6
 SHAPE = ModelShape(n_layers=L, d_model=D, n_heads=2, d_head=3)
@@ -213,8 +215,20 @@ def test_a_crosscoder_of_another_model_is_refused() -> None:
     lm = type("Model", (), {"shape": SHAPE, "name": "gemma-2-2b", "fingerprint": "2:aa"})()
     checkpoint.check_fits(crosscoder, lm)
     lm.name = "meta-llama/Llama-3.2-1B"
-    with pytest.raises(ValueError, match=r"was trained on 'google/gemma-2-2b', the model is 'meta-llama/Llama-3.2-1B'"):
+    with pytest.raises(
+        ValueError, match=r"was trained on 'google/gemma-2-2b', the model is 'meta-llama/Llama-3.2-1B'; if "
+    ):
         checkpoint.check_fits(crosscoder, lm)
+
+
+def test_a_converted_crosscoder_fits_the_model_that_it_was_converted_for(tmp_path: Path) -> None:
+    lm = load_language_model("demo")
+    theirs = Crosscoder(Wiring.per_layer(lm.shape), n_features=16, model_name="google/gemma-2-2b")
+    checkpoint.save(theirs, tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"`replacement convert CROSSCODER FOLDER --model MODEL`"):
+        checkpoint.check_fits(theirs, lm)
+    convert(tmp_path / "theirs", tmp_path / "copy", to="crosstrace", dtype=None, model=lm)
+    checkpoint.check_fits(checkpoint.load(tmp_path / "copy"), lm)
 
 
 def test_load_names_the_reference(offline_hub: Path) -> None:
