@@ -44,7 +44,8 @@ def prune(
     node_threshold: NodeThreshold = 0.8,
     edge_threshold: EdgeThreshold = 0.98,
     out: Annotated[
-        Path | None, typer.Option(parser=path_option, help="File to write.", show_default="FILE-pruned.safetensors")
+        Path | None,
+        typer.Option(parser=path_option, help="File to write, as safetensors.", show_default="FILE-pruned.safetensors"),
     ] = None,
 ) -> None:
     """Prune a saved graph."""

@@ -90,6 +90,10 @@ def load(path: Path) -> Parts:
 
 def _required_keys(data: object) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Metadata, nodes and links, with all the keys that the schema requires."""
+    if isinstance(data, dict) and "multigraph" in data:
+        raise ValueError(
+            "given node-link JSON, which is only written: expected the .neuronpedia.json or .safetensors beside it"
+        )
     _require("the file", data, REQUIRED["graph"])
     assert isinstance(data, dict)
     metadata = data["metadata"]

@@ -306,6 +306,14 @@ def test_bad_files_are_refused_in_one_line(read, tmp_path, capsys, name: str) ->
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_node_link_json_is_named_and_what_to_load_instead(read, tmp_path) -> None:
+    read(published()).export("json", tmp_path / "circuit.json")
+    with pytest.raises(
+        ValueError, match=r"circuit\.json: .*given node-link JSON, .* expected the \.neuronpedia\.json or"
+    ):
+        CircuitGraph.load(tmp_path / "circuit.json")
+
+
 @settings(max_examples=200)
 @given(st.data())
 def test_any_change_is_refused_or_a_graph(tmp_path_factory, data) -> None:
