@@ -27,7 +27,7 @@ def table(
     result = Table(box=None, padding=(0, 2, 0, 0), header_style="bold blue", show_header=header)
     for place, head in enumerate(heads):
         is_text = place == 0 or head in texts
-        result.add_column(Text(head), justify="left" if is_text else "right", vertical="bottom", overflow="fold")
+        result.add_column(Text(head), justify="left" if is_text else "right", vertical="top", overflow="fold")
     for row in rows:
         add_row(result, *row)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from circuits.cli import main as circuits_main
 from replacement.cli import main as replacement_main
@@ -153,3 +155,14 @@ def test_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[red]x[/red]" in printed
     assert "[b]number[/b]" in printed
     assert max(map(len, printed.splitlines())) <= PIPE_WIDTH
+
+
+def test_a_wrapped_cell_begins_beside_the_name_of_its_row() -> None:
+    printed = io.StringIO()
+    console = Console(width=30, file=printed)
+    show(
+        table("setting", "meaning", texts=("meaning",), rows=[("k", "how many features are kept of a token")]), console
+    )
+    lines = printed.getvalue().splitlines()
+    assert lines[1].split() == ["k", "how", "many", "features"]
+    assert len(lines) == 3
