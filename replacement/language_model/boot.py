@@ -40,7 +40,15 @@ def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tupl
     except Exception as error:  # the loaders below raise types of their own, tokenizers a bare Exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load the language model {str(name_or_folder)!r}: {reason[:300]}") from error
-    return bridge, folder.resolve().name if is_folder else str(name_or_folder)
+    return bridge, _folder_name(folder.resolve()) if is_folder else str(name_or_folder)
+
+
+def _folder_name(folder: Path) -> str:
+    """Name of a model in a folder; of one in the hub's cache (`models--ORG--NAME/snapshots/COMMIT`) its name on the hub."""
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def _falcon_overrides(config: dict[str, Any]) -> dict[str, Any] | None:

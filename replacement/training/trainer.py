@@ -99,7 +99,7 @@ class Trainer:
     ) -> None:
         if not crosscoder.activation.is_trainable:
             raise ValueError(
-                f"cannot train a crosscoder with the activation {crosscoder.activation}: it can only be read"
+                f"cannot train a crosscoder with the activation {crosscoder.activation.to_dict()}: it can only be read"
             )
         if statistics is None:
             statistics = Statistics.blank(crosscoder)

@@ -160,7 +160,7 @@ def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     weights.write_bytes(weights.read_bytes()[:100_000])
     assert f"{weights} is damaged" in fails(["--crosscoder", str(truncated)], tmp_path / "out", capsys)
     shutil.copytree(ARTIFACTS / "language_model", foreign)
-    assert "is no crosscoder checkpoint" in fails(["--crosscoder", str(foreign)], tmp_path / "out", capsys)
+    assert "foreign has no known layout" in fails(["--crosscoder", str(foreign)], tmp_path / "out", capsys)
     shutil.copytree(ARTIFACTS / "language_model", broken)
     tensors = load_file(broken / "model.safetensors")
     tensors["transformer.h.2.mlp.c_fc.weight"][3, 5] = float("nan")

@@ -266,3 +266,11 @@ def test_a_replaced_resid_mid_reaches_the_stream(language_model: Any, architectu
         outputs.append((logits, seen["x"]))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-11)
     assert float((outputs[0][0] - lm(tokens)).abs().max()) > 1e-2
+
+
+def test_a_model_in_the_hubs_cache_has_its_name_on_the_hub(model_folder: Any, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--google--gemma-2-2b" / "snapshots" / "0123456789"
+    shutil.copytree(model_folder("gpt2"), snapshot)
+    assert LanguageModel.from_pretrained(snapshot).name == "google/gemma-2-2b"
+    (tmp_path / "gemma").symlink_to(snapshot)
+    assert LanguageModel.from_pretrained(tmp_path / "gemma").name == "google/gemma-2-2b"

@@ -286,7 +286,7 @@ def test_files_that_are_no_settings_are_refused(tmp_path: Path) -> None:
         ({"wiring": "transcoder", "layers": [0, 1]}, "the wiring transcoder takes one layer, got [0, 1]"),
         ({"wiring": "autoencoder", "layers": [9]}, "layer 9 does not exist: the model has layers 0 to 2"),
         ({"wiring": "autoencoder", "read": "resid_high"}, "unknown site kind 'resid_high'"),
-        ({"read": "mlp_out"}, "a transcoder reads one of resid_mid, resid_pre, mlp_in; got 'mlp_out'"),
+        ({"read": "mlp_out"}, "a transcoder reads one of resid_mid, resid_pre, mlp_in, mlp_normalized; got 'mlp_out'"),
         ({"wiring": "model_diffing"}, "model diffing needs two models"),
     ],
 )

@@ -341,7 +341,7 @@ def test_bad_batches_are_refused(
 
 
 def test_activations_of_published_crosscoders_are_not_trained() -> None:
-    message = "cannot train a crosscoder with the activation TopK(k=3, relu=False): it can only be read"
+    message = "with the activation {'name': 'topk', 'k': 3, 'relu': False}: it can only be read"
     with pytest.raises(ValueError, match=re.escape(message)):
         train(clt(TopK(3, relu=False)), list(sparse_batches(2)), settings(2))
 
