@@ -156,11 +156,19 @@ class Unembedding:
     def mean(self) -> tuple[Float[Tensor, " D"], float]:
         """Direction and bias of the mean logit."""
         bias = 0.0 if self.bias_V is None else float(self.bias_V.mean(dtype=self.dtype))
-        return self.stored_DV.mean(1, dtype=self.dtype) * self.scale, bias * self.scale
+        total_D = self.stored_DV.new_zeros(len(self.stored_DV), dtype=self.dtype)
+        for block_DV in self._blocks():
+            total_D += block_DV.to(self.dtype).sum(1)
+        return total_D * (self.scale / self.stored_DV.shape[1]), bias * self.scale
 
     def square_norms(self) -> Float[Tensor, " V"]:
         """Squared length of every token's direction."""
-        return torch.linalg.vector_norm(self.stored_DV, dim=0, dtype=self.dtype).square() * self.scale**2
+        blocks = (torch.linalg.vector_norm(block_DV.to(self.dtype), dim=0) for block_DV in self._blocks())
+        return torch.cat(list(blocks)).square() * self.scale**2
+
+    def _blocks(self) -> tuple[Tensor, ...]:
+        """Columns, as many at a time as may be raised together: reductions to another dtype would raise all of them."""
+        return self.stored_DV.split(max(1, BLOCK_BYTES // (len(self.stored_DV) * self.dtype.itemsize)), dim=1)
 
     def matrix(self) -> Float[Tensor, "D V"]:
         """`W_U`; a copy where the weights have 16 bits or there is a factor."""
