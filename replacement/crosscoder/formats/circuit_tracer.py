@@ -39,9 +39,11 @@ UNDECOMPOSED = 1
 
 
 def detect(folder: Path, *, cross_layer: bool) -> bool:
-    """Whether a folder says what circuit-tracer asks for, of a CLT or of anything else."""
+    """Whether a folder says what circuit-tracer asks for, of a CLT or of anything else, or holds the layers of its PLTs."""
     config = folder / CONFIG_FILE
-    return mentions(config, "model_kind") and mentions(config, KINDS["circuit-tracer-clt"]) == cross_layer
+    if not mentions(config, "model_kind"):  # a forgotten file is then named when the folder is opened
+        return not cross_layer and (folder / "layer_0.safetensors").is_file()
+    return mentions(config, KINDS["circuit-tracer-clt"]) == cross_layer
 
 
 def read(folder: Path) -> Published:
@@ -89,10 +91,10 @@ def _hook(settings: Settings, side: str, known: Mapping[str, str]) -> str:
 def _activation(path: Path, chooses: str, k: int | None, tensors: Mapping[str, Tensor]) -> Activation:
     if chooses not in ("relu", "topk", "jump_relu"):
         raise ValueError(f"{path}: activation: expected relu, jump_relu or topk, got {chooses!r:.50}")
-    if (chooses == "topk") != (k is not None):
-        raise ValueError(
-            f"{path}: expected k with activation: topk and only there, got activation {chooses!r} and k {k}"
-        )
+    if chooses == "topk" and k is None:
+        raise ValueError(f"{path}: activation topk needs the entry k, the number of features kept")
+    if chooses != "topk" and k is not None:
+        raise ValueError(f"{path}: k goes with activation: topk, got k {k} with activation: {chooses}")
     if k is not None:
         if "threshold" in tensors:
             raise ValueError(f"{path}: activation is topk, but the layers have thresholds")
