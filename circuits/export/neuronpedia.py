@@ -27,8 +27,6 @@ from circuits.graph.nodes import NodeKind
 from circuits.graph.text import printable, slug
 
 _LINKS_AT_ONCE = 4096
-HEADS_PER_LINK = 4
-"""Heads written on a link at most: uploads are limited to `UPLOAD_BYTES`."""
 
 
 def cumulative_influence(influence: np.ndarray) -> np.ndarray:
@@ -166,7 +164,7 @@ def _links(graph: GraphData, host: np.ndarray, ids: list[str]) -> Iterator[dict[
 
 
 def _link_heads(rows: list[EdgeRow]) -> dict[str, Any]:
-    """What the heads of some edges, merged into a link, carry: the direct part, and the strongest heads."""
+    """What carries some edges, merged into a link: the direct part, and the heads that are listed, the strongest first."""
     heads = rows[0].heads
     if len(rows) > 1:
         weights: dict[tuple[int, int], float] = defaultdict(float)
@@ -174,5 +172,4 @@ def _link_heads(rows: list[EdgeRow]) -> dict[str, Any]:
             weights[layer, head] += weight
         merged = sorted(weights.items(), key=lambda item: -abs(item[1]))
         heads = [(layer, head, weight) for (layer, head), weight in merged]
-    strongest = [list(head) for head in heads[:HEADS_PER_LINK]]
-    return {"direct": sum(row.direct for row in rows), "heads": strongest}
+    return {"direct": sum(row.direct for row in rows), "heads": [list(head) for head in heads]}

@@ -94,14 +94,14 @@ def test_nodes_of_the_small_graph(small) -> None:
 
 
 def test_heads_are_written_on_links(small) -> None:
-    """The four strongest of each link; a position's are added to its token's."""
+    """Those listed for each link, the strongest first; a position's are added to its token's."""
     share = np.array([0.4, 0.25, 0.2, 0.1, 0.05])
     parts = small.edges.weight[:, None].astype(np.float64) * share
     graph = dataclasses.replace(small, heads=EdgeHeads.from_dense(np.zeros(len(parts)), parts[:, None], listed=1.0))
     links = {(link["source"], link["target"]): link for link in graph.to_neuronpedia()["links"]}
     assert len(links) == len(small.edges)
     link = links["1_3_1", "4_5_1"]
-    assert link["heads"] == [[0, head, pytest.approx(3 * share[head])] for head in range(4)]
+    assert link["heads"] == [[0, head, pytest.approx(3 * share[head])] for head in range(5)]
     assert link["direct"] == 0.0
 
     token_and_position = [(6, 1, -1.0), (6, 2, 0.5)]
@@ -113,8 +113,8 @@ def test_heads_are_written_on_links(small) -> None:
     both = dataclasses.replace(small, edges=edges, heads=EdgeHeads.from_dense(np.zeros(2), heads, listed=1.0))
     (link,) = both.to_neuronpedia()["links"]
     assert (link["source"], link["target"], link["weight"]) == ("E_12_1", "4_5_1", -0.5)
-    assert [head for _, head, _ in link["heads"]] == [0, 4, 1, 2]
-    assert [weight for *_, weight in link["heads"]] == pytest.approx([-0.4, 0.3, -0.25, -0.2])
+    assert [head for _, head, _ in link["heads"]] == [0, 4, 1, 2, 5, 3]
+    assert [weight for *_, weight in link["heads"]] == pytest.approx([-0.4, 0.3, -0.25, -0.2, 0.15, -0.1])
 
 
 def test_qk_results_are_written_on_nodes(small) -> None:
