@@ -21,7 +21,7 @@ from torch import Tensor
 from circuits.attribution.columns import Columns
 from replacement import Decomposition, LocalReplacement, Site
 
-BUDGET = 2**31
+BUDGET = 5 * 2**28
 """Bytes of source rows that stay in memory while a prompt is traced."""
 
 
