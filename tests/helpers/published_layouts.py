@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replacement import checkpoint
@@ -16,6 +20,8 @@ from replacement.crosscoder.formats.reference import Asked
 from replacement.crosscoder.sites import Site
 
 N_ROWS = 7
+Change = Callable[[Path], Any]
+"""Something that goes wrong with a checkpoint's folder."""
 Reference = Callable[[Mapping[Site, Tensor]], tuple[list[Tensor], dict[Site, Tensor]]]
 """From the sites read to dense activations `[B, F]` per group and outputs `[B, D]` per written site, all in float64."""
 
@@ -81,3 +87,34 @@ def assert_computes(path: Path, reference: Reference, scratch: Path, *, decompos
                 rows = crosscoder.decoder_vectors(group, index_S, site)
                 torch.testing.assert_close(rows, eager.decoder(group, site)[index_S], rtol=1e-12, atol=1e-12)
     return eager
+
+
+def entries_changed(name: str, **changes: Any) -> Change:
+    """Entries of a JSON or YAML file are other ones, or missing (None)."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        load, dump = (yaml.safe_load, yaml.safe_dump) if path.suffix == ".yaml" else (json.loads, json.dumps)
+        values = {**load(path.read_text()), **changes}
+        path.write_text(dump({entry: value for entry, value in values.items() if value is not None}))
+
+    return change
+
+
+def tensors_changed(name: str, **changes: Tensor | None) -> Change:
+    """Tensors of a file are other ones, or missing (None)."""
+
+    def change(folder: Path) -> None:
+        tensors = {**load_file(folder / name), **changes}
+        save_file({tensor: value for tensor, value in tensors.items() if value is not None}, folder / name)
+
+    return change
+
+
+def cut_off(name: str) -> Change:
+    """A file ends too early."""
+
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-5])
+
+    return change

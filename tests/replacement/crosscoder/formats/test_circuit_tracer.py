@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from published_layouts import RandomTensors, assert_computes
+from published_layouts import Change, RandomTensors, assert_computes, cut_off, entries_changed, tensors_changed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -141,34 +141,11 @@ def test_listed_files_are_relative_to_the_folder(tmp_path: Path) -> None:
     assert torch.equal(crosscoder.W_enc[0], load_file(folder / "layer_1.safetensors")["W_enc"])
 
 
-Change = Callable[[Path], Any]
-
-
-def with_config(**changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        values = {**yaml.safe_load((folder / "config.yaml").read_text()), **changes}
-        (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
-
-    return change
-
-
-def with_tensors(name: str, **changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        tensors = {**load_file(folder / name), **changes}
-        save_file({k: v for k, v in tensors.items() if v is not None}, folder / name)
-
-    return change
-
-
-def cut_off(folder: Path) -> None:
-    path = folder / "layer_1.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-
-
+with_config, with_tensors = partial(entries_changed, "config.yaml"), tensors_changed
 FIRST, SECOND, LAST = (f"layer_{layer}.safetensors" for layer in range(L))
 MISTAKES: list[tuple[Change, str]] = [
     (lambda folder: (folder / SECOND).unlink(), f"plt lacks the file {SECOND}, but {LAST} is there"),
-    (cut_off, "layer_1.safetensors is damaged or not a safetensors file"),
+    (cut_off(SECOND), "layer_1.safetensors is damaged or not a safetensors file"),
     (with_tensors(FIRST, b_enc=None), f"{FIRST} lacks the tensor b_enc: it holds "),
     (with_tensors(FIRST, b_enc=torch.zeros(F + 1)), "the tensor b_enc has the wrong shape: expected [12], got [13]"),
     (with_tensors(LAST, b_dec=torch.zeros(D, dtype=torch.int32)), f"{LAST}: the dtype of the tensor b_dec must be"),

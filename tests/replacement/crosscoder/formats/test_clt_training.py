@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from published_layouts import RandomTensors, assert_computes
+from published_layouts import Change, RandomTensors, assert_computes, entries_changed, tensors_changed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -205,25 +205,11 @@ def test_round_trip(tmp_path: Path, coalesce: str, skip: bool, dtype: torch.dtyp
             assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "there")).read_bytes()
 
 
-Change = Callable[[Path], Any]
-
-
 def with_config(layer: int = 1, **changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        path = folder / f"layers.{layer}.mlp" / "cfg.json"
-        values = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
-
-    return change
+    return entries_changed(f"layers.{layer}.mlp/cfg.json", **changes)
 
 
-def with_tensors(**changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        path = folder / "layers.1.mlp" / "sae.safetensors"
-        tensors = {**load_file(path), **changes}
-        save_file({name: value for name, value in tensors.items() if value is not None}, path)
-
-    return change
+with_tensors = partial(tensors_changed, "layers.1.mlp/sae.safetensors")
 
 
 def without_layer_2(folder: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from published_layouts import RandomTensors, assert_computes
+from published_layouts import Change, RandomTensors, assert_computes, cut_off, entries_changed, tensors_changed
 from safetensors.torch import load_file, save_file
 
 from replacement import checkpoint
@@ -83,35 +83,12 @@ def test_what_the_layout_cannot_say_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "clt", tmp_path / "again", to="circuit-tracer-clt")
 
 
-Change = Callable[[Path], Any]
-
-
-def with_config(**changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        values = {**CONFIG, **changes}
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
-
-    return change
-
-
-def with_tensors(name: str, **changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        tensors = {**load_file(folder / name), **changes}
-        save_file({k: v for k, v in tensors.items() if v is not None}, folder / name)
-
-    return change
-
-
-def cut_off(folder: Path) -> None:
-    path = folder / "W_dec_1.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-
-
+with_config, with_tensors = partial(entries_changed, "config.json"), tensors_changed
 MISTAKES: list[tuple[Change, str]] = [
     (lambda folder: (folder / "W_enc_1.safetensors").unlink(), "lacks the file W_enc_1.safetensors"),
     (lambda folder: (folder / "W_dec_2.safetensors").unlink(), "as many W_dec files as W_enc files, got 2 and 3"),
     (lambda folder: (folder / "W_dec_norm.safetensors").unlink(), "W_dec_norm.safetensors does not exist"),
-    (cut_off, "W_dec_1.safetensors is damaged or not a safetensors file"),
+    (cut_off("W_dec_1.safetensors"), "W_dec_1.safetensors is damaged or not a safetensors file"),
     (with_config(k=None), "config.json lacks the entry 'k'"),
     (with_config(d_feature=F + 1), "the tensor W_enc_0 has the wrong shape: expected [13, any], got [12, 8]"),
     (with_config(scale=0.5), "the entry 'scale' is neither a text nor one of the sizes"),

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from published_layouts import RandomTensors, Reference, assert_computes
+from published_layouts import (
+    Change,
+    RandomTensors,
+    Reference,
+    assert_computes,
+    cut_off,
+    entries_changed,
+    tensors_changed,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -233,41 +241,25 @@ def test_a_joint_choice_claims_its_share_of_each_layer(tmp_path: Path) -> None:
     assert open_published(write_clt(tmp_path / "clt", act_fn="layertopk")).facts == {"k": K, "l0": K / L}
 
 
-Change = Callable[[Path], Any]
 FIRST, SECOND, THIRD = (f"layer{layer}_transcoder_8x_k64" for layer in range(L))
 
 
 def with_config(layer: str, **changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        path = folder / layer / "config.json"
-        values = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
-
-    return change
+    return entries_changed(f"{layer}/config.json", **changes)
 
 
 def with_tensors(layer: str, **changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        path = folder / layer / "sae_weights.safetensors"
-        tensors = {**load_file(path), **changes}
-        save_file({name: value for name, value in tensors.items() if value is not None}, path)
-
-    return change
+    return tensors_changed(f"{layer}/sae_weights.safetensors", **changes)
 
 
 def remove_layer(folder: Path) -> None:
     (folder / SECOND).rename(folder / "other")
 
 
-def cut_off(folder: Path) -> None:
-    path = folder / THIRD / "sae_weights.safetensors"
-    path.write_bytes(path.read_bytes()[:-3])
-
-
 MISTAKES: list[tuple[Change, str]] = [
     (remove_layer, f"plt has no layer 1, but layer 2 ({THIRD})"),
     (with_config(SECOND, hook_point_in=hooks(0)[0], hook_point_out=hooks(0)[1], norm_activation="inference"), "twice"),
-    (cut_off, "sae_weights.safetensors is damaged or not a safetensors file"),
+    (cut_off(f"{THIRD}/sae_weights.safetensors"), "sae_weights.safetensors is damaged or not a safetensors file"),
     (with_config(FIRST, sae_type="lorsa"), "got 'lorsa' (sparse attention"),
     (
         with_config(FIRST, expansion_factor=float("inf")),

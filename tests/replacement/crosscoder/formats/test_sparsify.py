@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from published_layouts import RandomTensors, assert_computes
+from published_layouts import Change, RandomTensors, assert_computes, cut_off, entries_changed, tensors_changed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -187,30 +188,11 @@ def test_round_trip(tmp_path: Path, skip: bool, dtype: torch.dtype) -> None:
     assert checkpoint.load(tmp_path / "again").settings() == checkpoint.load(folder).settings()
 
 
-Change = Callable[[Path], Any]
-
-
 def with_config(layer: int = 1, **changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        path = folder / f"layers.{layer}.mlp" / "cfg.json"
-        values = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
-
-    return change
+    return entries_changed(f"layers.{layer}.mlp/cfg.json", **changes)
 
 
-def with_tensors(**changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        path = folder / "layers.1.mlp" / "sae.safetensors"
-        tensors = {**load_file(path), **changes}
-        save_file({name: value for name, value in tensors.items() if value is not None}, path)
-
-    return change
-
-
-def cut_off(folder: Path) -> None:
-    path = folder / "layers.1.mlp" / "sae.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
+with_tensors = partial(tensors_changed, "layers.1.mlp/sae.safetensors")
 
 
 def renamed(name: str) -> Change:
@@ -222,7 +204,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (lambda folder: (folder / "layers.1.mlp/sae.safetensors").unlink(), "layers.1.mlp/sae.safetensors does not exist"),
     (lambda folder: (folder / AT).unlink(), f"{AT} does not exist"),
     (lambda folder: (folder / AT).write_text("{"), f"{AT} "),
-    (cut_off, "layers.1.mlp/sae.safetensors is damaged or not a safetensors file"),
+    (cut_off("layers.1.mlp/sae.safetensors"), "layers.1.mlp/sae.safetensors is damaged or not a safetensors file"),
     (with_tensors(b_dec=None), "layers.1.mlp/sae.safetensors lacks the tensor b_dec: it holds "),
     (with_tensors(b_dec=torch.zeros(D + 1)), "the tensor b_dec has the wrong shape: expected [6], got [7]"),
     (with_tensors(**{"encoder.weight": torch.zeros(18, D)}), "encoder.weight has the wrong shape: expected [12, 6]"),
