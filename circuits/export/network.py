@@ -62,7 +62,7 @@ def _node_facts(graph: GraphData) -> Facts:
 
 
 def _edge_facts(graph: GraphData, block: slice, influence: np.ndarray, rows: list[EdgeRow] | None = None) -> Facts:
-    """Facts of a block of edges; `rows` are its heads, where somebody has taken them already."""
+    """Facts of a block of edges; `rows` are the heads of the block, if they are known already."""
     columns: Facts = {"weight": graph.edges.weight[block].tolist(), "influence": influence[block].tolist()}
     if graph.heads is not None:
         columns["direct"] = graph.heads.direct[block].tolist()

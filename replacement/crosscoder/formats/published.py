@@ -88,9 +88,8 @@ class Published:
                 continue
             kept[name] = self._copy(name, self.derived[name](value) if name in self.derived else value, dtype)
         if lazy:
-            kept |= {
-                name: value for name, value in expected.items() if name not in kept
-            }  # in `decoders`: stay without memory
+            # What is in `decoders` stays without memory.
+            kept |= {name: value for name, value in expected.items() if name not in kept}
         else:
             kept |= self._joined_decoders(expected, dtype)
             self.verify()
@@ -134,7 +133,10 @@ class Published:
         scales = [
             [str(site), scale] for scales in (self.input_scale, self.output_scale) for site, scale in scales.items()
         ]
-        return sampled_fingerprint(named.items(), f"{self.described().settings()}{scales}")
+        derived = sorted(
+            (name, make.__name__) for name, make in self.derived.items()
+        )  # other values of the same tensors
+        return sampled_fingerprint(named.items(), f"{self.described().settings()}{scales}{derived or ''}")
 
     def _check_shapes(self, expected: Mapping[str, Tensor]) -> None:
         in_parts = {name for name in expected if self.decoders and name.startswith("W_dec")}

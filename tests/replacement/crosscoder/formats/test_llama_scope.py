@@ -225,6 +225,21 @@ def test_features_that_write_nothing_are_never_active(tmp_path: Path) -> None:
     assert float(crosscoder.threshold.detach()[0, 3]) > 1e16
 
 
+def test_the_fingerprint_knows_what_the_gate_acts_on(tmp_path: Path) -> None:
+    """The same tensors are two functions, with and without decoder norms in the gate."""
+    folders = [
+        write_plt(
+            tmp_path / str(by_norm),
+            act_fn="jumprelu",
+            norm_activation="inference",
+            sparsity_include_decoder_norm=by_norm,
+        )
+        for by_norm in (False, True)
+    ]
+    first, second = (open_published(folder).known_fingerprint() for folder in folders)
+    assert first != second
+
+
 def test_opening_reads_no_decoder(tmp_path: Path) -> None:
     published = open_published(write_plt(tmp_path / "plt"))
     assert published.facts == {"k": K}
