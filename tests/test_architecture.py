@@ -33,6 +33,7 @@ _LIBRARY = [
     "replacement.loading",
     "replacement.demo.corpus",
     "replacement.data",
+    "replacement.index",
     "replacement.validation",
     "replacement.training",
 ]
