@@ -25,22 +25,33 @@ app = new_app("Crosscoders, and the replacement model that a crosscoder makes of
 
 
 @app.command()
+@model_options
 def demo(
     *,
-    rows: Annotated[int, typer.Option(help="Held-out rows of 64 tokens to measure on.")] = 512,
+    options: ModelOptions,
+    rows: Annotated[int, typer.Option(help="Held-out rows of 64 tokens to measure fidelity on.")] = 512,
+    probes: Annotated[
+        str, typer.Option(help="`judge`, used for nothing else, or `choose`, to choose settings of a training run by.")
+    ] = "judge",
+    families: Annotated[bool, typer.Option(help="Measure feature families, too.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the demo: accuracy on held-out probes of every behaviour, and fidelity of its replacement model."""
+    """Measure the demo: accuracy on every behaviour, what its features mean, and fidelity of its replacement model.
+
+    With --model and --crosscoder, another model trained on the demo's corpus.
+    """
     if not 1 <= rows <= 100_000:
         raise ValueError(f"rows: expected 1 to 100000, given {rows}")
+    if probes not in ("judge", "choose"):
+        raise ValueError(f"probes: expected judge or choose, given {probes!r:.50}")
+    from replacement.demo.page import page
     from replacement.demo.report import measure_demo
 
-    facts = measure_demo(n_rows=rows)
+    facts = measure_demo(n_rows=rows, model=options.load(), probes=probes, families=families)
     if as_json:
         show_json(facts)
-        return
-    show_page(_accuracy(facts["behaviours"]))
-    show_page(section(f"Fidelity on {facts['fidelity']['n_tokens']:,} held-out tokens", _fidelity(facts["fidelity"])))
+    else:
+        show_page(page(facts))
 
 
 class _TrainCommand(TyperCommand):
@@ -301,20 +312,3 @@ def _claims(compared: Sequence[Compared]) -> Table:
             add_row(result, quantity.quantity, name, text(value), text(quantity.claim(place)))
         add_row(result, quantity.quantity, quantity.over_all, text(quantity.total), text(quantity.claimed_total))
     return result
-
-
-def _accuracy(behaviours: list[dict[str, Any]]) -> Table:
-    rows = ((row["name"], row["n_probes"], f"{row['top1']:.3f}", f"{row['probability']:.3f}") for row in behaviours)
-    return table("behaviour (held-out probes)", "probes", "top-1", "probability", rows=rows)
-
-
-def _fidelity(fidelity: dict[str, Any]) -> Table:
-    agreement = fidelity["agreement"]
-    rows = {
-        "active features per token, all layers": f"{fidelity['total_l0']:.1f}",
-        "variance unexplained, mean over layers": f"{fidelity['mean_unexplained']:.4f}",
-        "KL, errors propagating": f"{fidelity['kl']:.4f} nats",
-        "top-1 agreement where p >= 0.5": "none" if agreement is None else f"{agreement:.4f}",
-        "top-1 agreement, all tokens": f"{fidelity['agreement_all']:.4f}",
-    }
-    return pairs(rows.items())

@@ -1,6 +1,6 @@
 """How often a language model answers the probes of each behaviour, from its logits alone."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -35,11 +35,40 @@ class Outcome(NamedTuple):
     """Probability of all answers together."""
 
 
-def _answer_ids(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> list[int]:
-    ids = [int(tokenizer.convert_tokens_to_ids(answer)) for answer in probe.answers]  # type: ignore[arg-type]
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[int]:
+    """Token ids of answers.
+
+    Raises:
+        ValueError: an answer that is not one token.
+    """
+    ids = [int(token) for token in tokenizer.convert_tokens_to_ids(list(answers))]  # type: ignore[union-attr]
     if tokenizer.unk_token_id in ids:
-        raise ValueError(f"every answer must be one token, but {probe.answers} has an answer outside the vocabulary")
+        raise ValueError(f"every answer must be one token, but {answers} has an answer outside the vocabulary")
     return ids
+
+
+def token_rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts, `<bos>` in front.
+
+    Raises:
+        ValueError: a word that the tokenizer does not know.
+    """
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if tokenizer.unk_token_id in row:
+            raise ValueError(f"a probe holds a word outside the vocabulary: {prompt!r}")
+    return [[tokenizer.bos_token_id, *row] for row in rows]
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Rows of one length together, at most `size` at a time: their numbers, and their tokens `[B, T]`."""
+    by_length: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(number)
+    for numbers in by_length.values():
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            yield batch, torch.tensor([rows[number] for number in batch])
 
 
 @torch.no_grad()
@@ -58,22 +87,15 @@ def answer_probes(
         One outcome per probe, in the order given.
     """
     probes = list(probes)
-    by_length: dict[int, list[tuple[int, list[int]]]] = {}
-    for index, probe in enumerate(probes):
-        ids = [tokenizer.bos_token_id, *tokenizer.encode(probe.prompt, add_special_tokens=False)]
-        by_length.setdefault(len(ids), []).append((index, ids))
-
+    rows = token_rows(tokenizer, [probe.prompt for probe in probes])
     outcomes: dict[int, Outcome] = {}
-    for group in by_length.values():
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            tokens_BT = torch.tensor([ids for _, ids in batch])
-            p_BV = logits_of(tokens_BT)[:, -1].float().softmax(-1)
-            for (index, _), p_V in zip(batch, p_BV, strict=True):
-                answers = _answer_ids(tokenizer, probes[index])
-                top = int(p_V.argmax())
-                prediction = str(tokenizer.convert_ids_to_tokens(top))
-                outcomes[index] = Outcome(probes[index], prediction, top in answers, float(p_V[answers].sum()))
+    for numbers, tokens_BT in batches_by_length(rows, batch_size):
+        p_BV = logits_of(tokens_BT)[:, -1].float().softmax(-1)
+        for number, p_V in zip(numbers, p_BV, strict=True):
+            answers = answer_ids(tokenizer, probes[number].answers)
+            top = int(p_V.argmax())
+            prediction = str(tokenizer.convert_ids_to_tokens(top))
+            outcomes[number] = Outcome(probes[number], prediction, top in answers, float(p_V[answers].sum()))
     return [outcomes[i] for i in range(len(probes))]
 
 
