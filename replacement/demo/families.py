@@ -1,10 +1,10 @@
 """Families of features that a reader of the demo's circuits hopes for, defined by what they should fire on.
 
-A family belongs to a behaviour. It has concepts (a state, a sum, a name) and cases: prompts whose concept is known, with one
-or two places where a feature of the concept should fire. At a place, the cases of a concept are its positives, and those of
-all other concepts its negatives. The choosing cases decide which feature stands for a concept, and at which place; the judging
-cases say how well it does. No beginning of a judging prompt up to a place occurs among the choosing ones. Nothing here depends
-on a model or a tokenizer.
+A family belongs to a behaviour. It has concepts (a state, a sum, a name) and cases: prompts whose concept is known, with a
+place where a feature of the concept should fire. There the cases of a concept are its positives, and those of all other
+concepts its negatives. The choosing cases decide which feature stands for a concept; the judging cases say how well it does.
+No beginning of a judging prompt up to the place occurs among the choosing ones. Nothing here depends on a model or a
+tokenizer.
 """
 
 from __future__ import annotations
@@ -38,20 +38,19 @@ CHOOSE, JUDGE = "choose", "judge"
 NO_CONCEPT = ""
 """The concept of a case that is a negative for every feature of its family."""
 _STREAM = {CHOOSE: 3, JUDGE: 4}  # random streams 0 to 2 are those of training rows, held-out rows and probes
-LAST = "at the last word"
 
 
 class Case(NamedTuple):
-    """A prompt of which it is known what a family's features should say at some places."""
+    """A prompt of which it is known what the features of a family should say at one place."""
 
     prompt: str
     """What the model reads, without `<bos>`, up to where an answer is due."""
-    places: tuple[str, ...]
-    """Beginnings of the prompt, one for each place of the family: the last token of each is where features are read."""
+    beginning: str
+    """Beginning of the prompt: features are read at its last token, the place of the family."""
     concept: str
     """The concept whose feature should fire there."""
-    language: int = 0
-    """Language of the answer, where there are several."""
+    detail: str = ""
+    """What the right answer depends on beside the concept, such as its language."""
     asks: bool = True
     """Whether the prompt asks for an answer that depends on the concept, and so serves for swaps and ablations."""
 
@@ -63,10 +62,10 @@ class Family:
     name: str
     behaviour: str
     """The behaviour it belongs to, as in `replacement.demo.corpus.behaviours`."""
-    places: tuple[str, ...]
-    """Names of the places in a prompt; the one whose features do best on the choosing cases is taken."""
+    place: str = "the last word"
+    """Where in a prompt its features are read and changed."""
     about: str
-    """What a feature of a concept fires on."""
+    """What the feature of a concept fires on."""
     cases: Callable[[str], Iterable[Case]]
     """The cases of the set `choose` or `judge`."""
     answers: Callable[[Case, str], tuple[str, ...]]
@@ -87,9 +86,9 @@ def _generator(probes: str, behaviour: int) -> np.random.Generator:
     return np.random.default_rng([_STREAM[probes], behaviour])
 
 
-def _whole(probe: Probe, concept: str) -> Case:
-    """A case whose only place is the end of the prompt."""
-    return Case(probe.prompt, (probe.prompt,), concept)
+def _at_end(prompt: str, concept: str, detail: str = "") -> Case:
+    """A case whose place is the last token of the prompt."""
+    return Case(prompt, prompt, concept, detail)
 
 
 _STATE_PROMPTS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -118,7 +117,7 @@ def _state_cases(probes: str) -> Iterable[Case]:
                     continue
                 asks = number == 0 and state not in HELD_OUT_STATES and held_out == (probes == JUDGE)
                 text = beginning.format(city=city)
-                yield Case(text + rest, (text,), state, asks=asks)
+                yield Case(text + rest, text, state, asks=asks)
 
 
 _CONCEPT = {words[0]: number for number, words in enumerate(antonyms.CONCEPTS)}
@@ -132,13 +131,13 @@ def _antonym_cases(probes: str) -> Iterable[Case]:
                 if (to == language) != (probes == JUDGE):
                     continue
                 own, other = antonyms.OPPOSITE_TEMPLATES[language], antonyms.CROSS_OPPOSITE_TEMPLATES[language][to]
-                template = own if probes == JUDGE else other
-                prompt = template.partition(" {answer}")[0].format(word=word)
-                yield Case(prompt, (template.partition("{word}")[0] + word, prompt), name, language=to)
+                beginning, _, rest = (own if probes == JUDGE else other).partition("{word}")
+                prompt = beginning + word + rest.partition(" {answer}")[0]
+                yield Case(prompt, beginning + word, name, antonyms.LANGUAGES[to])
 
 
 def _opposite(case: Case, concept: str) -> tuple[str, ...]:
-    return (antonyms.CONCEPTS[antonyms.opposite(_CONCEPT[concept])][case.language],)
+    return (antonyms.CONCEPTS[antonyms.opposite(_CONCEPT[concept])][antonyms.LANGUAGES.index(case.detail)],)
 
 
 @cache
@@ -151,11 +150,11 @@ def _sums(probes: str) -> tuple[tuple[int, int], ...]:
 
 
 def _sum_cases(probes: str) -> Iterable[Case]:
-    return (_whole(addition.probe(a, b), str(a + b)) for a, b in _sums(probes))
+    return (_at_end(addition.probe(a, b).prompt, str(a + b)) for a, b in _sums(probes))
 
 
 def _digit_cases(probes: str) -> Iterable[Case]:
-    return (_whole(addition.probe(a, b), str((a + b) % 10)) for a, b in _sums(probes))
+    return (_at_end(addition.probe(a, b).prompt, str((a + b) % 10)) for a, b in _sums(probes))
 
 
 def _ending_in(case: Case, digit: str) -> tuple[str, ...]:
@@ -171,12 +170,23 @@ def _receiver_cases(probes: str) -> Iterable[Case]:
     """Chosen on pairs of names that meet in training; judged on held-out pairs."""
     rng = _generator(probes, 4)
     drawn = indirect_object.probes(rng, 1000) if probes == JUDGE else _probes(indirect_object.sample, rng, 1000, 2)
-    return (_whole(probe, probe.answers[0]) for probe in drawn)
+    return (_at_end(probe.prompt, probe.answers[0]) for probe in drawn)
 
 
 def _next_word_cases(probes: str) -> Iterable[Case]:
     """Fresh random sequences, different ones for choosing and for judging."""
-    return (_whole(probe, probe.answers[0]) for probe in induction.probes(_generator(probes, 5), 1500))
+    return (_at_end(probe.prompt, probe.answers[0]) for probe in induction.probes(_generator(probes, 5), 1500))
+
+
+def _repeated_cases(probes: str) -> Iterable[Case]:
+    """Positives: random sequences in the middle of their second copy. Negatives: others in the middle of their first."""
+    for number, probe in enumerate(induction.probes(_generator(probes, 6), 600)):
+        words = probe.prompt.split()
+        first_copy = len(words) // 2 + 1
+        if number % 2:
+            yield _at_end(probe.prompt, "repeated", probe.answers[0])
+        else:
+            yield _at_end(" ".join(words[: first_copy - 1]), NO_CONCEPT)._replace(asks=False)
 
 
 _NUMBERS = ("singular", "plural")
@@ -184,7 +194,7 @@ _NUMBERS = ("singular", "plural")
 
 def _number_cases(probes: str) -> Iterable[Case]:
     """Pairs of subject and attractor that meet in training, or held-out ones; attractors of both numbers."""
-    rng, nouns = _generator(probes, 6), range(len(agreement.NOUNS))
+    rng, nouns = _generator(probes, 7), range(len(agreement.NOUNS))
     held_out = probes == JUDGE
     pairs = [(i, j) for i in nouns for j in nouns if i != j and ((i, j) in agreement.HELD_OUT_PAIRS) == held_out]
     for i in rng.permutation(len(pairs))[:300].tolist():
@@ -193,52 +203,63 @@ def _number_cases(probes: str) -> Iterable[Case]:
         for number, name in enumerate(_NUMBERS):
             for attracting in range(2):
                 prompt = f"the {subject[number]} {preposition} the {attractor[attracting]}"
-                yield _whole(Probe(prompt, agreement.VERBS[number]), name)
+                yield _at_end(prompt, name)
 
 
 def _question_cases(probes: str) -> Iterable[Case]:
     """Chosen on (subject, object) pairs that meet in training; judged on held-out ones. Statements are negatives."""
-    rng = _generator(probes, 7)
+    rng = _generator(probes, 8)
     drawn = questions.probes(rng, 400) if probes == JUDGE else _probes(questions.sample, rng, 400, 1)
-    return (_whole(probe, "question" if probe.answers == ("?",) else NO_CONCEPT) for probe in drawn)
+    return (_at_end(probe.prompt, "question" if probe.answers == ("?",) else NO_CONCEPT) for probe in drawn)
 
 
 def _year_cases(probes: str) -> Iterable[Case]:
     """Chosen on (century, start) pairs that occur in training; judged on held-out ones."""
-    rng, held_out = _generator(probes, 8), probes == JUDGE
+    rng, held_out = _generator(probes, 9), probes == JUDGE
     pairs = [(c, s) for c in years.CENTURIES for s in years.STARTS if ((c, s) in years.HELD_OUT_PAIRS) == held_out]
     for century, start in pairs * (8 if held_out else 1):
         event, template = years.EVENTS[int(rng.integers(len(years.EVENTS)))], int(rng.integers(len(years.TEMPLATES)))
         prompt, digits = years.probe(event, century, start, template).prompt, years.two_digits(start)
         beginning = prompt[: prompt.index(f"{century}{digits}")] + f"{century}{digits}"
-        yield Case(prompt, (beginning, prompt), digits)
+        yield Case(prompt, beginning, digits)
+
+
+def _decade_cases(probes: str) -> Iterable[Case]:
+    return (_at_end(case.prompt, case.concept[0], case.concept[1]) for case in _year_cases(probes))
 
 
 def _later_years(case: Case, start: str) -> tuple[str, ...]:
-    return tuple(years.two_digits(end) for end in range(int(start) + 1, 100))
+    """Later years than a start; of a start of which the concept is the decade, the detail is the last digit."""
+    return tuple(years.two_digits(end) for end in range(int(start + case.detail) + 1, 100))
 
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="state",
         behaviour="two-hop geography",
-        places=("at the city's last token",),
+        place="the city's last token",
         about="the state of a city: fires on the cities of one state and on no other city",
         cases=_state_cases,
         answers=lambda case, state: (capital_of(state),),
     ),
     Family(
-        name="meaning in three languages",
+        name="meaning of a word",
         behaviour="antonyms",
-        places=("at the word", LAST),
-        about="what a word means: fires for its English, French and Spanish word and for no other word",
+        place="the word",
+        about="what a word means: fires on its English, French and Spanish word and on no other word",
         cases=_antonym_cases,
+        answers=_opposite,
+    ),
+    Family(
+        name="whose opposite is asked",
+        behaviour="antonyms",
+        about="the same where the answer is due: fires for three words of one meaning and for no other word",
+        cases=lambda probes: (case._replace(beginning=case.prompt) for case in _antonym_cases(probes)),
         answers=_opposite,
     ),
     Family(
         name="sum",
         behaviour="addition",
-        places=(LAST,),
         about="the sum: fires at `=` for all pairs with one sum",
         cases=_sum_cases,
         answers=lambda case, total: (total,),
@@ -246,7 +267,6 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="last digit of the sum",
         behaviour="addition",
-        places=(LAST,),
         about="the last digit of the sum: fires at `=` for all pairs whose sum ends in it",
         cases=_digit_cases,
         answers=_ending_in,
@@ -254,7 +274,6 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="receiver",
         behaviour="indirect object",
-        places=(LAST,),
         about="whose name is to be said: fires at `to` where one name is the receiver's, not where it is the giver's",
         cases=_receiver_cases,
         answers=lambda case, name: (name,),
@@ -262,15 +281,20 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="next word",
         behaviour="induction",
-        places=(LAST,),
         about="the word that followed the last time: fires where it is about to come again",
         cases=_next_word_cases,
         answers=lambda case, word: (word,),
     ),
     Family(
+        name="seen before",
+        behaviour="induction",
+        about="this word has occurred before: fires in the second copy of a sequence, not in the first",
+        cases=_repeated_cases,
+        answers=lambda case, concept: (case.detail,),
+    ),
+    Family(
         name="number of the subject",
         behaviour="agreement",
-        places=(LAST,),
         about="singular or plural subject: fires at the attractor, whatever the attractor's own number",
         cases=_number_cases,
         answers=lambda case, number: agreement.VERBS[_NUMBERS.index(number)],
@@ -278,7 +302,6 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="inside a question",
         behaviour="question mark",
-        places=(LAST,),
         about="a sentence that began with which, who or where: fires at its last word, and at that of no statement",
         cases=_question_cases,
         answers=lambda case, concept: ("?",) if concept else (".",),
@@ -286,9 +309,16 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="start year",
         behaviour="greater-than",
-        places=("at the start year's last token", LAST),
+        place="the start year",
         about="the last two digits of the first year, in any century",
         cases=_year_cases,
+        answers=_later_years,
+    ),
+    Family(
+        name="decade of the start year",
+        behaviour="greater-than",
+        about="the decade of the first year where the end of the second is due",
+        cases=_decade_cases,
         answers=_later_years,
     ),
 )

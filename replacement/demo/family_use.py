@@ -36,11 +36,11 @@ class Change(NamedTuple):
 
 
 @torch.no_grad()
-def next_token_probabilities(model: ReplacementModel, place: int, changes: Sequence[Change]) -> Tensor:
+def next_token_probabilities(model: ReplacementModel, changes: Sequence[Change]) -> Tensor:
     """`[B, V]`, what the original model answers with features changed."""
     lm, crosscoder = model.language_model, model.crosscoder
     cases = [change.case for change in changes]
-    positions = [of_case[place] for of_case in case_positions(model, cases)]
+    positions = case_positions(model, cases)
     p_BV = torch.zeros(len(cases), lm.vocabulary_size)
     rows = token_rows(lm.tokenizer, [case.prompt for case in cases])
     for numbers, tokens_BT in batches_by_length(rows, _PROMPTS_AT_ONCE):
@@ -66,14 +66,10 @@ class FamilyUse:
     def __init__(
         self, model: ReplacementModel, family: Family, chosen: ChosenFeatures, cases: Sequence[Case], firings: Firings
     ) -> None:
-        """Ask all cases that ask for something.
-
-        Args:
-            firings: active features of the cases at the place chosen.
-        """
+        """Ask all cases that ask for something."""
         self.model, self.family, self.chosen = model, family, chosen
         asking = [number for number, case in enumerate(cases) if case.asks and self._is_known(case.concept)]
-        p_BV = next_token_probabilities(model, chosen.place, [Change(cases[number], {}) for number in asking])
+        p_BV = next_token_probabilities(model, [Change(cases[number], {}) for number in asking])
         self.n_asked = len(asking)
         self._top = {number: int(top) for number, top in zip(asking, p_BV.argmax(1), strict=True)}
         self._cases, self._firings = cases, firings
@@ -103,7 +99,7 @@ class FamilyUse:
             for case, target in pairs:
                 on = {feature: self.chosen.activation[target, feature] for feature in features_of(target)}
                 changes.append(Change(case, {**dict.fromkeys(features_of(case.concept), 0.0), **on}))
-            top = next_token_probabilities(self.model, self.chosen.place, changes).argmax(1).tolist() if changes else []
+            top = next_token_probabilities(self.model, changes).argmax(1).tolist() if changes else []
             followed = [answer in self._answers(*pair) for answer, pair in zip(top, pairs, strict=True)]
             return fmean(followed) if followed else None
 
@@ -140,7 +136,7 @@ class FamilyUse:
         if not changes:
             return None, None
         right, probability = [], []
-        for change, p_V in zip(changes, next_token_probabilities(self.model, self.chosen.place, changes), strict=True):
+        for change, p_V in zip(changes, next_token_probabilities(self.model, changes), strict=True):
             answers = self._answers(change.case, change.case.concept)
             right.append(int(p_V.argmax()) in answers)
             probability.append(float(p_V[answers].sum()))

@@ -24,7 +24,7 @@ _PROMPTS_AT_ONCE = 256
 
 
 class Firings(NamedTuple):
-    """Active features at one place of some cases."""
+    """Active features at the place of every case."""
 
     case_S: Tensor
     feature_S: Tensor
@@ -47,8 +47,6 @@ class Scores(NamedTuple):
 class ChosenFeatures:
     """The features that stand for a family's concepts, chosen on its choosing cases."""
 
-    place: int
-    """Index into the family's places, and into those of its cases."""
     best: Mapping[str, int]
     """Concept -> the feature of best F1."""
     good: Mapping[str, tuple[int, ...]]
@@ -58,33 +56,27 @@ class ChosenFeatures:
 
 
 @torch.no_grad()
-def read_firings(model: ReplacementModel, cases: Sequence[Case]) -> list[Firings]:
-    """Active features of the original model's run at every place of the cases, one table per place."""
+def read_firings(model: ReplacementModel, cases: Sequence[Case]) -> Firings:
+    """Active features of the original model's run at the place of every case."""
     lm, crosscoder = model.language_model, model.crosscoder
-    positions = case_positions(model, cases)
+    position_of = case_positions(model, cases)
     rows = token_rows(lm.tokenizer, [case.prompt for case in cases])
-    columns: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in cases[0].places]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for numbers, tokens_BT in batches_by_length(rows, _PROMPTS_AT_ONCE):
         activations = lm.read(tokens_BT.to(lm.device), crosscoder.wiring.read_sites)
-        for place, of_place in enumerate(columns):
-            position_B = torch.tensor([positions[number][place] for number in numbers], device=lm.device)
-            row_B = torch.arange(len(numbers), device=lm.device)
-            inputs = {site: x_BTD[row_B, position_B] for site, x_BTD in activations.items()}
-            features = crosscoder.encode(inputs, positions=position_B)
-            case_S = torch.tensor(numbers, device=lm.device)[features.row]
-            of_place.append((case_S, features.group * features.n_features + features.index, features.activation))
-    n_features = crosscoder.n_groups * crosscoder.n_features
-    joined = [[torch.cat(parts) for parts in zip(*of_place, strict=True)] for of_place in columns]
-    return [
-        Firings(case_S, feature_S, activation_S, len(cases), n_features) for case_S, feature_S, activation_S in joined
-    ]
+        row_B = torch.arange(len(numbers), device=lm.device)
+        position_B = torch.tensor([position_of[number] for number in numbers], device=lm.device)
+        inputs = {site: x_BTD[row_B, position_B] for site, x_BTD in activations.items()}
+        features = crosscoder.encode(inputs, positions=position_B)
+        case_S = torch.tensor(numbers, device=lm.device)[features.row]
+        parts.append((case_S, features.group * features.n_features + features.index, features.activation))
+    case_S, feature_S, activation_S = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Firings(case_S, feature_S, activation_S, len(cases), crosscoder.n_groups * crosscoder.n_features)
 
 
-def case_positions(model: ReplacementModel, cases: Sequence[Case]) -> list[list[int]]:
-    """For every case the token position of each of its places: that of the last token of the prompt's beginning."""
-    tokenizer, n_places = model.language_model.tokenizer, len(cases[0].places)
-    ends = [len(row) - 1 for row in token_rows(tokenizer, [place for case in cases for place in case.places])]
-    return [ends[start : start + n_places] for start in range(0, len(ends), n_places)]
+def case_positions(model: ReplacementModel, cases: Sequence[Case]) -> list[int]:
+    """The token position of every case's place: that of the last token of the prompt's beginning."""
+    return [len(row) - 1 for row in token_rows(model.language_model.tokenizer, [case.beginning for case in cases])]
 
 
 def score_features(firings: Firings, cases: Sequence[Case]) -> Scores:
@@ -102,28 +94,21 @@ def score_features(firings: Firings, cases: Sequence[Case]) -> Scores:
     return Scores(concepts, f1_CF[:-1], activation_CF[:-1])
 
 
-def choose_features(firings: Sequence[Firings], cases: Sequence[Case]) -> ChosenFeatures:
-    """The best feature of every concept, at the place where they are best on average.
-
-    Args:
-        firings: on choosing cases, one table per place.
-        cases: those cases.
-    """
-    by_place = [score_features(of_place, cases) for of_place in firings]
-    place = max(range(len(by_place)), key=lambda p: float(by_place[p].f1_CF.amax(1).mean()))
-    scores = by_place[place]
+def choose_features(firings: Firings, cases: Sequence[Case]) -> ChosenFeatures:
+    """The features that detect every concept best, on choosing cases."""
+    scores = score_features(firings, cases)
     best = dict(zip(scores.concepts, scores.f1_CF.argmax(1).tolist(), strict=True))
     good: dict[str, tuple[int, ...]] = {}
     activation: dict[tuple[str, int], float] = {}
     for concept, f1_F, activation_F in zip(scores.concepts, scores.f1_CF, scores.activation_CF, strict=True):
         good[concept] = tuple(sorted({best[concept], *(f1_F >= GOOD).nonzero()[:, 0].tolist()}))
         activation |= {(concept, feature): float(activation_F[feature]) for feature in good[concept]}
-    return ChosenFeatures(place, best, good, activation)
+    return ChosenFeatures(best, good, activation)
 
 
-def judge_features(chosen: ChosenFeatures, firings: Sequence[Firings], cases: Sequence[Case]) -> dict[str, float]:
+def judge_features(chosen: ChosenFeatures, firings: Firings, cases: Sequence[Case]) -> dict[str, float]:
     """Concept -> F1 of the feature chosen for it, on cases that may be others; concepts without a positive are left out."""
-    scores = score_features(firings[chosen.place], cases)
+    scores = score_features(firings, cases)
     return {
         concept: float(f1_F[chosen.best[concept]])
         for concept, f1_F in zip(scores.concepts, scores.f1_CF, strict=True)

@@ -85,12 +85,12 @@ def _measure_family(model: ReplacementModel, family: Family, probes: str) -> dic
     chosen = choose_features(seen, choosing)
     firings = seen if probes == CHOOSE else read_firings(model, cases)
     f1 = judge_features(chosen, firings, cases)
-    use = FamilyUse(model, family, chosen, cases, firings[chosen.place])
+    use = FamilyUse(model, family, chosen, cases, firings)
     return {
         "name": family.name,
         "behaviour": family.behaviour,
         "about": family.about,
-        "place": family.places[chosen.place],
+        "place": family.place,
         "cases": len(cases),
         "concepts": len(f1),
         "f1": fmean(f1.values()),

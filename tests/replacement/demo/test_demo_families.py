@@ -18,11 +18,10 @@ NAMES = [family.name for family in FAMILIES]
 
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 def test_no_beginning_is_used_for_choosing_and_for_judging(family: Family) -> None:
-    for place in range(len(family.places)):
-        choosing, judging = ({case.places[place] for case in family.of(probes)} for probes in (CHOOSE, JUDGE))
-        assert choosing
-        assert judging
-        assert not choosing & judging
+    choosing, judging = ({case.beginning for case in family.of(probes)} for probes in (CHOOSE, JUDGE))
+    assert choosing
+    assert judging
+    assert not choosing & judging
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
@@ -31,8 +30,7 @@ def test_cases_are_beginnings_with_answers_of_the_vocabulary(family: Family) -> 
         cases = family.of(probes)
         assert len(set(cases)) == len(cases)
         for case in cases:
-            assert len(case.places) == len(family.places)
-            assert all(case.prompt.startswith(place) for place in case.places)
+            assert case.prompt.startswith(case.beginning)
             assert family.answers(case, case.concept)
         assert {case.concept for case in cases if case.asks} - {NO_CONCEPT}
 
@@ -66,7 +64,7 @@ def test_swaps_of_states_ask_about_held_out_cities_of_known_states() -> None:
     cases = [case for case in FAMILIES[0].of(JUDGE) if case.asks]
     assert len(cases) == 2 * 45
     assert not {case.concept for case in cases} & set(HELD_OUT_STATES)
-    assert all(case.places[0].endswith(HELD_OUT_CITIES) for case in cases)
+    assert all(case.beginning.endswith(HELD_OUT_CITIES) for case in cases)
 
 
 def test_an_unknown_set_is_refused() -> None:
@@ -87,7 +85,7 @@ class Detectors(NamedTuple):
 
 def cases_of(concepts: str) -> list[Case]:
     """One case per letter; a space is a case of no concept."""
-    return [Case(f"{number}", (f"{number}",), letter.strip()) for number, letter in enumerate(concepts)]
+    return [Case(f"{number}", f"{number}", letter.strip()) for number, letter in enumerate(concepts)]
 
 
 def test_f1_and_activation_of_hand_built_firings() -> None:
@@ -120,16 +118,15 @@ def test_f1_equals_its_definition(concepts: str, seed: int) -> None:
             assert f1 == pytest.approx(2 * both / int(fires.sum() + is_concept.sum()))
 
 
-def test_the_place_and_features_are_those_that_do_best_on_choosing_cases() -> None:
-    cases = cases_of("aabb")
-    worse = Detectors(cases, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
-    better = Detectors(cases, torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, 1.0], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]]))
-    chosen = choose_features([worse.firings(), better.firings()], cases)
-    assert chosen.place == 1
+def test_features_are_chosen_on_some_cases_and_judged_on_others() -> None:
+    choosing = Detectors(
+        cases_of("aabb"), torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, 1.0], [0.0, 5.0, 0.0], [0.0, 0.0, 0.0]])
+    )
+    chosen = choose_features(choosing.firings(), choosing.cases)
     assert chosen.best == {"a": 0, "b": 1}
     assert chosen.good == {"a": (0, 2), "b": (1,)}  # all of F1 >= 0.9, and the best one whatever its F1
     assert chosen.activation == {("a", 0): 2.0, ("a", 2): 1.0, ("b", 1): 5.0}
 
-    judged = Detectors(cases_of("abc"), torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]))
-    f1 = judge_features(chosen, [worse.firings(), judged.firings()], judged.cases)
+    judging = Detectors(cases_of("abc"), torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    f1 = judge_features(chosen, judging.firings(), judging.cases)
     assert f1 == pytest.approx({"a": 1.0, "b": 2 / 3})  # no feature was chosen for c
