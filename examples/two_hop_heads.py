@@ -5,7 +5,7 @@
 `the capital of the state containing Dallas is`: the state is known at the city, the capital is said at the last word. For
 held-out cities this script
 
-1. finds the city's state features at the last word (see `two_hop.py`; the city itself is left out of the search) and adds up
+1. finds the features of the city's state at the last word (F1 of at least 0.5 over cities that are not held out) and adds up
    what each head brings to their pre-activations from the city's position;
 2. takes away what the first heads of that list bring from the city, and predicts what happens from the traced graph: at the
    last word, layer by layer, every feature loses what these heads brought it and what fell among the features below it,
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from two_hop import PROMPT, Key, features_by_city, state_features
+from two_hop import PROMPT
 
 import circuits
 import replacement
@@ -31,10 +31,16 @@ from circuits import CircuitGraph, NodeKind
 from circuits.heads.feature_heads import HeadViews
 from circuits.heads.relu_credit import activation
 from replacement import LanguageModel, LocalReplacement, ReplacementModel, Site
-from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, capital_of, state_of
+from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, capital_of, state_of, states, training_cities_of
+from replacement.demo.families import Case
+from replacement.demo.feature_families import layer_and_index, read_firings, score_features
 
 Head = tuple[int, int]
 """Layer and head."""
+Key = tuple[int, int, int]
+"""Layer, position and index."""
+F1 = 0.5
+"""A feature of a state has at least this F1 as a detector of its cities."""
 CITY, LAST = -2, -1
 """Positions of the city and of the last word."""
 
@@ -71,11 +77,19 @@ class Question:
 
 def read_questions(model: ReplacementModel, cities: Sequence[str]) -> list[Question]:
     """The questions about some cities."""
-    by_city = features_by_city(model)
-    return [_read(model, city, state_features(by_city, state_of(city), without=city)) for city in cities]
+    cases = []
+    for state in states():
+        prompts = [PROMPT.format(city=city) for city in training_cities_of(state) if city != capital_of(state)]
+        cases += [Case(prompt, prompt, state) for prompt in prompts]
+    scores = score_features(read_firings(model, cases), cases)
+    of_state = {
+        state: {layer_and_index(model, feature) for feature in (f1_F >= F1).nonzero()[:, 0].tolist()}
+        for state, f1_F in zip(scores.concepts, scores.f1_CF, strict=True)
+    }
+    return [_read(model, city, of_state[state_of(city)]) for city in cities]
 
 
-def _read(model: ReplacementModel, city: str, of_state: dict[Key, float]) -> Question:
+def _read(model: ReplacementModel, city: str, of_state: set[tuple[int, int]]) -> Question:
     lm = model.language_model
     tokens_T = lm.tokenize(PROMPT.format(city=city))
     local, last = model.localize(tokens_T), len(tokens_T) - 1
@@ -91,7 +105,7 @@ def _read(model: ReplacementModel, city: str, of_state: dict[Key, float]) -> Que
         tokens_T=tokens_T,
         answer=answer,
         keys=list(numbers),
-        of_state_S=np.array([key in of_state for key in numbers]),
+        of_state_S=np.array([(layer, index) in of_state for layer, _, index in numbers]),
         brought_NLH=np.stack([*(view.heads_LHT[:, :, CITY] for view in head_views), to_logit_LH]),
         edges_NS=_edges(circuits.trace(model, tokens_T, targets=answer, coverage=1.0), list(numbers)),
         before_S=np.array([view.pre_activation for view in head_views]),

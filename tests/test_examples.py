@@ -126,8 +126,7 @@ def test_the_induction_head_is_named_and_needed(
 def test_heads_that_move_the_state(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Taking away what the named heads bring makes the state's features fall about as predicted, and the answer go."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    example, two_hop = importlib.import_module("two_hop_heads"), importlib.import_module("two_hop")
-    monkeypatch.setattr(two_hop, "states", lambda: ("Texas", "Ohio", "Nevada", "Oregon", "Georgia"))
+    example = importlib.import_module("two_hop_heads")
     model = replacement.load("demo")
     with torch.no_grad():
         questions = example.read_questions(model, ["Dallas"])

@@ -117,7 +117,7 @@ def _state_cases(probes: str) -> Iterable[Case]:
                     continue
                 asks = number == 0 and state not in HELD_OUT_STATES and held_out == (probes == JUDGE)
                 text = beginning.format(city=city)
-                yield Case(text + rest, text, state, asks=asks)
+                yield Case(text + rest, text, state, city, asks)
 
 
 _CONCEPT = {words[0]: number for number, words in enumerate(antonyms.CONCEPTS)}
