@@ -2,6 +2,7 @@
 
     python benchmarks/long_prompts.py                                    32, 256 and 1,024 tokens, 2,000 features expanded
     python benchmarks/long_prompts.py --peer PEER/bin/python             also circuit-tracer, installed in its own environment
+    python benchmarks/long_prompts.py --device cuda                      on a GPU: seconds of a second trace, and GPU memory
 
 The model has the shapes of GPT-2 small (12 layers, d_model 768) and random weights; its crosscoder (a CLT by default) has
 thresholds (JumpReLU) that leave 8 features active for each layer and token, about 100 in all, unevenly over positions. Both are
@@ -48,6 +49,25 @@ def write(n_tokens: int, crosscoder: str, folder: Path) -> list[str]:
     tokens_T = write_model(setting, folder / "model")
     write_crosscoder(setting, LanguageModel.from_pretrained(folder / "model"), tokens_T, folder / "crosscoder")
     return [str(folder / "model"), str(folder / "crosscoder"), *map(str, tokens_T.tolist())]
+
+
+def measure_on_gpu(model_folder: str, crosscoder: str, tokens: list[int], n_nodes: int, device: str) -> dict[str, Any]:
+    """Trace one prompt twice on a GPU and time the second trace, from the prompt to the graph in main memory."""
+    model = replacement.load(model_folder, crosscoder=crosscoder, device=device)
+    for _ in range(2):  # the first one loads kernels
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        graph = circuits.trace(model, tokens, coverage=1.0, max_nodes=n_nodes)
+        seconds = time.perf_counter() - started
+    return {
+        "active": graph.metadata["active_features"],
+        "expanded": n_nodes,
+        "edges": len(graph.edges),
+        "identity": graph.identity_error,
+        "seconds": seconds,
+        "peak": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
 
 def measure(model_folder: str, crosscoder: str, tokens: list[int], n_nodes: int) -> dict[str, Any]:
@@ -99,20 +119,37 @@ def main() -> None:
     parser.add_argument("--peer", default="", help="Python of an environment that has circuit-tracer")
     parser.add_argument("--peer-lengths", type=int, nargs="*", default=[32, 256], help="lengths that the peer is given")
     parser.add_argument("--peer-batch", type=int, default=64, help="targets of one backward pass of the peer")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for seconds and GPU memory alone")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         model, crosscoder, *tokens = options.one
-        print(json.dumps(measure(model, crosscoder, list(map(int, tokens)), options.nodes)))
+        prompt = list(map(int, tokens))
+        on_cpu = options.device == "cpu"
+        facts = (
+            measure(model, crosscoder, prompt, options.nodes)
+            if on_cpu
+            else measure_on_gpu(model, crosscoder, prompt, options.nodes, options.device)
+        )
+        print(json.dumps(facts))
         return
+    if options.device != "cpu":
+        print(torch.cuda.get_device_name())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine()}")
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as folder:
             files = write(length, options.crosscoder, Path(folder))
-            ours = run_apart(sys.executable, __file__, "--nodes", str(options.nodes), "--one", *files)
+            chosen = ("--nodes", str(options.nodes), "--device", options.device)
+            ours = run_apart(sys.executable, __file__, *chosen, "--one", *files)
             print(
                 f"{length} tokens: {ours['active']:,} active features, {ours['expanded']:,} expanded, {ours['edges']:,} edges"
             )
+            if options.device != "cpu":
+                print(
+                    f"  crosstrace       {ours['seconds']:8.2f} s, peak {ours['peak']:.1f} GiB on the GPU; "
+                    f"identity error {ours['identity']:.0e}"
+                )
+                continue
             print(
                 f"  crosstrace       {ours['seconds']:8.1f} s (CPU {ours['cpu']:.1f} s), peak {ours['peak']:.1f} GiB; "
                 f"identity error {ours['identity']:.0e}; rows alone {ours['rows']:.1f} s, "
