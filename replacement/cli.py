@@ -42,12 +42,12 @@ def demo(
     """
     if not 1 <= rows <= 100_000:
         raise ValueError(f"rows: expected 1 to 100000, given {rows}")
-    if probes not in ("judge", "choose"):
-        raise ValueError(f"probes: expected judge or choose, given {probes!r:.50}")
+    from replacement.demo.families import FAMILIES, check_probes
     from replacement.demo.page import page
     from replacement.demo.report import measure_demo
 
-    facts = measure_demo(n_rows=rows, model=options.load(), probes=probes, families=families)
+    check_probes(probes)
+    facts = measure_demo(n_rows=rows, model=options.load(), probes=probes, families=FAMILIES if families else ())
     if as_json:
         show_json(facts)
     else:

@@ -77,9 +77,18 @@ class Family:
         Raises:
             ValueError: a set that is neither `choose` nor `judge`.
         """
-        if probes not in _STREAM:
-            raise ValueError(f"probes: expected {CHOOSE!r} or {JUDGE!r}, given {probes!r}")
+        check_probes(probes)
         return tuple(dict.fromkeys(self.cases(probes)))
+
+
+def check_probes(probes: str) -> None:
+    """Check the name of a set of cases.
+
+    Raises:
+        ValueError: neither `choose` nor `judge`.
+    """
+    if probes not in _STREAM:
+        raise ValueError(f"probes: expected {CHOOSE!r} or {JUDGE!r}, given {probes!r:.50}")
 
 
 def _generator(probes: str, behaviour: int) -> np.random.Generator:

@@ -18,6 +18,8 @@ def page(facts: dict[str, Any]) -> Group:
         parts.append(section("Do they do it? In the original model's run", _use(facts["families"])))
     title = f"Fidelity on {facts['fidelity']['n_tokens']:,} held-out tokens"
     parts.append(section(title, _fidelity(facts["fidelity"])))
+    if facts["circuits"] is not None:
+        parts.append(section("Traced by examples/two_hop.py, a table that ships", _circuits(facts["circuits"])))
     return Group(*parts)
 
 
@@ -64,6 +66,19 @@ def _fidelity(fidelity: dict[str, Any]) -> Table:
         "KL, errors propagating": f"{fidelity['kl']:.4f} nats",
         "top-1 agreement where p >= 0.5": _number(fidelity["agreement"], 4),
         "top-1 agreement, all tokens": f"{fidelity['agreement_all']:.4f}",
+    }
+    return pairs(rows.items())
+
+
+def _circuits(found: dict[str, Any]) -> Table:
+    through, dallas = found["through_state_features"], found["dallas"]
+    where = f"of the answer's influence from a city, mean of {found['prompts']} cities"
+    rows = {
+        "through the state's feature": f"{_number(through['best_feature'])} {where}",
+        "through its features of F1 >= 0.9": f"{_number(through['good_features'])} {where}",
+        "Dallas, pruned": f"{dallas['nodes']} nodes, {dallas['edges']} edges",
+        "replacement, completeness": f"{_number(dallas['replacement'])}, {_number(dallas['completeness'])}",
+        "strongest path": dallas["strongest_path"],
     }
     return pairs(rows.items())
 

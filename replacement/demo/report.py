@@ -10,19 +10,25 @@ import torch
 
 from replacement.demo.accuracy import measure_accuracy
 from replacement.demo.corpus import Behaviour, Probe, behaviours, held_out_rows
-from replacement.demo.families import CHOOSE, FAMILIES, JUDGE, Family
+from replacement.demo.families import CHOOSE, FAMILIES, JUDGE, Family, check_probes
 from replacement.demo.family_use import FamilyUse
 from replacement.demo.feature_families import GOOD, choose_features, feature_name, judge_features, read_firings
-from replacement.loading import load
+from replacement.files import read_json
+from replacement.loading import ARTIFACTS, load
 from replacement.splicing.replacement_model import ReplacementModel
 from replacement.validation.fidelity import measure_fidelity
 
+CIRCUITS = ARTIFACTS / "circuits.json"
 _ROWS_SEED = {JUDGE: 0, CHOOSE: 1}
 
 
 @torch.no_grad()
 def measure_demo(
-    *, n_rows: int = 512, model: ReplacementModel | None = None, probes: str = JUDGE, families: bool = True
+    *,
+    n_rows: int = 512,
+    model: ReplacementModel | None = None,
+    probes: str = JUDGE,
+    families: Sequence[Family] = FAMILIES,
 ) -> dict[str, Any]:
     """Accuracy of both models on every behaviour, feature families, and fidelity on held-out rows, as plain JSON values.
 
@@ -31,11 +37,12 @@ def measure_demo(
         model: a replacement model with the demo's tokenizer; the shipped one by default.
         probes: `judge` measures on probes that are used for nothing else; `choose` on those that features are chosen on, and
             by which anything else may be chosen, such as the settings of a training run.
-        families: whether to measure feature families as well.
+        families: the feature families to measure.
 
     Raises:
         ValueError: probes that are neither `judge` nor `choose`.
     """
+    check_probes(probes)
     model = load() if model is None else model
     lm = model.language_model
     skills = behaviours() if probes == JUDGE else choosing_behaviours()
@@ -48,9 +55,16 @@ def measure_demo(
             {**row._asdict(), "replacement_top1": other.top1, "replacement_probability": other.probability}
             for row, other in zip(original, replaced, strict=True)
         ],
-        "families": measure_families(model, probes=probes) if families else [],
+        "families": measure_families(model, probes=probes, families=families),
         "fidelity": measure_fidelity(lm, model.crosscoder, torch.from_numpy(rows)).to_dict(),
+        "circuits": shipped_circuits(model),
     }
+
+
+def shipped_circuits(model: ReplacementModel) -> dict[str, Any] | None:
+    """What `examples/two_hop.py` found in traced prompts, which ships with the weights; None for other weights."""
+    table = read_json(CIRCUITS) if CIRCUITS.is_file() else {}
+    return table if table.get("crosscoder") == model.crosscoder.fingerprint else None
 
 
 def choosing_behaviours() -> tuple[Behaviour, ...]:

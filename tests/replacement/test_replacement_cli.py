@@ -22,7 +22,7 @@ def test_show_describes_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_demo_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--rows", "8", "--json"]) == 0
+    assert main(["demo", "--rows", "8", "--no-families", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in facts["behaviours"]} >= {"two-hop geography", "addition", "antonyms"}
     assert facts["fidelity"]["n_tokens"] == 8 * 64
@@ -57,6 +57,7 @@ def test_help_says_how_a_crosscoder_is_named(verb: str, capsys: pytest.CaptureFi
         (["show", "/nowhere"], "error: /nowhere does not exist"),
         (["demo", "--rows", "0"], "error: rows: expected 1 to 100000, given 0"),
         (["demo", "--rows", "9" * 30], "error: rows: expected 1 to 100000, given 999"),
+        (["demo", "--probes", "train"], "error: probes: expected 'choose' or 'judge', given 'train'"),
         (["show", "/dev/null"], "error: /dev/null has no known layout"),
         (["show", "."], "error: "),
         (["demo", "--rows", "many"], "error: "),

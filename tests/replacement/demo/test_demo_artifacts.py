@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import replacement
+from replacement.console import show
 from replacement.demo.corpus import held_out_rows
+from replacement.demo.families import FAMILIES
+from replacement.demo.page import page
 from replacement.demo.report import measure_demo
 from replacement.loading import ARTIFACTS
 from replacement.validation.fidelity import measure_fidelity
@@ -28,7 +31,8 @@ def model() -> replacement.ReplacementModel:
 @pytest.fixture(scope="module")
 def measured(model: replacement.ReplacementModel) -> dict[str, Any]:
     """Measured now, on fewer rows than the shipped table."""
-    return measure_demo(n_rows=128, model=model)
+    families = [family for family in FAMILIES if family.name in ("state", "inside a question")]
+    return measure_demo(n_rows=128, model=model, families=families)
 
 
 def shipped(name: str) -> dict[str, Any]:
@@ -62,6 +66,27 @@ def test_fidelity_is_that_of_the_shipped_table(measured: dict[str, Any]) -> None
     assert now["agreement"] >= 0.99
     assert now["mean_unexplained"] == pytest.approx(table["mean_unexplained"], rel=0.2)
     assert now["kl"] == pytest.approx(table["kl"], rel=0.5)
+
+
+def test_the_shipped_table_of_circuits_belongs_to_the_weights(measured: dict[str, Any]) -> None:
+    assert measured["circuits"] == shipped("circuits.json")
+
+
+def test_the_replacement_model_keeps_the_behaviours(measured: dict[str, Any]) -> None:
+    for row in measured["behaviours"]:
+        assert row["replacement_top1"] >= 0.95 * row["top1"] or row["name"] in NO_TARGET
+
+
+def test_feature_families_are_measured_and_shown(measured: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for row in measured["families"]:
+        assert 0 < row["f1"] <= 1
+        assert 0 <= row["good_concepts"] <= row["concepts"] == len(row["features"])
+        assert row["swaps"]["pairs"] == 40
+        assert row["ablations"]["right_none"] == 1.0
+    show(page(measured))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.split()[:3] == ["inside", "a", "question"] for line in lines) == 2
+    assert any(line.split()[:2] == ["Dallas,", "pruned"] for line in lines)
 
 
 @pytest.fixture(scope="module")
