@@ -34,7 +34,7 @@ SHORT = 40
 MOST_VALUES = 256
 """Values of a condition."""
 LONGEST_VALUE = 100
-_SHOWN_IN_FULL = 20
+_SHOWN_IN_FULL = 12
 
 
 @dataclass(frozen=True, slots=True)

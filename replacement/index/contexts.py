@@ -52,7 +52,7 @@ def _hash_and_power(text: str) -> tuple[int, int]:
     return value, power
 
 
-class Vocabulary:
+class TokenTexts:
     """What is known of each token of a vocabulary whatever stands before it.
 
     Args:
@@ -85,7 +85,7 @@ class Vocabulary:
         )
 
     @classmethod
-    def of(cls, tokenizer: Any, size: int, special: Iterable[int] = ()) -> Vocabulary:
+    def of(cls, tokenizer: Any, size: int, special: Iterable[int] = ()) -> TokenTexts:
         """The vocabulary of a tokenizer, of a model with `size` tokens; `#12` stands for a token without a text.
 
         A token is decoded behind another one, because many tokenizers leave a leading space out at the start of a text.
@@ -128,7 +128,7 @@ class Contexts:
     """
 
     tokens_RT: np.ndarray
-    vocabulary: Vocabulary
+    texts: TokenTexts
     starts_RT: np.ndarray = field(init=False)
     """Whether a word begins at a token."""
     sentence_RT: np.ndarray = field(init=False)
@@ -136,7 +136,7 @@ class Contexts:
     _columns: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        v, tokens_RT, size = self.vocabulary, np.asarray(self.tokens_RT), len(self.vocabulary.pieces)
+        v, tokens_RT, size = self.texts, np.asarray(self.tokens_RT), len(self.texts.pieces)
         if tokens_RT.size and not 0 <= tokens_RT.min() <= tokens_RT.max() < size:
             raise ValueError(f"expected token ids in [0, {size}), got {tokens_RT.min()} to {tokens_RT.max()}")
         self.tokens_RT = tokens_RT
@@ -150,7 +150,7 @@ class Contexts:
     @cached_property
     def _joined(self) -> dict[str, np.ndarray]:
         """Hashes of the word, the name and the sentence's first word at every token; where the first two begin."""
-        v, tokens_RT = self.vocabulary, self.tokens_RT
+        v, tokens_RT = self.texts, self.tokens_RT
         R, T = tokens_RT.shape
         is_new_RT = np.ones((R, T), dtype=bool)
         is_new_RT[:, 1:] = np.diff(self.sentence_RT, axis=1) > 0
@@ -201,7 +201,7 @@ class Contexts:
 
     def _compute(self, name: str) -> np.ndarray:
         if name == "current":
-            v, tokens_RT = self.vocabulary, self.tokens_RT
+            v, tokens_RT = self.texts, self.tokens_RT
             return np.where(self.starts_RT, v.hash_V[tokens_RT], v.later_hash_V[tokens_RT]).view(np.int64)
         if name == "previous":
             previous_RT = np.zeros(self.tokens_RT.shape, dtype=np.int64)
@@ -228,13 +228,13 @@ class Contexts:
         row, t = divmod(place, self.tokens_RT.shape[1])
         t -= name == "previous"
         if name in ("current", "previous"):
-            return ("" if self.starts_RT[row, t] else CONTINUES) + self.vocabulary.pieces[self.tokens_RT[row, t]]
+            return ("" if self.starts_RT[row, t] else CONTINUES) + self.texts.pieces[self.tokens_RT[row, t]]
         begin = int(self._joined[f"{name} begins"][row, t])
         text = ""
         for s in range(begin, t + 1):
             token = self.tokens_RT[row, s]
-            if s == t or not self.vocabulary.is_space_V[token]:
-                text += (" " if s > begin and self.starts_RT[row, s] else "") + self.vocabulary.pieces[token]
+            if s == t or not self.texts.is_space_V[token]:
+                text += (" " if s > begin and self.starts_RT[row, s] else "") + self.texts.pieces[token]
         return text
 
     def earlier(self) -> tuple[np.ndarray, np.ndarray]:

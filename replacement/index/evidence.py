@@ -42,7 +42,7 @@ class Sample:
     @cached_property
     def columns(self) -> list[Column]:
         """What a condition may look at; no two columns are the same by the vocabulary's nature."""
-        pieces = self.contexts.vocabulary.splits_words
+        pieces = self.contexts.texts.splits_words
         names = [*(["word"] if pieces else []), "current", "name", "last digit", "previous", "first"]
         names += [f"class {name}" for name in (*CLASSES, *((FIRST_PIECE, LATER_PIECE) if pieces else ()))]
         names += [f"{end} {length}" for end in ("ends", "begins") for length in AFFIX_LENGTHS]

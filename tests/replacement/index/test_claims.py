@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replacement.index.claims import CONDITIONS, SHORT, Claim, Condition, printable
-from replacement.index.contexts import CLASSES, Contexts, Vocabulary
+from replacement.index.contexts import CLASSES, Contexts, TokenTexts
 from replacement.index.scoring import DetectorCounts, Matcher, Scores
 
 TEXTS = ["<bos>", " Dal", "las", " Houston", " El", " Paso", " the", " is", ".", " 17", "7", " running", " x"]
-VOCABULARY = Vocabulary(TEXTS, [0])
+VOCABULARY = TokenTexts(TEXTS, [0])
 VALUES = {
     "name": ["Dallas", "El Paso", "Houston El Paso", "the"],
     "word": ["Dallas", "Dal", "Paso", "177", "is"],

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from replacement.index.claims import Claim
-from replacement.index.contexts import CLASSES, Contexts, Vocabulary, text_hash
+from replacement.index.contexts import CLASSES, Contexts, TokenTexts, text_hash
 
 TEXTS = [
     "<bos>",
@@ -79,7 +79,7 @@ def read(row: list[int]) -> list[dict[str, Any]]:
 
 @given(rows)
 def test_columns_equal_what_is_read_from_the_text(tokens: list[list[int]]) -> None:
-    contexts = Contexts(np.array(tokens), Vocabulary(TEXTS, SPECIAL))
+    contexts = Contexts(np.array(tokens), TokenTexts(TEXTS, SPECIAL))
     for r, row in enumerate(tokens):
         seen = read(row)
         for t, here in enumerate(seen):
@@ -97,7 +97,7 @@ def test_columns_equal_what_is_read_from_the_text(tokens: list[list[int]]) -> No
 
 
 def test_affixes_and_digits() -> None:
-    contexts = Contexts(np.array([[1, 2, 13, 14, 16]]), Vocabulary(TEXTS, SPECIAL))  # Dal las 17 32 's
+    contexts = Contexts(np.array([[1, 2, 13, 14, 16]]), TokenTexts(TEXTS, SPECIAL))  # Dal las 17 32 's
     assert Claim.of(ends=["las"]).holds(contexts).tolist() == [[False, True, False, False, False]]
     assert Claim.of(begins=["Da"]).holds(contexts).tolist() == [[True, True, False, False, False]]
     assert Claim.of(**{"last digit": ["2"]}).holds(contexts).tolist() == [[False, False, False, True, False]]
@@ -108,7 +108,7 @@ def test_affixes_and_digits() -> None:
 
 def test_tokens_outside_the_vocabulary_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected token ids in \[0, 18\), got 3 to 18"):
-        Contexts(np.array([[3, 18]]), Vocabulary(TEXTS))
+        Contexts(np.array([[3, 18]]), TokenTexts(TEXTS))
 
 
 CORPUS = ["Dallas is in Texas . Houston is in Texas , too .", "El Paso is a city . is it ? cities , states é 日本"] * 5
@@ -145,27 +145,25 @@ def test_words_are_joined_whatever_the_tokenizer(kind: str) -> None:
     made = tokenizer(kind)
     ids = [made.bos_token_id, *made.encode(TEXT, add_special_tokens=False)]
     assert kind == "words" or len(ids) > len(TEXT.split()) + 1, "names are split"
-    contexts = Contexts(np.array([ids]), Vocabulary.of(made, len(made) + 3, [made.bos_token_id]))
-    spaces = contexts.vocabulary.is_space_V[contexts.tokens_RT[0]]  # a space may be a token of its own
+    contexts = Contexts(np.array([ids]), TokenTexts.of(made, len(made) + 3, [made.bos_token_id]))
+    spaces = contexts.texts.is_space_V[contexts.tokens_RT[0]]  # a space may be a token of its own
     last = np.flatnonzero(np.append(contexts.starts_RT[0, 1:], True) & ~spaces)
     words = [contexts.text_at("word", int(place)) for place in last]
     assert words == ["<s>", *TEXT.split()]
     assert [contexts.text_at("name", int(place)) for place in last][6:8] == ["El", "El Paso"]
     assert contexts.sentence_RT[0, last].tolist() == [0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
-    assert contexts.vocabulary.splits_words == (kind != "words")
-    assert contexts.vocabulary.pieces[-1] == f"#{len(made) + 2}", (
-        "a token of the model that the tokenizer does not know"
-    )
+    assert contexts.texts.splits_words == (kind != "words")
+    assert contexts.texts.pieces[-1] == f"#{len(made) + 2}", "a token of the model that the tokenizer does not know"
 
 
 def test_lone_bytes_differ() -> None:
     made = tokenizer("bytes")
-    pieces = Vocabulary.of(made, len(made), []).pieces
+    pieces = TokenTexts.of(made, len(made), []).pieces
     assert len(set(pieces)) > 250 - 60
     assert not any("�" in piece for piece in pieces)
 
 
 def test_without_a_tokenizer_tokens_are_numbers() -> None:
-    contexts = Contexts(np.array([[2, 0]]), Vocabulary.of(None, 3))
+    contexts = Contexts(np.array([[2, 0]]), TokenTexts.of(None, 3))
     assert contexts.text_at("word", 0) == "#2"
     assert contexts.starts_RT.all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from replacement.index.claims import Claim
-from replacement.index.contexts import Contexts, Vocabulary
+from replacement.index.contexts import Contexts, TokenTexts
 from replacement.index.evidence import Sample
 from replacement.index.labelling import propose_claims
 from replacement.index.scoring import DetectorCounts, Scores
@@ -35,7 +35,7 @@ WORDS = [
     "57",
 ]
 TEXTS = ["<bos>", *(f" {word}" for word in WORDS), " Dal", " Tul", "las", "sa", " El", " Pas", "o", ".", "?"]
-VOCABULARY = Vocabulary(TEXTS, [0])
+VOCABULARY = TokenTexts(TEXTS, [0])
 RULES = [
     Claim.of(current=["city", "state"]),
     Claim.of(word=["Dallas", "Houston", "Austin"]),  # but not `Tullas`, of the same last piece
