@@ -13,6 +13,8 @@ from replacement.index.scoring import expand
 
 _MOST = {"last digit": 3, "ends": 1, "begins": 1, "class": 1, "earlier": 8}
 """Values that a claim may list, where fewer than `MOST_VALUES`."""
+TEXTS = ("name", "word", "current")
+"""Conditions of the text that ends at a token, the longest first."""
 BEFORE = ("previous", "first", "earlier")
 """Conditions of what stands before a token."""
 
@@ -43,7 +45,7 @@ class Sample:
     def columns(self) -> list[Column]:
         """What a condition may look at; no two columns are the same by the vocabulary's nature."""
         pieces = self.contexts.texts.splits_words
-        names = [*(["word"] if pieces else []), "current", "name", "last digit", "previous", "first"]
+        names = ["name", *(["word"] if pieces else []), "current", "last digit", "previous", "first"]
         names += [f"class {name}" for name in (*CLASSES, *((FIRST_PIECE, LATER_PIECE) if pieces else ()))]
         names += [f"{end} {length}" for end in ("ends", "begins") for length in AFFIX_LENGTHS]
         return [Column(name, self.contexts) for name in (*names, "earlier")]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from replacement.index.claims import Claim, Condition
-from replacement.index.evidence import BEFORE, Column, Sample
+from replacement.index.evidence import BEFORE, TEXTS, Column, Sample
 from replacement.index.scoring import is_among
 
 SIMPLER_WITHIN = 0.02
@@ -25,7 +25,7 @@ SIMPLER_WITHIN = 0.02
 GOOD_ENOUGH = 0.95
 """A second condition is looked for where F1 is below it."""
 FEW = 5
-"""A feature that fires at fewer places for comparison gets a claim about tokens alone."""
+"""A feature that fires at fewer places for comparison gets a claim about words alone."""
 _FIRST_TRIED = 2
 """Kinds of conditions that a second one is added to."""
 _FIRINGS_AT_A_TIME = 2_000_000
@@ -170,15 +170,15 @@ class _Search:
         self.fires = {part: self._per_feature(feature_S[is_in_P[place_S]]) for part, is_in_P in self.parts.items()}
         self.offers: list[tuple[_Recipe, np.ndarray, np.ndarray]] = []
         """Recipe, and for every feature its F1 on the rows for comparison and how many values it lists."""
+        self._word = next(number for number, column in enumerate(self.columns) if column.kind in ("word", "current"))
 
     def claims(self) -> Iterator[tuple[int, Claim]]:
         """The best claim about every feature that fires."""
         for number, column in enumerate(self.columns):
             single = self._single(column, "fitted")
             self.offers.append(((number,), self._f1_of_single(single), self._per_feature(single.feature_E)))
-        f1_KF = np.stack([f1_F for _, f1_F, _ in self.offers])
-        is_open_F = (f1_KF.max(0) < GOOD_ENOUGH) & (self.fires["fitted"] > 0)
-        leading_KF = np.argsort(-f1_KF[:-1], axis=0, kind="stable")[:_FIRST_TRIED]  # `earlier`, the last, is only added
+        is_open_F = (np.max([f1_F for _, f1_F, _ in self.offers], 0) < GOOD_ENOUGH) & (self.fires["fitted"] > 0)
+        leading_KF = self._leading()
         for number in np.unique(leading_KF[:, is_open_F]).tolist():
             tried_F = is_open_F & (leading_KF == number).any(0)
             for other, sets, both in self._pairs(number, tried_F, "fitted"):
@@ -189,7 +189,16 @@ class _Search:
             for feature, claim in self._fit((choice_F == number) & is_left_F, self.offers[number][0]):
                 is_left_F[feature] = False
                 yield feature, claim
-        yield from self._fit(is_left_F, (0,))  # whose conditions fit no value on all rows
+        yield from self._fit(is_left_F, (self._word,))  # whose conditions fit no value on all rows
+
+    def _leading(self) -> np.ndarray:
+        """Numbers `[k, F]` of the columns of the best conditions, to which another is added: at most one of the token's text,
+        and not `earlier`, the last."""
+        f1_KF = np.stack([f1_F for _, f1_F, _ in self.offers[:-1]])
+        texts = [number for number, column in enumerate(self.columns) if column.kind in TEXTS]
+        best_F = f1_KF[texts].argmax(0)
+        f1_KF[texts] = np.where(np.arange(len(texts))[:, None] == best_F, f1_KF[texts], -1.0)
+        return np.argsort(-f1_KF, axis=0, kind="stable")[:_FIRST_TRIED]
 
     def _choice(self) -> np.ndarray:
         """Number of the offer to take for every feature."""
@@ -197,7 +206,7 @@ class _Search:
         is_near_NF = (f1_NF >= f1_NF.max(0) - SIMPLER_WITHIN) & (size_NF > 0)
         # Fewest values, then largest F1, then the kind tried first.
         choice_F = np.lexsort((-f1_NF, np.where(is_near_NF, size_NF, np.iinfo(np.int64).max)), axis=0)[0]
-        return np.where(self.fires["compared"] < FEW, 0, choice_F)
+        return np.where(self.fires["compared"] < FEW, self._word, choice_F)
 
     def _fit(self, chosen_F: np.ndarray, recipe: _Recipe) -> Iterator[tuple[int, Claim]]:
         """Claims of a recipe about some features, fitted on all rows."""
@@ -260,5 +269,5 @@ class _Search:
     def _partners(self, number: int) -> list[int]:
         """Columns of conditions to add to that of a column: of what stands before, or of the token for one of these."""
         kind = self.columns[number].kind
-        wanted = (*BEFORE, *(("current", "word", "name", "class", "last digit") if kind in BEFORE else ()))
+        wanted = (*BEFORE, *((*TEXTS, "class", "last digit") if kind in BEFORE else ()))
         return [other for other, column in enumerate(self.columns) if column.kind in wanted and column.kind != kind]

@@ -21,6 +21,8 @@ UNSCORED = "not scored"
 """Text of a label whose feature never fires in the held-out text."""
 MOST_FIRINGS = 8_000_000
 """Firings of a sample; bounds memory."""
+SELDOM = 20
+"""A feature that fires at fewer places of the sample is looked for in more rows."""
 
 
 @dataclass(eq=False)
@@ -44,28 +46,27 @@ class Labelling:
     """Places of the held-out text where each feature fires."""
     _labels: dict[int, list[Label]] = field(default_factory=dict, init=False)
 
-    def propose(self, sample: Iterable[Firings]) -> None:
+    def propose(
+        self, sample: Iterable[Firings], rows_with: Callable[[np.ndarray], Iterable[Firings]] | None = None
+    ) -> None:
         """Find the claim that fits each feature best.
 
         Args:
             sample: batches of rows of one length, drawn as they come; no more are read once `MOST_FIRINGS` are seen.
+            rows_with: gives more rows, in which some features (their numbers, `place of the layer * n_features + index`) fire.
+                It is asked for those that fire at fewer than `SELDOM` places of the sample. In the sample and these rows
+                together they fire too often, so that their claims come out somewhat too wide.
         """
-        tokens, counted, features, places = [], [], [], []
-        n_places = n_firings = 0
-        for batch in sample:
-            feature_S, place_S = self._firings(batch)
-            tokens.append(batch.tokens_RT)
-            counted.append(batch.counted_RT.ravel())
-            features.append(feature_S)
-            places.append(place_S + n_places)
-            n_places, n_firings = n_places + batch.tokens_RT.size, n_firings + len(batch)
-            if n_firings >= MOST_FIRINGS:
-                break
-        contexts, n = Contexts(np.concatenate(tokens), self.texts), len(self.layers) * self.n_features
-        claims = propose_claims(
-            Sample(contexts, np.concatenate(features), np.concatenate(places), n, np.concatenate(counted))
-        )
-        self.claims = {number: claim for number, claim in enumerate(claims) if claim is not None}
+        batches = list(_first(sample))
+        everything = self._sample(batches)
+        claims = dict(enumerate(propose_claims(everything)))
+        seldom_F = np.bincount(everything.feature_S, minlength=len(claims)) < SELDOM
+        if rows_with is not None and seldom_F.any():
+            batches += _first(rows_with(np.flatnonzero(seldom_F)))
+            claims |= {
+                number: claim for number, claim in enumerate(propose_claims(self._sample(batches, seldom_F))) if claim
+            }
+        self.claims = {number: claim for number, claim in claims.items() if claim is not None}
 
     def score(self, held_out: Iterable[Firings], promoted: Callable[[int, int], str | None]) -> None:
         """Score every claim as a detector of its feature, batch by batch in constant memory, and make labels of them.
@@ -132,6 +133,17 @@ class Labelling:
             "unclear": float((f1_N < UNCLEAR_BELOW).mean()) if alive else None,
         }
 
+    def _sample(self, batches: Sequence[Firings], chosen_F: np.ndarray | None = None) -> Sample:
+        """Batches as one sample, with the firings of all features or of some."""
+        n, offsets = len(self.layers) * self.n_features, np.cumsum([0, *(batch.tokens_RT.size for batch in batches)])
+        columns = [self._firings(batch) for batch in batches]
+        feature_S = np.concatenate([feature_S for feature_S, _ in columns])
+        place_S = np.concatenate([place_S + offset for (_, place_S), offset in zip(columns, offsets, strict=False)])
+        if chosen_F is not None:
+            feature_S, place_S = feature_S[chosen_F[feature_S]], place_S[chosen_F[feature_S]]
+        contexts = Contexts(np.concatenate([batch.tokens_RT for batch in batches]), self.texts)
+        return Sample(contexts, feature_S, place_S, n, np.concatenate([batch.counted_RT.ravel() for batch in batches]))
+
     def _count(self, claims: dict[int, Claim], batches: Iterable[Firings]) -> DetectorCounts:
         feature_C = np.array(list(claims), dtype=np.int64)
         counts = DetectorCounts(list(claims.values()), feature_C, len(self.layers) * self.n_features)
@@ -150,6 +162,16 @@ class Labelling:
 
     def _number(self, layer: int, index: int) -> int:
         return self.layers.index(layer) * self.n_features + index
+
+
+def _first(batches: Iterable[Firings]) -> Iterator[Firings]:
+    """The first batches, until they hold `MOST_FIRINGS`."""
+    n_firings = 0
+    for batch in batches:
+        yield batch
+        n_firings += len(batch)
+        if n_firings >= MOST_FIRINGS:
+            return
 
 
 _Scores = tuple[float | None, float | None, float | None]

@@ -108,10 +108,10 @@ def test_noise_is_not_explained(proposed: tuple[list[Claim | None], Scores]) -> 
     [(0, RULES[0]), (4, RULES[4]), (5, RULES[5]), (7, RULES[7]), (9, RULES[9]), (10, RULES[10]), (12, RULES[12])],
 )
 def test_the_simplest_of_equals_is_said(proposed: tuple[list[Claim | None], Scores], rule: int, said: Claim) -> None:
-    """A class instead of its members, one condition instead of two; a word instead of a piece that is one."""
+    """A class instead of its members, one condition instead of two; a name instead of a piece that is one."""
     claim = proposed[0][rule]
     assert claim is not None
-    expected = {"word" if c.kind == "current" else c.kind: set(c.values) for c in said.conditions}
+    expected = {"name" if c.kind == "current" else c.kind: set(c.values) for c in said.conditions}
     assert {c.kind: set(c.values) for c in claim.conditions} == expected
 
 

@@ -93,6 +93,33 @@ def test_a_feature_that_the_sample_does_not_show_is_unclear() -> None:
     assert SILENT not in labels
 
 
+def test_rows_are_added_for_features_that_seldom_fire() -> None:
+    """Without them feature 3/1, which fires on Oslo, has no claim; claims of the others stay."""
+
+    def with_oslo(source: Iterable[Firings]) -> Iterator[Firings]:
+        for batch in source:
+            row, position = np.nonzero(batch.tokens_RT == 3)
+            columns = {"layer": 3, "index": 1, "row": row, "position": position, "activation": np.float32(1)}
+            joined = {
+                name: np.concatenate([getattr(batch, name), np.broadcast_to(value, row.shape)])
+                for name, value in columns.items()
+            }
+            yield Firings(batch.tokens_RT, batch.counted_RT, **joined)
+
+    asked: list[int] = []
+
+    def rows_with(numbers: np.ndarray) -> Iterator[Firings]:
+        asked.extend(numbers.tolist())
+        return with_oslo(batches(2, 7))
+
+    few = Labelling(TEXTS, LAYERS, N_FEATURES)
+    few.propose(batches(10, 0))
+    more = Labelling(TEXTS, LAYERS, N_FEATURES)
+    more.propose(batches(10, 0), rows_with)
+    assert asked == [1, 3], "1/1 and 3/1"
+    assert more.claims == {**few.claims, 3: Claim.of(current=["Oslo"])}
+
+
 def test_a_sample_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
 
