@@ -22,10 +22,10 @@ from torch import Tensor
 from circuits.attribution.columns import Columns
 from circuits.attribution.direct_effects import LEAST_TARGETS, PUSHED_NUMBERS, rows_per_chunk
 from circuits.attribution.expansion import DENSE_BYTES, FIRST_ROUND, LARGEST_ROUND
-from circuits.attribution.labels import CHUNK
 from circuits.attribution.limits import LABELLED, memory_bytes
 from circuits.attribution.sources import BUDGET
 from replacement import LocalReplacement
+from replacement.index.token_effects import CHUNK
 from replacement.memory import available_memory, resident_memory, size_text
 
 EFFICIENCY = 0.8

@@ -1,16 +1,22 @@
-"""Readable names for features until an index of their examples exists: what they read and what they promote.
+"""Readable names of features: a scored label of a feature index where there is one, else a hint of what they read and promote.
 
-`reads`: tokens whose embeddings excite the feature most, along the one path that excites it most in this prompt: its own
-token's stream, or one attention head. `promotes`: tokens whose logits the sum of its decoder vectors raises most, through the
-final norm's weight. Both leave out what other features add, so a label is a hint, not a claim.
+A hint is made for one prompt. It begins with `~` and reads `tokens read → tokens promoted`: the tokens whose embeddings excite
+the feature most along the one path that excites it most in this prompt (its own token's stream, or one attention head), and
+those whose logits its decoder vectors raise most. Both leave out what other features add:
+`replacement/index/token_effects.py`, which does the same from weights alone, says what that means.
 
-N features, T tokens, H heads, K d_head, X = H K, D d_model, V vocabulary.
+Labels are short, `LONGEST` characters at most. What else is known of them is the graph's `metadata["feature_labels"]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +26,104 @@ from circuits.attribution.grounding import Grounding
 from circuits.attribution.readers import read_vectors
 from circuits.attribution.targets import LogitTarget
 from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.feature_labels import FEATURE_LABELS, HINT, feature_key
 from circuits.graph.nodes import NodeKind
-from replacement import Decomposition, LanguageModel, LocalReplacement, ReplacementModel
-from replacement.language_model.sixteen_bits import Unembedding
+from circuits.graph.text import shorten, token_text
+from replacement import Decomposition, LocalReplacement, ReplacementModel
+from replacement.index.records import UNCLEAR, Label
+from replacement.index.store import FILE_NAME, FeatureIndex
+from replacement.index.token_effects import CHUNK, Vocabulary
+from replacement.loading import DEMO, crosscoder_folder
 from replacement.number_checks import whole_number
 from replacement.splicing.skip import read_depth
 
 WORDS = 3
-CHUNK = 256
-"""Features compared with the vocabulary at once; bounds memory."""
+"""Tokens on each side of a hint, where there is room for them."""
+LONGEST = 40
+_LONGEST_WORD = 16
+_TRIED = 4 * WORDS
+"""Tokens compared for a side of a hint: pieces that cannot be read and repetitions are left out."""
+
+Indexes = FeatureIndex | Sequence[FeatureIndex] | None
+"""An index of the MLPs' crosscoder or of attention's, or both; None for those beside the crosscoders' weights."""
+
+
+@contextmanager
+def open_indexes(model: ReplacementModel, given: Indexes = None) -> Iterator[dict[str, FeatureIndex]]:
+    """The feature index of each part that has one, by default those in the folders that the crosscoders were loaded from.
+
+    Raises:
+        ValueError: an index of another crosscoder, or two of one.
+    """
+    indexes: dict[str, FeatureIndex] = {}
+    with ExitStack() as opened:
+        if given is None:
+            for part, folder in _folders(model).items():
+                if (folder / FILE_NAME).is_file():
+                    found = FeatureIndex.open(folder / FILE_NAME, crosscoder=model.crosscoders[part])
+                    indexes[part] = opened.enter_context(found)
+        parts = {crosscoder.fingerprint: part for part, crosscoder in model.crosscoders.items()}
+        for index in [given] if isinstance(given, FeatureIndex) else given or ():
+            part = parts.get(index.facts["crosscoder_fingerprint"], "")
+            if not part or part in indexes:
+                which = "the same crosscoder as another index" if part else "another crosscoder than the model's"
+                raise ValueError(f"index: {index.path} is of {which}")
+            indexes[part] = index
+        yield indexes
+
+
+def _folders(model: ReplacementModel) -> dict[str, Path]:
+    """The local folders that the crosscoders were loaded from, by part."""
+    loaded, names = model.loaded_from or {}, {"mlp": "crosscoder", "attention": "attention_crosscoder"}
+    given = {part: loaded[name] for part, name in names.items() if name in loaded}
+    return {
+        part: crosscoder_folder(place, shipped=names[part])
+        for part, place in given.items()
+        if place == DEMO or Path(place).is_dir()
+    }
+
+
+@torch.no_grad()
+def with_labels(
+    model: ReplacementModel, graph: CircuitGraph, *, most: int | None = None, index: Indexes = None
+) -> CircuitGraph:
+    """The graph with a label on every feature, or on its most influential ones.
+
+    `trace` labels the most influential features alone, because a hint costs a comparison with the whole vocabulary.
+
+    Args:
+        model: the one that the graph was traced with.
+        graph: full or pruned.
+        most: label at most this many of the most influential features; labels that the graph has stay, but for hints where an
+            index is given.
+        index: feature indexes of the model's crosscoders, whose labels are used where they are not `unclear`. By default those
+            in the folders that the crosscoders were loaded from; `()` for hints alone.
+
+    Raises:
+        ValueError: the graph was traced with another model or crosscoder, or an index of another crosscoder.
+
+    >>> circuit = with_labels(model, graph.prune(nodes=0.95))  # doctest: +SKIP
+    """
+    features = graph.nodes.mask(NodeKind.FEATURE)
+    if most is not None and whole_number("most", most) < features.sum():
+        features = most_influential(graph.influence(), features, most)
+    unnamed = [not label or (bool(index) and label.startswith(HINT)) for label in graph.nodes.label]
+    missing = np.flatnonzero(features & np.array(unnamed, dtype=bool))
+    if not len(missing):
+        return graph
+    grounding, label = Grounding.of(model, graph), np.array(graph.nodes.label, dtype=object)
+    with open_indexes(model, index) as indexes:
+        made = FeatureLabels(model, grounding.local, indexes)
+        for part, (places, numbers_S) in zip(
+            grounding.local.decompositions, grounding.feature_numbers(missing), strict=True
+        ):
+            label[missing[places]] = made.labels(part, numbers_S)
+    facts = {**graph.metadata, FEATURE_LABELS: {**graph.metadata.get(FEATURE_LABELS, {}), **made.facts}}
+    return replace(graph, nodes=replace(graph.nodes, label=tuple(label)), metadata=facts)
 
 
 def node_labels(
-    model: ReplacementModel,
-    local: LocalReplacement,
+    made: FeatureLabels,
     logits: Sequence[LogitTarget],
     columns: Mapping[str, np.ndarray],
     kept: np.ndarray,
@@ -42,15 +132,16 @@ def node_labels(
     """Readable text of every kept node.
 
     Args:
+        made: what makes the labels of features.
         columns: the node table's `kind`, `part`, `layer` and `position` for all nodes.
         kept: bool[N].
         shown: bool[N], features that get a label; all by default. The labels of the others are empty.
     """
-    lm = model.language_model
-    strings = [text.strip() or repr(text) for text in lm.token_strings(local.frozen.tokens_T.tolist())]
+    local = made.local
+    strings = made.model.language_model.token_strings(local.frozen.tokens_T.tolist())
     label = np.full(len(kept), "", dtype=object)
     of_kind = {kind: np.flatnonzero(columns["kind"] == kind) for kind in NodeKind}
-    label[of_kind[NodeKind.TOKEN]] = strings
+    label[of_kind[NodeKind.TOKEN]] = [text.strip() or repr(text) for text in strings]
     label[of_kind[NodeKind.POSITION]] = [f"position {t}" for t in columns["position"][of_kind[NodeKind.POSITION]]]
     errors = of_kind[NodeKind.ERROR]
     parts = ["attention error" if part else "error" for part in columns["part"][errors]]
@@ -60,39 +151,9 @@ def node_labels(
     for part in local.decompositions:
         here = slice(first, first + len(part.features))
         numbers = np.flatnonzero(kept[here] if shown is None else kept[here] & shown[here])
-        label[first + numbers] = feature_labels(model, local, part, torch.from_numpy(numbers).to(local.device))
+        label[first + numbers] = made.labels(part, torch.from_numpy(numbers).to(local.device))
         first = here.stop
     return label[kept].tolist()
-
-
-@torch.no_grad()
-def with_labels(model: ReplacementModel, graph: CircuitGraph, *, most: int | None = None) -> CircuitGraph:
-    """The graph with a label on every feature, or on its most influential ones.
-
-    `trace` labels the most influential features alone, because a label costs a comparison with the whole vocabulary.
-
-    Args:
-        model: the one that the graph was traced with.
-        graph: full or pruned.
-        most: label at most this many of the most influential features; labels that the graph has stay.
-
-    Raises:
-        ValueError: the graph was traced with another model or crosscoder.
-
-    >>> circuit = with_labels(model, graph.prune(nodes=0.95))  # doctest: +SKIP
-    """
-    features = graph.nodes.mask(NodeKind.FEATURE)
-    if most is not None and whole_number("most", most) < features.sum():
-        features = most_influential(graph.influence(), features, most)
-    missing = np.flatnonzero(features & np.array([not label for label in graph.nodes.label], dtype=bool))
-    if not len(missing):
-        return graph
-    grounding, label = Grounding.of(model, graph), np.array(graph.nodes.label, dtype=object)
-    for part, (places, numbers_S) in zip(
-        grounding.local.decompositions, grounding.feature_numbers(missing), strict=True
-    ):
-        label[missing[places]] = feature_labels(model, grounding.local, part, numbers_S)
-    return replace(graph, nodes=replace(graph.nodes, label=tuple(label)))
 
 
 def most_influential(influence: np.ndarray, among: np.ndarray, most: int) -> np.ndarray:
@@ -102,40 +163,105 @@ def most_influential(influence: np.ndarray, among: np.ndarray, most: int) -> np.
     return chosen & among
 
 
-def feature_labels(
-    model: ReplacementModel, local: LocalReplacement, part: Decomposition, chosen_S: Tensor
-) -> list[str]:
-    """Labels of some active features: `reads → promotes`, the top tokens of each side.
+class FeatureLabels:
+    """Makes the labels of one prompt's features.
 
-    Args:
-        part: the decomposition that they are of.
-        chosen_S: numbers into `part.features`.
+    Attributes:
+        facts: what is known of the labels made so far, by feature: `source` (`hint`, or that of an index's label), `precision`,
+            `recall` and `f1` where it was scored, and `text` where the label was too long.
     """
-    if not len(chosen_S):
-        return []
-    features, crosscoder = part.features, part.crosscoder
-    reads_SD = torch.empty(len(chosen_S), local.shape.d_model, dtype=local.dtype, device=local.device)
-    writes_SD = torch.zeros_like(reads_SD)
-    streams = local.streams()
-    values = [
-        (x_TD @ attention.weights.W_V_XD.T).unflatten(1, (attention.weights.n_heads, -1)).transpose(0, 1)
-        for x_TD, attention in zip(streams[:-1], local.frozen.attentions, strict=True)
-    ]  # [H, T, K] of every layer
-    group_S = features.group[chosen_S]
-    for group in torch.unique(group_S).tolist():
-        places = torch.nonzero(group_S == group)[:, 0]
-        index, position = features.index[chosen_S[places]], features.row[chosen_S[places]]
-        reads_SD[places] = _strongest_reads(local, part, streams[0], values, group, index, position)
-        for site in crosscoder.wiring.writes[group]:
-            writes_SD[places] += crosscoder.decoder_vectors(group, index, site)
-    lm = model.language_model
-    embedding = Unembedding(lm.parts.bridge.W_E.detach().T, None)
-    mean_D = embedding.mean()[0]
-    # Cosine with centred embeddings. The unembedding needs no centring: that shifts the scores of all tokens alike.
-    size_V = (embedding.square_norms() - 2 * embedding.scores(mean_D) + mean_D.square().sum()).clamp(min=1e-18).sqrt()
-    read = _top_words(lm, reads_SD, embedding, mean_D, size_V)
-    promoted = _top_words(lm, writes_SD * lm.parts.norm_weights("ln_final").weight_D, local.unembedding)
-    return [f"{left} → {right}" for left, right in zip(read, promoted, strict=True)]
+
+    def __init__(
+        self,
+        model: ReplacementModel,
+        local: LocalReplacement,
+        indexes: Mapping[str, FeatureIndex] = MappingProxyType({}),
+    ) -> None:
+        self.model, self.local, self._indexes = model, local, indexes
+        self.facts: dict[str, dict[str, Any]] = {}
+
+    def labels(self, part: Decomposition, chosen_S: Tensor) -> list[str]:
+        """Labels of some active features.
+
+        Args:
+            part: the decomposition that they are of.
+            chosen_S: numbers into `part.features`.
+        """
+        if not len(chosen_S):
+            return []
+        wiring, name = part.crosscoder.wiring, "attention" if part.kind == "attn_out" else "mlp"
+        groups, index_S = part.features.group[chosen_S].tolist(), part.features.index[chosen_S].tolist()
+        features = [(wiring.group_layer(group), index) for group, index in zip(groups, index_S, strict=True)]
+        known = self._indexes[name].labels(set(features)) if name in self._indexes else {}
+        labels = {feature: label for feature, label in known.items() if label.text != UNCLEAR}
+        unknown = [place for place, feature in enumerate(features) if feature not in labels]
+        hints = dict(zip(unknown, self._hints(part, chosen_S[unknown]), strict=True))
+        texts = []
+        for place, feature in enumerate(features):
+            label = labels.get(feature)
+            text = hints[place] if label is None else label.text
+            facts = {"source": "hint"} if label is None else _facts(label)
+            self.facts[feature_key(name, *feature)] = facts | ({"text": text} if len(text) > LONGEST else {})
+            texts.append(shorten(text, LONGEST))
+        return texts
+
+    def _hints(self, part: Decomposition, chosen_S: Tensor) -> list[str]:
+        """`~ tokens read → tokens promoted` of some active features."""
+        local, vocabulary, hints = self.local, self._vocabulary, list[str]()
+        group_S = part.features.group[chosen_S]
+        reads_SD = torch.empty(len(chosen_S), local.shape.d_model, dtype=local.dtype, device=local.device)
+        writes_SD = torch.zeros_like(reads_SD)
+        for group in torch.unique(group_S).tolist():
+            places = torch.nonzero(group_S == group)[:, 0]
+            index, position = part.features.index[chosen_S[places]], part.features.row[chosen_S[places]]
+            reads_SD[places] = _strongest_reads(local, part, *self._streams_and_values, group, index, position)
+            for site in part.crosscoder.wiring.writes[group]:
+                writes_SD[places] += part.crosscoder.decoder_vectors(group, index, site)
+        for reads_ND, writes_ND in zip(reads_SD.split(CHUNK), writes_SD.split(CHUNK), strict=True):
+            read = vocabulary.strongest(vocabulary.read(reads_ND), _TRIED)
+            promoted = vocabulary.strongest(vocabulary.promoted(writes_ND), _TRIED)
+            sides = ([[token for token, _ in row] for row in rows] for rows in (read, promoted))
+            hints += [_hint(*pair) for pair in zip(*sides, strict=True)]
+        return hints
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.model.language_model)
+
+    @cached_property
+    def _streams_and_values(self) -> tuple[Tensor, list[Tensor]]:
+        """The stream `[T, D]` in front of the first layer, and value vectors `[H, T, K]` of every layer."""
+        streams = self.local.streams()
+        values = [
+            (x_TD @ attention.weights.W_V_XD.T).unflatten(1, (attention.weights.n_heads, -1)).transpose(0, 1)
+            for x_TD, attention in zip(streams[:-1], self.local.frozen.attentions, strict=True)
+        ]
+        return streams[0], values
+
+
+def _hint(read: Sequence[str], promoted: Sequence[str]) -> str:
+    """As many tokens of each side as fit, at most `WORDS`; pieces of characters and texts that look alike are left out."""
+    sides = [_readable(read) or ["?"], _readable(promoted) or ["?"]]
+    shown = [side[:1] for side in sides]
+    for n_words in range(1, WORDS):
+        for place, side in enumerate(sides):
+            more = [*shown[:place], [*shown[place], *side[n_words : n_words + 1]], *shown[place + 1 :]]
+            shown = more if len(_joined(more)) <= LONGEST else shown
+    return _joined(shown)
+
+
+def _joined(sides: Sequence[Sequence[str]]) -> str:
+    return HINT + " → ".join(", ".join(side) for side in sides)
+
+
+def _readable(tokens: Sequence[str]) -> list[str]:
+    words = dict.fromkeys(token_text(token) for token in tokens if "\ufffd" not in token)
+    return [shorten(word, _LONGEST_WORD) for word in words]
+
+
+def _facts(label: Label) -> dict[str, Any]:
+    scores = {name: getattr(label, name) for name in ("precision", "recall", "f1")}
+    return {"source": label.source, **{name: score for name, score in scores.items() if score is not None}}
 
 
 def _strongest_reads(
@@ -188,22 +314,3 @@ def _head_scores(kernel_HTT: Tensor, values_HTK: Tensor, u_NX: Tensor, position_
     """What vectors that read `attn_z` at one position get from every head, `[N, H]`."""
     mixed_NHK = (kernel_HTT[:, position_N] @ values_HTK).transpose(0, 1)
     return (u_NX.view_as(mixed_NHK) * mixed_NHK).sum(-1)
-
-
-def _top_words(
-    lm: LanguageModel,
-    vectors_ND: Tensor,
-    vocabulary: Unembedding,
-    mean_D: Tensor | float = 0.0,
-    size_V: Tensor | float = 1.0,
-) -> list[str]:
-    """For every vector the tokens whose `(token - mean) / size` it is largest on, special tokens left out."""
-    special = sorted(set(getattr(lm.tokenizer, "all_special_ids", None) or ()))
-    texts: list[str] = []
-    for rows_ND in vectors_ND.split(CHUNK):
-        scores_NV = (vocabulary.scores(rows_ND) - (rows_ND * mean_D).sum(1, keepdim=True)) / size_V
-        scores_NV[:, special] = -torch.inf
-        top_NK = scores_NV.topk(min(WORDS, scores_NV.shape[1]), dim=1).indices
-        words = (lm.token_strings(token_ids) for token_ids in top_NK.tolist())
-        texts += [", ".join(text.strip() or repr(text) for text in row) for row in words]
-    return texts

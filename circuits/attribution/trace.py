@@ -15,7 +15,7 @@ import torch
 from circuits.attribution.columns import source_table
 from circuits.attribution.estimate import Estimate, check_memory, estimate
 from circuits.attribution.expansion import Attribution, Attributor, Progress
-from circuits.attribution.labels import most_influential, node_labels
+from circuits.attribution.labels import FeatureLabels, Indexes, most_influential, node_labels, open_indexes
 from circuits.attribution.limits import LABELLED, MAX_NODES, memory_bytes
 from circuits.attribution.metadata import trace_facts
 from circuits.attribution.targets import (
@@ -32,6 +32,7 @@ from circuits.attribution.targets import (
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.conventions import EXACT, Conventions, named_conventions
 from circuits.graph.edges import Edges
+from circuits.graph.feature_labels import FEATURE_LABELS
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.pruning import check_threshold
 from replacement import LocalReplacement, ReplacementModel
@@ -49,6 +50,7 @@ def trace(
     drop_below: float = 0.0,
     conventions: str = "exact",
     memory: str | int | None = None,
+    index: Indexes = None,
     announce: Callable[[Estimate], None] | None = None,
     progress: Progress | None = None,
 ) -> CircuitGraph:
@@ -74,6 +76,8 @@ def trace(
             and `scores` follow the conventions.
         memory: most bytes that the process may hold, as a number or a text such as `4GB`; by default what it holds and what
             the machine, or its control group, has left.
+        index: feature indexes of the model's crosscoders, whose labels are used; by default those found beside them, see
+            `with_labels`.
         announce: called with the expected cost before the work starts.
         progress: called after each round with features expanded and the unexpanded share.
 
@@ -101,7 +105,7 @@ def trace(
     if sorted(set(layers)) != layers:
         raise ValueError(f"cannot name features by layer: the crosscoder's groups belong to the layers {layers}")
     tokens_T = lm.tokens(prompt)
-    with torch.no_grad():
+    with open_indexes(model, index) as indexes, torch.no_grad():
         local = model.localize(tokens_T)
         logits, roots = _resolve(targets, local, model)
         cost = estimate(local, n_logits=len(logits), max_nodes=max_nodes)
@@ -116,11 +120,13 @@ def trace(
         columns = _columns(local, logits)
         left_out = _left_out(columns, local, rows, rules) & (output == 0)
         left_out_share = rows.leave_out(left_out, output) if left_out.any() else 0.0
-        nodes, edges = _assemble(model, local, logits, rows, output, columns)
+        labels = FeatureLabels(model, local, indexes)
+        nodes, edges = _assemble(labels, logits, rows, output, columns)
     metadata = {
         "prompt": prompt if isinstance(prompt, str) else "".join(lm.token_strings(tokens_T.tolist())),
         **trace_facts(model, local, logits, roots, rows),
         "coverage": float(coverage),
+        FEATURE_LABELS: labels.facts,
         **({"dropped_below": float(drop_below)} if drop_below else {}),
         **({} if rules == EXACT else {"conventions": rules.name, "left_out_share": left_out_share}),
         "seconds": time.perf_counter() - started,
@@ -160,8 +166,7 @@ def _resolve(
 
 
 def _assemble(
-    model: ReplacementModel,
-    local: LocalReplacement,
+    labels: FeatureLabels,
     logits: Sequence[LogitTarget],
     rows: Attribution,
     output: np.ndarray,
@@ -175,7 +180,7 @@ def _assemble(
     shown = (output > 0) | most_influential(rows.influence(output), columns["kind"] == NodeKind.FEATURE, LABELLED)
     rows.blocks.clear()  # `Edges.from_blocks` frees each block as it copies it
     edges = Edges.from_blocks(blocks, n_nodes=int(kept.sum()), number=np.cumsum(kept) - 1)
-    label = node_labels(model, local, logits, columns, kept, shown)
+    label = node_labels(labels, logits, columns, kept, shown)
     table = {name: column[kept] for name, column in columns.items()}
     nodes = NodeTable.build(
         **table,

@@ -12,6 +12,7 @@ import numpy as np
 from circuits.export.style import EDGE_COLOURS, NODE_COLOURS, emphasis, head_tags, picture_rows, row_title
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import MissingProgramError, register
+from circuits.graph.feature_labels import label_note
 from circuits.graph.influence import edge_influence
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import full_name, short_name, shorten
@@ -85,7 +86,8 @@ def _add_node(line: graphviz.Digraph, graph: GraphData, row: int, name: str) -> 
     kind = NodeKind(int(nodes.kind[row]))
     fill, stroke, text = NODE_COLOURS[kind]
     style = "filled,rounded,dashed" if nodes.unexpanded[row] else "filled,rounded"
-    look = {"fillcolor": fill, "color": stroke, "fontcolor": text, "tooltip": graphviz.escape(full_name(nodes, row))}
+    words = "; ".join(filter(None, (full_name(nodes, row), label_note(graph, row))))
+    look = {"fillcolor": fill, "color": stroke, "fontcolor": text, "tooltip": graphviz.escape(words)}
     if kind is NodeKind.ERROR:
         look |= {"shape": "diamond", "style": "filled", "width": "0.16", "height": "0.16", "fixedsize": "true"}
         line.node(name, label="", **look)

@@ -13,6 +13,7 @@ import numpy as np
 from circuits.graph.edge_heads import EdgeRow
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import register
+from circuits.graph.feature_labels import label_note
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import COLUMNS, NodeKind, Part
 from circuits.graph.text import printable
@@ -28,7 +29,8 @@ _GRAPHML = {bool: "boolean", int: "long", float: "double", str: "string"}
 def to_networkx(graph: GraphData) -> nx.DiGraph:
     """A directed graph from source to target, keyed by node id, with plain Python attributes.
 
-    Nodes carry every column of the table (`kind` and `part` as lower-case words) and `influence`; edges carry `weight` and
+    Nodes carry every column of the table (`kind` and `part` as lower-case words), `influence` and `label_note`, which
+    says how good a feature's label is; edges carry `weight` and
     `influence`, and where heads are known `direct` (the part through no head) and `heads` (the strongest parts in words);
     the graph carries the metadata.
     """
@@ -57,6 +59,7 @@ def _node_facts(graph: GraphData) -> Facts:
     columns["kind"] = [NodeKind(kind).name.lower() for kind in columns["kind"]]
     columns["part"] = [Part(part).name.lower() for part in columns["part"]]
     columns["label"] = list(graph.nodes.label)
+    columns["label_note"] = [label_note(graph, row) for row in range(len(graph.nodes))]
     columns["influence"] = node_influence(graph).tolist()
     return columns
 

@@ -4,9 +4,10 @@ The schema knows features, errors, embeddings and logits. Two things of ours hav
 embedding is merged into the embedding node of its position (weights are summed; both enter the residual stream
 there), and a target that is a feature stays a feature node, marked as target.
 
-The schema allows further keys. Ours are, on nodes, `output_weight` of targets and `inflow` of expanded nodes, and on links
-`direct` and `heads` ([layer, head, weight], the strongest first; what they leave of the weight is the rest). With them
-`CircuitGraph.load` gives back the graph. `qk_tracing_results` of nodes are those of `CircuitGraph.with_qk_results`.
+The schema allows further keys. Ours are, on nodes, `output_weight` of targets, `inflow` of expanded nodes and `label` where
+`clerp` holds a score too, and on links `direct` and `heads` ([layer, head, weight], the strongest first; what they leave of the
+weight is the rest). With them `CircuitGraph.load` gives back the graph. `qk_tracing_results` of nodes are those of
+`CircuitGraph.with_qk_results`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from circuits.graph.edge_heads import EdgeRow, ranges
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import register
+from circuits.graph.feature_labels import HINT, label_note
 from circuits.graph.influence import node_influence
 from circuits.graph.neuronpedia_schema import EMBEDDING, ERROR, FEATURE, LOGIT, QK_RESULTS, VERSION, cantor_pair
 from circuits.graph.nodes import NodeKind
@@ -124,6 +126,8 @@ def _node(graph: GraphData, row: int, name: str, influence: float) -> dict[str, 
         fields["is_target_logit"] = bool(nodes.is_target[row])
         if nodes.of_attention[row]:  # the schema has one kind of feature: an id and a word keep these apart
             fields |= {"jsNodeId": f"A{layer}_{index}-0", "clerp": f"attention: {label}"}
+        if not label.startswith(HINT) and (note := label_note(graph, row)):
+            fields |= {"label": label, "clerp": f"{fields['clerp']} ({note})"}
     elif kind is NodeKind.ERROR:
         fields |= {"feature": -1, "layer": str(layer), "feature_type": ERROR, "jsNodeId": f"{layer}_{position}-0"}
         fields["clerp"] = label or f"Err: {'attention' if nodes.of_attention[row] else 'mlp'} layer {layer}"

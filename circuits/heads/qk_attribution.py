@@ -28,7 +28,7 @@ from circuits.attribution.columns import source_table
 from circuits.attribution.direct_effects import Transport
 from circuits.attribution.direct_effects_with_attention import ResidualTransport
 from circuits.attribution.identity import check_identity
-from circuits.attribution.labels import node_labels
+from circuits.attribution.labels import FeatureLabels, node_labels, open_indexes
 from circuits.attribution.readers import Targets
 from circuits.attribution.targets import check_model, check_position
 from circuits.graph.nodes import NodeKind
@@ -159,7 +159,8 @@ class QKAttributor:
     def _label(self, columns: Sequence[int]) -> list[str]:
         kept = np.zeros(len(self._table["kind"]), dtype=bool)
         kept[list(columns)] = True
-        return node_labels(self.model, self.local, [], self._table, kept)
+        with open_indexes(self.model) as indexes:
+            return node_labels(FeatureLabels(self.model, self.local, indexes), [], self._table, kept)
 
     def _others(self, contrast: int | str | None, frozen: FrozenQueryKey, query: int, key: int) -> list[int]:
         """Key positions whose mean score is subtracted."""

@@ -56,7 +56,7 @@ LARGEST = 3.4e38
 """Numbers must be smaller, so that they fit in 32 bits."""
 _READ = {
     *REQUIRED["node"], "token_prob", "is_target_logit", "influence", "activation", "output_weight", "inflow",
-    "run_idx", "reverse_ctx_idx", "token", QK_RESULTS,
+    "run_idx", "reverse_ctx_idx", "token", "label", QK_RESULTS,
 }  # fmt: skip
 """Keys of nodes that are read, or say nothing that is not said elsewhere; others are listed in the metadata as not read."""
 _READ_OF_LINKS = {*REQUIRED["link"], "direct", "heads"}
@@ -154,6 +154,8 @@ def _row(node: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
         }
     if name.startswith("A"):  # ours: the type does not say it
         row |= {"part": Part.ATTENTION, "label": clerp.removeprefix("attention: ")}
+    if isinstance(node.get("label"), str):  # ours: the clerp says how good the label is too
+        row["label"] = node["label"]
     if kind is NodeKind.ERROR:
         return row | {"label": ""}
     return row | {"index": _feature_index(node, row["layer"]), "is_target": node.get("is_target_logit") is True}

@@ -80,8 +80,9 @@ def test_labels_are_those_of_a_slow_oracle(language_model: Any, architecture: st
                 paths.append((float(attention.kernel_HTT[head, position] @ (streams[lower] @ u_D)), u_D))
         _, read_D = max(paths, key=lambda path: path[0])
         written_D = sum(crosscoder.decoder(int(group), write)[index] for write in crosscoder.wiring.writes[int(group)])
-        gain_D = lm.parts.norm_weights("ln_final").weight_D
-        expected = f"{words(centred @ read_D)} → {words((gain_D * written_D) @ local.W_U)}"
+        norm = lm.parts.norm_weights("ln_final")
+        normed_D = (written_D - written_D.mean() if norm.centred else written_D) * norm.weight_D
+        expected = f"~ {words(centred @ read_D)} → {words(normed_D @ local.W_U)}"
         assert labels[layer, int(position), int(index)] == expected
         checked += 1
     assert checked > 20
