@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +16,7 @@ EXAMPLE = np.dtype([("row", "<u4"), ("position", "<u2"), ("quantile", "u1"), ("n
 """An example: its peak, the number of its quantile, and how many tokens of its window are active."""
 NEIGHBOUR = np.dtype([("offset", "u1"), ("activation", "<f2")])
 """An active token: its place in the window, and its activation as a share of the feature's largest."""
-ROWS_PER_BLOCK = 64
+ROWS_PER_BLOCK = 256
 ROLES = ("promoted", "suppressed", "read", "read_through_heads")
 _NO_HEAD = 0xFFFF
 
@@ -30,6 +31,30 @@ def pack_counts(counts: np.ndarray) -> bytes:
 def unpack_counts(blob: bytes) -> np.ndarray:
     """The inverse of `pack_counts`."""
     return np.frombuffer(blob, dtype=f"<u{blob[0]}", offset=1).astype(np.int64)
+
+
+def pack_examples(
+    feature_N: np.ndarray, heads_N: np.ndarray, share_NW: np.ndarray, *, before: int, n_features: int
+) -> Iterator[bytes]:
+    """Examples of every feature: how many there are, and the `EXAMPLE` and `NEIGHBOUR` entries of each.
+
+    Args:
+        feature_N: number of the feature of every example, sorted.
+        heads_N: `EXAMPLE` entries; `n_active` is filled in.
+        share_NW: activations around the peaks, as shares of each feature's largest.
+        before: tokens of the window in front of the peak.
+    """
+    number_A, place_A = np.nonzero(share_NW)
+    heads_N["n_active"] = np.bincount(number_A, minlength=len(heads_N))
+    neighbours_A = np.empty(len(number_A), NEIGHBOUR)
+    outside_N = (before - heads_N["position"].astype(np.int64)).clip(min=0)  # of the row
+    neighbours_A["offset"] = place_A - outside_N[number_A]
+    neighbours_A["activation"] = share_NW[number_A, place_A]
+    bounds_F = np.searchsorted(feature_N, np.arange(n_features + 1))
+    ends_N = np.concatenate([[0], np.cumsum(heads_N["n_active"], dtype=np.int64)])
+    for begin, end in itertools.pairwise(bounds_F.tolist()):
+        neighbours = neighbours_A[ends_N[begin] : ends_N[end]]
+        yield bytes([end - begin]) + heads_N[begin:end].tobytes() + neighbours.tobytes()
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:

@@ -28,7 +28,7 @@ import numpy as np
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.files import checked_path
 from replacement.index import packing
-from replacement.index.records import UNCLEAR, UNCLEAR_BELOW, Example, FeatureRecord, Label, TokenEffects
+from replacement.index.records import UNCLEAR, Example, FeatureRecord, Label, TokenEffects
 
 FILE_NAME = "features.sqlite"
 """Of the index in a crosscoder's folder."""
@@ -193,9 +193,9 @@ class FeatureIndex:
             raise ValueError(f"limit: expected at least 1, got {limit}")
         pattern = "%" + "".join(f"\\{c}" if c in "\\%_" else c for c in text.strip()) + "%"
         of_labels = (
-            "SELECT feature, coalesce(text, claim), 20000 + coalesce(f1, 0) AS score FROM person_labels WHERE text LIKE ?1 "
-            "ESCAPE '\\' UNION ALL SELECT feature, coalesce(text, claim), coalesce(f1, 0) AS score FROM labels WHERE "
-            "coalesce(text, claim) LIKE ?1 ESCAPE '\\' ORDER BY score DESC, feature LIMIT ?2"
+            "SELECT feature, text, 20000 + coalesce(f1, 0) AS score FROM person_labels WHERE text LIKE ?1 "
+            "ESCAPE '\\' UNION ALL SELECT feature, text, coalesce(f1, 0) AS score FROM labels WHERE text LIKE ?1 "
+            "ESCAPE '\\' ORDER BY score DESC, feature LIMIT ?2"
         )
         found: dict[int, str] = {}
         for number, label, _ in self._db.execute(of_labels, (pattern, limit)):
@@ -338,9 +338,7 @@ def _label(
     source: Any, text: str | None, claim: str, precision: int | None, recall: int | None, f1: int | None
 ) -> Label:
     scores = [None if score is None else score / SCALE for score in (precision, recall, f1)]
-    if text is None:
-        text = UNCLEAR if scores[2] is None or scores[2] < UNCLEAR_BELOW else claim
-    return Label(text, source, claim, *scores)
+    return Label(UNCLEAR if text is None else text, source, claim, *scores)
 
 
 def scores_of(label: Label) -> Row:

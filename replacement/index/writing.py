@@ -16,7 +16,7 @@ from replacement.index.store import FORMAT, SCHEMA, VERSION, Row, scores_of
 
 
 class IndexWriter:
-    """Writes a new file of an index, every method once and in this order; nothing is in the file before `close`.
+    """Writes a new file of an index, every method at most once and in this order.
 
     Args:
         path: of a file that does not exist yet.
@@ -32,6 +32,7 @@ class IndexWriter:
         self._db = sqlite3.connect(path)
         self._db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
         self._db.executemany("INSERT INTO tokens VALUES (?, ?)", enumerate(texts))
+        self._write_facts(self._facts)
 
     def rows(self, number_R: np.ndarray, tokens_RT: np.ndarray) -> None:
         """Write the rows that examples are from, by rising number."""
@@ -67,7 +68,7 @@ class IndexWriter:
         for layer, index, label in labels:
             number = self.number(layer, index)
             place = n_labels[number] = n_labels.get(number, -1) + 1
-            text = label.text if label.text not in (UNCLEAR, label.claim) else None
+            text = None if label.text == UNCLEAR else label.text
             row = (number, place, label.source, text, label.claim, *scores_of(label))
             self._db.execute("INSERT INTO labels VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
@@ -80,15 +81,21 @@ class IndexWriter:
 
     def close(self, **facts: Any) -> None:
         """Write what is left, with more facts, and close the file."""
-        self._facts |= facts
-        entries = sorted((name, json.dumps(value)) for name, value in self._facts.items())
-        self._db.executemany("INSERT INTO facts VALUES (?, ?)", entries)
+        self._write_facts(facts)
         pairs = np.unique(np.concatenate([np.empty((0, 2), np.int64), *self._found]), axis=0)
         tokens, first = np.unique(pairs[:, 0], return_index=True)
         for token, codes in zip(tokens.tolist(), np.split(pairs[:, 1], first[1:]), strict=False):
             self._db.execute("INSERT INTO token_features VALUES (?, ?)", (token, codes.astype("<u4").tobytes()))
         self._db.commit()
         self._db.close()
+
+    def commit(self) -> None:
+        """Let the file be read by others as it is so far."""
+        self._db.commit()
+
+    def _write_facts(self, facts: dict[str, Any]) -> None:
+        entries = sorted((name, json.dumps(value)) for name, value in facts.items())
+        self._db.executemany("INSERT INTO facts VALUES (?, ?)", entries)
 
     def number(self, layer: int, index: int) -> int:
         """Number of a feature."""
