@@ -11,7 +11,7 @@ from replacement.index.claims import CONDITIONS, MOST_VALUES
 from replacement.index.contexts import AFFIX_LENGTHS, CLASSES, FIRST_PIECE, LATER_PIECE, Contexts
 from replacement.index.scoring import expand
 
-_MOST = {"last digit": 3, "ends": 1, "begins": 1, "class": 1, "earlier": 8}
+_MOST = {"last digit": 3, "ends": 1, "begins": 1, "class": 1, "earlier": 64}
 """Values that a claim may list, where fewer than `MOST_VALUES`."""
 TEXTS = ("name", "word", "current")
 """Conditions of the text that ends at a token, the longest first."""
