@@ -24,7 +24,7 @@ def feature_rows(evidence: Evidence, *, before: int, n_quantiles: int, per_quant
     drawn, drawn_windows_NW, quantile_N = quantile_examples(evidence.sample, n_quantiles, per_quantile)
     both = Candidates(*(np.concatenate(pair) for pair in zip(top, drawn, strict=True)))
     quantile_N = np.concatenate([np.full(len(top.row), packing.TOP), quantile_N])
-    order_N = np.lexsort((both.position, both.row, -both.activation, quantile_N != packing.TOP, both.feature))
+    order_N = np.lexsort((both.position, both.row, -both.activation, -quantile_N, both.feature))
     both, quantile_N = both.at(order_N), quantile_N[order_N]
     windows_NW = np.concatenate([top_windows_NW, drawn_windows_NW])[order_N].astype(np.float32)
     share_N = both.activation / histograms.largest_F[both.feature]
