@@ -10,6 +10,7 @@ Labels are short, `LONGEST` characters at most. What else is known of them is th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ from circuits.attribution.targets import LogitTarget
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.feature_labels import FEATURE_LABELS, HINT, feature_key
 from circuits.graph.nodes import NodeKind
-from circuits.graph.text import shorten, token_text
+from circuits.graph.text import printable, shorten
 from replacement import Decomposition, LocalReplacement, ReplacementModel
 from replacement.index.records import UNCLEAR, Label
 from replacement.index.store import FILE_NAME, FeatureIndex
@@ -41,6 +42,7 @@ WORDS = 3
 """Tokens on each side of a hint, where there is room for them."""
 LONGEST = 40
 _LONGEST_WORD = 16
+_LONE_BYTES = re.compile(r"\ufffd|<[0-9A-F]{2}>")
 _TRIED = 4 * WORDS
 """Tokens compared for a side of a hint: pieces that cannot be read and repetitions are left out."""
 
@@ -255,7 +257,7 @@ def _joined(sides: Sequence[Sequence[str]]) -> str:
 
 
 def _readable(tokens: Sequence[str]) -> list[str]:
-    words = dict.fromkeys(token_text(token) for token in tokens if "\ufffd" not in token)
+    words = dict.fromkeys(printable(token).strip() or "␣" for token in tokens if not _LONE_BYTES.search(token))
     return [shorten(word, _LONGEST_WORD) for word in words]
 
 

@@ -164,6 +164,7 @@ def test_facts_of_labels_are_checked(traced: Any, facts: Any) -> None:
 
 def test_hints_are_short_and_can_be_read() -> None:
     assert _hint([" Dallas", "\ufffd", "Dallas", " Austin"], ["\ufffd\ufffd"]) == "~ Dallas, Austin → ?"
+    assert _hint(["<E2>", " ", "a"], ["b"]) == "~ ␣, a → b"
     assert _hint(["aaaa"], [f"token{n}" for n in range(9)]) == "~ aaaa → token0, token1, token2"
     long = _hint(["internationalisation" * 2, "b"], ["c" * 30, "d"])
     assert len(long) <= LONGEST
