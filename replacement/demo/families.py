@@ -311,7 +311,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="inside a question",
         behaviour="question mark",
-        about="a sentence that began with which, who or where: fires at its last word, and at that of no statement",
+        about="a sentence that began with which, who or where: fires at its last word, and at no statement's, though `who "
+        "saw the teacher with the rope` and `we saw the teacher with the rope` differ in their first word alone",
         cases=_question_cases,
         answers=lambda case, concept: ("?",) if concept else (".",),
     ),

@@ -116,12 +116,6 @@ def judge_features(chosen: ChosenFeatures, firings: Firings, cases: Sequence[Cas
     }
 
 
-def feature_name(model: ReplacementModel, feature: int) -> str:
-    """`layer/index` of a feature numbered over all layers."""
-    layer, index = layer_and_index(model, feature)
-    return f"{layer}/{index}"
-
-
 def layer_and_index(model: ReplacementModel, feature: int) -> tuple[int, int]:
     """Layer and index of a feature numbered over all layers."""
     group, index = divmod(feature, model.crosscoder.n_features)

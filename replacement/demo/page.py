@@ -39,9 +39,25 @@ def _share(row: dict[str, Any]) -> str:
 
 
 def _families(rows: list[dict[str, Any]]) -> Table:
-    heads = ("family", "fires where", "concepts", "F1", "of F1 >= 0.9")
-    cells = ((row["name"], row["place"], row["concepts"], _number(row["f1"]), row["good_concepts"]) for row in rows)
-    return table(*heads, rows=cells, texts=("fires where",))
+    heads = ("family", "fires at", "concepts", "F1", ">= 0.9", "the best one, and what it promotes")
+    cells = (
+        (
+            row["name"],
+            row["place"],
+            row["concepts"],
+            _number(row["f1"]),
+            row["good_concepts"],
+            _example(row["features"]),
+        )
+        for row in rows
+    )
+    return table(*heads, rows=cells, texts=("fires at", heads[-1]))
+
+
+def _example(features: dict[str, dict[str, Any]]) -> str:
+    concept = max(features, key=lambda name: features[name]["f1"])
+    best = features[concept]
+    return f"{concept}: {best['best']} → {', '.join(best['promotes'])}"
 
 
 def _use(rows: list[dict[str, Any]]) -> Table:

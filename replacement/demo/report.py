@@ -12,13 +12,16 @@ from replacement.demo.accuracy import measure_accuracy
 from replacement.demo.corpus import Behaviour, Probe, behaviours, held_out_rows
 from replacement.demo.families import CHOOSE, FAMILIES, JUDGE, Family, check_probes
 from replacement.demo.family_use import FamilyUse
-from replacement.demo.feature_families import GOOD, choose_features, feature_name, judge_features, read_firings
+from replacement.demo.feature_families import GOOD, choose_features, judge_features, layer_and_index, read_firings
 from replacement.files import read_json
+from replacement.index.token_effects import FeatureWeights
 from replacement.loading import ARTIFACTS, load
 from replacement.splicing.replacement_model import ReplacementModel
 from replacement.validation.fidelity import measure_fidelity
 
 CIRCUITS = ARTIFACTS / "circuits.json"
+N_PROMOTED = 3
+"""Tokens named that a feature promotes."""
 _ROWS_SEED = {JUDGE: 0, CHOOSE: 1}
 
 
@@ -90,10 +93,11 @@ def measure_families(
         model: a replacement model with the demo's tokenizer.
         probes: the cases they are measured on, `judge` or `choose`.
     """
-    return [_measure_family(model, family, probes) for family in families]
+    weights = FeatureWeights(model.language_model, model.crosscoder, n_tokens=N_PROMOTED)
+    return [_measure_family(model, weights, family, probes) for family in families]
 
 
-def _measure_family(model: ReplacementModel, family: Family, probes: str) -> dict[str, Any]:
+def _measure_family(model: ReplacementModel, weights: FeatureWeights, family: Family, probes: str) -> dict[str, Any]:
     choosing, cases = family.of(CHOOSE), family.of(probes)
     seen = read_firings(model, choosing)
     chosen = choose_features(seen, choosing)
@@ -112,7 +116,17 @@ def _measure_family(model: ReplacementModel, family: Family, probes: str) -> dic
         "swaps": use.swaps(),
         "ablations": use.ablations(),
         "features": {
-            concept: {"best": feature_name(model, chosen.best[concept]), "f1": value, "good": len(chosen.good[concept])}
+            concept: {
+                "best": "/".join(map(str, layer_and_index(model, chosen.best[concept]))),
+                "f1": value,
+                "good": len(chosen.good[concept]),
+                "promotes": _promoted(weights, chosen.best[concept]),
+            }
             for concept, value in f1.items()
         },
     }
+
+
+def _promoted(weights: FeatureWeights, feature: int) -> list[str]:
+    group, index = divmod(feature, weights.crosscoder.n_features)
+    return [token for token, _ in weights.effects(group, torch.tensor([index]))[0].promoted]

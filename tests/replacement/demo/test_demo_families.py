@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from replacement.demo.accuracy import token_rows
 from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, behaviours
 from replacement.demo.families import CHOOSE, FAMILIES, JUDGE, NO_CONCEPT, Case, Family
 from replacement.demo.feature_families import Firings, choose_features, judge_features, score_features
+from replacement.demo.tokenizer import build_tokenizer
 
 NAMES = [family.name for family in FAMILIES]
 
@@ -33,6 +35,15 @@ def test_cases_are_beginnings_with_answers_of_the_vocabulary(family: Family) -> 
             assert case.prompt.startswith(case.beginning)
             assert family.answers(case, case.concept)
         assert {case.concept for case in cases if case.asks} - {NO_CONCEPT}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
+def test_a_place_is_the_end_of_a_token(family: Family) -> None:
+    tokenizer = build_tokenizer()
+    cases = family.of(JUDGE)
+    prompts, beginnings = (token_rows(tokenizer, texts) for texts in zip(*(case[:2] for case in cases), strict=True))
+    for prompt, beginning in zip(prompts, beginnings, strict=True):
+        assert prompt[: len(beginning)] == beginning
 
 
 def test_every_behaviour_has_a_family() -> None:
