@@ -116,7 +116,7 @@ def _name(node: SourceNode) -> str:
     """A feature by number and what it reads, other nodes by their label."""
     if node.kind is not NodeKind.FEATURE:
         return node.label
-    return f"{node.layer}/{node.index} (reads {node.label.partition(' → ')[0]})"
+    return f"{node.layer}/{node.index} (reads {node.label.removeprefix('~ ').partition(' → ')[0]})"
 
 
 def without_heads(lm: LanguageModel, heads: Iterable[Head], means: Mapping[int, Tensor]) -> Callable[[Tensor], Tensor]:

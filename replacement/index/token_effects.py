@@ -10,9 +10,11 @@ so that the lengths of embeddings do not matter; learned positions are left out.
 feature that reads e_t alone, and of one that reads what a head writes which attends to e_t alone.
 
 Of all heads below the point where the feature reads, the one is kept whose `n_tokens` largest scores have the largest mean.
-Comparing every head with the vocabulary would take hours in a model of 30 layers. Only the `HEADS_TRIED` heads with the
-largest root mean square score over the vocabulary, `sqrt(u C u)` with the second moment C of e_t, are compared; on a demo of
-16 heads that finds the best one for every feature. A norm behind attention divides by its typical scale (`_output_scale`).
+Comparing every head with the vocabulary would take hours in a model of 30 layers: only the `HEADS_TRIED` heads with the
+largest root mean square score over the vocabulary, `sqrt(u C u)` with the second moment C of e_t, are compared. In a model of
+30 layers, for directions that its own MLPs read, these held the best head in all cases in layer 12 and in 85 % in layer 29, and
+98 % of its score on average; 270,000 features of that model take half an hour on one core. A norm behind attention divides by
+its typical scale (`_output_scale`).
 
 All of this is a hint, not a measurement: paths through MLPs, other features and two or more heads are left out, the stream of
 a later layer is more than an embedding, and models that assemble words from pieces read little from embeddings.
