@@ -16,6 +16,8 @@ Facts of the layouts, and where they are from:
 - Names of the API: models `Neuron`, `Activation`, `Explanation` and `ExplanationScore` in Neuronpedia's `prisma/schema.prisma`.
   There `layer` is a text that begins with the layer's number, and `index` a text.
 
+Quantile examples become intervals; two of the same bounds and share are read back as one.
+
 What is kept of a label: its text, claim (`notes`), source (`typeName`) and scores. Scores of other tools are no F1: they are
 left out.
 """
@@ -271,7 +273,7 @@ def _edges(centres: list[float]) -> tuple[float, ...]:
 def _examples(fields: Fields, names: Mapping[str, str]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Top examples, and those of intervals, both by activation."""
     top: list[Example] = []
-    intervals: dict[tuple[float, float], list[Example]] = {}  # lower end, share
+    intervals: dict[tuple[float, ...], list[Example]] = {}
     for entry in fields.objects("activations"):
         pairs = entry.pairs("tokens", "values")
         if not pairs:
@@ -281,15 +283,17 @@ def _examples(fields: Fields, names: Mapping[str, str]) -> tuple[tuple[Example, 
         if entry.has(names["qualifying_token_index"]):
             named = int(entry.number(names["qualifying_token_index"]))  # -1 where there is none
             peak = named if 0 <= named < len(values) and values[named] > 0 else peak
-        bounds = [entry.number(names[key]) if entry.has(names[key]) else -1.0 for key in ("bin_min", "bin_contains")]
-        is_top = bounds[0] < 0 or bounds[1] < 0
-        examples = top if is_top else intervals.setdefault((bounds[0], bounds[1]), [])
+        keys = (names[key] for key in ("bin_min", "bin_max", "bin_contains"))
+        bounds = tuple(entry.number(key) if entry.has(key) else -1.0 for key in keys)
+        examples = top if min(bounds[0], bounds[2]) < 0 else intervals.setdefault(bounds, [])
         examples.append(Example(tokens, values, peak, row=-1, position=-1))
     quantile: list[Example] = []
-    upper = 1.0  # shares add up from the strongest interval downwards
-    for interval in sorted(intervals, reverse=True):
-        upper = max(0.0, round(upper - interval[1], 6))
-        examples = sorted(intervals[interval], key=_peak, reverse=True)
+    upper = (
+        1.0  # shares add up from the strongest interval downwards; where two are as strong, in the order of the file
+    )
+    for bounds in sorted(intervals, key=lambda bounds: bounds[0], reverse=True):
+        upper = max(0.0, round(upper - bounds[2], 6))
+        examples = sorted(intervals[bounds], key=_peak, reverse=True)
         quantile += [replace(example, quantile=upper) for example in examples]
     return tuple(sorted(top, key=_peak, reverse=True)), tuple(quantile)
 

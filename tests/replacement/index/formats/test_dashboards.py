@@ -161,7 +161,8 @@ def random_record(draw: Callable[..., Any]) -> FeatureRecord:
     label = Label(
         draw(TOKENS), draw(st.sampled_from(["rule", "person", "language model"])), draw(TOKENS), scores, None, scores
     )
-    quantiles = [0.75, 0.5, 0.0][: draw(st.integers(0, 3))]
+    quantiles = [0.8, 0.5, 0.0][: draw(st.integers(0, 3))]
+    step = draw(st.sampled_from([0.0, 1.0]))
     return FeatureRecord(
         layer=draw(st.integers(0, 40)),
         index=draw(st.integers(0, 10**6)),
@@ -170,7 +171,7 @@ def random_record(draw: Callable[..., Any]) -> FeatureRecord:
         histogram_edges=tuple(width * n for n in range(n_bins + 1)) if n_bins else (),
         histogram_counts=tuple(draw(st.integers(0, 9)) for _ in range(n_bins)),
         top_examples=tuple(example(None, 100.0 - n) for n in range(draw(st.integers(0, 2)))),
-        quantile_examples=tuple(example(q, 10.0 - place) for place, q in enumerate(quantiles)),
+        quantile_examples=tuple(example(q, 10.0 - step * place) for place, q in enumerate(quantiles)),
         effects=TokenEffects(promoted=tuple((draw(TOKENS), draw(NUMBERS)) for _ in range(draw(st.integers(0, 2))))),
         label=label,
         other_labels=(replace(label, text="other"),),
