@@ -15,11 +15,11 @@ from pathlib import Path
 
 from replacement.files import checked_path
 from replacement.index.formats import dashboards, delphi
-from replacement.index.formats.dashboards import LAYOUTS, write
+from replacement.index.formats.dashboards import LAYOUTS, check_layout, write
 from replacement.index.formats.delphi import Texts
 from replacement.index.records import FeatureRecord
 
-__all__ = ["LAYOUTS", "read", "write"]
+__all__ = ["LAYOUTS", "check_layout", "read", "write"]
 
 
 def read(path: str | Path, *, texts: Texts | None = None) -> Iterator[FeatureRecord]:

@@ -81,8 +81,7 @@ def write(
         ValueError: an unknown layout, a name with other characters than letters, digits, dots, dashes and underscores, or a
             folder that cannot be written.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {layout!r:.50}")
+    check_layout(layout)
     for what, text in (("model_id", model_id), ("name", name)):
         if not isinstance(text, str) or _NAME.fullmatch(text) is None:
             raise ValueError(f"{what}: expected letters, digits, dots, dashes and underscores, got {text!r:.50}")
@@ -102,6 +101,12 @@ def write(
                 names = {"model_id": model_id, "layer": layer, "sae_set": name, "sae_id_suffix": None}
                 text = json.dumps({**names, "features": features})
                 (scratch / source / f"batch-{number}.json").write_text(text, encoding="utf-8")
+
+
+def check_layout(layout: str) -> None:
+    """Refuse a name that is none of `LAYOUTS`."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {layout!r:.50}")
 
 
 def _shared(record: FeatureRecord) -> dict[str, Any]:
