@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from replacement.crosscoder.features import Features
     from replacement.crosscoder.sites import ModelShape, Site
     from replacement.crosscoder.wiring import Wiring
+    from replacement.index.build import build_index
+    from replacement.index.store import FeatureIndex
     from replacement.language_model.language_model import LanguageModel
     from replacement.loading import load
     from replacement.splicing.feature_changes import swap
@@ -31,6 +33,7 @@ __all__ = [
     "Crosscoder",
     "CrosscoderOutput",
     "Decomposition",
+    "FeatureIndex",
     "Features",
     "Intervened",
     "Intervention",
@@ -45,6 +48,7 @@ __all__ = [
     "TopK",
     "UnknownFeatureError",
     "Wiring",
+    "build_index",
     "checkpoint",
     "load",
     "swap",
@@ -56,6 +60,7 @@ _LAZY = {
     "Crosscoder": "replacement.crosscoder.crosscoder",
     "CrosscoderOutput": "replacement.crosscoder.crosscoder",
     "Decomposition": "replacement.splicing.local_replacement",
+    "FeatureIndex": "replacement.index.store",
     "Features": "replacement.crosscoder.features",
     "Intervened": "replacement.splicing.replacement_model",
     "Intervention": "replacement.splicing.intervention",
@@ -70,6 +75,7 @@ _LAZY = {
     "TopK": "replacement.crosscoder.activation",
     "UnknownFeatureError": "replacement.splicing.intervention",
     "Wiring": "replacement.crosscoder.wiring",
+    "build_index": "replacement.index.build",
     "load": "replacement.loading",
     "swap": "replacement.splicing.feature_changes",
 }

@@ -1,4 +1,4 @@
-"""The `replacement` command: train, describe, convert and validate crosscoders, measure the demo.
+"""The `replacement` command: train, describe, convert, validate and index crosscoders, measure the demo.
 
 Every mistake of the user is one line `error: ...` on stderr and exit code 2. Models are imported by the verb that needs
 them.
@@ -161,6 +161,88 @@ def validate(
         show_json(facts)
     else:
         show_page(page(facts))
+
+
+@app.command()
+@model_options
+def index(
+    *,
+    options: ModelOptions,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text files, a dataset, token ids or `demo`.", show_default="demo for the demo"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the data that examples are from.")] = 1_000_000,
+    context: Annotated[int | None, typer.Option(help="Tokens per row; the data's own by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path_option, help="File to write.", show_default="features.sqlite in the crosscoder's folder"
+        ),
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="Features of the crosscoder that replaces the MLPs (`mlp`) or `attention`.")
+    ] = "mlp",
+    labeller: Annotated[
+        str | None,
+        typer.Option(help="Command that reads evidence as JSON lines and writes labels.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Index a crosscoder's features: what they fire on, read and promote, and labels with a score.
+
+    Started again it goes on where it was killed; under torchrun processes share the work. Labels of people are kept.
+    """
+    from replacement.files import check_file
+    from replacement.index.command import index_file, index_page, index_with_bar, settings_of
+
+    if part not in ("mlp", "attention"):
+        raise ValueError(f"part: expected mlp or attention, given {part!r}")
+    settings = settings_of(model=options.model or DEMO, data=data, tokens=tokens, context=context)
+    options = options.with_attention() if part == "attention" else options
+    if out is None:
+        out = index_file((options.crosscoder if part == "mlp" else options.attention_crosscoder) or DEMO, part=part)
+    facts = index_with_bar(options.load(), check_file(out), settings, part=part, labeller=labeller)
+    if facts is None:
+        return
+    if as_json:
+        show_json(facts)
+    else:
+        show_page(section("Feature index", index_page(facts)))
+
+
+@app.command()
+def features(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE] [LAYER/INDEX]...",
+            help="The index, or the folder of its crosscoder (the demo's if left out), and features such as 2/345.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Find features by label, or by a token they fire on, read or promote.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Most features that a search shows.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show features of an index: labels, activations, tokens and examples; or search for them."""
+    from replacement.index.showing import file_of, is_feature, show_or_search
+
+    given = list(names or [])
+    file = DEMO if not given or is_feature(given[0]) else given.pop(0)
+    page, facts = show_or_search(file_of(file), given, search, limit)
+    if as_json:
+        show_json(facts)
+    else:
+        show_page(page)
 
 
 Source = Annotated[

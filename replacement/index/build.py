@@ -129,7 +129,7 @@ def build_index(
         _write_evidence(writer, evidence, settings)
         promoted: dict[tuple[int, int], str] = {}
         writer.effects(_noting(promoted, token_effects(lm, text.crosscoder, n_tokens=settings.n_effects)))
-        labelling = _propose(text, progress)
+        labelling = _propose(text, evidence, progress)
         labelling.score(_counting(text.held_out(), progress), lambda layer, index: promoted.get((layer, index)))
         if labeller is not None:
             writer.commit()
@@ -173,13 +173,19 @@ def _person_labels(out: Path, crosscoder: Crosscoder) -> dict[tuple[int, int], l
         return index.person_labels()
 
 
-def _propose(text: Text, progress: Progress) -> Labelling:
-    """Claims about every feature."""
+def _propose(text: Text, evidence: Evidence, progress: Progress) -> Labelling:
+    """Claims about every feature, fitted to the first rows, and for features that seldom fire to rows of examples, too."""
     lm, crosscoder = text.model.language_model, text.crosscoder
     texts = TokenTexts.of(lm.tokenizer, lm.vocabulary_size, special_ids(lm))
+    n_first = max(1, SAMPLE_TOKENS // text.source.context)
+
+    def rows_with(features: np.ndarray) -> Iterator[Firings]:
+        examples = [kept.of(features)[0].row for kept in (evidence.top, evidence.sample)]
+        rows = np.unique(np.concatenate(examples))
+        return text.firings([evidence.rows[row] for row in rows[rows >= n_first].tolist()])
+
     labelling = Labelling(texts, crosscoder.wiring.layers, crosscoder.n_features)
-    rows = text.batches(most=max(1, SAMPLE_TOKENS // text.source.context))
-    labelling.propose(_counting((text.firings(rows_RT) for _, rows_RT in rows), progress))
+    labelling.propose(_counting(text.first(n_first), progress), rows_with)
     return labelling
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -86,24 +87,29 @@ class Text:
         """The crosscoder."""
         return crosscoder_of(self.model, self.part)
 
-    def batches(self, *, most: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The rows in batches of one forward pass, each with the number of its first row.
-
-        Args:
-            most: rows that are read, where fewer than all.
-        """
+    def batches(self) -> Iterator[tuple[int, Tensor]]:
+        """The rows in batches of one forward pass, each with the number of its first row."""
         first = 0
-        for block_RT in first_rows(self.source.one_pass(), min(self.n_rows, most or self.n_rows)):
+        for block_RT in first_rows(self.source.one_pass(), self.n_rows):
             for rows_RT in self._split(block_RT):
                 yield first, rows_RT
                 first += len(rows_RT)
 
+    def first(self, n_rows: int) -> Iterator[Firings]:
+        """Firings in the first rows, batch by batch."""
+        blocks = first_rows(self.source.one_pass(), min(n_rows, self.n_rows))
+        return (self.of(rows_RT) for block_RT in blocks for rows_RT in self._split(block_RT))
+
     def held_out(self) -> Iterator[Firings]:
         """Firings in the rows that are held out."""
-        return map(self.firings, self._split(self.source.held_out()))
+        return map(self.of, self._split(self.source.held_out()))
 
-    def firings(self, rows_RT: Tensor) -> Firings:
-        """Firings of the crosscoder's features."""
+    def firings(self, rows: list[np.ndarray]) -> Iterator[Firings]:
+        """Firings in some rows."""
+        return map(self.of, self._split(torch.from_numpy(np.array(rows)))) if rows else iter(())
+
+    def of(self, rows_RT: Tensor) -> Firings:
+        """Firings in the rows of one batch."""
         return firings_of(self.model, rows_RT, part=self.part)
 
     def _split(self, rows_RT: Tensor) -> tuple[Tensor, ...]:
@@ -134,7 +140,7 @@ def gather(
     for number, (first, rows_RT) in enumerate(text.batches()):
         if number >= n_done:
             if number % share.n_processes == share.rank:
-                firings = text.firings(rows_RT)
+                firings = text.of(rows_RT)
                 feature_S = np.searchsorted(layers, firings.layer) * n_features + firings.index
                 evidence.add(firings, feature_S, first_row=first, window=window)
             n_done = number + 1

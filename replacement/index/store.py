@@ -21,14 +21,16 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.files import checked_path
 from replacement.index import packing
 from replacement.index.records import UNCLEAR, Example, FeatureRecord, Label, TokenEffects
+
+if TYPE_CHECKING:
+    from replacement.crosscoder.crosscoder import Crosscoder
 
 FILE_NAME = "features.sqlite"
 """Of the index in a crosscoder's folder."""
