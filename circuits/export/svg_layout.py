@@ -1,70 +1,90 @@
-"""Where everything goes in the token x layer picture: geometry only, in pixels, y downwards.
+"""Where the boxes of a picture go: geometry only, in pixels, y downwards.
 
-Columns are prompt positions, rows are layers with inputs at the bottom and outputs on top. The features of one cell are
-stacked, and beyond `_STACK` laid side by side; a column is as wide as its labels need, up to a width that makes the
-picture fit a page. Errors line up as small diamonds under their cell's features.
+Columns are prompt positions in reading order, rows are layers with inputs at the bottom and outputs on top. Inside a cell
+the boxes of the strongest paths stand side by side, so that nothing lies above or below them, and the others are stacked
+beside them. Layers that hold nothing share a thin band, and so do tokens that are not drawn.
 """
 
 from __future__ import annotations
 
-import unicodedata
+import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
+from circuits.export.picture import Item, Link
+from circuits.export.style import row_title
+from circuits.export.text_metrics import fit, text_width, wrap
+from circuits.graph.nodes import NodeKind
 
-from circuits.export.style import picture_rows, row_title
-from circuits.graph.nodes import NodeKind, NodeTable
-from circuits.graph.text import short_name
-
-FONT = 12.0
-LINE = 14.0
-_PAD_X, _PAD_Y = 7.0, 4.5
-_GAP = 5.0
-_STACK = 4
+FONT, QUIET_FONT, SMALL_FONT = 12.0, 11.0, 10.0
+LINE, SMALL_LINE = 14.0, 12.0
+GUTTER, MARGIN = 58.0, 18.0
+_PAD_X, _PAD_Y = 7.0, 5.0
+_GAP, _BESIDE, _COLUMN_GAP = 8.0, 12.0, 14.0
 _DIAMOND = 10.0
-_ROW_PAD = 17.0  # half of the band between two rows, where edges can be followed
-_GUTTER, _MARGIN = 56.0, 14.0
-_PAGE = 980.0
-_CAPS = (160.0, 146.0, 132.0, 120.0, 110.0, 100.0, 92.0)
-_MIN_COLUMN = 34.0
-_MIN_WIDTH = 480.0
-_WIDTHS = {
-    **dict.fromkeys("ijlI.,:;'|!` ", 0.33),
-    **dict.fromkeys('ftr()[]{}/-–"\\', 0.43),
-    **dict.fromkeys("mwMW@%…→←—", 0.92),
-}
+_BAND = 24.0  # half of the clear band between two rows, where links can be followed
+_EMPTY, _SKIPPED = 18.0, 26.0  # height of a row and width of a column that stand for what is not drawn
+_MOST_LINES = 3
+_MOST_PERMUTED = 5
+_WIDTHS = (100.0, 116.0, 134.0, 150.0, 164.0)
+"""Widths of boxes that are tried for a label."""
+_PAGE = 1300.0
+_SHAPES = ((164.0, 3), (150.0, 4), (134.0, 4), (116.0, 5))
+"""Greatest width of a box and most boxes in a stack: the first with which the picture fits the page, or the last."""
+_LEAST_TEXT, _LONGEST_TOKEN = 22.0, 150.0
+MIN_WIDTH = 640.0
 
 
 @dataclass(frozen=True)
 class Box:
-    """A placed node: its number in the table, centre, size, and lines of text that fit."""
+    """A placed item: its number, centre, size, and lines of text that fit."""
 
-    node: int
+    item: int
     x: float
     y: float
     width: float
     height: float
-    lines: tuple[str, ...]
+    lines: tuple[str, ...] = ()
+    small: str = ""
+    font: float = FONT
+
+    @property
+    def left(self) -> float:
+        return self.x - self.width / 2
+
+    @property
+    def right(self) -> float:
+        return self.x + self.width / 2
 
     @property
     def top(self) -> float:
-        """y of the upper side, where edges leave."""
+        """y of the upper side, where links leave."""
         return self.y - self.height / 2
 
     @property
     def bottom(self) -> float:
-        """y of the lower side, where edges arrive."""
+        """y of the lower side, where links arrive."""
         return self.y + self.height / 2
 
 
 @dataclass(frozen=True)
 class Band:
-    """A row or column: its title, where it starts, and how far it reaches (y and height, or x and width)."""
+    """A row or column: its title, where it starts and how far it reaches (y and height, or x and width)."""
 
     title: str
     start: float
     size: float
+    is_empty: bool = False
+    """Whether it stands for layers or tokens of which nothing is drawn."""
+
+    @property
+    def middle(self) -> float:
+        return self.start + self.size / 2
+
+    @property
+    def stop(self) -> float:
+        return self.start + self.size
 
 
 @dataclass(frozen=True)
@@ -72,183 +92,211 @@ class Layout:
     """The whole drawing area, without title and caption: its top left corner is (0, 0)."""
 
     boxes: tuple[Box, ...]
+    """In the order of the items."""
     rows: tuple[Band, ...]
+    """From the top."""
     columns: tuple[Band, ...]
     width: float
     height: float
 
 
-def text_width(text: str, size: float = FONT) -> float:
-    """Upper estimate of the width of sans-serif text in pixels; fonts differ, so it leans on a wide one."""
-    units = 0.0
-    for character in text:
-        if unicodedata.east_asian_width(character) in "WF":
-            units += 1.02
-        else:
-            units += _WIDTHS.get(character) or (0.69 if character.isupper() else 0.6)
-    return units * size
-
-
-def fit(text: str, width: float, size: float = FONT) -> str:
-    """The text, or its beginning with an ellipsis, no wider than `width`."""
-    width += 1e-6  # a box made for this very text must hold it
-    if text_width(text, size) <= width:
-        return text
-    text = text[: int(width)]  # no character is narrower than a pixel
-    while text and text_width(text.rstrip(" ,") + "…", size) > width:
-        text = text[:-1]
-    return text.rstrip(" ,") + "…"
-
-
-def wrap(text: str, width: float) -> tuple[str, ...]:
-    """One or two lines no wider than `width`, broken at an arrow or else between words; what is cut ends in `…`."""
-    if fit(text, width) == text:
-        return (text,)
-    before, arrow, after = text.partition(" → ")
-    if arrow:
-        return (fit(before, width), fit(f"→ {after}", width))
-    words = text.split(" ")
-    count = 1
-    while count < len(words) and text_width(" ".join(words[: count + 1])) <= width:
-        count += 1
-    first, rest = " ".join(words[:count]), " ".join(words[count:])
-    if text_width(first) <= width and rest:
-        return (first, fit(rest, width))
-    return (fit(text, width),)
-
-
-def place(nodes: NodeTable, rank: np.ndarray) -> Layout:
-    """Place every node of a table; `rank` (float64[N]) puts the larger first inside a cell."""
-    cells = _cells(nodes, rank)
-    positions = sorted(set(nodes.position.tolist()))
-    outputs = _outputs(nodes, rank)
-    for cap in _CAPS:
-        columns, widths = _columns(nodes, cells, positions, cap)
-        needed = columns[-1].start + columns[-1].size + _MARGIN
-        if needed <= _PAGE:
+def place(items: Sequence[Item], links: Sequence[Link], *, n_layers: int, n_positions: int) -> Layout:
+    """Place every item; of a cell, items that come first in the sequence are higher, and the links of paths are short."""
+    cells = _cells(items)
+    positions = sorted({item.position for item in items})
+    for most, height in _SHAPES:
+        stacks = {key: _stacks(items, cell, most, height) for key, cell in cells.items()}
+        columns = _columns(stacks, positions, n_positions)
+        if columns[-1].stop + MARGIN <= _PAGE:
             break
-    width = max(needed, _MIN_WIDTH, min(_GUTTER + sum(size + _GAP for _, _, size in outputs) + _MARGIN, _PAGE))
-    spare = (width - needed) / len(columns)
-    columns = [Band(c.title, c.start + number * spare, c.size + spare) for number, c in enumerate(columns)]
-    column_of = dict(zip(positions, columns, strict=True))
+    outputs = _outputs(items)
+    width = max(
+        columns[-1].stop + MARGIN, MIN_WIDTH, GUTTER + min(sum(box.width + _GAP for box in outputs), _PAGE) + MARGIN
+    )
+    columns = _spread(columns, width - MARGIN - columns[-1].stop)
+    column_of = {int(column.title): column for column in columns if not column.is_empty}
+    _uncross(stacks, column_of, links)
     boxes: list[Box] = []
-    rows: list[Band] = []
-    y = _place_outputs(outputs, width, boxes, rows)
-    for row in sorted({row for row, _ in cells}, reverse=True):
-        here = {position: rows_ for (at, position), rows_ in cells.items() if at == row}
-        y = _place_row(nodes, row, here, column_of, widths, y, boxes, rows)
-    return Layout(tuple(boxes), tuple(rows), tuple(columns), width, y)
+    rows = [_place_outputs(outputs, column_of, width, boxes)] if outputs else []
+    for row in _rows(items, n_layers):
+        start = rows[-1].stop if rows else 0.0
+        if isinstance(row, str):
+            rows.append(Band(row, start, _EMPTY, is_empty=True))
+        else:
+            here = {position: stack for (at, position), stack in stacks.items() if at == row}
+            rows.append(_place_row(row, here, column_of, start, boxes))
+    boxes.sort(key=lambda box: box.item)
+    return Layout(tuple(boxes), tuple(rows), tuple(columns), width, rows[-1].stop)
 
 
-def _cells(nodes: NodeTable, rank: np.ndarray) -> dict[tuple[int, int], list[int]]:
-    """(row, position) -> its nodes except logits, by rank; see `style.picture_rows`."""
-    picture_row = picture_rows(nodes)
+def _cells(items: Sequence[Item]) -> dict[tuple[int, int], list[int]]:
+    """(row, position) -> numbers of its items, outputs left out."""
     cells: dict[tuple[int, int], list[int]] = defaultdict(list)
-    order = np.lexsort((-rank, nodes.kind == NodeKind.TOKEN))  # tokens last: they stand on the floor
-    for row in order.tolist():
-        if nodes.kind[row] != NodeKind.LOGIT:
-            cells[int(picture_row[row]), int(nodes.position[row])].append(row)
+    for number, item in enumerate(items):
+        if item.kind is not NodeKind.LOGIT:
+            cells[item.row, item.position].append(number)
     return cells
 
 
-def _columns(
-    nodes: NodeTable, cells: dict[tuple[int, int], list[int]], positions: list[int], cap: float
-) -> tuple[list[Band], dict[int, float]]:
-    """The columns from left to right, and the width of the boxes in each, none wider than `cap`."""
-    bands, widths = [], {}
-    x = _GUTTER
-    for position in positions:
-        here = [rows for (_, at), rows in cells.items() if at == position]
-        boxed = [[row for row in rows if nodes.kind[row] != NodeKind.ERROR] for rows in here]
-        widest = max((_box_width(short_name(nodes, row), cap) for rows in boxed for row in rows), default=_MIN_COLUMN)
-        beside = max((_beside(len(rows)) for rows in boxed), default=1)
-        widths[position] = max(widest, _MIN_COLUMN)
-        size = beside * widths[position] + (beside - 1) * _GAP + 2 * _GAP
-        bands.append(Band(str(position), x, size))
-        x += size
-    return bands, widths
+def _font(item: Item) -> float:
+    return FONT if item.on_path or item.kind is not NodeKind.FEATURE else QUIET_FONT
 
 
-def _beside(count: int) -> int:
-    return max(-(-count // _STACK), 1)
+def _lines(item: Item, most: float) -> tuple[str, ...]:
+    """The label in the narrowest box that holds it whole, or the beginning of it in one of the width `most`."""
+    for width in [*(width for width in _WIDTHS if width < most), most]:
+        lines = wrap(item.text, width - 2 * _PAD_X, _font(item), _MOST_LINES, bold=item.on_path)
+        if "".join("".join(lines).split()) == "".join(item.text.split()):
+            break
+    return lines
 
 
-def _box_width(text: str, cap: float) -> float:
-    return max(text_width(line) for line in wrap(text, cap - 2 * _PAD_X)) + 2 * _PAD_X
+def _box(items: Sequence[Item], number: int, most: float) -> Box:
+    """A box as wide as its text, around (0, 0)."""
+    item = items[number]
+    if item.kind is NodeKind.ERROR:
+        return Box(number, 0.0, 0.0, _DIAMOND, _DIAMOND)
+    font, bold = _font(item), item.on_path
+    lines = _lines(item, most) if item.kind is NodeKind.FEATURE else (fit(item.text, _LONGEST_TOKEN, font, bold=bold),)
+    small = fit(item.small, most - 2 * _PAD_X, SMALL_FONT)
+    widths = [text_width(line, font, bold=bold) for line in lines] + [text_width(small, SMALL_FONT), _LEAST_TEXT]
+    height = len(lines) * LINE + (SMALL_LINE if small else 0.0) + 2 * _PAD_Y
+    return Box(number, 0.0, 0.0, max(widths) + 2 * _PAD_X, height, lines, small, font)
 
 
-def _outputs(nodes: NodeTable, rank: np.ndarray) -> list[tuple[int, str, float]]:
-    """Logits by position and rank: node, text and width."""
-    logits = np.flatnonzero(nodes.kind == NodeKind.LOGIT).tolist()
-    result = []
-    for node in sorted(logits, key=lambda row: (nodes.position[row], -rank[row])):
-        text = fit(short_name(nodes, node), 150.0)
-        if nodes.probability[node] > 0:
-            text = f"{text} {100 * nodes.probability[node]:.3g}%"
-        result.append((node, text, max(text_width(text) + 2 * _PAD_X, _MIN_COLUMN)))
-    return result
+def _stacks(items: Sequence[Item], cell: Sequence[int], most: float, height: int) -> list[list[Box]]:
+    """The boxes of a cell: one stack for each box of a path, then the others in even stacks of at most `height`."""
+    boxes = [_box(items, number, most) for number in cell]
+    if items[cell[0]].row < 0:
+        return [boxes]
+    stacks = [[box] for box in boxes if items[box.item].on_path]
+    quiet = [box for box in boxes if not items[box.item].on_path and box.lines]
+    n_stacks = -(-len(quiet) // height)
+    stacks += [quiet[len(quiet) * n // n_stacks : len(quiet) * (n + 1) // n_stacks] for n in range(n_stacks)]
+    errors = [box for box in boxes if not items[box.item].on_path and not box.lines]
+    if errors and quiet:
+        stacks[-1] = stacks[-1] + errors
+    elif errors:
+        stacks.append(errors)
+    return [[replace(box, width=_size(stack)) if box.lines else box for box in stack] for stack in stacks]
 
 
-def _place_outputs(outputs: list[tuple[int, str, float]], width: float, boxes: list[Box], rows: list[Band]) -> float:
-    """Logits share one band across the whole width, set to the right, where the last position is."""
-    if not outputs:
-        return 0.0
-    height, room = LINE + 2 * _PAD_Y, width - _GUTTER - _MARGIN
-    lines: list[list[tuple[int, str, float]]] = [[]]
-    for output in outputs:
-        if lines[-1] and sum(size + _GAP for _, _, size in lines[-1]) + output[2] > room:
+def _size(stack: Sequence[Box]) -> float:
+    return max(box.width for box in stack)
+
+
+def _width(stacks: Sequence[Sequence[Box]]) -> float:
+    return sum(map(_size, stacks)) + (len(stacks) - 1) * _BESIDE
+
+
+def _height(stack: Sequence[Box]) -> float:
+    return sum(box.height for box in stack) + (len(stack) - 1) * _GAP
+
+
+def _columns(stacks: dict[tuple[int, int], list[list[Box]]], positions: Sequence[int], n_positions: int) -> list[Band]:
+    """The columns from left to right, titled with their positions; a narrow one with a number stands for tokens left out."""
+    columns, x, last = [], GUTTER, -1
+    for position in [*positions, n_positions]:
+        if missing := position - last - 1:
+            columns.append(Band(f"+{missing}", x, _SKIPPED, is_empty=True))
+            x = columns[-1].stop
+        last = position
+        here = [_width(cell) for (_, at), cell in stacks.items() if at == position]
+        if here or position < n_positions:
+            columns.append(Band(str(position), x, max(here, default=_DIAMOND) + _COLUMN_GAP))
+            x = columns[-1].stop
+    return columns
+
+
+def _spread(columns: Sequence[Band], spare: float) -> list[Band]:
+    """The columns, each wider by its part of the spare width."""
+    wider = spare / len(columns)
+    return [
+        replace(column, start=column.start + n * wider, size=column.size + wider) for n, column in enumerate(columns)
+    ]
+
+
+def _uncross(stacks: dict[tuple[int, int], list[list[Box]]], columns: dict[int, Band], links: Sequence[Link]) -> None:
+    """Order the boxes of paths inside each cell, in place, so that the links of paths are as short as they can be."""
+    where: dict[int, float] = {}
+    ends: dict[int, list[int]] = defaultdict(list)
+    for link in links:
+        if link.on_path:
+            ends[link.source].append(link.target)
+            ends[link.target].append(link.source)
+
+    def spots(cell: Sequence[Sequence[Box]], column: Band) -> dict[int, float]:
+        lefts = itertools.accumulate(
+            (_size(stack) + _BESIDE for stack in cell), initial=column.middle - _width(cell) / 2
+        )
+        return {box.item: left + _size(stack) / 2 for left, stack in zip(lefts, cell, strict=False) for box in stack}
+
+    def reach(cell: Sequence[Sequence[Box]], column: Band) -> float:
+        here = spots(cell, column)
+        return sum(abs(x - where[other]) for item, x in here.items() for other in ends[item] if other in where)
+
+    for key in [*sorted(stacks)] * 2:
+        n_paths, column = sum(len(stack) == 1 and bool(ends[stack[0].item]) for stack in stacks[key]), columns[key[1]]
+        if 1 < n_paths <= _MOST_PERMUTED:
+            orders = itertools.permutations(stacks[key][:n_paths])
+            stacks[key] = min(
+                ([*order, *stacks[key][n_paths:]] for order in orders), key=lambda cell: reach(cell, column)
+            )
+        where |= spots(stacks[key], column)
+
+
+def _rows(items: Sequence[Item], n_layers: int) -> list[int | str]:
+    """Rows from the top; in the place of layers that hold nothing, the title of the band that they share."""
+    used = sorted({item.row for item in items if item.kind is not NodeKind.LOGIT}, reverse=True)
+    rows: list[int | str] = []
+    above = max([n_layers, *(row // 2 + 1 for row in used)])
+    for row in used:
+        layer = row // 2  # of inputs, -1
+        if above - layer > 1:
+            rows.append(f"{layer + 1}–{above - 1} empty" if above - layer > 2 else f"{layer + 1} empty")
+        rows.append(row)
+        above = layer
+    return rows
+
+
+def _outputs(items: Sequence[Item]) -> list[Box]:
+    """The boxes of outputs by position and influence."""
+    numbers = [number for number, item in enumerate(items) if item.kind is NodeKind.LOGIT]
+    return [_box(items, number, _PAGE) for number in sorted(numbers, key=lambda n: items[n].position)]
+
+
+def _place_outputs(outputs: Sequence[Box], columns: dict[int, Band], width: float, boxes: list[Box]) -> Band:
+    """Outputs share one band across the whole width, in lines that are centred above the column of the last of them."""
+    room = width - GUTTER - MARGIN
+    lines: list[list[Box]] = [[]]
+    for box in outputs:
+        if lines[-1] and _width([[placed] for placed in [*lines[-1], box]]) > room:
             lines.append([])
-        lines[-1].append(output)
+        lines[-1].append(box)
+    height = outputs[0].height
     for number, line in enumerate(lines):
-        x = width - _MARGIN - sum(size for _, _, size in line) - (len(line) - 1) * _GAP
-        for node, text, size in line:
-            y = _ROW_PAD + number * (height + _GAP) + height / 2
-            boxes.append(Box(node, x + size / 2, y, size, height, (text,)))
-            x += size + _GAP
-    bottom = 2 * _ROW_PAD + len(lines) * (height + _GAP) - _GAP
-    rows.append(Band("output", 0.0, bottom))
-    return bottom
+        size = _width([[box] for box in line])
+        x = min(max(columns[max(columns)].middle - size / 2, GUTTER), width - MARGIN - size)
+        for box in line:
+            y = _BAND / 2 + number * (height + _GAP) + height / 2
+            boxes.append(replace(box, x=x + box.width / 2, y=y))
+            x += box.width + _BESIDE
+    return Band("output", 0.0, 1.5 * _BAND + len(lines) * (height + _GAP) - _GAP)
 
 
 def _place_row(
-    nodes: NodeTable,
-    row: int,
-    cells: dict[int, list[int]],
-    columns: dict[int, Band],
-    widths: dict[int, float],
-    start: float,
-    boxes: list[Box],
-    rows: list[Band],
-) -> float:
-    """Stack the cells of one row; returns where the next one starts."""
-    stacks = {position: _stack(nodes, cell, columns[position], widths[position]) for position, cell in cells.items()}
-    tallest = max(height for _, height in stacks.values())
-    for stack, height in stacks.values():
-        # Inputs stand on the floor of the picture, features hang in the middle of their row.
-        shift = start + _ROW_PAD + (tallest - height) * (1.0 if row < 0 else 0.5)
-        boxes.extend(replace(box, y=box.y + shift) for box in stack)
-    size = tallest + 2 * _ROW_PAD
-    rows.append(Band(row_title(row), start, size))
-    return start + size
-
-
-def _stack(nodes: NodeTable, cell: list[int], column: Band, width: float) -> tuple[list[Box], float]:
-    """The boxes of one cell around y = 0 downwards, and their height."""
-    boxed = [row for row in cell if nodes.kind[row] != NodeKind.ERROR]
-    errors = [row for row in cell if nodes.kind[row] == NodeKind.ERROR]
-    beside = _beside(len(boxed))
-    centre = column.start + column.size / 2
-    left = centre - (beside * width + (beside - 1) * _GAP) / 2 + width / 2
-    stack, bottom = [], 0.0
-    for number in range(beside):
-        top = 0.0
-        for row in boxed[number::beside]:
-            lines = wrap(short_name(nodes, row), width - 2 * _PAD_X)
-            height = len(lines) * LINE + 2 * _PAD_Y
-            stack.append(Box(row, left + number * (width + _GAP), top + height / 2, width, height, lines))
-            top += height + _GAP
-        bottom = max(bottom, top)
-    for number, row in enumerate(errors):
-        x = centre + (number - (len(errors) - 1) / 2) * (_DIAMOND + _GAP)
-        stack.append(Box(row, x, bottom + _DIAMOND / 2, _DIAMOND, _DIAMOND, ()))
-    return stack, bottom + _DIAMOND if errors else bottom - _GAP
+    row: int, cells: dict[int, list[list[Box]]], columns: dict[int, Band], start: float, boxes: list[Box]
+) -> Band:
+    """Place the cells of one row below `start`: inputs at its floor, everything else around its middle."""
+    tallest = max(_height(stack) for cell in cells.values() for stack in cell)
+    below = _BAND if row >= 0 else _BAND / 2
+    for position, cell in cells.items():
+        x = columns[position].middle - _width(cell) / 2
+        for stack in cell:
+            size = _size(stack)
+            y = start + _BAND + (tallest - _height(stack)) * (0.5 if row >= 0 else 1.0)
+            for box in stack:
+                boxes.append(replace(box, x=x + size / 2, y=y + box.height / 2))
+                y += box.height + _GAP
+            x += size + _BESIDE
+    return Band(row_title(row), start, _BAND + tallest + below)

@@ -1,9 +1,10 @@
-"""The one path from a token to the output that carries most: the circuit in a sentence."""
+"""The paths from tokens to the output that carry most: the circuit in a few sentences."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,10 +14,21 @@ from circuits.graph.nodes import NodeKind
 from circuits.graph.text import full_name
 
 
-def strongest_path(graph: GraphData) -> tuple[int, ...]:
-    """Node numbers from a token to the target with the largest output weight, maximising the product of the shares M.
+@dataclass(frozen=True)
+class StrongPath:
+    """A path from a token to the output."""
 
-    Empty when no token reaches that target. Of equally strong paths the one that starts at the earliest token is given.
+    nodes: tuple[int, ...]
+    """Numbers of its nodes, from the token to the target."""
+    share: float
+    """The target's output weight times the product of the shares M of its edges: the part of all influence that runs along
+    exactly this path."""
+
+
+def strongest_paths(graph: GraphData, most: int = 5) -> list[StrongPath]:
+    """The strongest path of each token to the target with the largest output weight; the `most` strongest of them, by share.
+
+    Empty when no token reaches that target. Of equally strong paths the one that starts at the earliest token comes first.
     """
     edges, nodes = graph.edges, graph.nodes
     scales = row_scales(graph)
@@ -34,12 +46,19 @@ def strongest_path(graph: GraphData) -> tuple[int, ...]:
         best[edges.source[row][better]] = through[better]
         towards[edges.source[row][better]] = node
     tokens = np.flatnonzero(nodes.mask(NodeKind.TOKEN) & np.isfinite(best))
-    if not len(tokens):
-        return ()
-    path = [int(tokens[np.argmax(best[tokens])])]
-    while towards[path[-1]] >= 0:
-        path.append(int(towards[path[-1]]))
-    return tuple(path)
+    paths = []
+    for token in tokens[np.argsort(-best[tokens], kind="stable")][:most].tolist():
+        path = [token]
+        while towards[path[-1]] >= 0:
+            path.append(int(towards[path[-1]]))
+        paths.append(StrongPath(tuple(path), float(nodes.output_weight[target] * np.exp(best[token]))))
+    return paths
+
+
+def strongest_path(graph: GraphData) -> tuple[int, ...]:
+    """Nodes of the first of `strongest_paths`; empty when there is none."""
+    paths = strongest_paths(graph, most=1)
+    return paths[0].nodes if paths else ()
 
 
 def average_path_length(graph: GraphData) -> float:

@@ -157,6 +157,23 @@ def test_graphml_takes_metadata_without_a_value(small) -> None:
     assert nx.read_graphml(io.BytesIO(text.encode())).graph["crosscoder"] == "null"
 
 
+def test_dot_has_labels_ids_and_emphasis(small) -> None:
+    lines = small.to_dot().splitlines()
+    (feature,) = [line for line in lines if line.strip().startswith('"1_3_1" [') or line.strip().startswith("1_3_1 [")]
+    assert r"second\n1/3 · 1" in feature
+    colour_of = {
+        (source, target): (colour, float(width))
+        for source, target, colour, width in re.findall(
+            r'"([\w-]+)" -> "([\w-]+)" \[tooltip=.* color="(#\w+)" penwidth=([\d.]+)', "\n".join(lines)
+        )
+    }
+    assert len(colour_of) == len(small.edges)
+    bold = {pair for pair, (colour, _) in colour_of.items() if colour != "#b4bcc8"}
+    assert bold == {("E_12_1", "4_5_1"), ("E_11_0", "1_3_1"), ("1_3_1", "4_5_1")}
+    assert colour_of["E_12_1", "4_5_1"][0] == "#d55e00"
+    assert min(colour_of[pair][1] for pair in bold) > max(colour_of[pair][1] for pair in set(colour_of) - bold)
+
+
 def test_dot_quotes_ids_and_ranks_layers(small) -> None:
     dot = small.to_dot()
     assert '"0_7_0" -> "1_3_1"' in dot
@@ -178,7 +195,7 @@ def test_dot_program_reads_any_text(nasty, small) -> None:
     labels = {
         node["name"]: node.get("label") for node in json.loads(nasty_json.stdout)["objects"] if "nodes" not in node
     }
-    assert labels["0_2_0"] == "<b>", "text in angle brackets stays text"
+    assert labels["0_2_0"] == r"<b>\n0/2", "text in angle brackets stays text"
     assert labels["E_1_0"].startswith('a \\"quoted\\"') or labels["E_1_0"].startswith('a "quoted"')
 
 

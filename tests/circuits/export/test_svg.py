@@ -1,4 +1,4 @@
-"""The picture parses, keeps its boxes apart, fits its labels and says what it left out."""
+"""The picture parses, escapes any text, explains its signs and says what it left out."""
 
 import re
 from xml.etree import ElementTree
@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuits import CircuitGraph, NodeKind
-from circuits.export.svg_layout import fit, place, text_width, wrap
+from circuits.export.picture import picture_of
+from circuits.graph.paths import strongest_paths
 
 T, P, E, F, L = NodeKind
 NASTY = 'a "quoted" <b>&amp;\\ \x00\x1b\n\t\u202e \ud83d ]]> --> \u4e2d\u6587'
@@ -47,34 +48,6 @@ def crowded(build_graph, *, label="") -> CircuitGraph:
     return build_graph(rows, [*edges, (11, 3, -2.0)])
 
 
-def overlap(a, b) -> bool:
-    return abs(a.x - b.x) < (a.width + b.width) / 2 - 1e-6 and abs(a.y - b.y) < (a.height + b.height) / 2 - 1e-6
-
-
-@given(st.data())
-def test_boxes_never_overlap_and_stay_inside(draw_circuit, data) -> None:
-    graph = draw_circuit(data)
-    layout = place(graph.nodes, graph.influence())
-    boxes = layout.boxes
-    assert sorted(box.node for box in boxes) == list(range(len(graph.nodes)))
-    assert not any(overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
-    for box in boxes:
-        assert box.width / 2 <= box.x <= layout.width - box.width / 2
-        assert 0 <= box.top <= box.bottom <= layout.height
-        assert all(text_width(line) <= box.width for line in box.lines)
-    ys = {kind: [box.y for box in boxes if graph.nodes.kind[box.node] == kind] for kind in NodeKind}
-    assert min(ys[T]) > max(ys[F] + ys[E] + [0.0]), "inputs are at the bottom"
-    assert max(ys[L]) < min(ys[F] + ys[E] + ys[T]), "outputs are on top"
-
-
-def test_crowded_cell_is_laid_side_by_side(build_graph) -> None:
-    graph = crowded(build_graph)
-    boxes = place(graph.nodes, graph.influence()).boxes
-    columns = {round(box.x) for box in boxes if graph.nodes.kind[box.node] == F}
-    assert len(columns) == 2
-    assert not any(overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
 @settings(max_examples=30)
 @given(st.data())
 def test_every_graph_is_drawn_as_valid_xml(draw_circuit, data) -> None:
@@ -100,21 +73,33 @@ def test_long_labels_end_in_an_ellipsis_and_are_whole_in_the_tooltip(build_graph
     root = parse(crowded(build_graph, label=label).to_svg())
     titles = [node.text for node in root.iter("{http://www.w3.org/2000/svg}title")]
     assert any(label.strip() in title for title in titles)
-    shown = [text for text in texts(crowded(build_graph, label=label).to_svg()) if text.startswith("a label")]
-    assert shown
-    assert all(text_width(text) <= 160 for text in shown)
+    assert any(text.endswith("…") for text in texts(crowded(build_graph, label=label).to_svg()))
 
 
 def test_caption_shows_scores_and_what_was_left_out(build_graph) -> None:
     graph = crowded(build_graph)
     scores = graph.scores()
-    everything = texts(graph.to_svg())[-1]
-    assert f"replacement {scores.replacement:.3f}" in everything
-    assert f"completeness {scores.completeness:.3f}" in everything
-    assert "15 nodes" in everything
-    assert "drawn" not in everything
-    part = texts(graph.to_svg(max_nodes=10))[-1]
-    assert "10 of 15 nodes drawn" in part
+    first, second = texts(graph.to_svg())[-2:]
+    assert f"replacement {scores.replacement:.3f}" in first
+    assert f"completeness {scores.completeness:.3f}" in first
+    assert second == "15 nodes  ·  36 edges  ·  all drawn  ·  identity error 1.0e-06"
+    drawn, edges = re.search(r"not drawn: (\d+) weaker nodes, (\d+) weaker edges", graph.to_svg(max_nodes=10)).groups()
+    assert int(drawn) == 5
+    assert 0 < int(edges) < 36
+
+
+def test_title_says_prompt_answer_and_probability(small) -> None:
+    assert texts(small.to_svg())[0] == "ab → x (60 %)"
+
+
+def test_paths_are_written_below_the_picture(small) -> None:
+    shown = texts(small.to_svg())
+    start = shown.index("Strongest path of each important token, with its share of all influence on the output")
+    paths = strongest_paths(small)
+    assert len(paths) == 2
+    # A badge, a share and the boxes of each: b -> x, then a -> second -> x with the id of the feature.
+    assert shown[start + 1 : start + 5] == ["1", f"{100 * paths[0].share:.2g} %", "b", "x"]
+    assert shown[start + 5 : start + 11] == ["2", f"{100 * paths[1].share:.2g} %", "a", "second", "1/3", "x"]
 
 
 def test_the_most_influential_nodes_are_drawn(build_graph) -> None:
@@ -126,15 +111,42 @@ def test_the_most_influential_nodes_are_drawn(build_graph) -> None:
     assert svg.count("meaning number") < graph.to_svg().count("meaning number")
 
 
-def test_sign_decides_the_colour(small) -> None:
-    colours = re.findall(r'<path d="M[^"]*C[^"]*" fill="none" stroke="(#\w+)"', small.to_svg())
-    assert colours.count("#0072b2") == int((small.edges.weight > 0).sum())
-    assert colours.count("#d55e00") == int((small.edges.weight < 0).sum())
+def test_paths_are_coloured_by_sign_and_other_edges_are_quiet(small) -> None:
+    svg = small.to_svg()
+    lines = re.findall(
+        r'<path d="M[^"]*C[^"]*" fill="none" stroke="(#\w+)" stroke-width="([\d.]+)"( stroke-dasharray)?', svg
+    )
+    picture = picture_of(small, max_nodes=80)
+    expected = [
+        ("#b4bcc8" if not link.on_path else "#0072b2" if link.weight > 0 else "#d55e00", link.weight < 0)
+        for link in picture.links
+    ]
+    assert [(colour, bool(dash)) for colour, _, dash in lines] == expected
+    assert {colour for colour, _ in expected} == {"#b4bcc8", "#0072b2", "#d55e00"}
+    bold = [float(width) for colour, width, _ in lines if colour != "#b4bcc8"]
+    assert min(bold) > max(float(width) for colour, width, _ in lines if colour == "#b4bcc8")
+
+
+def test_legend_explains_only_what_is_drawn(small, build_graph) -> None:
+    shown = texts(small.to_svg())
+    for meaning in (
+        "strongest path, raises its target",
+        "strongest path, lowers its target",
+        "error: what no feature explains",
+    ):
+        assert meaning in shown
+    assert not any("attention head" in text for text in shown)
+    rows = [{"kind": T, "label": "a"}, {"kind": L, "layer": 1, "index": 1, "expanded": True, "output_weight": 1.0}]
+    plain = texts(build_graph(rows, [(1, 0, 1.0)]).to_svg())
+    assert "strongest path, raises its target" in plain
+    assert not any(
+        text.startswith(("strongest path, lowers", "other influence", "error", "feature:")) for text in plain
+    )
 
 
 def test_untraced_features_are_dashed_and_explained(small) -> None:
     assert "causes not traced" in small.to_svg()
-    assert small.to_svg().count("stroke-dasharray") == 2  # the feature and its legend
+    assert small.to_svg().count('stroke-dasharray="4 2.5"') == 2  # the feature and its legend
 
 
 def test_long_prompts_keep_the_columns_that_matter(build_graph) -> None:
@@ -143,31 +155,20 @@ def test_long_prompts_keep_the_columns_that_matter(build_graph) -> None:
     svg = build_graph(rows, [(200, i, float(i)) for i in range(1, 200)]).to_svg(max_nodes=20)
     assert "w199" in texts(svg)
     assert "w1" not in texts(svg)
-    assert "20 of 201 nodes drawn" in texts(svg)[-1]
+    assert "not drawn: 181 weaker nodes" in texts(svg)[-1]
 
 
 def test_a_drawn_column_has_its_word(build_graph) -> None:
     rows = [{"kind": T, "index": i, "position": i, "label": f"w{i}"} for i in range(60)]
     rows.append({"kind": F, "layer": 0, "position": 30, "index": 1, "label": "late"})
     rows.append({"kind": L, "layer": 1, "position": 59, "index": 1, "expanded": True, "output_weight": 1.0})
-    svg = build_graph(rows, [(61, 60, 5.0), (61, 2, 1.0)]).to_svg(max_nodes=2)
+    svg = build_graph(rows, [(61, 60, 5.0), (61, 2, 1.0)]).to_svg(max_nodes=3)
     assert {"late", "w30", "w59"} <= set(texts(svg))
 
 
 def test_room_for_nothing(small) -> None:
     with pytest.raises(ValueError, match="max_nodes: expected at least 1, given 0"):
         small.to_svg(max_nodes=0)
-
-
-def test_wrapping() -> None:
-    assert wrap("short", 100.0) == ("short",)
-    assert wrap("Dallas, Houston → Texas", 120.0) == ("Dallas, Houston", "→ Texas")
-    assert wrap("completion of a fact", 90.0) == ("completion of", "a fact")
-    assert wrap("Donaudampfschifffahrt", 60.0)[0].endswith("…")
-    assert fit("", 5.0) == ""
-    for text in ("w30", "Austin", "i"):
-        assert fit(text, text_width(text) + 14.0 - 14.0) == text
-    assert text_width("中") > text_width("a") > text_width("i")
 
 
 def test_notebooks_show_the_picture(small) -> None:

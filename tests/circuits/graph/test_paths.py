@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import NodeKind
-from circuits.graph.paths import average_path_length, describe_path, strongest_path
+from circuits.graph.paths import average_path_length, describe_path, strongest_path, strongest_paths
 
 
-def strongest_by_dijkstra(graph, shares) -> float:
-    """Largest product of shares from any token to the target with the largest output weight; 0 without a path."""
+def strongest_by_dijkstra(graph, shares) -> list[float]:
+    """Largest product of shares from each token to the target with the largest output weight, the largest first."""
     network = nx.DiGraph()
     network.add_nodes_from(range(len(graph.nodes)))
     for target, source in zip(*np.nonzero(shares), strict=True):
@@ -22,23 +22,28 @@ def strongest_by_dijkstra(graph, shares) -> float:
     end = int(np.argmax(graph.nodes.output_weight))
     lengths = nx.single_source_dijkstra_path_length(network.reverse(), end, weight="length")
     tokens = np.flatnonzero(graph.nodes.mask(NodeKind.TOKEN)).tolist()
-    return max((math.exp(-lengths[token]) for token in tokens if token in lengths), default=0.0)
+    return sorted((math.exp(-lengths[token]) for token in tokens if token in lengths), reverse=True)
 
 
 @given(st.data())
 def test_equals_dijkstra_on_logarithms(draw_circuit, to_shares, data) -> None:
     graph = draw_circuit(data)
     shares = to_shares(graph)
-    path = strongest_path(graph)
     best = strongest_by_dijkstra(graph, shares)
-    if not path:
-        assert best == 0.0
-        assert describe_path(graph, path) == "no path from a token to the output"
-        return
-    product = math.prod(shares[target, source] for source, target in itertools.pairwise(path))
-    assert product == pytest.approx(best, rel=1e-9)
-    assert graph.nodes.kind[path[0]] == NodeKind.TOKEN
-    assert path[-1] == int(np.argmax(graph.nodes.output_weight))
+    paths = strongest_paths(graph, most=3)
+    end = int(np.argmax(graph.nodes.output_weight))
+    assert [path.share for path in paths] == pytest.approx(
+        [graph.nodes.output_weight[end] * x for x in best[:3]], rel=1e-9
+    )
+    for path, product in zip(paths, best, strict=False):
+        steps = itertools.pairwise(path.nodes)
+        assert math.prod(shares[target, source] for source, target in steps) == pytest.approx(product, rel=1e-9)
+        assert graph.nodes.kind[path.nodes[0]] == NodeKind.TOKEN
+        assert path.nodes[-1] == end
+    assert len({path.nodes[0] for path in paths}) == len(paths), "each from a token of its own"
+    assert strongest_path(graph) == (paths[0].nodes if paths else ())
+    if not paths:
+        assert describe_path(graph, ()) == "no path from a token to the output"
 
 
 @given(st.data())

@@ -1,0 +1,279 @@
+"""What a picture of a circuit shows, before anything has a place: boxes, links between them, and the strongest paths.
+
+The graph is untouched; the picture joins what a reader takes for one thing. A learned position belongs to the token of its
+position, and features with the same label at the same place are a stack. Of the edges, those of the strongest paths are
+emphasised, and the weakest others are counted instead of drawn.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from circuits.export.style import HEADS_PER_EDGE, LEAST_SHARE, picture_rows
+from circuits.graph.edge_heads import EdgeRow
+from circuits.graph.edges import GraphData
+from circuits.graph.feature_labels import label_facts, label_note
+from circuits.graph.influence import edge_influence, node_influence
+from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.paths import StrongPath, strongest_paths
+from circuits.graph.text import full_name, short_name
+
+FEW_TOKENS = 24
+"""Of a longer prompt, tokens are drawn only where their column holds something else."""
+QUIET_LINKS = 60
+"""Links beside those of the paths, the most influential ones; every box keeps its strongest link in and out as well."""
+LISTED = 6
+"""Nodes or edges of a box or link that its tooltip lists."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One box: a node, or several that are drawn as one."""
+
+    nodes: tuple[int, ...]
+    """Numbers in the table, the most influential first."""
+    kind: NodeKind
+    row: int
+    """See `style.picture_rows`."""
+    position: int
+    text: str
+    small: str
+    """What is written below the text in small type, see `item_facts`."""
+    influence: float
+    on_path: bool
+    unexpanded: bool
+    is_target: bool
+    tooltip: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """The edges from one box to another."""
+
+    source: int
+    target: int
+    """Numbers of items."""
+    weight: float
+    """Sum over the edges."""
+    strength: float
+    """In 0..1, relative to the strongest of its kind: on a path the path's share, elsewhere the link's influence."""
+    on_path: bool
+    heads: str
+    """`L1H3 L0H2`: the heads that carry most of it; empty where none does."""
+    tooltip: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Everything that is drawn, and how much is not."""
+
+    items: tuple[Item, ...]
+    links: tuple[Link, ...]
+    """Those of paths last, the strongest at the end: they are drawn over the others."""
+    paths: tuple[tuple[float, tuple[int, ...]], ...]
+    """Share and items of the emphasised paths, the strongest first."""
+    n_nodes: int
+    """Nodes of the graph that the items stand for."""
+    n_edges: int
+    """Edges of the graph that the links stand for."""
+
+
+def picture_of(graph: GraphData, *, max_nodes: int) -> Picture:
+    """The picture of a graph; of a larger one, targets, paths and the most influential other nodes up to `max_nodes`."""
+    influence = node_influence(graph)
+    paths = strongest_paths(graph)
+    on_path = np.zeros(len(graph.nodes), dtype=bool)
+    on_path[list(itertools.chain.from_iterable(path.nodes for path in paths))] = True
+    shown = _shown(graph.nodes, influence, on_path, max_nodes)
+    items, item_of = _items(graph, influence, shown, on_path)
+    shares = {(int(item_of[a]), int(item_of[b])): share for (a, b), share in path_shares(paths).items()}
+    links, n_edges = _links(graph, items, item_of, shares)
+    drawn_paths = tuple((path.share, tuple(dict.fromkeys(item_of[list(path.nodes)].tolist()))) for path in paths)
+    return Picture(items, links, drawn_paths, int(shown.sum()), n_edges)
+
+
+def _shown(nodes: NodeTable, influence: np.ndarray, on_path: np.ndarray, max_nodes: int) -> np.ndarray:
+    """bool[N]: targets, paths, tokens of a short prompt, and the most influential others up to `max_nodes` in all.
+
+    Of a long prompt, the `FEW_TOKENS` most influential tokens are among those others, and tokens of columns that show something
+    else are added: a column needs its word.
+    """
+    is_token = nodes.mask(NodeKind.TOKEN)
+    few = is_token.sum() <= FEW_TOKENS
+    shown = nodes.mask(NodeKind.LOGIT) | nodes.is_target | on_path | (is_token & few)
+    order = np.argsort(-influence, kind="stable")
+    order = order[~shown[order]]
+    order = order[~is_token[order] | (np.cumsum(is_token[order]) <= FEW_TOKENS)]
+    shown[order[: max(max_nodes - int(shown.sum()), 0)]] = True
+    return shown | (is_token & np.isin(nodes.position, nodes.position[shown]))
+
+
+def _items(
+    graph: GraphData, influence: np.ndarray, shown: np.ndarray, on_path: np.ndarray
+) -> tuple[tuple[Item, ...], np.ndarray]:
+    """The items by row, position and influence, and int64[N], the item of each node (-1 where it is not shown)."""
+    nodes, rows = graph.nodes, picture_rows(graph.nodes)
+    members: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for node in sorted(np.flatnonzero(shown).tolist(), key=lambda node: (nodes.kind[node], -influence[node])):
+        kind, position, label = NodeKind(int(nodes.kind[node])), int(nodes.position[node]), nodes.label[node]
+        if kind in (NodeKind.TOKEN, NodeKind.POSITION):
+            key: tuple[object, ...] = ("input", position)
+        elif kind is NodeKind.FEATURE and label.strip() and not nodes.is_target[node]:
+            key = (int(rows[node]), position, label, bool(on_path[node]))
+        else:
+            key = (node,)
+        members[key].append(node)
+    items = [_item(graph, numbers, int(rows[numbers[0]]), influence, on_path) for numbers in members.values()]
+    items.sort(key=lambda item: (item.row, item.position, -item.influence))
+    item_of = np.full(len(nodes), -1)
+    for number, item in enumerate(items):
+        item_of[list(item.nodes)] = number
+    return tuple(items), item_of
+
+
+def _item(graph: GraphData, numbers: list[int], row: int, influence: np.ndarray, on_path: np.ndarray) -> Item:
+    nodes, first = graph.nodes, numbers[0]
+    kind = NodeKind(int(nodes.kind[first]))
+    stack = f" ×{len(numbers)}" if kind is NodeKind.FEATURE and len(numbers) > 1 else ""
+    return Item(
+        nodes=tuple(numbers),
+        kind=kind,
+        row=row,
+        position=int(nodes.position[first]),
+        text=item_text(nodes, first) + stack,
+        small=item_facts(nodes, numbers),
+        influence=float(influence[numbers].sum()),
+        on_path=bool(on_path[numbers].any()),
+        unexpanded=bool(nodes.unexpanded[numbers].all()),
+        is_target=bool(nodes.is_target[numbers].any()),
+        tooltip=_listed(_node_facts(graph, node, influence) for node in numbers),
+    )
+
+
+def item_text(nodes: NodeTable, node: int) -> str:
+    """What is written on a node: its token, or a feature's label or else its id."""
+    if nodes.kind[node] == NodeKind.FEATURE and not nodes.label[node].strip():
+        return f"{nodes.layer[node]}/{nodes.index[node]}"
+    return short_name(nodes, node)
+
+
+def item_facts(nodes: NodeTable, numbers: Sequence[int]) -> str:
+    """What is written below it: id and activation of a feature, `1/345 · 2.3`, of a stack the ids; probability of an output."""
+    first = numbers[0]
+    if nodes.kind[first] == NodeKind.LOGIT and nodes.probability[first] > 0:
+        return f"{100 * nodes.probability[first]:.3g} %"
+    if nodes.kind[first] != NodeKind.FEATURE:
+        return ""
+    layer, indices = nodes.layer[first], [str(nodes.index[node]) for node in numbers]
+    if len(numbers) > 1:
+        return f"{layer}/{', '.join(indices[:2])}{', …' if len(numbers) > 2 else ''}"
+    facts = [f"{layer}/{indices[0]}"] if nodes.label[first].strip() else []
+    activation = float(nodes.activation[first])  # 0 where a graph of another tool does not say it
+    return " · ".join([*facts, f"{activation:.2g}"] if activation else facts)
+
+
+def _node_facts(graph: GraphData, node: int, influence: np.ndarray) -> str:
+    nodes = graph.nodes
+    facts = [full_name(nodes, node), label_facts(graph, node).get("text", ""), label_note(graph, node)]
+    if nodes.kind[node] == NodeKind.FEATURE and nodes.activation[node]:
+        facts.append(f"activation {nodes.activation[node]:.3g}")
+    if nodes.kind[node] != NodeKind.LOGIT:
+        facts.append(f"influence {100 * influence[node]:.3g} %")
+    return "; ".join(filter(None, facts))
+
+
+def _listed(lines: Iterable[str]) -> str:
+    every = list(lines)
+    rest = [f"and {len(every) - LISTED} more"] if len(every) > LISTED else []
+    return "\n".join(every[:LISTED] + rest)
+
+
+def path_shares(paths: Sequence[StrongPath]) -> dict[tuple[int, int], float]:
+    """(source, target) of every edge on a path -> share of the strongest path through it."""
+    shares: dict[tuple[int, int], float] = {}
+    for path in reversed(paths):  # the strongest last
+        shares |= dict.fromkeys(itertools.pairwise(path.nodes), path.share)
+    return shares
+
+
+def _links(
+    graph: GraphData, items: Sequence[Item], item_of: np.ndarray, shares: dict[tuple[int, int], float]
+) -> tuple[tuple[Link, ...], int]:
+    """The links that are drawn, and how many edges they stand for."""
+    edges, influence = graph.edges, edge_influence(graph)
+    chosen = np.flatnonzero((item_of[edges.source] >= 0) & (item_of[edges.target] >= 0))
+    source, target = item_of[edges.source[chosen]], item_of[edges.target[chosen]]
+    pairs, link_of = np.unique(source * len(items) + target, return_inverse=True)
+    total = np.bincount(link_of, influence[chosen], minlength=len(pairs))
+    ends = [divmod(pair, len(items)) for pair in pairs.tolist()]
+    kept = [ends[number] for number in _kept(ends, total)]
+    quiet = [pair for pair in kept if pair not in shares]
+    by_pair = dict(zip(ends, range(len(pairs)), strict=True))
+    loud = sorted(shares, key=lambda pair: shares[pair])
+    best = {
+        False: max((total[by_pair[pair]] for pair in quiet), default=0.0) or 1.0,
+        True: max(shares.values(), default=1.0),
+    }
+    members = np.split(chosen[np.argsort(link_of, kind="stable")], np.cumsum(np.bincount(link_of, minlength=1))[:-1])
+    links, n_edges = [], 0
+    for pair in [*reversed(quiet), *loud]:
+        numbers, on_path = members[by_pair[pair]], pair in shares
+        strength = (shares[pair] if on_path else total[by_pair[pair]]) / best[on_path]
+        links.append(
+            _link(graph, pair, numbers[np.argsort(-influence[numbers], kind="stable")], float(strength), on_path)
+        )
+        n_edges += len(numbers)
+    return tuple(links), n_edges
+
+
+def _kept(ends: Sequence[tuple[int, int]], total: np.ndarray) -> list[int]:
+    """Links to draw, the most influential first: `QUIET_LINKS`, and the strongest into and out of every item."""
+    kept, begun, ended = [], set(), set()
+    for rank, number in enumerate(np.argsort(-total, kind="stable").tolist()):
+        source, target = ends[number]
+        if rank < QUIET_LINKS or source not in begun or target not in ended:
+            kept.append(number)
+        begun.add(source)
+        ended.add(target)
+    return kept
+
+
+def _link(graph: GraphData, pair: tuple[int, int], numbers: np.ndarray, strength: float, on_path: bool) -> Link:
+    weight = float(graph.edges.weight[numbers].sum())
+    rows = [None] * len(numbers) if graph.heads is None else graph.heads.rows(numbers)
+    heads = "" if graph.heads is None else head_tag(_sum(row for row in rows if row is not None))
+    lines = (_edge_facts(graph, edge, row) for edge, row in zip(numbers.tolist(), rows, strict=True))
+    return Link(*pair, weight, strength, on_path, heads, _listed(lines))
+
+
+def _edge_facts(graph: GraphData, edge: int, row: EdgeRow | None) -> str:
+    source, target = int(graph.edges.source[edge]), int(graph.edges.target[edge])
+    names = f"{full_name(graph.nodes, source)} → {full_name(graph.nodes, target)}: {graph.edges.weight[edge]:+.4g}"
+    return names if row is None else f"{names} ({row.text()})"
+
+
+def _sum(rows: Iterable[EdgeRow]) -> EdgeRow:
+    """The parts of several edges together."""
+    direct, rest = 0.0, 0.0
+    heads: dict[tuple[int, int], float] = defaultdict(float)
+    for row in rows:
+        direct, rest = direct + row.direct, rest + row.rest
+        for layer, head, weight in row.heads:
+            heads[layer, head] += weight
+    return EdgeRow(
+        direct, rest, sorted(((*name, weight) for name, weight in heads.items()), key=lambda part: -abs(part[2]))
+    )
+
+
+def head_tag(row: EdgeRow) -> str:
+    """`L1H3 L0H2`: at most two heads, the strongest first, each with at least a quarter of the edge's magnitudes."""
+    total = sum(abs(weight) for *_, weight in row.heads) + abs(row.direct) + abs(row.rest)
+    strong = [
+        (layer, head) for layer, head, weight in row.heads[:HEADS_PER_EDGE] if abs(weight) >= LEAST_SHARE * total > 0
+    ]
+    return " ".join(f"L{layer}H{head}" for layer, head in strong)

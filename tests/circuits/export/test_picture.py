@@ -1,0 +1,135 @@
+"""What a picture joins, emphasises and leaves out, against the graph itself."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from circuits import CircuitGraph, NodeKind
+from circuits.export.picture import FEW_TOKENS, QUIET_LINKS, picture_of
+from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.influence import edge_influence
+from circuits.graph.paths import strongest_paths
+
+T, P, E, F, L = NodeKind
+
+
+@given(st.data())
+def test_every_node_and_edge_is_drawn_once_or_counted(draw_circuit, data) -> None:
+    graph = draw_circuit(data)
+    picture = picture_of(graph, max_nodes=data.draw(st.integers(1, 60)))
+    shown = sorted(itertools.chain.from_iterable(item.nodes for item in picture.items))
+    assert len(set(shown)) == len(shown) == picture.n_nodes
+    item_of = {node: number for number, item in enumerate(picture.items) for node in item.nodes}
+    ends = [
+        (item_of.get(s, -1), item_of.get(t, -1)) for t, s in zip(graph.edges.target, graph.edges.source, strict=True)
+    ]
+    links = {(link.source, link.target): link for link in picture.links}
+    assert len(links) == len(picture.links)
+    assert picture.n_edges == sum(pair in links for pair in ends)
+    weights = dict.fromkeys(links, 0.0)
+    for pair, weight in zip(ends, graph.edges.weight.tolist(), strict=True):
+        if pair in links:
+            weights[pair] += weight
+    assert {pair: link.weight for pair, link in links.items()} == pytest.approx(weights)
+    assert all(0 <= link.strength <= 1 + 1e-9 for link in picture.links)
+
+
+@given(st.data())
+def test_paths_are_those_of_the_graph(draw_circuit, data) -> None:
+    graph = draw_circuit(data)
+    picture = picture_of(graph, max_nodes=1)
+    paths = strongest_paths(graph)
+    assert [share for share, _ in picture.paths] == [path.share for path in paths]
+    emphasised = {(link.source, link.target) for link in picture.links if link.on_path}
+    assert emphasised == {pair for _, items in picture.paths for pair in itertools.pairwise(items)}
+    for path, (_, items) in zip(paths, picture.paths, strict=True):
+        assert all(node in picture.items[item].nodes for node, item in zip(path.nodes, items, strict=True))
+        assert all(picture.items[item].on_path for item in items)
+    strongest = [link for link in picture.links if link.on_path and link.strength == pytest.approx(1.0)]
+    assert bool(strongest) == bool(paths)
+
+
+def test_weakest_links_are_left_out_but_every_box_keeps_one(crowd) -> None:
+    graph = crowd(tokens=10, nodes=60, edges=300, layers=range(6), n_layers=6, seed=1)
+    picture = picture_of(graph, max_nodes=80)
+    quiet = [link for link in picture.links if not link.on_path]
+    assert QUIET_LINKS <= len(picture.links) < len(graph.edges)
+    ends = {end for link in picture.links for end in (link.source, link.target)}
+    item_of = {node: number for number, item in enumerate(picture.items) for node in item.nodes}
+    joined = {item_of[node] for node in [*graph.edges.source.tolist(), *graph.edges.target.tolist()]}
+    assert ends == joined
+    influence = edge_influence(graph)
+    assert max(link.strength for link in quiet) == pytest.approx(1.0)
+    strongest = int(np.argmax(influence))
+    pair = item_of[int(graph.edges.source[strongest])], item_of[int(graph.edges.target[strongest])]
+    assert pair in {(link.source, link.target) for link in picture.links}
+
+
+@pytest.fixture
+def stacked(build_graph) -> CircuitGraph:
+    """Three features of one label at one place, a fourth elsewhere, and a position that reads as its token."""
+    feature = {"kind": F, "label": "Texan city", "expanded": True}
+    rows = [{"kind": T, "index": 7, "position": 0, "label": "Dallas"}, {"kind": P, "position": 0}]
+    rows += [feature | {"layer": 0, "index": index, "activation": 1.5} for index in range(3)]
+    rows += [feature | {"layer": 1, "index": 9, "activation": 1.25}]
+    rows += [
+        {
+            "kind": L,
+            "layer": 2,
+            "index": 1,
+            "label": "Austin",
+            "probability": 0.9,
+            "output_weight": 1.0,
+            "expanded": True,
+        }
+    ]
+    into_feature = [(5, 2, 4.0), (5, 3, -1.0), (5, 4, 0.5)]
+    return build_graph(
+        rows, [(2, 0, 1.0), (3, 0, 1.0), (4, 1, 1.0), *into_feature, (6, 5, 2.0), (6, 3, 0.1), (6, 4, 0.1)]
+    )
+
+
+def test_equal_labels_at_one_place_are_a_stack(stacked) -> None:
+    picture = picture_of(stacked, max_nodes=80)
+    assert [(item.text, item.small, item.nodes) for item in picture.items] == [
+        ("Dallas", "", (0, 1)),
+        ("Texan city", "0/0 · 1.5", (2,)),  # on the strongest path, so a box of its own
+        ("Texan city ×2", "0/1, 2", (3, 4)),
+        ("Texan city", "1/9 · 1.2", (5,)),
+        ("Austin", "90 %", (6,)),
+    ]
+    link = next(link for link in picture.links if (link.source, link.target) == (2, 3))
+    assert link.weight == -0.5
+    assert link.tooltip.count("\n") == 1, "both edges are in the tooltip"
+    assert "feature 0/1 at 0 (Texan city) → feature 1/9 at 0 (Texan city): -1" in link.tooltip
+
+
+def test_tooltips_have_the_whole_label_and_its_score(stacked) -> None:
+    facts = {"0/1": {"source": "rule", "f1": 0.875, "text": "Texan city, of any size"}}
+    graph = dataclasses.replace(stacked, metadata={**stacked.metadata, "feature_labels": facts})
+    tooltip = picture_of(graph, max_nodes=80).items[2].tooltip.splitlines()[0]
+    assert tooltip.startswith(
+        "feature 0/1 at 0 (Texan city); Texan city, of any size; F1 0.88; activation 1.5; influence "
+    )
+
+
+def test_heads_of_a_link_are_those_of_its_edges_together(stacked) -> None:
+    heads = np.zeros((len(stacked.edges), 2, 3))
+    heads[:, 1, 2] = 0.6 * stacked.edges.weight
+    heads[:, 0, 1] = 0.2 * stacked.edges.weight
+    graph = dataclasses.replace(stacked, heads=EdgeHeads.from_dense(0.2 * stacked.edges.weight, heads))
+    assert {link.heads for link in picture_of(graph, max_nodes=80).links} == {"L1H2"}
+
+
+def test_lone_tokens_of_a_long_prompt_are_few(build_graph) -> None:
+    rows = [{"kind": T, "index": i, "position": i, "label": f"w{i}"} for i in range(200)]
+    rows.append({"kind": L, "layer": 1, "position": 199, "index": 1, "expanded": True, "output_weight": 1.0})
+    picture = picture_of(build_graph(rows, [(200, i, float(i)) for i in range(1, 200)]), max_nodes=80)
+    tokens = [item.text for item in picture.items if item.kind is T]
+    assert tokens == [f"w{i}" for i in range(200 - len(tokens), 200)]
+    assert len(tokens) <= FEW_TOKENS + 5
+    assert picture.n_nodes == len(tokens) + 1
