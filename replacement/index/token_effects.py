@@ -117,7 +117,7 @@ class FeatureWeights:
 
     def __init__(self, lm: LanguageModel, crosscoder: Crosscoder, *, n_tokens: int = 10) -> None:
         self.n_tokens = whole_number("n_tokens", n_tokens, least=1)
-        self.crosscoder, self.texts = crosscoder, Vocabulary(lm)
+        self.crosscoder, self.vocabulary = crosscoder, Vocabulary(lm)
         self._lm, parts = lm, lm.parts
         one = torch.ones(1, dtype=parts.exact_dtype, device=lm.device)
         layers = range(lm.shape.n_layers)
@@ -133,7 +133,7 @@ class FeatureWeights:
         return [effects for chunk_N in index_N.split(CHUNK) for effects in self._chunk(group, chunk_N)]
 
     def _chunk(self, group: int, index_N: Tensor) -> list[TokenEffects]:
-        vocabulary, n_tokens, n = self.texts, self.n_tokens, len(index_N)
+        vocabulary, n_tokens, n = self.vocabulary, self.n_tokens, len(index_N)
         promoted = suppressed = read = through = [()] * n  # type: list[tuple[TokenWeight, ...]]
         heads: list[tuple[int, int] | None] = [None] * n
         if (written_ND := self._written(group, index_N)) is not None:
@@ -198,7 +198,7 @@ class FeatureWeights:
                 u_ND[rows] = (
                     readings[layer][rows, head] @ self._attention(layer).W_V_XD.unflatten(0, (n_heads, -1))[head]
                 )
-            strongest = self.texts.strongest(self.texts.read(u_ND), self.n_tokens)
+            strongest = self.vocabulary.strongest(self.vocabulary.read(u_ND), self.n_tokens)
             for row, (number, tokens) in enumerate(zip(number_N.tolist(), strongest, strict=True)):
                 if (mean := sum(score for _, score in tokens) / len(tokens)) > mean_N[row]:
                     mean_N[row], best[row] = mean, (tokens, (layers[number // n_heads], number % n_heads))
@@ -208,7 +208,7 @@ class FeatureWeights:
         """Mean square, over the vocabulary, of what is read through every head, `[N, H]`."""
         if layer not in self._moments:
             W_V_HKD = self._attention(layer).W_V_XD.unflatten(0, (self._lm.shape.n_heads, -1))
-            self._moments[layer] = W_V_HKD @ self.texts.second_moment @ W_V_HKD.transpose(1, 2)
+            self._moments[layer] = W_V_HKD @ self.vocabulary.second_moment @ W_V_HKD.transpose(1, 2)
         return torch.einsum("nhk,hkj,nhj->nh", reading_NHK, self._moments[layer], reading_NHK)
 
     def _attention(self, layer: int) -> AttentionWeights:
