@@ -21,6 +21,9 @@ from replacement.console import show as show_page
 if TYPE_CHECKING:
     from replacement.validation.claims import Compared
 
+OTHER_TOOLS = "Files of other tools"
+"""Title of these options in the help."""
+
 app = new_app("Crosscoders, and the replacement model that a crosscoder makes of a language model.")
 
 
@@ -231,14 +234,44 @@ def features(
         ),
     ] = None,
     limit: Annotated[int, typer.Option(help="Most features that a search shows.")] = 20,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT",
+            help="Write all features as feature JSON: `neuronpedia`, or `saedashboard` for its batches.",
+            show_default=False,
+            rich_help_panel=OTHER_TOOLS,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=path_option, help="Folder to export to.", show_default=False, rich_help_panel=OTHER_TOOLS),
+    ] = None,
+    import_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--import",
+            parser=path_option,
+            help="Take the explanations in Neuronpedia's feature JSON, a file or folder, as people's labels.",
+            show_default=False,
+            rich_help_panel=OTHER_TOOLS,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show features of an index: labels, activations, tokens and examples; or search for them."""
+    """Show features of an index: labels, activations, tokens and examples; search for them; write them for other tools."""
+    from replacement.index.formats.exchange import exchange
     from replacement.index.showing import file_of, is_feature, show_or_search
 
     given = list(names or [])
-    file = DEMO if not given or is_feature(given[0]) else given.pop(0)
-    page, facts = show_or_search(file_of(file), given, search, limit)
+    file = file_of(DEMO if not given or is_feature(given[0]) else given.pop(0))
+    if export is None and out is None and import_from is None:
+        page, facts = show_or_search(file, given, search, limit)
+    elif given or search is not None:
+        raise ValueError("expected features or --search, or --export and --import, given both")
+    else:
+        facts = exchange(file, export=export, out=out, import_from=import_from)
+        page = section("Feature index", pairs(facts.items()))
     if as_json:
         show_json(facts)
     else:

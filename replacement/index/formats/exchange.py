@@ -15,6 +15,18 @@ NAME = "crosstrace"
 """Of the set of features in files that are written."""
 
 
+def exchange(file: Path, *, export: str | None, out: Path | None, import_from: Path | None) -> dict[str, Any]:
+    """Import labels, then export, whichever is asked for; returns facts to show.
+
+    Raises:
+        ValueError: a layout without a folder or a folder without a layout; as `import_labels` and `export_index`.
+    """
+    if (export is None) != (out is None):
+        raise ValueError("export: expected --export LAYOUT with --out FOLDER, given one of them")
+    facts = {} if import_from is None else import_labels(file, import_from)
+    return facts if export is None or out is None else facts | export_index(file, out, layout=export)
+
+
 def export_index(file: Path, folder: Path, *, layout: str) -> dict[str, Any]:
     """Write every feature of an index in a layout of `formats.LAYOUTS`; returns facts to show.
 
@@ -43,4 +55,4 @@ def import_labels(file: Path, source: Path) -> dict[str, Any]:
                 if label.source != "rule" and label.text.strip() and label.text != UNCLEAR:
                     index.add_person_label(record.layer, record.index, label.text)
                     stored += 1
-    return {"labels": stored, "file": str(file)}
+    return {"labels": stored, "index": str(file)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from replacement.cli import main
 from replacement.index import formats
 from replacement.index.formats.exchange import export_index, import_labels
 from replacement.index.records import UNCLEAR, Label
@@ -57,7 +58,7 @@ def test_explanations_become_peoples_labels(file: Path, tmp_path: Path) -> None:
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     first["explanations"] = [{"description": "states", "explanationModelName": "gpt-4o-mini"}, {"description": " "}]
     path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
-    assert import_labels(file, tmp_path / "out") == {"labels": 1, "file": str(file)}
+    assert import_labels(file, tmp_path / "out") == {"labels": 1, "index": str(file)}
     with FeatureIndex.open(file) as index:
         assert index.label(0, 0) == Label("states", "person")
         assert index.label(0, 1) == Label("cities", "rule", "cities", 0.9, 0.8, 0.85)
@@ -72,3 +73,28 @@ def test_mistakes_are_named_before_any_work(file: Path, tmp_path: Path) -> None:
         export_index(tmp_path / "nothing", tmp_path / "out", layout="csv")
     with pytest.raises(ValueError, match="does not exist: expected a feature index"):
         export_index(tmp_path / "nothing", tmp_path / "out", layout="neuronpedia")
+
+
+def test_the_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        code = main(["features", *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    export = ("--export", "neuronpedia", "--out", str(tmp_path / "out"))
+    code, text = run(str(file), *export, "--json")
+    assert (code, json.loads(text)["features"]) == (0, 4)
+    feature = json.loads((tmp_path / "out" / "0-crosstrace.jsonl").read_text().splitlines()[0])
+    path = tmp_path / "explained.json"
+    path.write_text(json.dumps({**feature, "explanations": [{"description": "x"}]}))
+    code, text = run(str(file), "--import", str(path), "--json")
+    assert (code, json.loads(text)) == (0, {"labels": 1, "index": str(file)})
+    for arguments, message in (
+        ((str(file), "0/1", *export), "error: expected features or --search, or --export and --import, given both"),
+        ((str(file), "--export", "neuronpedia"), "error: export: expected --export LAYOUT with --out FOLDER"),
+        ((str(file), *export), "would be lost"),
+        ((str(file), "--import", str(tmp_path / "nothing")), "nothing does not exist: expected feature JSON"),
+    ):
+        code, text = run(*arguments)
+        assert code == 2
+        assert message in text.replace("\n", " ")
