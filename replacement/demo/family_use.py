@@ -6,6 +6,7 @@ token, the place of the family.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from replacement.splicing.intervention import Intervention
 from replacement.splicing.replacement_model import ReplacementModel
 
 N_SWAPS, N_ABLATIONS = 40, 200
+SMALLEST = 1e-9
+"""Probability below which log odds are not told apart."""
 _SEED = 14
 _PROMPTS_AT_ONCE = 128
 
@@ -41,7 +44,7 @@ def next_token_probabilities(model: ReplacementModel, changes: Sequence[Change])
     lm, crosscoder = model.language_model, model.crosscoder
     cases = [change.case for change in changes]
     positions = case_positions(model, cases)
-    p_BV = torch.zeros(len(cases), lm.vocabulary_size)
+    p_BV = torch.zeros(len(cases), lm.vocabulary_size, dtype=torch.float64)
     rows = token_rows(lm.tokenizer, [case.prompt for case in cases])
     for numbers, tokens_BT in batches_by_length(rows, _PROMPTS_AT_ONCE):
         interventions = [
@@ -56,7 +59,7 @@ def next_token_probabilities(model: ReplacementModel, changes: Sequence[Change])
         run = CleanRun(lm, {"mlp": crosscoder}, tokens_BT.to(lm.device)).run(
             Conditions(errors="drop", mlps="original"), {"mlp": change}
         )
-        p_BV[numbers] = run.logits_BTV[:, -1].float().softmax(-1).cpu()
+        p_BV[numbers] = run.logits_BTV[:, -1].double().softmax(-1).cpu()
     return p_BV
 
 
@@ -111,7 +114,10 @@ class FamilyUse:
         }
 
     def ablations(self) -> dict[str, Any]:
-        """What ablating the concept's features costs, and what as many other active features of the same token cost."""
+        """What ablating the concept's features costs, and what as many other active features of the same token cost.
+
+        Log odds, `log(p / (1 - p))` in nats, show what an answer near certainty loses.
+        """
         numbers = [number for number in self._right if self._cases[number].concept != NO_CONCEPT][:N_ABLATIONS]
         rng = np.random.default_rng(_SEED)
         none, of_family, control = [], [], []
@@ -126,21 +132,23 @@ class FamilyUse:
             control.append(Change(case, dict.fromkeys(drawn, 0.0)))
         facts: dict[str, Any] = {"probes": len(numbers)}
         for name, changes in (("none", none), ("family", of_family), ("control", control)):
-            right, probability = self._answered(changes)
-            facts |= {f"right_{name}": right, f"probability_{name}": probability}
+            facts |= {f"{fact}_{name}": value for fact, value in self._answered(changes).items()}
         facts["features"] = fmean(len(change.activation) for change in of_family) if of_family else None
         return facts
 
-    def _answered(self, changes: Sequence[Change]) -> tuple[float | None, float | None]:
-        """Share of cases still answered rightly, and mean probability of the right answers."""
-        if not changes:
-            return None, None
-        right, probability = [], []
-        for change, p_V in zip(changes, next_token_probabilities(self.model, changes), strict=True):
+    def _answered(self, changes: Sequence[Change]) -> dict[str, float | None]:
+        """Share of cases still answered rightly, and means of the right answers' probability and its log odds."""
+        right: list[float] = []
+        probability: list[float] = []
+        log_odds: list[float] = []
+        for change, p_V in zip(changes, next_token_probabilities(self.model, changes), strict=True) if changes else ():
             answers = self._answers(change.case, change.case.concept)
+            p = float(p_V[answers].sum())
             right.append(int(p_V.argmax()) in answers)
-            probability.append(float(p_V[answers].sum()))
-        return fmean(right), fmean(probability)
+            probability.append(p)
+            log_odds.append(math.log(max(p, SMALLEST) / max(1 - p, SMALLEST)))
+        columns = {"right": right, "probability": probability, "log_odds": log_odds}
+        return {name: fmean(values) if values else None for name, values in columns.items()}
 
     def _is_known(self, concept: str) -> bool:
         return concept == NO_CONCEPT or concept in self.chosen.best

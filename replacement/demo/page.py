@@ -61,7 +61,18 @@ def _example(features: dict[str, dict[str, Any]]) -> str:
 
 
 def _use(rows: list[dict[str, Any]]) -> Table:
-    heads = ("family", "swaps", "one feature", "all >= 0.9", "ablations", "p before", "p ablated", "p of control")
+    heads = (
+        "family",
+        "swaps",
+        "one feature",
+        "all >= 0.9",
+        "ablated",
+        "p before",
+        "after",
+        "control",
+        "log odds fall",
+        "control",
+    )
     cells = (
         (
             row["name"],
@@ -69,10 +80,16 @@ def _use(rows: list[dict[str, Any]]) -> Table:
             *(_number(row["swaps"][name]) for name in ("best_feature", "good_features")),
             row["ablations"]["probes"],
             *(_number(row["ablations"][f"probability_{name}"]) for name in ("none", "family", "control")),
+            *(_fall(row["ablations"], name) for name in ("family", "control")),
         )
         for row in rows
     )
-    return table(*heads, rows=cells)
+    return table(*heads, "log odds fall", "control", rows=cells)
+
+
+def _fall(ablations: dict[str, Any], name: str) -> str:
+    before, after = ablations["log_odds_none"], ablations[f"log_odds_{name}"]
+    return _number(None if before is None or after is None else before - after, 2)
 
 
 def _fidelity(fidelity: dict[str, Any]) -> Table:

@@ -81,6 +81,8 @@ def test_ablations_remove_the_answer_and_the_control_does_not(model: Replacement
     assert facts["features"] == facts["right_family"] == 0.5
     assert facts["right_none"] == facts["right_control"] == 1.0
     assert facts["probability_family"] < 0.51
+    assert facts["log_odds_family"] < facts["log_odds_none"] - 5
+    assert facts["log_odds_control"] == pytest.approx(facts["log_odds_none"], abs=1e-2)
     assert facts["probability_control"] == pytest.approx(facts["probability_none"], abs=1e-6)
 
 
@@ -89,7 +91,7 @@ def test_without_changes_the_model_answers_as_it_is(model: ReplacementModel) -> 
     p_BV = next_token_probabilities(model, [Change(case, {}) for case in asked])
     for case, p_V in zip(asked, p_BV, strict=True):
         expected = model.language_model(model.language_model.tokenize(case.prompt))[-1].softmax(-1)
-        torch.testing.assert_close(p_V, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(p_V, expected.double(), rtol=0, atol=1e-5)
 
 
 def test_a_case_without_concept_is_swapped_but_not_ablated(model: ReplacementModel) -> None:
