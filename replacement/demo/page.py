@@ -61,18 +61,8 @@ def _example(features: dict[str, dict[str, Any]]) -> str:
 
 
 def _use(rows: list[dict[str, Any]]) -> Table:
-    heads = (
-        "family",
-        "swaps",
-        "one feature",
-        "all >= 0.9",
-        "ablated",
-        "p before",
-        "after",
-        "control",
-        "log odds fall",
-        "control",
-    )
+    changes = ("swaps", "one feature", "all >= 0.9", "ablated")
+    results = ("p before", "after", "control", "log odds fall", "control")
     cells = (
         (
             row["name"],
@@ -84,7 +74,7 @@ def _use(rows: list[dict[str, Any]]) -> Table:
         )
         for row in rows
     )
-    return table(*heads, "log odds fall", "control", rows=cells)
+    return table("family", *changes, *results, rows=cells)
 
 
 def _fall(ablations: dict[str, Any], name: str) -> str:
