@@ -15,6 +15,7 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.paths import average_path_length, describe_path, strongest_path
 from circuits.graph.text import printable
 from replacement.console import pairs, section, table
+from replacement.token_texts import visible
 
 
 def summary(graph: CircuitGraph, circuit: CircuitGraph, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _tokens(facts: Mapping[str, Any]) -> list[RenderableType]:
     if likely:
         position = targets[0].get("position") if targets else None
         inside = position is not None and position + 1 < len(tokens)
-        title = f"Token after position {position} ({printable(tokens[position])})" if inside else "Next token"
+        title = f"Token after position {position} ({visible(tokens[position])})" if inside else "Next token"
         parts.append(section(title, _likely(likely)))
     if targets and not {target.get("token") for target in targets} <= {token.get("token") for token in likely}:
         parts.append(section("Targets", _likely(targets)))
@@ -74,7 +75,7 @@ def _tokens(facts: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _likely(tokens: list[dict[str, Any]]) -> Table:
-    chances = ((repr(fact.get("token", "")), fact.get("probability")) for fact in tokens)
+    chances = ((visible(fact.get("token") or ""), fact.get("probability")) for fact in tokens)
     return pairs([(token, f"{100 * chance:5.1f} %" if chance else "") for token, chance in chances], width=12)
 
 

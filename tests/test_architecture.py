@@ -25,6 +25,7 @@ _SHARED = [
     "replacement.allocator",
     "replacement.start",
     "replacement.threads",
+    "replacement.token_texts",
 ]
 _LIBRARY = [
     "replacement.crosscoder",
@@ -44,7 +45,7 @@ ROOMS["replacement"] = {*_SHARED, *_LIBRARY}
 _REPLACEMENT = {*_SHARED, *_LIBRARY, *_COMMANDS}
 ROOMS |= {
     "circuits.graph": {*_SHARED, "replacement.splicing"},
-    "circuits.export": {"replacement.number_checks", "circuits.graph"},
+    "circuits.export": {"replacement.number_checks", "replacement.token_texts", "circuits.graph"},
     "circuits.attribution": {"circuits.graph", *_REPLACEMENT},
     "circuits.heads": {"circuits.graph", "circuits.attribution", *_REPLACEMENT},
     "circuits.validation": {"circuits.graph", "circuits.attribution", "circuits.heads", *_REPLACEMENT},
@@ -59,6 +60,7 @@ PURE_MODULES = (
     "circuits.heads.qk_result",
     "replacement.start",
     "replacement.console",
+    "replacement.token_texts",
 )
 
 

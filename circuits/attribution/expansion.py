@@ -24,6 +24,7 @@ from circuits.attribution.readers import head_reads, logit_reads, reading_sizes,
 from circuits.attribution.targets import LogitTarget
 from circuits.graph.edges import RowBlock
 from replacement import Decomposition, LocalReplacement
+from replacement.token_texts import visible
 
 FIRST_ROUND = 128
 """Features expanded in the first round; every further round doubles, so early rounds stay selective and late ones
@@ -227,7 +228,7 @@ class Attributor:
     def _name(self, node: int) -> str:
         """Readable name of a node that has a row: of a feature or a logit target."""
         if node >= self.columns.n_columns:
-            return f'output "{self.logits[node - self.columns.n_columns].label.strip()}"'
+            return f'output "{visible(self.logits[node - self.columns.n_columns].label)}"'
         table = source_table(self.local)
         part, layer, index, position = (int(table[name][node]) for name in ("part", "layer", "index", "position"))
         return f"{'attention ' if part else ''}feature {layer}/{index} at {position}"

@@ -37,6 +37,7 @@ from replacement.index.token_effects import CHUNK, Vocabulary
 from replacement.loading import DEMO, crosscoder_folder
 from replacement.number_checks import whole_number
 from replacement.splicing.skip import read_depth
+from replacement.token_texts import visible
 
 WORDS = 3
 """Tokens on each side of a hint, where there is room for them."""
@@ -140,15 +141,15 @@ def node_labels(
         shown: bool[N], features that get a label; all by default. The labels of the others are empty.
     """
     local = made.local
-    strings = made.model.language_model.token_strings(local.frozen.tokens_T.tolist())
+    strings = made.model.language_model.prompt_strings(local.frozen.tokens_T.tolist())
     label = np.full(len(kept), "", dtype=object)
     of_kind = {kind: np.flatnonzero(columns["kind"] == kind) for kind in NodeKind}
-    label[of_kind[NodeKind.TOKEN]] = [text.strip() or repr(text) for text in strings]
+    label[of_kind[NodeKind.TOKEN]] = list(map(visible, strings))
     label[of_kind[NodeKind.POSITION]] = [f"position {t}" for t in columns["position"][of_kind[NodeKind.POSITION]]]
     errors = of_kind[NodeKind.ERROR]
     parts = ["attention error" if part else "error" for part in columns["part"][errors]]
     label[errors] = [f"{part} in layer {layer}" for part, layer in zip(parts, columns["layer"][errors], strict=True)]
-    label[of_kind[NodeKind.LOGIT]] = [logit.label.strip() or repr(logit.label) for logit in logits]
+    label[of_kind[NodeKind.LOGIT]] = [visible(logit.label) for logit in logits]
     first = int(errors[-1]) + 1  # features follow errors
     for part in local.decompositions:
         here = slice(first, first + len(part.features))

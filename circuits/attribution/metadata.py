@@ -25,7 +25,7 @@ def trace_facts(
     lm, token_ids = model.language_model, local.frozen.tokens_T.tolist()
     targets = _target_facts(logits, roots, local)
     return {
-        "tokens": lm.token_strings(token_ids),
+        "tokens": lm.prompt_strings(token_ids),
         "token_ids": token_ids,
         "model": lm.name,
         "model_fingerprint": lm.fingerprint,

@@ -18,6 +18,7 @@ from circuits.graph.text import parse_feature_name
 from replacement import LanguageModel, LocalReplacement, ReplacementModel
 from replacement.number_checks import integer
 from replacement.splicing.intervention import PARTS
+from replacement.token_texts import visible
 
 TOP_PROBABILITY = 0.95
 TOP_LOGITS = 10
@@ -183,7 +184,7 @@ def resolve_logit(target: TokenTarget | DifferenceTarget, local: LocalReplacemen
             raise ValueError(f"a difference needs two different tokens, got {target.plus!r} twice")
         (read_D, bias), (other_D, minus_bias) = local.unembedding.token(token), local.unembedding.token(minus)
         value, bias = logits_V[token] - logits_V[minus], bias - minus_bias
-        label, probability = " − ".join(text.strip() for text in lm.token_strings([token, minus])), 0.0
+        label, probability = " − ".join(map(visible, lm.token_strings([token, minus]))), 0.0
         token, pair = -1, (token, minus)
     return LogitTarget(read_D - other_D, float(value), float(bias), position, token, label, probability, pair)
 

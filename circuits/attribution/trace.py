@@ -123,7 +123,7 @@ def trace(
         labels = FeatureLabels(model, local, indexes)
         nodes, edges = _assemble(labels, logits, rows, output, columns)
     metadata = {
-        "prompt": prompt if isinstance(prompt, str) else "".join(lm.token_strings(tokens_T.tolist())),
+        "prompt": prompt if isinstance(prompt, str) else "".join(lm.prompt_strings(tokens_T.tolist())),
         **trace_facts(model, local, logits, roots, rows),
         "coverage": float(coverage),
         FEATURE_LABELS: labels.facts,

@@ -27,6 +27,7 @@ from circuits.graph.influence import node_influence
 from circuits.graph.neuronpedia_schema import EMBEDDING, ERROR, FEATURE, LOGIT, QK_RESULTS, VERSION, cantor_pair
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import printable, slug
+from replacement.token_texts import visible
 
 _LINKS_AT_ONCE = 4096
 
@@ -115,7 +116,7 @@ def _node(graph: GraphData, row: int, name: str, influence: float) -> dict[str, 
         "run_idx": 0,
         "reverse_ctx_idx": 0,
         "jsNodeId": f"{name.rpartition('_')[0]}-{position}",
-        "clerp": printable(str(graph.metadata["tokens"][position])) if kind < NodeKind.ERROR else label,
+        "clerp": visible(str(graph.metadata["tokens"][position])) if kind < NodeKind.ERROR else label,
         # Front ends hide nodes above a threshold; targets are roots, not ranked, and always shown.
         "influence": None if nodes.is_target[row] else influence,
         "activation": None,

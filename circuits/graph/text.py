@@ -6,16 +6,16 @@ import re
 import unicodedata
 
 from circuits.graph.nodes import NodeKind, NodeTable
+from replacement.token_texts import MARKS, visible
 
 _FEATURE = re.compile(r"(?:(feature|attention):)?(\d{1,40})/(\d{1,40})(?:@(-?\d{1,40}))?")
-_VISIBLE = {"\n": "↵", "\r": "↵", "\t": "⇥"}
 _UNPRINTABLE = {"Cc", "Cs", "Cn", "Co"}
 _REORDERING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # would turn text around them
 
 
 def printable(text: str) -> str:
     """Text for XML, DOT and screens: line ends and tabs as symbols, without other control characters or surrogates."""
-    shown = (_VISIBLE.get(character, character) for character in text if character not in _REORDERING)
+    shown = (MARKS.get(character, character) for character in text if character not in _REORDERING)
     return "".join(character for character in shown if unicodedata.category(character) not in _UNPRINTABLE)
 
 
@@ -46,11 +46,6 @@ def parse_feature_name(text: str) -> tuple[str, int, int, int]:
     return "attention" if prefix == "attention" else "mlp", int(layer), int(index), int(position or -1)
 
 
-def token_text(text: str) -> str:
-    """A token without its leading space, or a visible blank where nothing else is left."""
-    return printable(text).strip() or "␣"
-
-
 def short_name(nodes: NodeTable, row: int) -> str:
     """What fits on a node: a token's text, a feature's label or else its index."""
     kind, label = NodeKind(int(nodes.kind[row])), nodes.label[row]
@@ -60,7 +55,7 @@ def short_name(nodes: NodeTable, row: int) -> str:
         return f"pos {nodes.position[row]}"
     if kind is NodeKind.ERROR:
         return "error"
-    return token_text(label) if label else f"token {nodes.index[row]}"
+    return visible(label) if label else f"token {nodes.index[row]}"
 
 
 def full_name(nodes: NodeTable, row: int) -> str:
@@ -76,5 +71,5 @@ def full_name(nodes: NodeTable, row: int) -> str:
         return f"{part}error of layer {layer} at {position}"
     if kind is NodeKind.LOGIT:
         chance = f" (p={nodes.probability[row]:.3f})" if nodes.probability[row] > 0 else ""
-        return f'output "{label}"{chance}' if label else f"output {index}{chance}"
-    return f'token "{label}" at {position}' if label else f"token {index} at {position}"
+        return f'output "{visible(nodes.label[row])}"{chance}' if label else f"output {index}{chance}"
+    return f'token "{visible(nodes.label[row])}" at {position}' if label else f"token {index} at {position}"

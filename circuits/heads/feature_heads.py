@@ -98,7 +98,7 @@ def head_view(model: ReplacementModel, prompt: Prompt, feature: FeatureTarget | 
         local = model.localize(lm.tokens(prompt))
         number = active_feature(target, local)
         part = local.decompositions[PARTS.index(target.part)]
-        tokens = tuple(lm.token_strings(local.frozen.tokens_T.tolist()))
+        tokens = tuple(lm.prompt_strings(local.frozen.tokens_T.tolist()))
         return HeadViews(local, tokens).of(part, number - (len(local.features) if target.part == "attention" else 0))
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuits.graph.text import shorten, token_text
+from circuits.graph.text import shorten
 from replacement.files import check_file, checked_path, write_atomic
+from replacement.token_texts import visible
 
 if TYPE_CHECKING:
     from circuits.heads.feature_heads import HeadView
@@ -58,7 +59,7 @@ def plot_heads(view: HeadView, path: str | os.PathLike[str]) -> Path:
         axes.set_yticks(range(len(rows)), rows)
         kind = Path(path).suffix.lower().lstrip(".")
         drawn = drawable if kind == "png" else str
-        columns = [f"{shorten(drawn(token_text(view.tokens[t])), 14)} {t}" for t in positions]
+        columns = [f"{shorten(drawn(visible(view.tokens[t])), 14)} {t}" for t in positions]
         for label in axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor"):
             label.label1.set_parse_math(False)  # a token may hold dollar signs
         axes.set_title(drawn(_title(view, hidden)), loc="left", fontsize=9, parse_math=False)
@@ -104,7 +105,7 @@ def _shown(view: HeadView) -> tuple[list[tuple[int, int]], list[int]]:
 def _title(view: HeadView, hidden: float) -> str:
     feature = view.feature
     name = f"{'attention ' if feature.part == 'attention' else ''}feature {feature.layer}/{feature.index}"
-    token = shorten(token_text(view.tokens[feature.position]), 20)
+    token = shorten(visible(view.tokens[feature.position]), 20)
     parts = f"heads {view.heads_LH.sum():+.3g}, direct {view.direct:+.3g}, bias {view.bias:+.3g}"
     left_out = f"; {100 * hidden:.1g} % of the heads not drawn" if hidden > 1e-6 else ""
     numbers = f"pre-activation {view.pre_activation:.3g}, threshold {view.threshold:.3g}"

@@ -18,6 +18,7 @@ from circuits.graph.nodes import NodeKind
 from circuits.graph.text import full_name, printable
 from circuits.heads.heat_map import plot_heads
 from replacement import console
+from replacement.token_texts import visible
 
 if TYPE_CHECKING:
     from replacement import ReplacementModel
@@ -205,7 +206,7 @@ def feature_facts(
 def feature_page(facts: Facts) -> Group:
     """One feature: players, their contributions and credits."""
     title = (
-        f'feature {facts["feature"]} "{printable(facts["token"]).strip()}": activation {facts["activation"]:.4g} = '
+        f'feature {facts["feature"]} "{visible(facts["token"])}": activation {facts["activation"]:.4g} = '
         f"f({facts['pre_activation']:.4g}), threshold {facts['threshold']:.4g}"
     )
     rows = [(*_player(_name(head), head), _percent(head["encoder_share"])) for head in facts["heads"]]
@@ -240,13 +241,13 @@ def attends_facts(model: ReplacementModel, graph: CircuitGraph, place: Mapping[s
     from circuits.heads.qk_attribution import attribute_score
 
     score = attribute_score(model, traced_tokens(model, graph), **place, contrast="mean")
-    tokens = model.language_model.token_strings(graph.metadata["token_ids"])
+    tokens = model.language_model.prompt_strings(graph.metadata["token_ids"])
     return {"query_token": tokens[score.query], "key_token": tokens[score.key], **score.to_json(top)}
 
 
 def attends_page(facts: Facts) -> Group:
     """One score: its pairs, and the nodes of each side."""
-    query, key = (f'"{printable(facts[f"{side}_token"]).strip()}" at {facts[side]}' for side in ("query", "key"))
+    query, key = (f'"{visible(facts[f"{side}_token"])}" at {facts[side]}' for side in ("query", "key"))
     numbers = (
         f"pattern {facts['pattern']:.4f}, score {facts['score']:+.4f}, "
         f"above the mean of the other visible keys by {facts['value']:+.4f}"

@@ -21,6 +21,7 @@ from replacement.language_model.bridge_parts import BridgeParts, NamedHook
 from replacement.language_model.fingerprint import model_fingerprint
 from replacement.language_model.freezing import FrozenPrompt, freeze, freeze_query_key
 from replacement.language_model.queries_and_keys import FrozenQueryKey
+from replacement.token_texts import alone, in_a_row, token_bytes
 
 Hook = Callable[[Tensor], Tensor | None]
 """Receives the activation `[B, T, D]` at a site; returns its replacement, or None to leave it."""
@@ -209,10 +210,21 @@ class LanguageModel:
         raise ValueError(f"{reprlib.repr(text)} is not a single token of {self.name}'s vocabulary")
 
     def token_strings(self, token_ids: Iterable[int]) -> list[str]:
-        """Readable text of each token; `#id` for a model without a tokenizer."""
+        """Text of each token alone, with the space it begins with; `#id` for a model without a tokenizer.
+
+        Bytes that are no whole character are written `<E2>`; `replacement.token_texts.visible` shows spaces and line ends too.
+        """
+        return alone(self._token_bytes(token_ids))
+
+    def prompt_strings(self, token_ids: Iterable[int]) -> list[str]:
+        """Text of each token of a prompt: as `token_strings`, but a character made of several tokens is the last one's text."""
+        return in_a_row(self._token_bytes(token_ids))
+
+    def _token_bytes(self, token_ids: Iterable[int]) -> list[bytes]:
+        numbers = [int(token) for token in token_ids]
         if self.tokenizer is None:
-            return [f"#{int(token)}" for token in token_ids]
-        return [str(self.tokenizer.decode([int(token)])) for token in token_ids]
+            return [f"#{token}".encode() for token in numbers]
+        return token_bytes(self.tokenizer, numbers)
 
     @property
     def vocabulary_size(self) -> int:

@@ -165,7 +165,7 @@ class WorstTokens:
         """Plain JSON values, the largest KL first, the earliest token first among equal ones."""
         rows = []
         for facts in self._worst:
-            words = lm.token_strings(facts["ids"])
+            words = lm.prompt_strings(facts["ids"])
             row = {name: value for name, value in facts.items() if name != "ids"}
             row |= {"before": words[:-1], "token": words[-1]}
             for name in ("next", "original", "replacement"):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from replacement.token_texts import visible
 from replacement.validation.protocols import ERRORS_KEPT, PROPAGATED
 
 Facts = dict[str, Any]
@@ -44,12 +45,8 @@ one_decimal = _writer("{:,.1f}")
 percent = _writer("{:.1f} %", factor=100.0)
 
 
-def visible(text: Any) -> str:
-    """A token as it can be shown: white space and control characters made visible, nothing else changed."""
-    if text is None:
-        return MISSING
-    shown = str(text).replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in shown)
+def _token(text: Any) -> str:
+    return MISSING if text is None else visible(str(text))
 
 
 # Tables ------------------------------------------------------------------------------------------------------------------
@@ -241,11 +238,11 @@ def _compute(facts: Facts) -> Table:
 
 def _worst(facts: Facts) -> Table:
     columns: list[Column] = [
-        ("before", lambda row: " ".join(map(visible, row["before"]))),
-        ("token", lambda row: visible(row["token"])),
-        ("next", lambda row: visible(row["next"])),
-        ("original says", lambda row: visible(row["original"])),
-        ("replacement says", lambda row: visible(row["replacement"])),
+        ("before", lambda row: " ".join(map(_token, row["before"]))),
+        ("token", lambda row: _token(row["token"])),
+        ("next", lambda row: _token(row["next"])),
+        ("original says", lambda row: _token(row["original"])),
+        ("replacement says", lambda row: _token(row["replacement"])),
         ("p of original", lambda row: share(row["original_probability"])),
         ("KL, nats", lambda row: nats(row["kl"])),
     ]

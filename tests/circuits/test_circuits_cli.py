@@ -98,7 +98,7 @@ def test_trace_writes_every_file(tracer, tmp_path, capsys, small) -> None:
         }
     ]
     printed = capsys.readouterr().out
-    for text in ("replacement", "completeness", "Strongest path", "' x'", "60.0 %", "graph.safetensors", "1.0e-06"):
+    for text in ("replacement", "completeness", "Strongest path", "␣x", "60.0 %", "graph.safetensors", "1.0e-06"):
         assert text in printed
     assert "a library greets" not in printed
 

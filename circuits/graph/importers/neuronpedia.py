@@ -42,6 +42,7 @@ from circuits.graph.nodes import COLUMNS, NodeKind, NodeTable, Part
 from circuits.graph.storage import Parts
 from circuits.graph.text import shorten
 from replacement.files import read_text
+from replacement.token_texts import visible
 
 FORMAT = "Neuronpedia graph JSON"
 _TYPES = {
@@ -142,7 +143,7 @@ def _row(node: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
         raise ValueError(f"expected ctx_idx of node {name} below the {len(tokens)} tokens, given {row['position']}")
     if kind is NodeKind.TOKEN:
         match = _TOKEN_ID.fullmatch(name)
-        return row | {"index": int(match[1]) if match else -1, "label": tokens[row["position"]]}
+        return row | {"index": int(match[1]) if match else -1, "label": visible(tokens[row["position"]])}
     row["layer"] = _whole(node, "layer")
     if kind is NodeKind.LOGIT:
         match = _OUTPUT.fullmatch(clerp)

@@ -161,7 +161,7 @@ def test_a_published_graph_is_read(read) -> None:
     graph = read(published())
     nodes = graph.nodes
     assert nodes.ids() == ("E_2_0", "E_464_1", "1_-1_1", "2_-1_1", "0_7_1", "1_3_1", "4_9_1", "4_8_1")
-    assert nodes.label == ("<s>", " a", "", "", "", "second", " x", 'q"t')
+    assert nodes.label == ("<s>", "␣a", "", "", "", "second", " x", 'q"t')
     np.testing.assert_allclose(nodes.activation, [0, 0, 0, 0, 2.5, 1.5, 0, 0])
     np.testing.assert_allclose(nodes.probability, [0, 0, 0, 0, 0, 0, 0.6, 0.2])
     np.testing.assert_allclose(nodes.output_weight, [0, 0, 0, 0, 0, 0, 0.75, 0.25], atol=1e-7)

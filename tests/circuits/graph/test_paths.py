@@ -60,9 +60,9 @@ def test_average_path_length_is_the_expected_number_of_steps(draw_circuit, to_sh
 def test_small_graph_in_words(small) -> None:
     path = strongest_path(small)
     assert small.nodes.ids()[path[0]] == "E_12_1"  # b -> x is 1/4; a -> second -> x is 1/4 * 3/4
-    assert describe_path(small, path) == 'token "b" at 1 —(−)→ output " x" (p=0.600)'
+    assert describe_path(small, path) == 'token "b" at 1 —(−)→ output "␣x" (p=0.600)'
     assert describe_path(small, (0, 5, 6)) == (
-        'token "a" at 0 —(+)→ feature 1/3 at 1 (second) —(+)→ output " x" (p=0.600)'
+        'token "a" at 0 —(+)→ feature 1/3 at 1 (second) —(+)→ output "␣x" (p=0.600)'
     )
 
 

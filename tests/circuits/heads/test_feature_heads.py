@@ -282,7 +282,7 @@ def view(language_model: Any) -> HeadView:
 def test_pictures(view: HeadView, tmp_path: Path) -> None:
     svg = plot_heads(view, tmp_path / "new" / "view.svg").read_text()
     ElementTree.fromstring(svg)
-    for text in (">$a 0<", ">b$ 1<", "↵ 3<", "a_b^c 4<", "feature 2/", "to the pre-activation", "L2H"):
+    for text in (">$a 0<", ">␣b$ 1<", "⏎ 3<", "a_b^c 4<", "feature 2/", "to the pre-activation", "L2H"):
         assert text in svg
     assert plot_heads(view, tmp_path / "again.svg").read_text() == svg
     assert plot_heads(view, tmp_path / "view.PNG").read_bytes().startswith(b"\x89PNG")
@@ -299,10 +299,10 @@ def test_characters_that_fonts_lack(language_model: Any, tmp_path: Path) -> None
     view = HeadViews(local, tokens).of(local.mlp, number)
     svg = plot_heads(view, tmp_path / "view.svg").read_text(encoding="utf-8")
     ElementTree.fromstring(svg)
-    for text in (">こ 0<", ">ab 1<", ">␣ 2<", ">漢 5<"):
+    for text in (">こ 0<", ">a&lt;U+0000&gt;b 1<", ">&lt;U+D800&gt; 2<", ">漢 5<"):
         assert text in svg
     assert plot_heads(view, tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
-    assert drawable("aこ\nß␣ 漢\U000e0001↵…") == "a□\nß␣ □↵…"
+    assert drawable("aこ\nß␣ 漢\U000e0001⏎…") == "a□\nß␣ □⏎…"
 
 
 def test_picture_of_a_feature_below_all_heads(language_model: Any, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_text_of_models_and_users_is_escaped(tiny_run: dict[str, str], tmp_path:
     seen = Page(page)
     assert seen.text.count(EVIL) >= 8
     assert "\x1b" not in page
-    assert "\\x1b[2J ⏎" in seen.text
+    assert "<U+001B>[2J ⏎" in seen.text
 
 
 def test_a_full_disk_leaves_no_part_of_a_report(
