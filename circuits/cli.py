@@ -16,12 +16,13 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.exporters import exporter, file_formats
 from circuits.graph.pruning import check_threshold
 from circuits.heads.command import heads as heads_command
-from circuits.report import page
+from circuits.report import page, summary
 from circuits.trace_command import EdgeThreshold, NodeThreshold
 from circuits.trace_command import trace as trace_command
 from circuits.validation.command import validate as validate_command
-from replacement.command_line import new_app, path_option, run
+from replacement.command_line import AsJson, new_app, path_option, run
 from replacement.console import show as show_page
+from replacement.console import show_json
 from replacement.files import check_file
 
 app = new_app("Trace circuits in a language model, and prune, export or show them.")
@@ -73,9 +74,12 @@ def export(
 
 
 @app.command()
-def show(file: GraphFile) -> None:
-    """Describe a saved graph: scores, counts, and the strongest path."""
+def show(file: GraphFile, *, as_json: AsJson = False) -> None:
+    """Describe a saved graph: scores, counts, and the strongest paths."""
     graph = CircuitGraph.load(file)
+    if as_json:
+        show_json(summary(graph, graph, {}))
+        return
     name = "pruned" if "pruning" in graph.metadata else "as read" if "imported" in graph.metadata else "full"
     show_page(page({name: graph}, {}))
 

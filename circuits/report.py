@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from circuits.graph.circuit_graph import CircuitGraph
-from circuits.graph.paths import average_path_length, describe_path, strongest_path
+from circuits.graph.paths import average_path_length, path_facts, strongest_paths
 from circuits.graph.text import printable
 from replacement.console import pairs, section, table
 from replacement.token_texts import visible
@@ -40,6 +40,7 @@ def summary(graph: CircuitGraph, circuit: CircuitGraph, files: Mapping[str, Path
         "logit_gap_16bit": facts.get("logit_gap_16bit"),
         "stopped_by": facts.get("stopped_by"),
         "seconds": facts.get("seconds"),
+        "paths": path_facts(circuit, strongest_paths(circuit)),
         "files": {name: str(path) for name, path in files.items()},
     }
 
@@ -51,8 +52,8 @@ def page(graphs: Mapping[str, CircuitGraph], files: Mapping[str, Path]) -> Group
     parts: list[RenderableType] = [Text(printable(first.metadata["prompt"]), style="bold"), Text()]
     parts += _tokens(first.metadata)
     parts += [
-        section("Strongest path from a token", Text(describe_path(last, strongest_path(last)))),
-        section("Graph", _comparison(graphs)),
+        section("Strongest paths from different tokens, with their share of influence", _paths(last)),
+        section("Graph", Group(_comparison(graphs), *_budget(last))),
         section("Run", Text(_run(first.metadata))),
     ]
     if files:
@@ -77,6 +78,37 @@ def _tokens(facts: Mapping[str, Any]) -> list[RenderableType]:
 def _likely(tokens: list[dict[str, Any]]) -> Table:
     chances = ((visible(fact.get("token") or ""), fact.get("probability")) for fact in tokens)
     return pairs([(token, f"{100 * chance:5.1f} %" if chance else "") for token, chance in chances], width=12)
+
+
+def _paths(graph: CircuitGraph) -> Table:
+    """A line for the token of each path, and one for every node behind it, with the sign of the edge that leads there."""
+    rows: list[tuple[str, str, str]] = []
+    for path in path_facts(graph, strongest_paths(graph)):
+        total, direct = 100 * path["token_share"], 100 * path["direct_share"]
+        place = f"at {path['position']}: {total:.1f} % in all, {direct:.1f} % direct"
+        rows.append((f"{100 * path['share']:.1f} %", path["token"], place))
+        rows += [
+            (f"{'+' if weight > 0 else '−'} →", node["label"], node["name"])
+            for node, weight in zip(path["nodes"][1:], path["weights"], strict=True)
+        ]
+    if not rows:
+        return table("", rows=[("no path from a token to the output",)], header=False)
+    return table("", "", "", rows=rows, texts=("",), header=False)
+
+
+def _budget(graph: CircuitGraph) -> list[Text]:
+    """What the budget of nodes and edges took away."""
+    pruning = graph.metadata.get("pruning", {})
+    if not (before := pruning.get("before_budget")):
+        return []
+    counts = f"{before['nodes']:,} -> {len(graph.nodes):,} nodes, {before['edges']:,} -> {len(graph.edges):,} edges"
+    scores = graph.scores()
+    return [
+        Text(
+            f"by the budget: {counts}, replacement {before['replacement']:.2f} -> {scores.replacement:.2f}, "
+            f"completeness {before['completeness']:.2f} -> {scores.completeness:.2f}"
+        )
+    ]
 
 
 def _comparison(graphs: Mapping[str, CircuitGraph]) -> Table:

@@ -73,6 +73,17 @@ def trace(
     ] = "exact",
     node_threshold: NodeThreshold = 0.8,
     edge_threshold: EdgeThreshold = 0.98,
+    circuit_nodes: Annotated[
+        int, typer.Option(help="Most features, errors and positions of the circuit; 0 for no limit.")
+    ] = DEFAULTS.circuit_nodes,
+    circuit_edges: Annotated[
+        int, typer.Option(help="Most edges of the circuit; 0 for no limit.")
+    ] = DEFAULTS.circuit_edges,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="Feature index for labels.", show_default="features.sqlite beside the crosscoder"),
+    ] = None,
+    use_index: Annotated[bool, typer.Option("--use-index/--no-index", help="Take labels from feature indexes.")] = True,
     file_format: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,6 +116,10 @@ def trace(
         conventions=conventions,
         node_threshold=node_threshold,
         edge_threshold=edge_threshold,
+        circuit_nodes=circuit_nodes,
+        circuit_edges=circuit_edges,
+        index=None if index is None else str(index.absolute()),
+        use_index=use_index,
         heads=heads,
         memory=memory,
     )

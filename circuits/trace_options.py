@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,14 @@ class TraceOptions:
     """Share of influence that the kept nodes hold, 0 to 1."""
     edge_threshold: float = 0.98
     """Share of edge influence that the kept edges hold, 0 to 1."""
+    circuit_nodes: int = 60
+    """Most features, errors and positions of the circuit, the most influential ones; 0 for no limit."""
+    circuit_edges: int = 300
+    """Most edges of the circuit; 0 for no limit."""
+    index: str | None = None
+    """File of a feature index for labels; by default those beside the crosscoders' weights."""
+    use_index: bool = True
+    """Whether labels come from feature indexes; without, they are hints alone."""
     heads: bool = True
     """Whether the heads of the pruned circuit's edges are named."""
     memory: str | None = None
@@ -54,6 +63,9 @@ class TraceOptions:
         named_conventions(self.conventions)
         if self.max_nodes < 1:
             raise ValueError(f"max-nodes: expected at least 1, given {self.max_nodes}")
+        for name in ("circuit_nodes", "circuit_edges"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name.replace('_', '-')}: expected at least 0, given {getattr(self, name)}")
         if self.memory is not None:
             memory_bytes(self.memory)
 
@@ -67,6 +79,24 @@ class TraceOptions:
         progress: Callable[[int, float], None] | None = None,
     ) -> tuple[CircuitGraph, CircuitGraph]:
         """The full graph of a prompt, and its pruned circuit with labels and heads; see `circuits.trace`."""
+        with ExitStack() as opened:
+            given: dict[str, Any] = {} if self.use_index else {"index": ()}
+            if self.index is not None and self.use_index:
+                from replacement.index.store import FeatureIndex
+
+                given = {"index": opened.enter_context(FeatureIndex.open(self.index))}
+            return self._traced(model, prompt, targets, given, announce=announce, progress=progress)
+
+    def _traced(
+        self,
+        model: ReplacementModel,
+        prompt: str,
+        targets: Iterable[str] | None,
+        given: dict[str, Any],
+        *,
+        announce: Callable[[Estimate], None] | None,
+        progress: Callable[[int, float], None] | None,
+    ) -> tuple[CircuitGraph, CircuitGraph]:
         from circuits.attribution.labels import with_labels
         from circuits.attribution.trace import trace
         from circuits.heads.edge_split import with_heads
@@ -82,9 +112,15 @@ class TraceOptions:
             memory=self.memory,
             announce=announce,
             progress=progress,
+            **given,
         )
-        pruned = graph.prune(nodes=self.node_threshold, edges=self.edge_threshold)
-        circuit = with_labels(model, pruned, most=LABELLED)
+        pruned = graph.prune(
+            nodes=self.node_threshold,
+            edges=self.edge_threshold,
+            most_nodes=self.circuit_nodes,
+            most_edges=self.circuit_edges,
+        )
+        circuit = with_labels(model, pruned, most=LABELLED, **given)
         return graph, with_heads(model, circuit) if self.heads else circuit
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from circuits.graph.influence import node_influence
 from circuits.graph.metadata import as_stored
 from circuits.graph.neuronpedia_schema import QK_RESULTS
 from circuits.graph.nodes import NodeKind, NodeTable
-from circuits.graph.pruning import drop_small, prune
+from circuits.graph.pruning import drop_small, prune, within_budget
 from circuits.graph.rows import EdgeRow, NodeRow, Rows, node_number, node_rows, top_edges, top_nodes
 from circuits.graph.scores import Scores, scores
 from circuits.graph.storage import save
@@ -104,14 +104,29 @@ class CircuitGraph(GraphData):
         """
         return node_rows(self, np.array([node_number(self, name)]), node_influence(self) + self.nodes.output_weight)[0]
 
-    def prune(self, *, nodes: float = 0.8, edges: float = 0.98) -> CircuitGraph:
+    def prune(
+        self, *, nodes: float = 0.8, edges: float = 0.98, most_nodes: int = 0, most_edges: int = 0
+    ) -> CircuitGraph:
         """The smallest subgraph with that share of node influence, then of edge influence (see `circuits/graph/pruning.py`).
 
-        Raises `ValueError` for thresholds outside 0..1. The thresholds are noted in `metadata["pruning"]`.
+        Args:
+            nodes, edges: the shares.
+            most_nodes, most_edges: a budget besides: at most so many features, errors and positions, and edges; 0 for none.
+
+        What was asked for is noted in `metadata["pruning"]`, and under `before_budget` what a budget that took something away
+        found: counts and scores.
+
+        Raises `ValueError` for thresholds outside 0..1, or a budget below 0.
         """
         kept = prune(self, nodes=nodes, edges=edges)
-        facts = {**self.metadata, "pruning": {"nodes": float(nodes), "edges": float(edges)}}
-        return replace(self.select(kept.nodes, kept.edges), metadata=facts)
+        facts: dict[str, Any] = {"nodes": float(nodes), "edges": float(edges)}
+        circuit = self.select(kept.nodes, kept.edges)
+        kept = within_budget(circuit, most_nodes=most_nodes, most_edges=most_edges)
+        if not (kept.nodes.all() and kept.edges.all()):
+            found = {"nodes": len(circuit.nodes), "edges": len(circuit.edges), **asdict(circuit.scores())}
+            facts |= {"most_nodes": most_nodes, "most_edges": most_edges, "before_budget": found}
+            circuit = circuit.select(kept.nodes, kept.edges)
+        return replace(circuit, metadata={**self.metadata, "pruning": facts})
 
     def drop_edges(self, *, below: float) -> CircuitGraph:
         """Without the edges that are at most the share `below` of their row's inflow, and the nodes that only they kept.

@@ -5,54 +5,108 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from circuits.graph.edges import GraphData
-from circuits.graph.influence import edge_influence, row_scales
+from circuits.graph.influence import edge_influence, node_influence, row_scales
 from circuits.graph.nodes import NodeKind
-from circuits.graph.text import full_name
+from circuits.graph.text import full_name, short_name
+from replacement.token_texts import visible
+
+UNCLEAR = "unclear"
+"""Label that says nothing: features that bear it are not alike."""
 
 
 @dataclass(frozen=True)
 class StrongPath:
-    """A path from a token to the output."""
+    """A path from an input token to a target. A learned position counts as a part of the token at its place."""
 
     nodes: tuple[int, ...]
-    """Numbers of its nodes, from the token to the target."""
+    """Numbers of its nodes, from the input to the target."""
     share: float
     """The target's output weight times the product of the shares M of its edges: the part of all influence that runs along
     exactly this path."""
+    token_share: float
+    """Influence of the token through all paths of the graph."""
+    direct_share: float
+    """The part of it that reaches targets through no feature."""
 
 
 def strongest_paths(graph: GraphData, most: int = 5) -> list[StrongPath]:
-    """The strongest path of each token to the target with the largest output weight; the `most` strongest of them, by share.
+    """The strongest path of each input token that passes through a feature, the `most` strongest of them.
 
-    Empty when no token reaches that target. Of equally strong paths the one that starts at the earliest token comes first.
+    Tokens that reach the output through no feature come last, with their strongest edge. Of paths that read alike (the same
+    texts of token, features and target) the strongest alone is listed. Of equal ones the earliest token's comes first.
     """
-    edges, nodes = graph.edges, graph.nodes
-    scales = row_scales(graph)
-    target = int(np.argmax(nodes.output_weight))
-    best = np.full(len(nodes), -np.inf)
-    best[target] = 0.0
-    towards = np.full(len(nodes), -1)
-    for node in np.concatenate(edges.levels):
-        if best[node] == -np.inf:
-            continue
-        row = slice(edges.indptr[node], edges.indptr[node + 1])
-        with np.errstate(divide="ignore"):  # sums of logarithms do not underflow on long paths
-            through = best[node] + np.log(np.abs(edges.weight[row]) * scales[node])
-        better = through > best[edges.source[row]]
-        best[edges.source[row][better]] = through[better]
-        towards[edges.source[row][better]] = node
-    tokens = np.flatnonzero(nodes.mask(NodeKind.TOKEN) & np.isfinite(best))
+    nodes, steps = graph.nodes, _Steps(graph)
+    mass, direct = node_influence(graph), steps.direct_share
+    inputs = np.flatnonzero(nodes.mask(NodeKind.TOKEN, NodeKind.POSITION))
     paths = []
-    for token in tokens[np.argsort(-best[tokens], kind="stable")][:most].tolist():
-        path = [token]
-        while towards[path[-1]] >= 0:
-            path.append(int(towards[path[-1]]))
-        paths.append(StrongPath(tuple(path), float(nodes.output_weight[target] * np.exp(best[token]))))
-    return paths
+    for position in np.unique(nodes.position[inputs]).tolist():
+        here = inputs[nodes.position[inputs] == position]
+        candidates = [steps.path(node) for node in here.tolist() if np.isfinite(steps.once[node])]
+        if candidates:
+            path, strength = max(candidates, key=lambda found: (len(found[0]) > 2, found[1]))
+            totals = (float(shares[here].sum()) for shares in (mass, direct))
+            paths.append(StrongPath(path, float(np.exp(strength)), *totals))
+    paths.sort(key=lambda path: (len(path.nodes) == 2, -path.share))
+    distinct = {_reads(graph, path.nodes): path for path in reversed(paths)}
+    return [path for path in paths if distinct[_reads(graph, path.nodes)] is path][:most]
+
+
+class _Steps:
+    """The best continuation of every node towards a target, by the product of shares; sums of logarithms do not underflow.
+
+    Attributes:
+        once: float64[N], logarithm of the best product over paths of at least one edge.
+        twice: float64[N], the same of at least two.
+        direct_share: float64[N], the sum over single edges into targets.
+    """
+
+    def __init__(self, graph: GraphData) -> None:
+        edges, scales, n_nodes = graph.edges, row_scales(graph), len(graph.nodes)
+        self.once, self.twice, self.direct_share = (
+            np.full(n_nodes, -np.inf),
+            np.full(n_nodes, -np.inf),
+            np.zeros(n_nodes),
+        )
+        self._after_once, self._after_twice = np.full(n_nodes, -1), np.full(n_nodes, -1)
+        with np.errstate(divide="ignore"):
+            self._ends = np.log(graph.nodes.output_weight)
+            for node in np.concatenate(edges.levels).tolist():
+                row = slice(edges.indptr[node], edges.indptr[node + 1])
+                source, share = edges.source[row], np.abs(edges.weight[row]) * scales[node]
+                self.direct_share[source] += graph.nodes.output_weight[node] * share
+                step = np.log(share)
+                self._raise(self.once, self._after_once, source, step + max(self._ends[node], self.once[node]), node)
+                self._raise(self.twice, self._after_twice, source, step + self.once[node], node)
+
+    @staticmethod
+    def _raise(best: np.ndarray, after: np.ndarray, source: np.ndarray, through: np.ndarray, node: int) -> None:
+        better = through > best[source]
+        best[source[better]] = through[better]
+        after[source[better]] = node
+
+    def path(self, start: int) -> tuple[tuple[int, ...], float]:
+        """The best path of an input with a feature on it, or else the best edge, and the logarithm of its product."""
+        through_feature = bool(np.isfinite(self.twice[start]))
+        node = int((self._after_twice if through_feature else self._after_once)[start])
+        path = [start, node]
+        while (through_feature and len(path) == 2) or self.once[node] > self._ends[node]:
+            node = int(self._after_once[node])
+            path.append(node)
+        return tuple(path), float((self.twice if through_feature else self.once)[start])
+
+
+def _reads(graph: GraphData, path: Sequence[int]) -> tuple[str, ...]:
+    """What tells a path from others for a reader: the texts of its nodes, alike neighbours once; names where there are none."""
+    nodes = graph.nodes
+    token = str(graph.metadata["tokens"][nodes.position[path[0]]])
+    texts = (short_name(nodes, node) for node in path[1:])
+    named = (full_name(nodes, node) if text == UNCLEAR else text for text, node in zip(texts, path[1:], strict=True))
+    return token, *(text for text, _ in itertools.groupby(named))
 
 
 def strongest_path(graph: GraphData) -> tuple[int, ...]:
@@ -76,14 +130,44 @@ def describe_path(graph: GraphData, path: Sequence[int]) -> str:
     """
     if not path:
         return "no path from a token to the output"
-    edges, words = graph.edges, [full_name(graph.nodes, path[0])]
+    words = [full_name(graph.nodes, path[0])]
     for source, target in itertools.pairwise(path):
-        row = slice(edges.indptr[target], edges.indptr[target + 1])
-        weight = edges.weight[row][edges.source[row] == source]
-        if not len(weight):
-            raise ValueError(
-                f"describe_path: expected a path along edges, given none from node {source} to node {target}"
-            )
-        sign = "+" if weight[0] > 0 else "−"
+        sign = "+" if edge_weight(graph, source, target) > 0 else "−"
         words.append(f"—({sign})→ {full_name(graph.nodes, target)}")
     return " ".join(words)
+
+
+def path_facts(graph: GraphData, paths: Sequence[StrongPath]) -> list[dict[str, Any]]:
+    """Paths as JSON objects: token and position, shares, nodes (id, name, label) and the weights of the edges between them."""
+    ids, nodes, facts = graph.nodes.ids(), graph.nodes, []
+    for path in paths:
+        position = int(nodes.position[path.nodes[0]])
+        steps = itertools.pairwise(path.nodes)
+        facts.append(
+            {
+                "token": visible(str(graph.metadata["tokens"][position])),
+                "position": position,
+                "share": path.share,
+                "token_share": path.token_share,
+                "direct_share": path.direct_share,
+                "nodes": [
+                    {
+                        "id": ids[node],
+                        "name": full_name(nodes, node).partition(" (")[0],
+                        "label": short_name(nodes, node),
+                    }
+                    for node in path.nodes
+                ],
+                "weights": [edge_weight(graph, source, target) for source, target in steps],
+            }
+        )
+    return facts
+
+
+def edge_weight(graph: GraphData, source: int, target: int) -> float:
+    """Weight of the edge between two nodes; raises `ValueError` where there is none."""
+    row = slice(graph.edges.indptr[target], graph.edges.indptr[target + 1])
+    weight = graph.edges.weight[row][graph.edges.source[row] == source]
+    if not len(weight):
+        raise ValueError(f"describe_path: expected a path along edges, given none from node {source} to node {target}")
+    return float(weight[0])

@@ -15,16 +15,17 @@ still go).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 
 from circuits.graph.conventions import conventions_of
 from circuits.graph.edges import Edges, GraphData, joined
-from circuits.graph.influence import crossing_mass, inverse, node_influence
+from circuits.graph.influence import crossing_mass, edge_influence, inverse, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.selection import largest_holding
-from replacement.number_checks import real
+from replacement.number_checks import real, whole_number
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,46 @@ def prune(graph: GraphData, *, nodes: float = 0.8, edges: float = 0.98) -> Kept:
     np.place(chosen, chosen, left.kept(kept_nodes))
     np.place(both, both, chosen)
     return Kept(kept_nodes, both)
+
+
+def within_budget(graph: GraphData, *, most_nodes: int = 0, most_edges: int = 0) -> Kept:
+    """Masks of at most so many features, errors and positions, and then edges: the most influential ones. 0 is no limit.
+
+    As many are taken as leave no more than that once what dangles is dropped. Tokens and targets always stay. A lower budget
+    of nodes keeps a part of what a higher one keeps, before the budget of edges; a lower budget of edges always does.
+
+    Raises:
+        ValueError: a budget below 0.
+    """
+    for name, most in (("most_nodes", most_nodes), ("most_edges", most_edges)):
+        whole_number(name, most, least=0)
+    nodes, had_causes = graph.nodes, np.diff(graph.edges.indptr) > 0
+    stays = nodes.mask(NodeKind.TOKEN, NodeKind.LOGIT) | nodes.is_target
+    kept_nodes, kept_edges = np.ones(len(nodes), dtype=bool), np.ones(len(graph.edges), dtype=bool)
+
+    def with_nodes(n_taken: int) -> np.ndarray:
+        taken = stays.copy()
+        taken[order[:n_taken]] = True
+        return drop_dangling(nodes, graph.edges.where(graph.edges.kept(taken)), taken, had_causes)
+
+    if most_nodes and (~stays).sum() > most_nodes:
+        order = np.argsort(np.where(stays, np.inf, -node_influence(graph)), kind="stable")
+        best = bisect_right(range((~stays).sum() + 1), most_nodes, key=lambda n: (with_nodes(n) & ~stays).sum()) - 1
+        kept_nodes = with_nodes(best)
+        kept_edges = graph.edges.kept(kept_nodes)
+
+    def with_edges(n_taken: int) -> tuple[np.ndarray, np.ndarray]:
+        taken = np.zeros(len(graph.edges), dtype=bool)
+        taken[order[:n_taken]] = True
+        taken &= kept_edges
+        left = drop_dangling(nodes, graph.edges.where(taken), kept_nodes, had_causes)
+        return left, graph.edges.kept(left, taken)
+
+    if most_edges and kept_edges.sum() > most_edges:
+        order = np.argsort(np.where(kept_edges, -edge_influence(graph), np.inf), kind="stable")
+        best = bisect_right(range(kept_edges.sum() + 1), most_edges, key=lambda n: with_edges(n)[1].sum()) - 1
+        kept_nodes, kept_edges = with_edges(best)
+    return Kept(kept_nodes, kept_edges)
 
 
 def drop_small(graph: GraphData, below: float) -> Kept:

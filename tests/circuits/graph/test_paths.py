@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,37 +12,40 @@ from circuits import NodeKind
 from circuits.graph.paths import average_path_length, describe_path, strongest_path, strongest_paths
 
 
-def strongest_by_dijkstra(graph, shares) -> list[float]:
-    """Largest product of shares from each token to the target with the largest output weight, the largest first."""
-    network = nx.DiGraph()
-    network.add_nodes_from(range(len(graph.nodes)))
-    for target, source in zip(*np.nonzero(shares), strict=True):
-        network.add_edge(int(source), int(target), length=-math.log(shares[target, source]))
-    end = int(np.argmax(graph.nodes.output_weight))
-    lengths = nx.single_source_dijkstra_path_length(network.reverse(), end, weight="length")
-    tokens = np.flatnonzero(graph.nodes.mask(NodeKind.TOKEN)).tolist()
-    return sorted((math.exp(-lengths[token]) for token in tokens if token in lengths), reverse=True)
+def best_products(graph, shares) -> tuple[np.ndarray, np.ndarray]:
+    """The best product over walks of one edge into a target, and of two edges or more, from every node."""
+    strength, products = graph.nodes.output_weight, []
+    for _ in range(len(graph.nodes)):
+        strength = (shares * strength[:, None]).max(axis=0)
+        products.append(strength)
+    return products[0], np.max(products[1:], axis=0, initial=0.0)
 
 
 @given(st.data())
-def test_equals_dijkstra_on_logarithms(draw_circuit, to_shares, data) -> None:
+def test_equals_products_of_a_dense_matrix(draw_circuit, to_shares, data) -> None:
     graph = draw_circuit(data)
-    shares = to_shares(graph)
-    best = strongest_by_dijkstra(graph, shares)
-    paths = strongest_paths(graph, most=3)
-    end = int(np.argmax(graph.nodes.output_weight))
-    assert [path.share for path in paths] == pytest.approx(
-        [graph.nodes.output_weight[end] * x for x in best[:3]], rel=1e-9
-    )
-    for path, product in zip(paths, best, strict=False):
-        steps = itertools.pairwise(path.nodes)
-        assert math.prod(shares[target, source] for source, target in steps) == pytest.approx(product, rel=1e-9)
-        assert graph.nodes.kind[path.nodes[0]] == NodeKind.TOKEN
-        assert path.nodes[-1] == end
-    assert len({path.nodes[0] for path in paths}) == len(paths), "each from a token of its own"
+    nodes, shares = graph.nodes, to_shares(graph)
+    direct, through = best_products(graph, shares)
+    paths = strongest_paths(graph, most=100)
+    is_input = nodes.mask(NodeKind.TOKEN, NodeKind.POSITION)
+    for path in paths:
+        position = nodes.position[path.nodes[0]]
+        here = is_input & (nodes.position == position)
+        expected = (through if through[here].any() else direct)[here].max()
+        steps = list(itertools.pairwise(path.nodes))
+        product = nodes.output_weight[path.nodes[-1]] * math.prod(shares[t, s] for s, t in steps)
+        assert path.share == pytest.approx(expected, rel=1e-9) == pytest.approx(product, rel=1e-9)
+        assert (len(path.nodes) > 2) == bool(through[here].any())
+        assert path.token_share == pytest.approx(graph.influence()[here].sum())
+        assert path.direct_share == pytest.approx((nodes.output_weight @ shares)[here].sum())
+    places = [int(nodes.position[path.nodes[0]]) for path in paths]
+    assert len(set(places)) == len(places), "each from a token of its own"
+    order = [(len(path.nodes) == 2, -path.share) for path in paths]
+    assert order == sorted(order)
+    assert strongest_paths(graph, most=2) == paths[:2]
     assert strongest_path(graph) == (paths[0].nodes if paths else ())
     if not paths:
-        assert describe_path(graph, ()) == "no path from a token to the output"
+        assert not (nodes.output_weight @ shares)[is_input].any()
 
 
 @given(st.data())
@@ -59,8 +61,13 @@ def test_average_path_length_is_the_expected_number_of_steps(draw_circuit, to_sh
 
 def test_small_graph_in_words(small) -> None:
     path = strongest_path(small)
-    assert small.nodes.ids()[path[0]] == "E_12_1"  # b -> x is 1/4; a -> second -> x is 1/4 * 3/4
-    assert describe_path(small, path) == 'token "b" at 1 —(−)→ output "␣x" (p=0.600)'
+    assert small.nodes.ids()[path[0]] == "E_11_0", "b -> x is stronger, but no feature explains it"
+    first, second = strongest_paths(small)
+    assert first.share == pytest.approx(0.75 * 0.25 * 0.75)  # a -> second -> x
+    assert (first.direct_share, second.nodes) == (0.0, (1, 6))
+    assert second.share == pytest.approx(0.75 * 0.25)
+    assert second.token_share == pytest.approx(0.75 * 0.25 + 0.25 * 0.25), "with what its position gives to y"
+    assert describe_path(small, second.nodes) == 'token "b" at 1 —(−)→ output "␣x" (p=0.600)'
     assert describe_path(small, (0, 5, 6)) == (
         'token "a" at 0 —(+)→ feature 1/3 at 1 (second) —(+)→ output "␣x" (p=0.600)'
     )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import NodeKind
-from circuits.graph.pruning import prune
+from circuits.graph.pruning import prune, within_budget
 from circuits.graph.scores import mass_balance
 
 T, P, E, F, L = NodeKind
@@ -144,3 +144,45 @@ def test_dropped_edges_count_as_lost(draw_circuit, to_shares, data, below) -> No
 def test_dropping_needs_a_share(small) -> None:
     with pytest.raises(ValueError, match=r"below: expected a share of .* between 0 and 1, given 2\.0"):
         small.drop_edges(below=2.0)
+
+
+budgets = st.integers(1, 12)
+
+
+@given(st.data(), budgets, budgets)
+def test_a_budget_is_kept_and_what_stays_leads_to_a_target(draw_circuit, data, most_nodes, most_edges) -> None:
+    full = draw_circuit(data)
+    circuit = full.prune(nodes=1.0, edges=1.0, most_nodes=most_nodes, most_edges=most_edges)
+    stays = circuit.nodes.mask(T, L) | circuit.nodes.is_target
+    assert (~stays).sum() <= most_nodes
+    assert len(circuit.edges) <= most_edges
+    assert circuit.nodes.output_weight.sum() == pytest.approx(1), "no target is lost"
+    assert circuit.nodes.mask(T).sum() == full.nodes.mask(T).sum()
+    graph = nx.DiGraph(zip(circuit.edges.source.tolist(), circuit.edges.target.tolist(), strict=True))
+    targets = set(np.flatnonzero(circuit.nodes.is_target).tolist())
+    for node in np.flatnonzero(~stays).tolist():
+        assert targets & nx.descendants(graph, node)
+    before = full.prune(nodes=1.0, edges=1.0)
+    pruning = circuit.metadata["pruning"]
+    assert ("before_budget" in pruning) == (circuit.counts() != before.counts())
+    if "before_budget" in pruning:
+        assert pruning["before_budget"]["replacement"] == before.scores().replacement
+        assert circuit.scores().replacement <= before.scores().replacement + 1e-12
+
+
+@given(st.data(), budgets, budgets, st.sampled_from(["most_nodes", "most_edges"]))
+def test_a_lower_budget_keeps_a_part(draw_circuit, data, low, high, name) -> None:
+    graph = draw_circuit(data)
+    low, high = sorted((low, high))
+    small, large = (within_budget(graph, **{name: most}) for most in (low, high))
+    assert (small.nodes <= large.nodes).all()
+    assert (small.edges <= large.edges).all()
+
+
+def test_the_least_influential_branch_goes(build_graph) -> None:
+    graph = build_graph(chain_rows(), [(1, 0, 1.0), (2, 0, 1.0), (3, 2, 1.0), (4, 1, 9.0), (4, 3, 1.0)])
+    assert kept_ids(graph, within_budget(graph, most_nodes=1)) == {"E_1_0", "0_1_0", "3_1_0"}
+    assert kept_ids(graph, within_budget(graph, most_edges=2)) == {"E_1_0", "0_1_0", "3_1_0"}
+    assert within_budget(graph).nodes.all()
+    with pytest.raises(ValueError, match="most_nodes"):
+        graph.prune(most_nodes=-1)
