@@ -125,6 +125,8 @@ def trace_many(
     """
     options, folder = options or TraceOptions(), check_folder(out)
     formats = check_formats(formats)
+    with options.indexes(model):
+        pass  # an index that cannot be used is refused once, not for every prompt
     made_by = {line.id: _made_by(line, model, options, formats) for line in prompts}
     finished: dict[str, dict[str, Any]] = {}
     for line in prompts:  # all of them first: other options are refused before any work

@@ -124,6 +124,10 @@ def trace(
         memory=memory,
     )
     options = _with_attention(options, attention)
+    if index is not None:  # a wrong file should not cost loading the model
+        from replacement.index.store import FeatureIndex
+
+        FeatureIndex.open(index).close()
     if prompts is not None:
         if prompt is not None or target:
             raise ValueError("prompts: expected a file alone, given a prompt or a target beside it")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from circuits.graph.pruning import check_threshold
 
 if TYPE_CHECKING:
     from circuits.attribution.estimate import Estimate
+    from circuits.attribution.labels import Indexes
     from replacement import ReplacementModel
 
 GRAPH_FILE = "graph.safetensors"
@@ -79,49 +80,50 @@ class TraceOptions:
         progress: Callable[[int, float], None] | None = None,
     ) -> tuple[CircuitGraph, CircuitGraph]:
         """The full graph of a prompt, and its pruned circuit with labels and heads; see `circuits.trace`."""
-        with ExitStack() as opened:
-            given: dict[str, Any] = {} if self.use_index else {"index": ()}
-            if self.index is not None and self.use_index:
-                from replacement.index.store import FeatureIndex
-
-                given = {"index": opened.enter_context(FeatureIndex.open(self.index))}
-            return self._traced(model, prompt, targets, given, announce=announce, progress=progress)
-
-    def _traced(
-        self,
-        model: ReplacementModel,
-        prompt: str,
-        targets: Iterable[str] | None,
-        given: dict[str, Any],
-        *,
-        announce: Callable[[Estimate], None] | None,
-        progress: Callable[[int, float], None] | None,
-    ) -> tuple[CircuitGraph, CircuitGraph]:
         from circuits.attribution.labels import with_labels
         from circuits.attribution.trace import trace
         from circuits.heads.edge_split import with_heads
 
-        graph = trace(
-            model,
-            prompt,
-            targets=list(targets or ()) or None,
-            coverage=self.coverage,
-            max_nodes=self.max_nodes,
-            drop_below=self.drop_below,
-            conventions=self.conventions,
-            memory=self.memory,
-            announce=announce,
-            progress=progress,
-            **given,
-        )
-        pruned = graph.prune(
-            nodes=self.node_threshold,
-            edges=self.edge_threshold,
-            most_nodes=self.circuit_nodes,
-            most_edges=self.circuit_edges,
-        )
-        circuit = with_labels(model, pruned, most=LABELLED, **given)
-        return graph, with_heads(model, circuit) if self.heads else circuit
+        with self.indexes(model) as indexes:
+            # What is not said is left to the functions.
+            labelling: dict[str, Any] = {} if indexes is None else {"index": indexes}
+            graph = trace(
+                model,
+                prompt,
+                targets=list(targets or ()) or None,
+                coverage=self.coverage,
+                max_nodes=self.max_nodes,
+                drop_below=self.drop_below,
+                conventions=self.conventions,
+                memory=self.memory,
+                announce=announce,
+                progress=progress,
+                **labelling,
+            )
+            pruned = graph.prune(
+                nodes=self.node_threshold,
+                edges=self.edge_threshold,
+                most_nodes=self.circuit_nodes,
+                most_edges=self.circuit_edges,
+            )
+            circuit = with_labels(model, pruned, most=LABELLED, **labelling)
+            return graph, with_heads(model, circuit) if self.heads else circuit
+
+    @contextmanager
+    def indexes(self, model: ReplacementModel) -> Iterator[Indexes]:
+        """The feature indexes that labels are taken from: the one that was named, none, or (None) those beside the weights.
+
+        Raises:
+            ValueError: the file is missing, no index, or the index of another crosscoder.
+        """
+        if self.index is None or not self.use_index:
+            yield None if self.use_index else ()
+            return
+        from circuits.attribution.labels import open_indexes
+        from replacement.index.store import FeatureIndex
+
+        with FeatureIndex.open(self.index) as index, open_indexes(model, index):
+            yield index
 
 
 def check_formats(names: Iterable[str]) -> tuple[str, ...]:

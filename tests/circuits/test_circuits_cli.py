@@ -155,6 +155,41 @@ def test_default_folder_is_named_after_the_prompt(tracer, tmp_path, monkeypatch)
     assert (tmp_path / "circuit-the-capital-of-texas-is" / "circuit.svg").exists()
 
 
+def test_show_says_the_same_paths_as_json(tmp_path, capsys, small) -> None:
+    small.save(tmp_path / "graph.safetensors")
+    assert main(["show", str(tmp_path / "graph.safetensors"), "--json"]) == 0
+    through_feature, direct = json.loads(capsys.readouterr().out)["paths"]
+    assert [node["label"] for node in through_feature["nodes"]] == ["a", "second", "␣x"]
+    assert (through_feature["token"], through_feature["position"], through_feature["weights"]) == ("a", 0, [1.0, 3.0])
+    assert [node["id"] for node in direct["nodes"]] == ["E_12_1", "4_5_1"]
+    assert main(["show", str(tmp_path / "graph.safetensors")]) == 0
+    page = capsys.readouterr().out
+    assert page.index("14.1 %") < page.index("second") < page.index("18.8 %")
+
+
+def test_what_a_budget_costs_is_said(tracer, tmp_path, capsys, small) -> None:
+    assert main(["trace", "a b", "--out", str(tmp_path), "--node-threshold", "1", "--circuit-edges", "2"]) == 0
+    circuit = CircuitGraph.load(tmp_path / "circuit.safetensors")
+    assert len(circuit.edges) <= 2
+    before, after = small.prune(nodes=1.0).scores().replacement, circuit.scores().replacement
+    assert f"replacement {before:.2f} -> {after:.2f}" in capsys.readouterr().out
+    lifted = ["--circuit-edges", "0", "--circuit-nodes", "0"]
+    assert main(["trace", "a b", "--out", str(tmp_path), "--node-threshold", "1", *lifted]) == 0
+    assert "by the budget" not in capsys.readouterr().out
+
+
+def test_an_index_that_is_none_is_refused(tracer, tmp_path, capsys) -> None:
+    (tmp_path / "other").write_text("text")
+    for name, message in (("missing", "does not exist: expected a feature index"), ("other", "is no feature index")):
+        assert main(["trace", "a b", "--index", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert main(["trace", "a b", "--circuit-nodes", "-1", "--out", str(tmp_path / "out")]) == 2
+    assert "circuit-nodes: expected at least 0, given -1" in capsys.readouterr().err
+
+
 def test_json_is_exactly_one_object(tracer, tmp_path, capsys, small) -> None:
     assert main(["trace", "a b", "--json", "--out", str(tmp_path)]) == 0
     output = capsys.readouterr()
@@ -162,7 +197,7 @@ def test_json_is_exactly_one_object(tracer, tmp_path, capsys, small) -> None:
     assert "a library greets" in output.err
     assert list(facts) == [
         "prompt", "tokens", "targets", "nodes", "edges", "pruned", "scores", "pruned_scores", "identity_error",
-        "average_path_length", "logit_gap_16bit", "stopped_by", "seconds", "files",
+        "average_path_length", "logit_gap_16bit", "stopped_by", "seconds", "paths", "files",
     ]  # fmt: skip
     assert facts["targets"] == [{"token": " x", "probability": 0.6}, {"token": " y", "probability": 0.2}]
     assert facts["nodes"] == {"total": 8, "features": 2, "errors": 1, "tokens": 2, "positions": 1, "logits": 2}

@@ -89,7 +89,7 @@ def test_caption_shows_scores_and_what_was_left_out(build_graph) -> None:
 
 
 def test_title_says_prompt_answer_and_probability(small) -> None:
-    assert texts(small.to_svg())[0] == "ab → x (60 %)"
+    assert texts(small.to_svg())[0] == "ab → ␣x (60 %)"
 
 
 def test_paths_are_written_below_the_picture(small) -> None:
@@ -97,9 +97,9 @@ def test_paths_are_written_below_the_picture(small) -> None:
     start = shown.index("Strongest path of each important token, with its share of all influence on the output")
     paths = strongest_paths(small)
     assert len(paths) == 2
-    # A badge, a share and the boxes of each: b -> x, then a -> second -> x with the id of the feature.
-    assert shown[start + 1 : start + 5] == ["1", f"{100 * paths[0].share:.2g} %", "b", "x"]
-    assert shown[start + 5 : start + 11] == ["2", f"{100 * paths[1].share:.2g} %", "a", "second", "1/3", "x"]
+    # A badge, a share and the boxes of each: a -> second -> x with the id of the feature, then b -> x.
+    assert shown[start + 1 : start + 7] == ["1", f"{100 * paths[0].share:.2g} %", "a", "second", "1/3", "␣x"]
+    assert shown[start + 7 : start + 11] == ["2", f"{100 * paths[1].share:.2g} %", "b", "␣x"]
 
 
 def test_the_most_influential_nodes_are_drawn(build_graph) -> None:
