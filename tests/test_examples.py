@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import circuits
 import replacement
 from replacement import LanguageModel, checkpoint
 from replacement.loading import ARTIFACTS
@@ -150,3 +151,44 @@ def test_credit_rules_keep_the_order_of_heads(
     rows = {line.split()[0]: line.split()[1:] for line in table[2:6]}
     assert all(rows[rule][3] == "0" for rule in ("gate", "path", "shapley"))
     assert float(rows["path"][2]) == float(rows["shapley"][2]) == 0
+
+
+def test_features_beside_the_linearised_mlp(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script checks its identities itself; here, that it printed them for the features its rule chooses."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr("sys.argv", ["mlp_linearisation.py", "--features", "6", "--edges", "3"])
+    example = importlib.import_module("mlp_linearisation")
+    with torch.no_grad():
+        example.main()
+        model = replacement.load("demo")
+        graph = circuits.trace(model, example.PROMPT)
+        chosen = example.most_influential(model, graph, 6)
+        local = model.localize(model.language_model.tokenize(example.PROMPT))
+    ranked = [row for row in graph.prune().top_nodes(None) if row.kind == "feature"]
+    assert [f"{row.layer}/{row.index}@{row.position}" for row in ranked[:6]] == [feature.name for feature in chosen]
+    edges, tokens, comparisons = capsys.readouterr().out.split("\n\n")[:3]
+    for line in edges.splitlines()[2:-1]:
+        factor, activation, product, traced = map(float, line.split()[2:])
+        assert factor * activation == pytest.approx(product, rel=1e-2, abs=1e-3)
+        assert product == pytest.approx(traced, rel=1e-3, abs=2e-4)
+    names = [feature.name for feature in chosen]
+    assert [line.split()[0] for line in tokens.splitlines()[1:]] == names
+    rows = {line.split()[0]: list(map(float, line.split()[1:5])) for line in comparisons.splitlines()[3:]}
+    assert list(rows) == names
+    for feature in chosen[:2]:  # the Jacobian against central differences
+        mlp = model.language_model.parts.mlp_map(feature.site.layer, feature.site.kind)
+        x_D, u_D = (
+            local.frozen.activations[feature.site][feature.position],
+            feature.W_enc_D / feature.W_enc_D.square().sum(),
+        )
+        with torch.no_grad():
+            moved_2D = mlp(torch.stack([x_D + 0.05 * u_D, x_D - 0.05 * u_D])).double()
+            (W_dec_D,) = model.crosscoder.decoder_vectors(
+                feature.group, torch.tensor([feature.index]), replacement.Site(feature.site.layer, "mlp_out")
+            )
+        difference_D = (moved_2D[0] - moved_2D[1]) / 0.1
+        cosine = torch.nn.functional.cosine_similarity(difference_D, W_dec_D.double(), dim=0)
+        assert rows[feature.name][0] == pytest.approx(float(cosine), abs=0.01)
+        assert rows[feature.name][1] == pytest.approx(float(difference_D.norm() / W_dec_D.norm()), rel=0.02)
