@@ -89,8 +89,8 @@ class Comparison:
     """Tokens that J u promotes, and those that the decoder vector does."""
 
 
-def most_influential(model: ReplacementModel, graph: CircuitGraph, n_features: int) -> list[Feature]:
-    """The features of the MLPs with the largest influence in the pruned circuit; the rule by which all tables choose."""
+def by_influence(model: ReplacementModel, graph: CircuitGraph) -> list[Feature]:
+    """The features of the MLPs in the pruned circuit, the most influential first; every table takes the first of them."""
     wiring, chosen = model.crosscoder.wiring, []
     numbers = {name: number for number, name in enumerate(graph.nodes.ids())}
     for row in (row for row in graph.prune().features() if row.part == "mlp"):
@@ -101,7 +101,7 @@ def most_influential(model: ReplacementModel, graph: CircuitGraph, n_features: i
         W_enc_D = model.crosscoder.encoder_vectors(group, torch.tensor([row.index]), site)[0]
         name = f"{row.layer}/{row.index}@{row.position}"
         chosen.append(Feature(numbers[row.id], group, row.index, row.position, name, row.label, site, W_enc_D))
-    return chosen[:n_features]
+    return chosen
 
 
 def invariant_factors(model: ReplacementModel, target: Feature, groups: np.ndarray, indices: np.ndarray) -> Tensor:
@@ -161,8 +161,9 @@ def compare_with_mlp(
     x_1D = local.frozen.activations[feature.site][feature.position, None]
     u_1D = (feature.W_enc_D / feature.W_enc_D.square().sum())[None]
     mlp = model.language_model.parts.mlp_map(layer, feature.site.kind)
-    y_1D, Ju_1D = torch.func.jvp(mlp, (x_1D,), (u_1D,))
-    _, pull_back = torch.func.vjp(mlp, x_1D)
+    y_1D, pull_back = torch.func.vjp(mlp, x_1D)  # w -> J^T w
+    _, push_forward = torch.func.vjp(lambda w_1D: pull_back(w_1D)[0], torch.zeros_like(y_1D))  # u -> J u
+    (Ju_1D,) = push_forward(u_1D)
     size = float(Ju_1D.norm()) ** 2
     assert torch.allclose(y_1D[0], local.frozen.activations[out][feature.position], rtol=TOLERANCE, atol=TOLERANCE)
     assert abs(float((pull_back(Ju_1D)[0] * u_1D).sum()) - size) <= TOLERANCE * size, "forward and backward J agree"
@@ -174,7 +175,7 @@ def compare_with_mlp(
     rises_N = W_enc_ND @ u_1D[0]
     assert abs(float(rises_N[own]) - 1.0) <= TOLERANCE, "u raises the feature's own pre-activation by 1"
     vectors_2D = torch.stack([Ju_1D[0], W_dec_ND[own]])
-    tokens = weights.texts.strongest(weights.texts.promoted(vectors_2D), 3)
+    tokens = weights.vocabulary.strongest(weights.vocabulary.promoted(vectors_2D), 3)
     first, second = (", ".join(text.strip() for text, _ in row) for row in tokens)
     alone, together = (_cosine_and_ratio(Ju_1D[0], v_D) for v_D in (W_dec_ND[own], rises_N @ W_dec_ND))
     return Comparison(feature, alone, together, (first, second))
@@ -244,22 +245,22 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="`demo`, a hub name or a folder")
     parser.add_argument("--crosscoder", help="folder; the demo's for the demo")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--features", type=int, default=12, help="the most influential features of the circuit")
+    parser.add_argument("--features", type=int, default=12, help="rows of each table: the most influential")
     parser.add_argument("--edges", type=int, default=2, help="strongest direct edges into each that are shown")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model = replacement.load(options.model, crosscoder=options.crosscoder)
     graph = circuits.trace(model, options.prompt)
-    chosen = most_influential(model, graph, options.features)
-    if not chosen:
-        raise ValueError("expected a prompt whose circuit holds features, got one without any")
+    ranked = by_influence(model, graph)
+    if not ranked:
+        raise ValueError("expected a prompt whose circuit holds features of MLPs, got one without any")
     graph, local = circuits.with_heads(model, graph), model.localize(model.language_model.tokenize(options.prompt))
     weights = FeatureWeights(model.language_model, model.crosscoder)
-    expanded = [feature for feature in chosen if graph.nodes.expanded[feature.node]]
-    edges = [direct_edges(model, local, graph, feature) for feature in expanded]
-    n_checked = sum(map(len, edges))
-    print_edges([edge for into in edges for edge in into[: options.edges]])
-    print(f"all {n_checked} direct edges into these {len(expanded)} features agree with the traced ones")
+    expanded = [feature for feature in ranked if graph.nodes.expanded[feature.node]]
+    edges = [into for feature in expanded if (into := direct_edges(model, local, graph, feature))]
+    n_checked, chosen = sum(map(len, edges)), ranked[: options.features]
+    print_edges([edge for into in edges[: options.features] for edge in into[: options.edges]])
+    print(f"all {n_checked} direct edges into features of the circuit agree with the traced ones")
     print_tokens(chosen, weights)
     print_comparisons([compare_with_mlp(model, local, weights, feature) for feature in chosen])
 

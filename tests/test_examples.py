@@ -164,11 +164,12 @@ def test_features_beside_the_linearised_mlp(
         example.main()
         model = replacement.load("demo")
         graph = circuits.trace(model, example.PROMPT)
-        chosen = example.most_influential(model, graph, 6)
+        chosen = example.by_influence(model, graph)[:6]
         local = model.localize(model.language_model.tokenize(example.PROMPT))
     ranked = [row for row in graph.prune().top_nodes(None) if row.kind == "feature"]
     assert [f"{row.layer}/{row.index}@{row.position}" for row in ranked[:6]] == [feature.name for feature in chosen]
     edges, tokens, comparisons = capsys.readouterr().out.split("\n\n")[:3]
+    assert len(edges.splitlines()) > 3
     for line in edges.splitlines()[2:-1]:
         factor, activation, product, traced = map(float, line.split()[2:])
         assert factor * activation == pytest.approx(product, rel=1e-2, abs=1e-3)

@@ -76,7 +76,7 @@ class Picture:
     links: tuple[Link, ...]
     """Those of paths last, the strongest at the end: they are drawn over the others."""
     paths: tuple[tuple[float, tuple[int, ...]], ...]
-    """Share and items of the emphasised paths, the strongest first."""
+    """Share and items of the emphasised paths, in the order of `strongest_paths`."""
     n_nodes: int
     """Nodes of the graph that the items stand for."""
     n_edges: int
@@ -91,7 +91,10 @@ def picture_of(graph: GraphData, *, max_nodes: int) -> Picture:
     on_path[list(itertools.chain.from_iterable(path.nodes for path in paths))] = True
     shown = _shown(graph.nodes, influence, on_path, max_nodes)
     items, item_of = _items(graph, influence, shown, on_path)
-    shares = {(int(item_of[a]), int(item_of[b])): share for (a, b), share in path_shares(paths).items()}
+    shares: dict[tuple[int, int], float] = {}
+    for (source, target), share in path_shares(paths).items():
+        pair = int(item_of[source]), int(item_of[target])
+        shares[pair] = max(share, shares.get(pair, 0.0))
     links, n_edges = _links(graph, items, item_of, shares)
     drawn_paths = tuple((path.share, tuple(dict.fromkeys(item_of[list(path.nodes)].tolist()))) for path in paths)
     return Picture(items, links, drawn_paths, int(shown.sum()), n_edges)
@@ -196,8 +199,9 @@ def _listed(lines: Iterable[str]) -> str:
 def path_shares(paths: Sequence[StrongPath]) -> dict[tuple[int, int], float]:
     """(source, target) of every edge on a path -> share of the strongest path through it."""
     shares: dict[tuple[int, int], float] = {}
-    for path in reversed(paths):  # the strongest last
-        shares |= dict.fromkeys(itertools.pairwise(path.nodes), path.share)
+    for path in paths:
+        for pair in itertools.pairwise(path.nodes):
+            shares[pair] = max(path.share, shares.get(pair, 0.0))
     return shares
 
 
