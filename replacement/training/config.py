@@ -16,6 +16,7 @@ from replacement.training.losses import Auxiliary, Loss
 MOST_HELD_OUT_ROWS = 1_000_000
 """They are held in memory, and the demo's corpus would go on generating them."""
 READS = ("clean", "propagated", "subset")
+STARTS = ("random", "samples")
 ROW_FAMILIES = ("per_layer", "strictly_causal", "attention")
 """Families whose steps take whole rows by default, if the model has several layers: they replace its layers together."""
 N_STEPS, SMALLEST_BATCH, LARGEST_BATCH = 1000, 256, 4096
@@ -74,12 +75,18 @@ class CrosscoderConfig:
     """Whether all groups share one decoder per written site."""
     skip: Annotated[bool, "true or false"] = False
     """Whether linear maps lead from reads to writes beside the features."""
+    start: Annotated[str, "name"] = "random"
+    """Where features begin: at `random` directions, or as detectors of tokens of the data, `samples`."""
     undecomposed_positions: Annotated[int | None, "tokens"] = None
     """First positions of a prompt without features; by default 1 where prompts begin with a special token, else 0."""
 
     def __post_init__(self) -> None:
         _check_above(self, 1, "n_features")
         _check_above(self, 0, "undecomposed_positions")
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.start == "samples" and self.tied:
+            raise ValueError("start='samples' needs decoders of each group's own, got tied=true")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError(f"layers must name one layer or more, counted from 0; got {self.layers}")
 

@@ -43,6 +43,7 @@ from replacement.training.metrics_log import MetricsLog
 from replacement.training.pacing import Clock, stop_request
 from replacement.training.parallel import Parallel, connect
 from replacement.training.reads import choose_reads, read_rows, replaced_sites
+from replacement.training.sample_start import start_at_samples
 from replacement.training.scaling import Batch, calibrate, measure, sites_of
 from replacement.training.sharding import feature_dim, local_part, plan, whole
 from replacement.training.trainer import Progress, RowsRead, Trainer
@@ -176,6 +177,10 @@ class _Run:
             mine = self._first_batches(part=parallel.data_rank, n_parts=parallel.n_data)
             statistics = measure(crosscoder, mine, parallel=parallel)
         self.trainer = Trainer(crosscoder, training, statistics, parallel=parallel, language_model=self.models.only)
+        if statistics is not None and self.config.crosscoder.start == "samples":
+            if parallel.n_feature_shards > 1:
+                raise ValueError("start='samples' needs all features in one process: expected --feature-shards 1")
+            start_at_samples(crosscoder, statistics, self._first_batches(), seed=training.seed)
         if step is not None:
             state = self.trainer.state_tensors()
             folder = self.out / run_folder.SNAPSHOTS
