@@ -253,7 +253,7 @@ def _rows(items: Sequence[Item], n_layers: int) -> list[int | str]:
     for row in used:
         layer = row // 2  # of inputs, -1
         if above - layer > 1:
-            rows.append(f"{layer + 1}–{above - 1} empty" if above - layer > 2 else f"{layer + 1} empty")
+            rows.append(f"{layer + 1}–{above - 1}: none" if above - layer > 2 else f"layer {layer + 1}: none")
         rows.append(row)
         above = layer
     return rows

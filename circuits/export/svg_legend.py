@@ -30,7 +30,8 @@ def foot(graph: GraphData, picture: Picture, width: float, top: float) -> tuple[
     """The elements below a picture that ends at `top`, and where they end."""
     parts, y = [hairline(1.0, top, width - 1, top, _RULE)], top + 22.0
     if picture.paths:
-        parts.append(words(MARGIN, y, _PATHS_TITLE, bold=True))
+        together = f" ({100 * sum(share for share, _ in picture.paths):.2g} % together)"
+        parts.append(words(MARGIN, y, _PATHS_TITLE + together, bold=True))
         y += _LINE + 2.0
         for number, (share, items) in enumerate(picture.paths, start=1):
             lines, y = _path(picture, number, share, items, width, y)
@@ -51,7 +52,7 @@ def _path(
     """One path in words, in as many lines as it needs."""
     raises = {(link.source, link.target): link.weight > 0 for link in picture.links}
     parts = [badge(MARGIN + 7.5, y - 4.0, number), words(MARGIN + 22, y, f"{100 * share:.2g} %", colour=INK)]
-    x = left = MARGIN + 66.0
+    x = left = MARGIN + 76.0
     for before, item in zip([None, *items[:-1]], items, strict=True):
         text = fit(picture.items[item].text, _LONGEST_NAME, FONT)
         is_feature = picture.items[item].kind is NodeKind.FEATURE

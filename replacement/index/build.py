@@ -35,6 +35,9 @@ SAMPLE_TOKENS = 300_000
 SAMPLED_PER_SHOWN = 2.5
 """Firings drawn for each quantile example: the more, the closer the quantiles."""
 
+DISTINCT = 1.5
+"""A label names the token that its feature promotes most where its weight is this multiple of the last one listed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexSettings:
@@ -198,9 +201,9 @@ def _counting(batches: Iterable[Firings], progress: Progress) -> Iterator[Firing
 def _noting(
     promoted: dict[tuple[int, int], str], effects: Iterable[tuple[int, int, TokenEffects]]
 ) -> Iterator[tuple[int, int, TokenEffects]]:
-    """The same effects; what each feature promotes most is noted."""
+    """The same effects; what each feature promotes most is noted, where that stands out from what else it promotes."""
     for layer, index, entry in effects:
-        if entry.promoted:
+        if entry.promoted and entry.promoted[0][1] >= DISTINCT * entry.promoted[-1][1]:
             promoted[layer, index] = entry.promoted[0][0]
         yield layer, index, entry
 

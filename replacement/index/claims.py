@@ -166,15 +166,23 @@ class Claim:
         return np.logical_and.reduce([condition.holds(contexts) for condition in self.conditions])
 
     def short(self, width: int = SHORT) -> str:
-        """In words, with as many values as fit in a width, at most three of each condition."""
-        texts = [self.text(n_shown) for n_shown in (3, 2, 1)]
+        """In words, with as many values as fit in a width, at most three of each condition.
+
+        What fires counts more to a reader than what stands before it: where one value of each is all that would fit, the second
+        condition is left to an ellipsis.
+        """
+        texts = [self.text(*n_shown) for n_shown in ((3, 3), (3, 2), (2, 2), (3, 1), (2, 1))]
+        first, *others = self.conditions
+        if first.is_of_token and others:
+            texts += [first.text(n_shown).removesuffix(" …") + " …" for n_shown in (3, 2) if len(first.values) > 1]
+        texts.append(self.text(1, 1))
         fitting = next((text for text in texts if len(text) <= width), texts[-1])
         return fitting if len(fitting) <= width else f"{fitting[: width - 1]}…"
 
-    def text(self, n_shown: int = _SHOWN_IN_FULL) -> str:
-        """In words, with at most this many values of each condition."""
+    def text(self, n_shown: int = _SHOWN_IN_FULL, n_shown_before: int = _SHOWN_IN_FULL) -> str:
+        """In words, with at most this many values of a condition on the token, and of one on what stands before it."""
         of_token = [condition.text(n_shown) for condition in self.conditions if condition.is_of_token]
-        before = [condition.text(n_shown) for condition in self.conditions if not condition.is_of_token]
+        before = [condition.text(n_shown_before) for condition in self.conditions if not condition.is_of_token]
         return " ".join([*filter(None, [" and ".join(of_token)]), *before])
 
 

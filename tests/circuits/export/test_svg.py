@@ -94,8 +94,11 @@ def test_title_says_prompt_answer_and_probability(small) -> None:
 
 def test_paths_are_written_below_the_picture(small) -> None:
     shown = texts(small.to_svg())
-    start = shown.index("Strongest path of each important token, with its share of all influence on the output")
     paths = strongest_paths(small)
+    together = f"({100 * sum(path.share for path in paths):.2g} % together)"
+    start = shown.index(
+        f"Strongest path of each important token, with its share of all influence on the output {together}"
+    )
     assert len(paths) == 2
     # A badge, a share and the boxes of each: a -> second -> x with the id of the feature, then b -> x.
     assert shown[start + 1 : start + 7] == ["1", f"{100 * paths[0].share:.2g} %", "a", "second", "1/3", "␣x"]

@@ -93,7 +93,7 @@ def test_names_of_heads_have_room_on_most_lines(crowd, seed) -> None:
 def test_layers_that_hold_nothing_share_a_band(crowd) -> None:
     _, layout, _ = drawn(crowd(**SIZES["30 layers"], seed=0))
     titles = [row.title for row in layout.rows]
-    layers = ["27–29 empty", "layer 26", "18–25 empty", "layer 17", "11–16 empty", "layer 10", "layer 9", "3–8 empty"]
+    layers = ["27–29: none", "layer 26", "18–25: none", "layer 17", "11–16: none", "layer 10", "layer 9", "3–8: none"]
     assert titles == ["output", *layers, "layer 2", "layer 1", "layer 0", "input"]
     assert all(row.size < 20 for row in layout.rows if row.is_empty)
     assert [row.stop for row in layout.rows[:-1]] == [row.start for row in layout.rows[1:]]

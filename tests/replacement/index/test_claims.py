@@ -130,6 +130,9 @@ def test_the_short_form_shows_what_fits() -> None:
     assert Claim.of(word=cities).short() == "City0 | City1 | City2 …"
     assert Claim.of(word=cities).short(20) == "City0 | City1 …"
     assert Claim.of(word=cities).short(6) == "City0…"
+    both = Claim.of(word=cities, previous=["containing", "from", "near"])
+    assert both.short() == 'City0 | City1 … after "containing …"'
+    assert both.short(30) == "City0 | City1 | City2 …"
     assert printable("a\u202eb") == "a\\u202eb"
 
 
