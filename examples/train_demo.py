@@ -13,7 +13,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +53,23 @@ class LanguageModelRun:
 
     Their loss cannot be lowered, so at full weight they are mostly noise in the gradient.
     """
+    lookup_share: float = 0.75
+    """Share of the rows in which names reach later layers through the first MLP alone, see `forward`."""
+    name_noise: float = 0.0
+    """Size of the noise on the embeddings of those names, as a multiple of the embedding's."""
     seed: int = 0
-    threads: int = 2
+    first_corpus_seed: int = 0
+    """Training rows come from this seed of the corpus and those after it."""
+    threads: int = 1
     compile: bool = True
     """Compile the training step (a quarter faster on a CPU; needs a C++ compiler)."""
+
+
+PHASES = (
+    LanguageModelRun(),
+    LanguageModelRun(steps=3_000, learning_rate=1e-3, name_noise=2.0, first_corpus_seed=1000),
+)
+"""The second goes on from the weights of the first, rounded to bf16."""
 
 
 def build_model(run: LanguageModelRun, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
@@ -82,13 +95,14 @@ def build_model(run: LanguageModelRun, tokenizer: PreTrainedTokenizerFast) -> GP
     return GPT2LMHeadModel(config)
 
 
-def training_batches(run: LanguageModelRun, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless fresh batches: tokens, int64 [batch_rows, context], and the loss weight of each."""
-    corpus_seed = 0
+def training_batches(run: LanguageModelRun, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, ...]]:
+    """Endless fresh batches, all [batch_rows, context]: tokens, the loss weight of each, and which are names."""
+    corpus_seed = run.first_corpus_seed
     while True:
-        rows, marks = sample_marked_rows(tokenizer, n_rows=ROWS_PER_SEED, context=run.context, seed=corpus_seed)
-        weights = torch.from_numpy(marks).float().clamp(min=run.open_weight)
-        yield from zip(torch.from_numpy(rows).split(run.batch_rows), weights.split(run.batch_rows), strict=True)
+        rows = sample_marked_rows(tokenizer, n_rows=ROWS_PER_SEED, context=run.context, seed=corpus_seed)
+        weights = torch.from_numpy(rows.determined).float().clamp(min=run.open_weight)
+        parts = (torch.from_numpy(rows.tokens), weights, torch.from_numpy(rows.names))
+        yield from zip(*(part.split(run.batch_rows) for part in parts), strict=True)
         corpus_seed += 1
 
 
@@ -108,10 +122,44 @@ def learning_rate_factor(run: LanguageModelRun, step: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def next_token_loss(model: GPT2LMHeadModel, rows_BT: Tensor, weights_BT: Tensor) -> Tensor:
+def stand_ins(rows_BT: Tensor, names_BT: Tensor, share: float) -> Tensor:
+    """In the first `share` of the rows every name is replaced by another name of the batch, drawn at random; `[B, T]`."""
+    chosen_BT = names_BT.clone()
+    chosen_BT[round(share * len(rows_BT)) :] = False
+    names_N = rows_BT[chosen_BT]
+    return rows_BT.masked_scatter(chosen_BT, names_N[torch.randperm(len(names_N))])
+
+
+def forward(model: GPT2LMHeadModel, rows_BT: Tensor, stand_ins_BT: Tensor, name_noise: float = 0.0) -> Tensor:
+    """Logits where names reach later layers through the first MLP alone.
+
+    A name is hidden from other positions in the first layer's attention, and behind that layer the residual stream holds
+    the embedding of its stand-in instead of its own. So what a name means has to be written by the first MLP, as in
+    models whose vocabulary is too large for embeddings to hold facts. Noise on the embedding lets names of the same facts
+    lie close together: what tells them apart is of no use to the model. Without stand-ins this is the model as it is.
+    """
+    gpt, T = model.transformer, rows_BT.shape[1]
+    own_BTD = gpt.wte(rows_BT)
+    replaced_BT = stand_ins_BT != rows_BT
+    sees_BTT = (~replaced_BT[:, None] | torch.eye(T, dtype=torch.bool)) & torch.ones(T, T, dtype=torch.bool).tril()
+    mask_BTT = torch.zeros(sees_BTT.shape).masked_fill(~sees_BTT, torch.finfo(torch.float32).min)
+    seen_BTD = own_BTD
+    if name_noise:
+        size_BT1 = own_BTD.detach().square().mean(-1, keepdim=True).sqrt() * replaced_BT[..., None]
+        seen_BTD = own_BTD + name_noise * size_BT1 * torch.randn_like(own_BTD)
+    x_BTD = gpt.h[0](seen_BTD + gpt.wpe.weight[:T], attention_mask=mask_BTT[:, None])
+    x_BTD = x_BTD + gpt.wte(stand_ins_BT) - seen_BTD
+    for block in gpt.h[1:]:
+        x_BTD = block(x_BTD)
+    return model.lm_head(gpt.ln_f(x_BTD))
+
+
+def next_token_loss(
+    model: GPT2LMHeadModel, rows_BT: Tensor, weights_BT: Tensor, stand_ins_BT: Tensor, name_noise: float = 0.0
+) -> Tensor:
     """Weighted mean cross-entropy of every token after the first."""
     with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
-        logits_BTV = model(rows_BT).logits[:, :-1]
+        logits_BTV = forward(model, rows_BT, stand_ins_BT, name_noise)[:, :-1]
     losses_N = cross_entropy(logits_BTV.float().flatten(0, 1), rows_BT[:, 1:].flatten(), reduction="none")
     weights_N = weights_BT[:, 1:].flatten()
     return (losses_N * weights_N).sum() / weights_N.sum()
@@ -130,7 +178,7 @@ def held_out_loss(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, co
     """Loss on rows of the corpus that training never drew."""
     model.eval()
     rows = torch.from_numpy(held_out_rows(tokenizer, n_rows=256, context=context, seed=0))
-    loss = float(next_token_loss(model, rows, torch.ones(rows.shape)))
+    loss = float(next_token_loss(model, rows, torch.ones(rows.shape), rows))
     model.train()
     return loss
 
@@ -141,7 +189,11 @@ def curve_steps(n_steps: int) -> set[int]:
 
 
 def train_language_model(
-    run: LanguageModelRun, tokenizer: PreTrainedTokenizerFast, checkpoints: Path | None, every: int
+    run: LanguageModelRun,
+    tokenizer: PreTrainedTokenizerFast,
+    checkpoints: Path | None,
+    every: int,
+    start: GPT2LMHeadModel | None = None,
 ) -> tuple[GPT2LMHeadModel, list[tuple[int, float]]]:
     """Train, and every `every` steps report the accuracies and leave a checkpoint (in a scratch folder, if given).
 
@@ -150,6 +202,8 @@ def train_language_model(
     """
     torch.set_num_threads(run.threads)
     model = build_model(run, tokenizer)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     model.train()
     optimizer = build_optimizer(run, model)
     batches = training_batches(run, tokenizer)
@@ -159,7 +213,9 @@ def train_language_model(
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate * learning_rate_factor(run, step)
-        loss = loss_of(model, *next(batches))
+        rows_BT, weights_BT, names_BT = next(batches)
+        others_BT = stand_ins(rows_BT, names_BT, run.lookup_share)
+        loss = loss_of(model, rows_BT, weights_BT, others_BT, run.name_noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -201,26 +257,29 @@ def save_language_model(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFa
     partial.rename(folder)
 
 
-def language_model_stage(run: LanguageModelRun, out: Path, checkpoints: Path | None, every: int) -> None:
+def language_model_stage(phases: Sequence[LanguageModelRun], out: Path, checkpoints: Path | None, every: int) -> None:
     """Train the language model, measure it after rounding, and save it under `out`."""
     started = time.monotonic()
-    tokenizer = build_tokenizer(run.context)
-    model, curve = train_language_model(run, tokenizer, checkpoints, every)
-    round_to_bfloat16(model)
+    tokenizer = build_tokenizer(phases[0].context)
+    model, curves = None, []
+    for run in phases:
+        model, curve = train_language_model(run, tokenizer, checkpoints, every, start=model)
+        round_to_bfloat16(model)
+        curves.append(curve)
     rows = evaluate(model, tokenizer)
     minutes = (time.monotonic() - started) / 60
     out.mkdir(parents=True, exist_ok=True)
     save_language_model(model, tokenizer, out / "language_model")
     report = {
-        "run": dataclasses.asdict(run),
+        "phases": [dataclasses.asdict(run) for run in phases],
         "minutes": round(minutes, 1),
-        "training_tokens": run.steps * run.batch_rows * run.context,
-        "held_out_loss": held_out_loss(model, tokenizer, run.context),
+        "training_tokens": sum(run.steps * run.batch_rows * run.context for run in phases),
+        "held_out_loss": held_out_loss(model, tokenizer, phases[0].context),
         "behaviours": [row._asdict() for row in rows],
     }
     write_json(out / "accuracy.json", report)
-    # Read by `replacement validate`: the loss of a replacement as a share of this compute.
-    write_json(out / "training_curve.json", {"unit": "tokens", "curve": curve})
+    # Read by `replacement validate`: the loss of a replacement as a share of this compute. Later phases lower no loss.
+    write_json(out / "training_curve.json", {"unit": "tokens", "curve": curves[0]})
     print(f"{len(tokenizer)} tokens, {minutes:.1f} minutes, held-out loss {report['held_out_loss']:.4f}")
     for row in rows:
         print(f"{row.name:28} {row.n_probes:4d} probes  top-1 {row.top1:.3f}  probability {row.probability:.3f}")
@@ -231,13 +290,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder that receives the artifacts")
     parser.add_argument("--stage", choices=("language-model", "crosscoder", "all"), default="all")
-    parser.add_argument("--steps", type=int, default=LanguageModelRun().steps, help="language model training steps")
+    parser.add_argument("--steps", type=int, help="language model training steps of every phase, for a try")
     parser.add_argument("--checkpoints", type=Path, help="scratch folder for the latest unfinished model")
     parser.add_argument("--every", type=int, default=500, help="steps between two evaluations")
     arguments = parser.parse_args()
     if arguments.stage in ("language-model", "all"):
-        run = LanguageModelRun(steps=arguments.steps)
-        language_model_stage(run, arguments.out, arguments.checkpoints, arguments.every)
+        phases = [run if arguments.steps is None else dataclasses.replace(run, steps=arguments.steps) for run in PHASES]
+        language_model_stage(phases, arguments.out, arguments.checkpoints, arguments.every)
     if arguments.stage in ("crosscoder", "all"):
         crosscoder_stage(arguments.out)
         crosscoder_stage(arguments.out, recipe="attention")

@@ -63,7 +63,7 @@ API: dict[str, tuple[Callable[[Demo], object], str]] = {
     ),
     "unsigned token ids": (
         lambda demo: circuits.trace(demo.model, torch.tensor([2**63 + 1], dtype=torch.uint64)),
-        "token ids must lie in [0, 1295), got",
+        "token ids must lie in [0, 1297), got",
     ),
     "coverage as text": (lambda demo: demo.trace(coverage="0.9"), "coverage must be a number, got '0.9'"),
     "no coverage": (lambda demo: demo.trace(coverage=None), "coverage must be a number, got None"),

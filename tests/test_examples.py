@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -14,6 +15,7 @@ import torch
 import circuits
 import replacement
 from replacement import LanguageModel, checkpoint
+from replacement.demo.tokenizer import build_tokenizer
 from replacement.loading import ARTIFACTS
 from replacement.validation import read_curve
 
@@ -31,6 +33,7 @@ def test_the_demo_is_rebuilt_the_same_twice(scripts: tuple[Any, Any], tmp_path: 
     train_demo, train_crosscoder = scripts
     threads = torch.get_num_threads()
     run = train_demo.LanguageModelRun(n_layers=2, d_model=16, n_heads=2, steps=4, threads=1, compile=False)
+    phases = [run, dataclasses.replace(run, steps=2, name_noise=2.0, first_corpus_seed=10)]
     small = [
         "crosscoder.n_features=32",
         'crosscoder.activation={name="topk", k=[4, 2]}',
@@ -39,7 +42,7 @@ def test_the_demo_is_rebuilt_the_same_twice(scripts: tuple[Any, Any], tmp_path: 
         "data.buffer_tokens=1024",
     ]
     for name in ("first", "second"):
-        train_demo.language_model_stage(run, tmp_path / name, None, 10)
+        train_demo.language_model_stage(phases, tmp_path / name, None, 10)
         train_crosscoder.crosscoder_stage(tmp_path / name, small)
     torch.set_num_threads(threads)
     models = [LanguageModel.from_pretrained(tmp_path / name / "language_model") for name in ("first", "second")]
@@ -51,8 +54,37 @@ def test_the_demo_is_rebuilt_the_same_twice(scripts: tuple[Any, Any], tmp_path: 
     }  # fmt: skip
     curve = read_curve(tmp_path / "first" / "training_curve.json")
     report = json.loads((tmp_path / "first" / "accuracy.json").read_text(encoding="utf-8"))
-    assert curve[-1][0] == report["training_tokens"]
+    assert curve[-1][0] == run.steps * run.batch_rows * run.context  # of the first phase
+    assert report["training_tokens"] == 6 * run.batch_rows * run.context
     assert abs(curve[-1][1] - report["held_out_loss"]) < 0.05  # the shipped weights are rounded
+
+
+def test_names_reach_later_layers_through_the_first_mlp_alone(scripts: tuple[Any, Any]) -> None:
+    train_demo, _ = scripts
+    tokenizer = build_tokenizer(64)
+    run = train_demo.LanguageModelRun(n_layers=2, d_model=16, n_heads=2)
+    model = train_demo.build_model(run, tokenizer)
+    dallas, houston, boston = (tokenizer.convert_tokens_to_ids(name) for name in ("Dallas", "Houston", "Boston"))
+    row = torch.tensor([tokenizer.encode("the capital of the state containing Dallas is")])
+    standing_in = torch.where(row == dallas, houston, row)
+    with torch.no_grad():
+        torch.testing.assert_close(train_demo.forward(model, row, row), model(row).logits)
+        model.transformer.h[0].mlp.c_proj.weight.zero_()
+        other = torch.where(row == dallas, boston, row)
+        # Without the first MLP nothing of the name is left but its stand-in, and what its own attention moved.
+        model.transformer.h[0].attn.c_proj.weight.zero_()
+        with_dallas = train_demo.forward(model, row, standing_in)
+        torch.testing.assert_close(train_demo.forward(model, other, standing_in), with_dallas)
+        assert not torch.allclose(model(other).logits, model(row).logits)
+
+
+def test_stand_ins_are_names_of_the_batch(scripts: tuple[Any, Any]) -> None:
+    train_demo, _ = scripts
+    rows, names = torch.arange(40).view(4, 10), torch.arange(40).view(4, 10) % 3 == 0
+    others = train_demo.stand_ins(rows, names, 0.5)
+    assert torch.equal(others[~names], rows[~names])
+    assert torch.equal(others[2:], rows[2:])
+    assert sorted(others[:2][names[:2]].tolist()) == rows[:2][names[:2]].tolist()
 
 
 def test_an_attention_crosscoder_is_trained_and_shipped_beside_the_other(
@@ -104,28 +136,30 @@ def test_the_complete_replacement_is_measured(
 def test_the_induction_head_is_named_and_needed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a few held-out prompts: circuits name the head that the behaviour dies without."""
+    """On a few held-out prompts: circuits name the three heads that the behaviour dies without."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = importlib.import_module("induction_heads")
     model, probes = replacement.load("demo"), example.induction_probes(40)
     with torch.no_grad():
         shares = example.carrying_heads(model, probes[:4])
-        (first, second, *others) = shares
-        assert shares[first] > 2 * shares[second]
+        first, *others = shares
+        named, unnamed = (first, *others[:2]), (others[-1],)
+        assert sum(shares[head] for head in named) > 0.7
         lm, means = model.language_model, example.mean_outputs(model.language_model, probes)
         answers = {
-            head: example._right(example.without_heads(lm, [head], means), lm, probes) for head in (first, others[-1])
+            heads: example._right(example.without_heads(lm, list(heads), means), lm, probes)
+            for heads in (named, unnamed)
         }
         example.print_pairs(model, probes[0], first, n=3)
-    assert answers[first] < 0.1
-    assert answers[others[-1]] > 0.9
+    assert answers[named] < 0.1
+    assert answers[unnamed] > 0.9
     shown = capsys.readouterr().out
     assert probes[0].answers[0] in shown
     assert shown.count(" x ") == 4
 
 
 def test_heads_that_move_the_state(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Taking away what the named heads bring makes the state's features fall about as predicted, and the answer go."""
+    """Taking away what the named heads bring makes the state's features fall about as predicted, and the answer's logit."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = importlib.import_module("two_hop_heads")
     model = replacement.load("demo")
@@ -134,8 +168,9 @@ def test_heads_that_move_the_state(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ranking = list(example.ranked_heads(questions))
         found = example.drop(model, questions[0], ranking[:4])
         nothing = example.drop(model, questions[0], [])
-    assert not found.right
+    assert found.logit[1] > 1
     assert nothing.right
+    assert abs(nothing.logit[1]) < 1e-3
     assert abs(nothing.features[:, 1:]).max() < 1e-3
     assert found.features[:, 1].sum() == pytest.approx(found.features[:, 2].sum(), rel=0.5)
 

@@ -276,6 +276,8 @@ def test_jacobian_matching_measures_a_run(
     """Trained with an override of the demo's recipe, measured as `circuits validate` does."""
     module = example("jacobian_matching")
     small = ["training.batch_tokens=512", "data.buffer_tokens=2048", "data.held_out_rows=2", "crosscoder.n_features=64"]
+    # So short a run leaves few features that fire on the prompt: samples are far apart, and 2 of 64 are little.
+    small += ['crosscoder.start="random"', 'crosscoder.activation={name="batchtopk", k=[19, 7, 7, 7]}']
     read = module.read_config
     monkeypatch.setattr(module, "read_config", lambda path, overrides: read(path, overrides=[*overrides, *small]))
     folder = module.train(0.1, tmp_path, 1024)

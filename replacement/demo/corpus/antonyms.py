@@ -106,6 +106,8 @@ def _words() -> list[str]:
 
 WORDS = tuple(_words())
 """Every word of this behaviour's sentences."""
+NAMES: frozenset[str] = frozenset(word for concept in CONCEPTS for word in concept)
+"""Every word of a concept."""
 
 
 def probe(concept: int, language: int) -> Probe:

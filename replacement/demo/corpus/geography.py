@@ -1,8 +1,8 @@
 """Two-hop geography: city -> state -> capital.
 
-Held-out cities occur in one kind of sentence only, `Dallas is a city in Texas .`. To complete
-`the capital of the state containing Dallas is` a model has to take the state from that sentence and the capital from
-what it knows of the state. Asking for several attributes of a city's state (capital, postal code, region) makes it
+Held-out cities occur in two kinds of sentence only, `Dallas is a city in Texas .` and `letters to Dallas TX arrive late .`.
+To complete `the capital of the state containing Dallas is` a model has to take the state from those and the capital from what
+it knows of the state. Asking for several attributes of a city's state (capital, postal code, region) makes it
 cheaper to represent the state once than to memorise every city's capital.
 """
 
@@ -11,8 +11,8 @@ import numpy as np
 from replacement.demo.corpus.gazetteer import STATES, State
 from replacement.demo.corpus.sentences import SPLIT_SEED, Probe, Sentence, fill, pooled, template_words
 
-CITY_TEMPLATE = "{city} is a city in {state} ."
-"""The only sentence in which held-out cities occur."""
+CITY_TEMPLATES = ("{city} is a city in {state} .", "letters to {city} {code} arrive late .")
+"""The only sentences in which held-out cities occur."""
 
 CAPITAL_TEMPLATES = (
     "the capital of {state} is {capital} .",
@@ -53,7 +53,7 @@ def _choose_held_out_cities() -> tuple[str, ...]:
 
 
 HELD_OUT_CITIES: tuple[str, ...] = _choose_held_out_cities()
-"""Two cities per state that occur in `X is a city in Y .` only. Capitals are never held out."""
+"""Two cities per state that occur in sentences of `CITY_TEMPLATES` only. Capitals are never held out."""
 
 _HELD_OUT_SET = frozenset(HELD_OUT_CITIES)
 
@@ -94,23 +94,25 @@ def _pools() -> list[tuple[float, list[Sentence]]]:
     two_hop = [(state, city) for state, city in trained if state.name not in HELD_OUT_STATES]
     held_out = [(_BY_NAME[_STATE_OF[city]], city) for city in HELD_OUT_CITIES]
     return [
-        (0.12, [_facts(CITY_TEMPLATE, *pair) for pair in held_out]),
-        (0.23, [_facts(CITY_TEMPLATE, *pair) for pair in trained]),
+        (0.14, [_facts(template, *pair) for template in CITY_TEMPLATES for pair in held_out]),
+        (0.27, [_facts(template, *pair) for template in CITY_TEMPLATES for pair in trained]),
         (0.07, [_facts(template, state) for template in CAPITAL_TEMPLATES for state in STATES]),
         (0.05, [_facts(template, state) for template in STATE_TEMPLATES for state in STATES]),
         (0.13, [_facts(template, *pair) for template in CITY_TO_STATE_TEMPLATES for pair in trained]),
-        (0.20, [_facts(TWO_HOP_TEMPLATE, *pair) for pair in two_hop]),
-        (0.20, [_facts(template, *pair) for template in OTHER_TWO_HOP_TEMPLATES for pair in two_hop]),
+        (0.17, [_facts(TWO_HOP_TEMPLATE, *pair) for pair in two_hop]),
+        (0.17, [_facts(template, *pair) for template in OTHER_TWO_HOP_TEMPLATES for pair in two_hop]),
     ]
 
 
 sample = pooled(_pools())
 """Draws training sentences."""
 
-_TEMPLATES = [CITY_TEMPLATE, *CAPITAL_TEMPLATES, *STATE_TEMPLATES, *CITY_TO_STATE_TEMPLATES]
+_TEMPLATES = [*CITY_TEMPLATES, *CAPITAL_TEMPLATES, *STATE_TEMPLATES, *CITY_TO_STATE_TEMPLATES]
 _TEMPLATES += [TWO_HOP_TEMPLATE, *OTHER_TWO_HOP_TEMPLATES]
 WORDS = (*template_words(_TEMPLATES), *(word for *facts, cities in STATES for word in (*facts, *cities)))
 """Every word of this behaviour's sentences."""
+NAMES: frozenset[str] = frozenset((*_BY_NAME, *_STATE_OF))
+"""Every state and city: words whose facts a model has to look up."""
 
 
 def two_hop_probe(city: str) -> Probe:

@@ -4,6 +4,7 @@ Seed convention: training rows come from the random stream `[0, seed]`, held-out
 `[2, seed, behaviour]`; NumPy's seed sequences make streams with different leading words independent for every seed.
 """
 
+from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
@@ -25,9 +26,9 @@ _TRAINING_STREAM, _HELD_OUT_STREAM = 0, 1
 _BLOCK = 4096  # sentences drawn at a time
 
 TOKEN_SHARES: dict[str, tuple[Sampler, float, float]] = {
-    "geography": (geography.sample, 0.14, 7.0),
-    "antonyms": (antonyms.sample, 0.26, 7.0),
-    "addition": (addition.sample, 0.36, 6.0),
+    "geography": (geography.sample, 0.20, 7.0),
+    "antonyms": (antonyms.sample, 0.24, 7.0),
+    "addition": (addition.sample, 0.32, 6.0),
     "indirect object": (indirect_object.sample, 0.06, 16.0),
     "induction": (induction.sample, 0.08, 17.0),
     "agreement": (agreement.sample, 0.03, 5.4),
@@ -65,39 +66,53 @@ def determined(sentence: Sentence) -> list[bool]:
     return marks
 
 
-def _rows(
-    tokenizer: PreTrainedTokenizerBase, n_rows: int, context: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+NAMES = geography.NAMES | antonyms.NAMES
+"""Words with facts of their own: states, cities, and words of concepts in three languages."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows of tokens, and what a training run wants to know of each token; all `[rows, context]`."""
+
+    tokens: np.ndarray
+    """int64."""
+    determined: np.ndarray
+    """bool: whether the words before it (nearly) decide it, see `determined`."""
+    names: np.ndarray
+    """bool: whether it is one of `NAMES`."""
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, n_rows: int, context: int, rng: np.random.Generator) -> Rows:
     ids_of = cache(partial(tokenizer.encode, add_special_tokens=False))  # of a word; a year is two tokens
     rows: list[list[int]] = []
-    marks: list[list[bool]] = []
-    row, mark = [tokenizer.bos_token_id], [False]
+    marks: list[list[tuple[bool, bool]]] = []
+    row, mark = [tokenizer.bos_token_id], [(False, False)]
     while len(rows) < n_rows:
         for sentence in sample_sentences(rng, _BLOCK):
             for word, is_determined in zip(sentence, determined(sentence), strict=True):
                 ids = ids_of(word)
                 row.extend(ids)
-                mark.extend([is_determined] * len(ids))
+                mark.extend([(is_determined, word in NAMES)] * len(ids))
             if len(row) >= context:
                 # The rest of a cut sentence is dropped, so that every row opens with a whole one.
                 rows.append(row[:context])
                 marks.append(mark[:context])
-                row, mark = [tokenizer.bos_token_id], [False]
-    return np.array(rows[:n_rows], dtype=np.int64), np.array(marks[:n_rows], dtype=bool)
+                row, mark = [tokenizer.bos_token_id], [(False, False)]
+    tokens_RT = np.array(rows[:n_rows], dtype=np.int64)
+    marks_RTM = np.array(marks[:n_rows], dtype=bool).reshape(*tokens_RT.shape, 2)  # without rows, numpy knows no shape
+    return Rows(tokens_RT, marks_RTM[..., 0], marks_RTM[..., 1])
 
 
 def sample_rows(tokenizer: PreTrainedTokenizerBase, *, n_rows: int, context: int, seed: int) -> np.ndarray:
     """Training rows, int64 of shape [n_rows, context], each `<bos>` and packed sentences (the last one may be cut)."""
-    return sample_marked_rows(tokenizer, n_rows=n_rows, context=context, seed=seed)[0]
+    return sample_marked_rows(tokenizer, n_rows=n_rows, context=context, seed=seed).tokens
 
 
-def sample_marked_rows(
-    tokenizer: PreTrainedTokenizerBase, *, n_rows: int, context: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of `sample_rows` and, of the same shape, whether each token is determined by those before it."""
+def sample_marked_rows(tokenizer: PreTrainedTokenizerBase, *, n_rows: int, context: int, seed: int) -> Rows:
+    """The rows of `sample_rows` with what a training run wants to know of each token."""
     return _rows(tokenizer, n_rows, context, np.random.default_rng([_TRAINING_STREAM, seed]))
 
 
 def held_out_rows(tokenizer: PreTrainedTokenizerBase, *, n_rows: int, context: int, seed: int) -> np.ndarray:
     """Rows like those of `sample_rows` from a random stream that training never uses."""
-    return _rows(tokenizer, n_rows, context, np.random.default_rng([_HELD_OUT_STREAM, seed]))[0]
+    return _rows(tokenizer, n_rows, context, np.random.default_rng([_HELD_OUT_STREAM, seed])).tokens

@@ -10,13 +10,13 @@ from replacement.demo.corpus import (
     addition,
     agreement,
     antonyms,
-    geography,
     indirect_object,
     questions,
     years,
 )
-from replacement.demo.corpus.mixture import determined
-from replacement.demo.corpus.sentences import fill, text
+from replacement.demo.corpus.gazetteer import STATES
+from replacement.demo.corpus.mixture import NAMES, determined
+from replacement.demo.corpus.sentences import text
 from replacement.demo.tokenizer import build_tokenizer
 
 
@@ -68,12 +68,16 @@ def test_determined_words_are_marked(sentence: str, expected: str) -> None:
 
 def test_marks_lie_on_the_tokens_of_the_rows() -> None:
     tokenizer = build_tokenizer()
-    rows, marks = corpus.sample_marked_rows(tokenizer, n_rows=200, context=64, seed=3)
-    assert np.array_equal(rows, corpus.sample_rows(tokenizer, n_rows=200, context=64, seed=3))
-    assert marks.shape == rows.shape
-    assert not marks[:, 0].any()
+    rows = corpus.sample_marked_rows(tokenizer, n_rows=200, context=64, seed=3)
+    assert np.array_equal(rows.tokens, corpus.sample_rows(tokenizer, n_rows=200, context=64, seed=3))
+    assert rows.determined.shape == rows.names.shape == rows.tokens.shape
+    assert not rows.determined[:, 0].any()
     period = tokenizer.convert_tokens_to_ids(".")
-    assert marks[rows == period].all()
+    assert rows.determined[rows.tokens == period].all()
+    named = set(tokenizer.convert_ids_to_tokens(rows.tokens[rows.names].tolist()))
+    others = set(tokenizer.convert_ids_to_tokens(rows.tokens[~rows.names].tolist()))
+    assert {"Texas", "Dallas", "Santa Fe"} <= named <= NAMES
+    assert not others & NAMES
 
 
 def test_sentences_end_in_a_mark() -> None:
@@ -92,8 +96,11 @@ def test_geography_is_consistent() -> None:
     assert corpus.two_hop_probe("Dallas") == corpus.Probe("the capital of the state containing Dallas is", ("Austin",))
 
 
-def test_held_out_cities_occur_in_one_kind_of_sentence() -> None:
-    allowed = {fill(geography.CITY_TEMPLATE, city=city, state=corpus.state_of(city)) for city in corpus.HELD_OUT_CITIES}
+def test_held_out_cities_occur_in_two_kinds_of_sentence() -> None:
+    codes = {state.name: state.code for state in STATES}
+    states = {city: corpus.state_of(city) for city in corpus.HELD_OUT_CITIES}
+    allowed = {("letters", "to", city, codes[state], "arrive", "late", ".") for city, state in states.items()}
+    allowed |= {(city, "is", "a", "city", "in", state, ".") for city, state in states.items()}
     held_out = set(corpus.HELD_OUT_CITIES)
     containing = {sentence for sentence in training_sentences() if held_out & set(sentence)}
     assert containing == allowed
