@@ -14,6 +14,7 @@ import typer
 from tqdm import tqdm
 
 from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.conventions import EXACT
 from circuits.graph.neuronpedia_schema import UPLOAD_BYTES
 from circuits.graph.text import slug
 from circuits.many_prompts import FORMATS as FORMATS_OF_MANY
@@ -74,11 +75,18 @@ def trace(
     node_threshold: NodeThreshold = 0.8,
     edge_threshold: EdgeThreshold = 0.98,
     circuit_nodes: Annotated[
-        int, typer.Option(help="Most features, errors and positions of the circuit; 0 for no limit.")
-    ] = DEFAULTS.circuit_nodes,
+        int | None,
+        typer.Option(
+            help="Most features, errors and positions of the circuit; 0 for no limit.",
+            show_default=f"{EXACT.circuit_nodes}; no limit with --conventions circuit-tracer",
+        ),
+    ] = None,
     circuit_edges: Annotated[
-        int, typer.Option(help="Most edges of the circuit; 0 for no limit.")
-    ] = DEFAULTS.circuit_edges,
+        int | None,
+        typer.Option(
+            help="Most edges of the circuit; 0 for no limit.", show_default=f"{EXACT.circuit_edges}; no limit likewise"
+        ),
+    ] = None,
     index: Annotated[
         Path | None,
         typer.Option(help="Feature index for labels.", show_default="features.sqlite beside the crosscoder"),

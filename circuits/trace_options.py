@@ -45,10 +45,11 @@ class TraceOptions:
     """Share of influence that the kept nodes hold, 0 to 1."""
     edge_threshold: float = 0.98
     """Share of edge influence that the kept edges hold, 0 to 1."""
-    circuit_nodes: int = 60
-    """Most features, errors and positions of the circuit, the most influential ones; 0 for no limit."""
-    circuit_edges: int = 300
-    """Most edges of the circuit; 0 for no limit."""
+    circuit_nodes: int | None = None
+    """Most features, errors and positions of the circuit, the most influential ones; 0 for no limit. By default what suits the
+    conventions."""
+    circuit_edges: int | None = None
+    """Most edges of the circuit, likewise."""
     index: str | None = None
     """File of a feature index for labels; by default those beside the crosscoders' weights."""
     use_index: bool = True
@@ -65,7 +66,7 @@ class TraceOptions:
         if self.max_nodes < 1:
             raise ValueError(f"max-nodes: expected at least 1, given {self.max_nodes}")
         for name in ("circuit_nodes", "circuit_edges"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name.replace('_', '-')}: expected at least 0, given {getattr(self, name)}")
         if self.memory is not None:
             memory_bytes(self.memory)
@@ -100,11 +101,12 @@ class TraceOptions:
                 progress=progress,
                 **labelling,
             )
+            usual = named_conventions(self.conventions)
             pruned = graph.prune(
                 nodes=self.node_threshold,
                 edges=self.edge_threshold,
-                most_nodes=self.circuit_nodes,
-                most_edges=self.circuit_edges,
+                most_nodes=usual.circuit_nodes if self.circuit_nodes is None else self.circuit_nodes,
+                most_edges=usual.circuit_edges if self.circuit_edges is None else self.circuit_edges,
             )
             circuit = with_labels(model, pruned, most=LABELLED, **labelling)
             return graph, with_heads(model, circuit) if self.heads else circuit

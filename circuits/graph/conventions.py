@@ -27,11 +27,29 @@ class Conventions:
     """Whether active features have nodes although their own causes were not computed."""
     ranks_tokens: bool
     """Whether pruning counts the influence of tokens, which it never drops, towards the share that the kept nodes must hold."""
+    circuit_nodes: int
+    """Most features, errors and positions that `circuits trace` leaves in a circuit if nothing is said; 0 for no limit."""
+    circuit_edges: int
+    """Most edges, likewise."""
 
 
-EXACT = Conventions(name="exact", first_position=True, learned_positions=True, unexpanded=True, ranks_tokens=False)
+EXACT = Conventions(
+    name="exact",
+    first_position=True,
+    learned_positions=True,
+    unexpanded=True,
+    ranks_tokens=False,
+    circuit_nodes=60,
+    circuit_edges=300,
+)
 CIRCUIT_TRACER = Conventions(
-    name="circuit-tracer", first_position=False, learned_positions=False, unexpanded=False, ranks_tokens=True
+    name="circuit-tracer",
+    first_position=False,
+    learned_positions=False,
+    unexpanded=False,
+    ranks_tokens=True,
+    circuit_nodes=0,
+    circuit_edges=0,
 )
 CONVENTIONS = {conventions.name: conventions for conventions in (EXACT, CIRCUIT_TRACER)}
 

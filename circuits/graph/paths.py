@@ -15,9 +15,6 @@ from circuits.graph.nodes import NodeKind
 from circuits.graph.text import full_name, short_name
 from replacement.token_texts import visible
 
-UNCLEAR = "unclear"
-"""Label that says nothing: features that bear it are not alike."""
-
 
 @dataclass(frozen=True)
 class StrongPath:
@@ -104,9 +101,7 @@ def _reads(graph: GraphData, path: Sequence[int]) -> tuple[str, ...]:
     """What tells a path from others for a reader: the texts of its nodes, alike neighbours once; names where there are none."""
     nodes = graph.nodes
     token = str(graph.metadata["tokens"][nodes.position[path[0]]])
-    texts = (short_name(nodes, node) for node in path[1:])
-    named = (full_name(nodes, node) if text == UNCLEAR else text for text, node in zip(texts, path[1:], strict=True))
-    return token, *(text for text, _ in itertools.groupby(named))
+    return token, *(text for text, _ in itertools.groupby(short_name(nodes, node) for node in path[1:]))
 
 
 def strongest_path(graph: GraphData) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ import circuits
 import replacement
 from circuits import NodeKind
 from circuits.cli import main
+from circuits.graph.conventions import EXACT
+from circuits.trace_options import TraceOptions
 from replacement import Crosscoder, ModelShape, TopK, Wiring, checkpoint
 from replacement.demo.families import FAMILIES, JUDGE
 from replacement.demo.feature_families import layer_and_index, read_firings
@@ -42,10 +44,23 @@ def test_dallas_circuit(model: replacement.ReplacementModel) -> None:
     assert full.replacement >= 0.6
     assert full.completeness >= 0.8
     circuit = graph.prune()
-    assert len(circuit.nodes) <= 80
+    assert len(circuit.nodes) <= 30
     pruned = circuit.scores()
     assert pruned.replacement >= 0.6
-    assert pruned.completeness >= 0.8
+    assert pruned.completeness >= 0.85
+
+
+def test_only_this_packages_conventions_have_a_budget(model: replacement.ReplacementModel) -> None:
+    """Pruned sets that agree with circuit-tracer's are not cut further, unless a budget is asked for."""
+    loose: dict[str, Any] = {"node_threshold": 1.0, "edge_threshold": 1.0, "heads": False, "use_index": False}
+    _, exact = TraceOptions(**loose).trace(model, PROMPT)
+    assert len(exact.edges) <= EXACT.circuit_edges
+    agreeing = {**loose, "conventions": "circuit-tracer"}
+    full, circuit = TraceOptions(**agreeing).trace(model, PROMPT)
+    assert circuit.counts() == full.prune(nodes=1.0, edges=1.0).counts()
+    assert len(circuit.edges) > EXACT.circuit_edges
+    _, cut = TraceOptions(**agreeing, circuit_edges=50).trace(model, PROMPT)
+    assert len(cut.edges) <= 50
 
 
 def test_features_that_fire_for_texas_cities_are_in_the_circuit(model: replacement.ReplacementModel) -> None:
