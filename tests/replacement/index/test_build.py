@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from replacement import Crosscoder, LanguageModel, ReplacementModel, TopK, Wiring, checkpoint
-from replacement.index import gathering
+from replacement.index import build, gathering
 from replacement.index.build import IndexSettings, build_index
+from replacement.index.records import TokenEffects
 from replacement.index.store import FeatureIndex
 
 N_ROWS, CONTEXT = 50, 16
@@ -241,3 +242,12 @@ def test_wrong_files_and_data(model: ReplacementModel, data: Path, tmp_path: Pat
         build_index(model, tmp_path / "other.sqlite", settings(data))
     with pytest.raises(ValueError, match="part: expected 'mlp', got 'attention'"):
         build_index(model, tmp_path / "a.sqlite", settings(data), part="attention")
+
+
+def test_labels_name_what_stands_out_among_what_is_promoted() -> None:
+    clear = TokenEffects(promoted=(("Austin", 3.0), ("Boston", 2.0)))
+    blurred = TokenEffects(promoted=(("final", 1.3), ("young", 1.2)))
+    promoted: dict[tuple[int, int], str] = {}
+    effects = [(0, 1, clear), (1, 2, blurred), (2, 3, TokenEffects())]
+    assert list(build._noting(promoted, effects)) == effects
+    assert promoted == {(0, 1): "Austin"}
