@@ -7,8 +7,9 @@
 `the capital of the state containing Dallas is` needs two hops, and Dallas is a city the model never saw in such a sentence.
 This script traces the questions about 40 such cities, and says which share of the influence that the city's tokens have on the
 answer passes through the feature of its state at the city's last token. State features are those of `replacement demo`, chosen
-on other sentences about other cities. What happens when they are swapped in the original model is measured there. Then the
-circuit of Dallas: its size, its scores and its strongest path.
+on other sentences about other cities. What happens when they are swapped in the original model is measured there; here the
+first MLP's whole output at the city is swapped, and it is said how much of what it says of the state is that one feature's. Then
+the circuit of Dallas: its size, its scores and its strongest path.
 """
 
 from __future__ import annotations
@@ -16,22 +17,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import circuits
 import replacement
 from circuits.graph.paths import describe_path, strongest_path
 from circuits.validation.hops import hop_fidelity
-from replacement import ReplacementModel
+from replacement import ReplacementModel, Site
 from replacement.demo.corpus import capital_of
 from replacement.demo.families import CHOOSE, FAMILIES, JUDGE, Case
-from replacement.demo.feature_families import case_positions, choose_features, layer_and_index, read_firings
+from replacement.demo.feature_families import (
+    ChosenFeatures,
+    case_positions,
+    choose_features,
+    layer_and_index,
+    read_firings,
+)
 from replacement.files import write_atomic
 
 STATE = FAMILIES[0]
@@ -61,6 +69,7 @@ def measure(model: ReplacementModel, *, probes: str = JUDGE, n_prompts: int = 40
         "probes": probes,
         "prompts": len(shares["best_feature"]),
         "through_state_features": {name: fmean(values) for name, values in shares.items()},
+        "first_mlp": first_mlp(model, chosen, [asking[i] for i in order]),
         "dallas": dallas(model),
     }
 
@@ -82,6 +91,48 @@ def feature_mask(
     named = zip(nodes.layer.tolist(), nodes.index.tolist(), strict=True)
     is_wanted = np.array([name in wanted for name in named])
     return nodes.mask(circuits.NodeKind.FEATURE) & (nodes.position == last) & is_wanted
+
+
+def first_mlp(model: ReplacementModel, chosen: ChosenFeatures, cases: Sequence[Case]) -> dict[str, float]:
+    """What the first MLP writes of the state at the city, and how much of that is one feature's.
+
+    `answer_follows`: share of cases whose answer becomes that of another case's state when the first MLP's whole output at the
+    city becomes that case's. `share_of_feature`: along the direction from the mean of all cities to the mean of the city's
+    state, the projection of what the state's best feature writes over that of the output; mean over cases, 0 where the feature
+    is of a later layer.
+    """
+    lm, site, crosscoder = model.language_model, Site(0, "mlp_out"), model.crosscoder
+    written_CD = torch.stack([_at_city(model, case, site) for case in STATE.of(CHOOSE)])
+    concepts = np.array([case.concept for case in STATE.of(CHOOSE)])
+    mean_D, follows, shares = written_CD.mean(0), [], []
+    for case, other in zip(cases, [*cases[1:], cases[0]], strict=True):
+        tokens_T, output_D = lm.tokenize(case.prompt), _at_city(model, case, site)
+        if other.concept != case.concept:
+            replacement_D, [position] = _at_city(model, other, site), case_positions(model, [case])
+
+            def hook(x_BTD: Tensor, replacement_D: Tensor = replacement_D, position: int = position) -> Tensor:
+                return x_BTD.index_copy(-2, torch.tensor([position]), replacement_D.expand_as(x_BTD[..., :1, :]))
+
+            top = int(lm.run(tokens_T, {site: hook})[-1].argmax())
+            follows.append(lm.token_strings([top]) == [capital_of(other.concept)])
+        direction_D = written_CD[torch.from_numpy(concepts == case.concept)].mean(0) - mean_D
+        layer, index = layer_and_index(model, chosen.best[case.concept])
+        share = 0.0
+        if layer == 0:
+            features = model.localize(tokens_T).features
+            [position] = case_positions(model, [case])
+            active = (features.group == 0) & (features.row == position) & (features.index == index)
+            vector_D = crosscoder.decoder_vectors(0, torch.tensor([index]), site)[0]
+            share = float(features.activation[active].sum() * (vector_D @ direction_D))
+            share /= float((output_D - mean_D) @ direction_D)
+        shares.append(share)
+    return {"pairs": len(follows), "answer_follows": fmean(follows), "share_of_feature": fmean(shares)}
+
+
+def _at_city(model: ReplacementModel, case: Case, site: Site) -> Tensor:
+    """The original model's activation at a site, at the city's last token."""
+    [position] = case_positions(model, [case])
+    return model.language_model.read(model.language_model.tokenize(case.prompt), {site})[site][position]
 
 
 def dallas(model: ReplacementModel) -> dict[str, Any]:

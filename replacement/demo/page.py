@@ -94,11 +94,13 @@ def _fidelity(fidelity: dict[str, Any]) -> Table:
 
 
 def _circuits(found: dict[str, Any]) -> Table:
-    through, dallas = found["through_state_features"], found["dallas"]
+    through, first, dallas = found["through_state_features"], found["first_mlp"], found["dallas"]
     where = f"of the answer's influence from a city, mean of {found['prompts']} cities"
     rows = {
         "through the state's feature": f"{_number(through['best_feature'])} {where}",
         "through its features of F1 >= 0.9": f"{_number(through['good_features'])} {where}",
+        "first MLP's output at the city swapped": f"{_number(first['answer_follows'])} of {first['pairs']} answers follow",
+        "the state's feature in that output": f"{_number(first['share_of_feature'])} of what it says of the state",
         "Dallas, pruned": f"{dallas['nodes']} nodes, {dallas['edges']} edges",
         "replacement, completeness": f"{_number(dallas['replacement'])}, {_number(dallas['completeness'])}",
         "strongest path": dallas["strongest_path"],
