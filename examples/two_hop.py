@@ -8,7 +8,7 @@
 This script traces the questions about 40 such cities, and says which share of the influence that the city's tokens have on the
 answer passes through the feature of its state at the city's last token. State features are those of `replacement demo`, chosen
 on other sentences about other cities. What happens when they are swapped in the original model is measured there; here the
-first MLP's whole output at the city is swapped, and it is said how much of what it says of the state is that one feature's. Then
+first MLP's whole output at the city is swapped, and it is said how much of its word on the state is that feature's. Then
 the circuit of Dallas: its size, its scores and its strongest path.
 """
 
