@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import jaxtyping
 import pytest
 import torch
+from browser import MissingBrowserError, chromium
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from browser import OpenPage
+    from playwright.sync_api import Page
 
 jaxtyping.install_import_hook(["replacement", "circuits"], "beartype.beartype")
 
@@ -77,3 +84,24 @@ def smollm2_folder(smollm2: ModuleType, tmp_path_factory: pytest.TempPathFactory
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     with FileLock(root / "smollm2.lock"):
         return smollm2.convert(root / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def open_page() -> Iterator[OpenPage]:
+    """Opens pages in the session's headless Chromium (see `browser.chromium`); tests are skipped where there is none."""
+    with ExitStack() as stack:
+        try:
+            yield stack.enter_context(chromium())
+        except MissingBrowserError as error:
+            pytest.skip(str(error))
+
+
+@pytest.fixture
+def visit(open_page: OpenPage) -> Iterator[Callable[..., Page]]:
+    """`visit(file or address, **options)`: a page that is closed when the test ends; the test fails if the page complained."""
+    with ExitStack() as pages:
+
+        def visit(place: Path | str, **options: Any) -> Page:
+            return pages.enter_context(open_page(place.as_uri() if isinstance(place, Path) else place, **options))
+
+        yield visit
