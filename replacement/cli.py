@@ -186,6 +186,14 @@ def index(
     part: Annotated[
         str, typer.Option(help="Features of the crosscoder that replaces the MLPs (`mlp`) or `attention`.")
     ] = "mlp",
+    word_lists: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path_option,
+            help="Names for labels: a CSV file with lines `Texas,Dallas,Houston,...`.",
+            show_default="those of the demo's corpus for its data",
+        ),
+    ] = None,
     labeller: Annotated[
         str | None,
         typer.Option(help="Command that reads evidence as JSON lines and writes labels.", show_default=False),
@@ -201,7 +209,9 @@ def index(
 
     if part not in ("mlp", "attention"):
         raise ValueError(f"part: expected mlp or attention, given {part!r}")
-    settings = settings_of(model=options.model or DEMO, data=data, tokens=tokens, context=context)
+    settings = settings_of(
+        model=options.model or DEMO, data=data, tokens=tokens, context=context, word_lists=word_lists
+    )
     options = options.with_attention() if part == "attention" else options
     if out is None:
         out = index_file((options.crosscoder if part == "mlp" else options.attention_crosscoder) or DEMO, part=part)

@@ -39,6 +39,15 @@ def visible(text: str) -> str:
     return SPACE * start + shown + SPACE * (len(text) - start - len(inner))
 
 
+def quoted(text: str) -> str:
+    """A token's text, in quotes where it holds no letter or digit: a lone `?` would read as a doubt of the text around it.
+
+    >>> quoted("?"), quoted("Austin")
+    ('"?"', 'Austin')
+    """
+    return text if any(map(str.isalnum, text)) else f'"{text}"'
+
+
 def token_bytes(tokenizer: Any, token_ids: Sequence[int]) -> list[bytes]:
     """The bytes that each token adds to a text, in UTF-8; an id that the tokenizer does not have gives `#id`.
 

@@ -37,12 +37,13 @@ from replacement.index.token_effects import CHUNK, Vocabulary
 from replacement.loading import DEMO, crosscoder_folder
 from replacement.number_checks import whole_number
 from replacement.splicing.skip import read_depth
-from replacement.token_texts import visible
+from replacement.token_texts import quoted, visible
 
 WORDS = 3
 """Tokens on each side of a hint, where there is room for them."""
-LONGEST = 40
-_LONGEST_WORD = 16
+LONGEST = 72
+_LONGEST_WORD = 30
+"""Longer words are left out of hints."""
 _LONE_BYTES = re.compile(r"\ufffd|<[0-9A-F]{2}>")
 _TRIED = 4 * WORDS
 """Tokens compared for a side of a hint: pieces that cannot be read and repetitions are left out."""
@@ -244,7 +245,7 @@ class FeatureLabels:
 
 def _hint(read: Sequence[str], promoted: Sequence[str]) -> str:
     """As many tokens of each side as fit, at most `WORDS`; pieces of characters and texts that look alike are left out."""
-    sides = [_readable(read) or ["?"], _readable(promoted) or ["?"]]
+    sides = [_readable(read) or ["…"], _readable(promoted) or ["…"]]
     shown = [side[:1] for side in sides]
     for n_words in range(1, WORDS):
         for place, side in enumerate(sides):
@@ -259,7 +260,7 @@ def _joined(sides: Sequence[Sequence[str]]) -> str:
 
 def _readable(tokens: Sequence[str]) -> list[str]:
     words = dict.fromkeys(printable(token).strip() or "␣" for token in tokens if not _LONE_BYTES.search(token))
-    return [shorten(word, _LONGEST_WORD) for word in words]
+    return [quoted(word) for word in words if len(word) <= _LONGEST_WORD]
 
 
 def _facts(label: Label) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 from circuits.graph.nodes import NodeKind, NodeTable
-from replacement.token_texts import MARKS, visible
+from replacement.token_texts import MARKS, quoted, visible
 
 _FEATURE = re.compile(r"(?:(feature|attention):)?(\d{1,40})/(\d{1,40})(?:@(-?\d{1,40}))?")
 _UNPRINTABLE = {"Cc", "Cs", "Cn", "Co"}
@@ -20,8 +20,13 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """At most `length` characters, the last one an ellipsis where something was cut."""
-    return text if len(text) <= length else text[: max(length - 1, 0)].rstrip() + "…"
+    """At most `length` characters, the last one an ellipsis where something was cut: between words, if the part that is kept
+    is more than half of that long."""
+    if len(text) <= length:
+        return text
+    kept = text[: max(length - 1, 0)]
+    whole = kept if text[len(kept)].isspace() else kept.rpartition(" ")[0]
+    return (whole if len(whole) > length / 2 else kept).rstrip() + "…"
 
 
 def slug(text: str) -> str:
@@ -47,7 +52,7 @@ def parse_feature_name(text: str) -> tuple[str, int, int, int]:
 
 
 def short_name(nodes: NodeTable, row: int) -> str:
-    """What fits on a node: a token's text, a feature's label or else its index."""
+    """What fits on a node: a token's text (in quotes if it is a sign such as `?`), a feature's label or else its index."""
     kind, label = NodeKind(int(nodes.kind[row])), nodes.label[row]
     if kind is NodeKind.FEATURE:
         return printable(label).strip() or f"#{nodes.index[row]}"
@@ -55,7 +60,7 @@ def short_name(nodes: NodeTable, row: int) -> str:
         return f"pos {nodes.position[row]}"
     if kind is NodeKind.ERROR:
         return "error"
-    return visible(label) if label else f"token {nodes.index[row]}"
+    return quoted(visible(label)) if label else f"token {nodes.index[row]}"
 
 
 def full_name(nodes: NodeTable, row: int) -> str:

@@ -24,6 +24,7 @@ from replacement.index.labels import Labelling
 from replacement.index.records import Label, TokenEffects
 from replacement.index.store import FeatureIndex
 from replacement.index.token_effects import token_effects
+from replacement.index.word_lists import WordLists, word_lists
 from replacement.index.writing import IndexWriter
 from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.replacement_model import ReplacementModel
@@ -59,6 +60,8 @@ class IndexSettings:
     """Tokens of an example in front of its peak."""
     after: int = 8
     """Tokens behind it."""
+    word_lists: str | None = None
+    """File of named lists of words, see `word_lists.word_lists`; those of the demo's corpus for its data."""
     n_effects: int = 6
     """Tokens promoted, suppressed and read, of each kind."""
 
@@ -108,6 +111,7 @@ def build_index(
     """
     settings, out, share = settings or IndexSettings(), check_file(out), Share.of_this_process()
     person_labels = _person_labels(out, crosscoder_of(model, part))
+    names = word_lists(settings.word_lists, settings.data)
     source, n_rows = open_rows(settings, model.language_model)
     text = Text(model, part, source, n_rows)
     facts = _facts(text, settings)
@@ -132,7 +136,7 @@ def build_index(
         _write_evidence(writer, evidence, settings)
         promoted: dict[tuple[int, int], str] = {}
         writer.effects(_noting(promoted, token_effects(lm, text.crosscoder, n_tokens=settings.n_effects)))
-        labelling = _propose(text, evidence, progress)
+        labelling = _propose(text, evidence, names, progress)
         labelling.score(_counting(text.held_out(), progress), lambda layer, index: promoted.get((layer, index)))
         if labeller is not None:
             writer.commit()
@@ -176,7 +180,7 @@ def _person_labels(out: Path, crosscoder: Crosscoder) -> dict[tuple[int, int], l
         return index.person_labels()
 
 
-def _propose(text: Text, evidence: Evidence, progress: Progress) -> Labelling:
+def _propose(text: Text, evidence: Evidence, names: WordLists, progress: Progress) -> Labelling:
     """Claims about every feature, fitted to the first rows, and for features that seldom fire to rows of examples, too."""
     lm, crosscoder = text.model.language_model, text.crosscoder
     texts = TokenTexts.of(lm.tokenizer, lm.vocabulary_size, special_ids(lm))
@@ -187,7 +191,7 @@ def _propose(text: Text, evidence: Evidence, progress: Progress) -> Labelling:
         rows = np.unique(np.concatenate(examples))
         return text.firings([evidence.rows[row] for row in rows[rows >= n_first].tolist()])
 
-    labelling = Labelling(texts, crosscoder.wiring.layers, crosscoder.n_features)
+    labelling = Labelling(texts, crosscoder.wiring.layers, crosscoder.n_features, names)
     labelling.propose(_counting(text.first(n_first), progress), rows_with)
     return labelling
 

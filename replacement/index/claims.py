@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 
 from replacement.index.contexts import AFFIX_LENGTHS, CLASSES, FIRST_PIECE, LATER_PIECE, Contexts, text_hash
+from replacement.token_texts import quoted
 
 CONDITIONS = ("name", "word", "current", "last digit", "ends", "begins", "class", "previous", "first", "earlier")
 """Kinds of conditions: first those of the token, then those of what stands before it."""
-SHORT = 40
-"""Characters of a claim's short form."""
+SHORT = 60
+"""Characters of a claim's short form, where its words allow it."""
 MOST_VALUES = 256
 """Values of a condition."""
 LONGEST_VALUE = 100
@@ -98,7 +99,10 @@ class Condition:
 
     def text(self, n_shown: int) -> str:
         """In words, with this many of the values."""
-        listed = " | ".join(map(printable, self.values[:n_shown])) + (" …" if len(self.values) > n_shown else "")
+        shown = map(printable, self.values[:n_shown])
+        if self.kind not in _PATTERNS:  # patterns have quotes of their own
+            shown = map(quoted, shown)
+        listed = " | ".join(shown) + (" …" if len(self.values) > n_shown else "")
         if self.kind == "class":
             noun, of, rest = listed.partition(" of ")  # first piece of a word
             return f"{noun if noun == 'punctuation' else noun + 's'}{of}{rest}"
@@ -166,18 +170,12 @@ class Claim:
         return np.logical_and.reduce([condition.holds(contexts) for condition in self.conditions])
 
     def short(self, width: int = SHORT) -> str:
-        """In words, with as many values as fit in a width, at most three of each condition.
+        """In words, with as many values as fit in a width, at most three of each condition and at least one.
 
-        What fires counts more to a reader than what stands before it: where one value of each is all that would fit, the second
-        condition is left to an ellipsis.
+        Both conditions stay, and no word is cut: where one value of each is too long already, that is what is returned.
         """
-        texts = [self.text(*n_shown) for n_shown in ((3, 3), (3, 2), (2, 2), (3, 1), (2, 1))]
-        first, *others = self.conditions
-        if first.is_of_token and others:
-            texts += [first.text(n_shown).removesuffix(" …") + " …" for n_shown in (3, 2) if len(first.values) > 1]
-        texts.append(self.text(1, 1))
-        fitting = next((text for text in texts if len(text) <= width), texts[-1])
-        return fitting if len(fitting) <= width else f"{fitting[: width - 1]}…"
+        texts = [self.text(*n_shown) for n_shown in ((3, 3), (3, 2), (2, 2), (3, 1), (2, 1), (1, 1))]
+        return next((text for text in texts if len(text) <= width), texts[-1])
 
     def text(self, n_shown: int = _SHOWN_IN_FULL, n_shown_before: int = _SHOWN_IN_FULL) -> str:
         """In words, with at most this many values of a condition on the token, and of one on what stands before it."""

@@ -20,7 +20,9 @@ from replacement.splicing.replacement_model import ReplacementModel
 DATA_OF_DEMO = "demo"
 
 
-def settings_of(*, model: str, data: str | None, tokens: int, context: int | None) -> IndexSettings:
+def settings_of(
+    *, model: str, data: str | None, tokens: int, context: int | None, word_lists: Path | None
+) -> IndexSettings:
     """The settings that the options of the command mean; checked before any model is loaded.
 
     Raises:
@@ -30,7 +32,8 @@ def settings_of(*, model: str, data: str | None, tokens: int, context: int | Non
         raise ValueError(f"data: expected text files, a dataset or token ids, given {data!r}")
     if data is None and model != DEMO:
         raise ValueError(f"data: expected text files, a dataset or token ids that {model} reads, given none")
-    return IndexSettings(data=data or DATA_OF_DEMO, n_tokens=tokens, context=context)
+    names = None if word_lists is None else str(word_lists)
+    return IndexSettings(data=data or DATA_OF_DEMO, n_tokens=tokens, context=context, word_lists=names)
 
 
 def index_file(crosscoder: str, *, part: str = "mlp") -> Path:

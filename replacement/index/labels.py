@@ -16,6 +16,8 @@ from replacement.index.labeller import Answer, question
 from replacement.index.labelling import propose_claims
 from replacement.index.records import UNCLEAR, UNCLEAR_BELOW, FeatureRecord, Label
 from replacement.index.scoring import DetectorCounts
+from replacement.index.word_lists import WordLists, heading
+from replacement.token_texts import quoted, visible
 
 UNSCORED = "not scored"
 """Text of a label whose feature never fires in the held-out text."""
@@ -40,6 +42,8 @@ class Labelling:
     """Layers that have features, ascending."""
     n_features: int
     """Features per layer."""
+    word_lists: WordLists = field(default_factory=dict)
+    """Names for claims about the words of a list."""
     claims: dict[int, Claim] = field(default_factory=dict, init=False)
     """The claim that fits best, by number of the feature; features that do not fire in the sample have none."""
     fires_F: np.ndarray = field(init=False)
@@ -80,8 +84,9 @@ class Labelling:
         self._labels = {number: [Label(UNCLEAR, "rule")] for number in np.flatnonzero(self.fires_F).tolist()}
         for (number, claim), scores in zip(self.claims.items(), _each(counts), strict=True):
             token = promoted(*self._feature(number))
-            arrow = "" if token is None else f" → {printable(token.strip() or repr(token))}"
-            text = claim.short(max(SHORT // 2, SHORT - len(arrow))) + arrow
+            arrow = "" if token is None else f" → {quoted(printable(token.strip() or visible(token)))}"
+            head = heading(claim, self.word_lists)
+            text = head + claim.short(max(SHORT // 2, SHORT - len(head) - len(arrow))) + arrow
             self._labels[number] = [_label(text, "rule", claim.text(), scores)]
 
     def ask(

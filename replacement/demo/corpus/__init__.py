@@ -13,6 +13,7 @@ from replacement.demo.corpus.geography import (
 )
 from replacement.demo.corpus.mixture import held_out_rows, sample_marked_rows, sample_rows, sample_sentences
 from replacement.demo.corpus.sentences import Probe, Sentence
+from replacement.demo.corpus.word_lists import word_lists
 
 __all__ = [
     "HELD_OUT_CITIES",
@@ -33,4 +34,5 @@ __all__ = [
     "training_cities_of",
     "two_hop_probe",
     "vocabulary",
+    "word_lists",
 ]

@@ -19,7 +19,7 @@ from replacement.index.records import UNCLEAR, Label
 from replacement.index.store import FILE_NAME, FeatureIndex
 from replacement.index.writing import IndexWriter
 
-LONG = "words ending in " + ", ".join(f'"{letter}"' for letter in "abcdefghij")
+LONG = "words ending in " + ", ".join(f'"{letter}"' for letter in "abcdefghijklmn")
 RULE, PERSON = Label("city names", "rule", "city names", 0.9, 0.8, 0.85), Label("Ada's label", "person")
 WEAK = Label(UNCLEAR, "rule", "after", 0.1, 0.1, 0.1)
 
@@ -81,7 +81,9 @@ def test_clear_labels_replace_hints(traced: Any) -> None:
         assert {label for _, label in by_rule[1]} == {"city names"}
         assert {label for _, label in by_person[1]} == {"Ada's label"}
         assert all(label.startswith("~ ") for _, entries in (weak, *others) for _, label in entries)
-        assert long[1][0][1] == LONG[: LONGEST - 1] + "…"
+        kept = long[1][0][1].removesuffix("…")
+        assert len(kept) < LONGEST < len(LONG)
+        assert LONG.startswith(f"{kept} "), "cut between words"
         facts = graph.metadata["feature_labels"]
         name_of = {key: f"{key[1]}/{key[2]}" for key in names(graph)}
         assert facts[name_of[by_rule[0]]] == {"source": "rule", "precision": 0.9, "recall": 0.8, "f1": 0.85}
@@ -163,12 +165,12 @@ def test_facts_of_labels_are_checked(traced: Any, facts: Any) -> None:
 
 
 def test_hints_are_short_and_can_be_read() -> None:
-    assert _hint([" Dallas", "\ufffd", "Dallas", " Austin"], ["\ufffd\ufffd"]) == "~ Dallas, Austin → ?"
-    assert _hint(["<E2>", " ", "a"], ["b"]) == "~ ␣, a → b"
+    assert _hint([" Dallas", "\ufffd", "Dallas", " Austin"], ["\ufffd\ufffd"]) == "~ Dallas, Austin → …"
+    assert _hint(["?"], ["Austin"]) == '~ "?" → Austin'
+    assert _hint(["<E2>", " ", "a"], ["b"]) == '~ "␣", a → b'
     assert _hint(["aaaa"], [f"token{n}" for n in range(9)]) == "~ aaaa → token0, token1, token2"
-    long = _hint(["internationalisation" * 2, "b"], ["c" * 30, "d"])
-    assert len(long) <= LONGEST
-    assert long.startswith("~ internationalis")
+    assert _hint(["internationalisation" * 2, "b"], ["c" * 30, "d" * 30]) == f"~ b → {'c' * 30}, {'d' * 30}"
+    assert _hint(["a" * 30, "b" * 30], ["c" * 30]) == f"~ {'a' * 30} → {'c' * 30}", "at most LONGEST characters"
 
 
 def test_graph_json_of_other_tools_keeps_its_words(traced: Any, tmp_path: Path) -> None:

@@ -102,7 +102,9 @@ def test_scores_of_counts() -> None:
 def test_a_claim_is_read_back_from_json_and_is_short(given: Given) -> None:
     claim = Claim.from_json(given)
     assert claim.to_json() == given
-    assert len(claim.short()) <= SHORT
+    forms = {claim.text(n, m) for n in (1, 2, 3) for m in (1, 2, 3)}
+    assert claim.short() in forms, "both conditions, and whole words"
+    assert len(claim.short()) <= max(SHORT, len(claim.text(1, 1)))
     assert all(value in claim.text() for kind, values in given.items() if kind != "class" for value in values)
 
 
@@ -111,7 +113,7 @@ def test_a_claim_is_read_back_from_json_and_is_short(given: Given) -> None:
     [
         ({"word": ["Houston", "Dallas"]}, "Houston | Dallas"),
         ({"previous": ["of"]}, 'after "of"'),
-        ({"current": ["."], "first": ["which", "who"]}, '. in "which | who" sentences'),
+        ({"current": ["."], "first": ["which", "who"]}, '"." in "which | who" sentences'),
         ({"last digit": ["7"]}, "numbers ending in 7"),
         ({"class": ["number"], "previous": ["+"]}, 'numbers after "+"'),
         ({"class": ["punctuation"]}, "punctuation"),
@@ -119,6 +121,7 @@ def test_a_claim_is_read_back_from_json_and_is_short(given: Given) -> None:
         ({"current": ["is"], "earlier": ["Dallas"]}, 'is with "Dallas" earlier'),
         ({"begins": ["un"], "ends": ["ed"]}, 'words ending in "ed" and words beginning with "un"'),
         ({"current": ["\x1b[31m", "\n"]}, "\\x1b[31m | \\n"),
+        ({"current": ["?", "a"], "previous": ["."]}, '"?" | a after "."'),
     ],
 )
 def test_what_claims_say(given: dict[str, list[str]], text: str) -> None:
@@ -129,10 +132,10 @@ def test_the_short_form_shows_what_fits() -> None:
     cities = [f"City{number}" for number in range(100)]
     assert Claim.of(word=cities).short() == "City0 | City1 | City2 …"
     assert Claim.of(word=cities).short(20) == "City0 | City1 …"
-    assert Claim.of(word=cities).short(6) == "City0…"
+    assert Claim.of(word=cities).short(6) == "City0 …", "too long, but whole"
     both = Claim.of(word=cities, previous=["containing", "from", "near"])
-    assert both.short() == 'City0 | City1 … after "containing …"'
-    assert both.short(30) == "City0 | City1 | City2 …"
+    assert both.short(50) == 'City0 | City1 … after "containing | from …"'
+    assert both.short(30) == 'City0 … after "containing …"', "what stands before is told in any case"
     assert printable("a\u202eb") == "a\\u202eb"
 
 

@@ -139,11 +139,11 @@ def test_a_long_claim_leaves_room_for_what_is_promoted() -> None:
     labelling.score(batches(1, 1), lambda layer, index: " Washington")
     label = next(iter(labelling))[2]
     assert label.text == UNCLEAR
-    labelling.claims = {0: Claim.of(current=["Dallas", "Houston", "x" * 30])}
+    labelling.claims = {0: Claim.of(current=["Dallas", "Houston", "x" * 50])}
     labelling.score(batches(1, 1), lambda layer, index: " Washington")
     assert next(iter(labelling))[2].text == "Dallas | Houston … → Washington"
     labelling.score(batches(1, 1), lambda layer, index: "\n")
-    assert next(iter(labelling))[2].text == "Dallas | Houston … → '\\n'"
+    assert next(iter(labelling))[2].text == 'Dallas | Houston … → "⏎"'
     assert len(next(iter(labelling))[2].text) <= SHORT
 
 
