@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from replacement.language_model.language_model import LanguageModel
     from replacement.loading import load
     from replacement.splicing.feature_changes import swap
+    from replacement.splicing.intervened import Intervened
     from replacement.splicing.intervention import Intervention, UnknownFeatureError
     from replacement.splicing.local_replacement import Decomposition, LocalReplacement
-    from replacement.splicing.replacement_model import Intervened, ReplacementModel
+    from replacement.splicing.replacement_model import ReplacementModel
 
 __all__ = [
     "BatchTopK",
@@ -62,7 +63,7 @@ _LAZY = {
     "Decomposition": "replacement.splicing.local_replacement",
     "FeatureIndex": "replacement.index.store",
     "Features": "replacement.crosscoder.features",
-    "Intervened": "replacement.splicing.replacement_model",
+    "Intervened": "replacement.splicing.intervened",
     "Intervention": "replacement.splicing.intervention",
     "JointTopK": "replacement.crosscoder.activation",
     "JumpReLU": "replacement.crosscoder.activation",

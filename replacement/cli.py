@@ -143,8 +143,9 @@ def validate(
 ) -> None:
     """How far a replacement model can be trusted: reconstruction, protocols, slices, controls."""
     from replacement.files import check_folder
-    from replacement.validation.command import config_of, page, validate_with_bar
+    from replacement.validation.command import config_of, validate_with_bar
     from replacement.validation.report import write_report
+    from replacement.validation.terminal import page
 
     if report is not None:
         check_folder(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -15,6 +16,8 @@ from rich.text import Text
 
 PIPE_WIDTH = 120
 """A pipe has no width of its own, and the tables are wide."""
+SHOWN_ROWS = 20
+"""Rows of a long table that `repr` and notebooks show."""
 
 
 def table(
@@ -31,6 +34,14 @@ def table(
     for row in rows:
         add_row(result, *row)
     return result
+
+
+def first_rows(
+    *heads: str, rows: Iterable[Iterable[object]], n_rows: int, texts: Collection[str] = ()
+) -> RenderableType:
+    """The first `SHOWN_ROWS` of `n_rows` rows as a table, and the number of those left out."""
+    shown = table(*heads, rows=itertools.islice(rows, SHOWN_ROWS), texts=texts)
+    return Group(shown, Text(f"... and {n_rows - SHOWN_ROWS:,} more")) if n_rows > SHOWN_ROWS else shown
 
 
 def add_row(to: Table, *cells: object) -> None:

@@ -22,6 +22,7 @@ _SHARED = [
     "replacement.files",
     "replacement.memory",
     "replacement.console",
+    "replacement.notebook",
     "replacement.allocator",
     "replacement.start",
     "replacement.threads",
@@ -60,6 +61,7 @@ PURE_MODULES = (
     "circuits.heads.qk_result",
     "replacement.start",
     "replacement.console",
+    "replacement.notebook",
     "replacement.token_texts",
 )
 

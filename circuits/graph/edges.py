@@ -8,9 +8,12 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
+from rich.console import RenderableType
 
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.nodes import NodeTable
+from replacement.console import SHOWN_ROWS, first_rows
+from replacement.notebook import repr_html
 
 COLUMNS: dict[str, np.dtype] = {
     "indptr": np.dtype(np.int64),
@@ -127,6 +130,14 @@ class Edges:
 
     def __repr__(self) -> str:
         return f"Edges({len(self)} edges among {self.n_nodes} nodes)"
+
+    def __rich__(self) -> RenderableType:
+        shown = slice(SHOWN_ROWS)
+        target = np.searchsorted(self.indptr, np.arange(len(self))[shown], side="right") - 1
+        rows = zip(self.source[shown], target, (f"{weight:+.4g}" for weight in self.weight[shown]), strict=True)
+        return first_rows("source (row of nodes)", "target (row of nodes)", "weight", rows=rows, n_rows=len(self))
+
+    _repr_html_ = repr_html
 
     def __len__(self) -> int:
         return len(self.source)

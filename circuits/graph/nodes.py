@@ -19,6 +19,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from rich.console import RenderableType
+
+from replacement.console import SHOWN_ROWS, first_rows
+from replacement.notebook import repr_html
+from replacement.token_texts import visible
 
 
 class NodeKind(enum.IntEnum):
@@ -55,6 +60,7 @@ COLUMNS: dict[str, np.dtype] = {
 }
 
 _DEFAULTS: dict[str, Any] = {"layer": -1, "index": -1}
+_SHOWN_COLUMNS = ("activation", "probability", "output_weight", "value", "bias", "inflow")
 _NOT_NEGATIVE = ("position", "output_weight", "inflow", "probability")
 
 
@@ -126,6 +132,20 @@ class NodeTable:
 
     def __repr__(self) -> str:
         return f"NodeTable({len(self)} nodes)"
+
+    def __rich__(self) -> RenderableType:
+        ids = self.select(np.arange(len(self)) < SHOWN_ROWS).ids()
+        rows = (
+            (
+                *(name, NodeKind(int(self.kind[row])).name.lower(), visible(self.label[row])),
+                *(f"{getattr(self, column)[row]:.4g}" for column in _SHOWN_COLUMNS),
+            )
+            for row, name in enumerate(ids)
+        )
+        heads = ("node", "kind", "label", *(column.replace("_", " ") for column in _SHOWN_COLUMNS))
+        return first_rows(*heads, rows=rows, n_rows=len(self), texts=("kind", "label"))
+
+    _repr_html_ = repr_html
 
     def __len__(self) -> int:
         return len(self.label)

@@ -5,25 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from circuits.graph.edges import GraphData
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, Part
 from circuits.graph.text import parse_feature_name, printable, shorten
-from replacement.console import add_row, table
+from replacement.console import first_rows, table
+from replacement.notebook import repr_html, to_html
 from replacement.number_checks import integer
 
 if TYPE_CHECKING:
     from replacement import Intervention
 
-REPR_ROWS = 20
-"""Rows that `repr` and notebooks show; indexing and iteration give all."""
 _WIDTH = 140
 SIMILAR = 4
 """Nodes that an error message proposes instead of an unknown one."""
@@ -89,6 +87,11 @@ class NodeRow:
         activation = f"{self.activation:.3g}" if self.kind == "feature" and self.activation else ""
         return self.name, self.kind, shorten(printable(self.label), 60), activation, f"{self.influence:.4f}"
 
+    def __rich__(self) -> Table:
+        return Rows((self,), NODE_HEADS).__rich__()
+
+    _repr_html_ = repr_html
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeRow:
@@ -109,6 +112,11 @@ class EdgeRow:
         """The columns of `EDGE_HEADS`."""
         ends = (f"{end.name} {shorten(printable(end.label), 30)}".strip() for end in (self.source, self.target))
         return *ends, f"{self.weight:+.4g}", f"{self.influence:.4f}", self.heads
+
+    def __rich__(self) -> Table:
+        return Rows((self,), EDGE_HEADS).__rich__()
+
+    _repr_html_ = repr_html
 
 
 NODE_HEADS = ("node", "kind", "label", "activation", "influence")
@@ -138,29 +146,20 @@ class Rows(Sequence[Row], Generic[Row]):
         return Rows(self.rows[place], self.heads) if isinstance(place, slice) else self.rows[place]
 
     def __rich__(self) -> Table:
-        result = table(*self.heads, texts=_TEXTS)
-        for row in self.rows:
-            add_row(result, *row.cells())
-        return result
+        return table(*self.heads, rows=(row.cells() for row in self.rows), texts=_TEXTS)
 
     def __repr__(self) -> str:
         console = Console(width=_WIDTH, no_color=True, force_terminal=False)
         with console.capture() as captured:
-            console.print(self[:REPR_ROWS].__rich__())
-        text = "\n".join(line.rstrip() for line in captured.get().splitlines())
-        return f"{text}\n{self._rest()}" if len(self) > REPR_ROWS else text
+            console.print(self._first(), highlight=False)
+        return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(name)}</th>" for name in self.heads)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.cells()) + "</tr>"
-            for row in self.rows[:REPR_ROWS]
-        )
-        rest = f"<p>{self._rest()}</p>" if len(self) > REPR_ROWS else ""
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{rest}"
+        return to_html(self._first())
 
-    def _rest(self) -> str:
-        return f"... and {len(self) - REPR_ROWS:,} more"
+    def _first(self) -> RenderableType:
+        """The rows that `repr` and notebooks show; indexing and iteration give all."""
+        return first_rows(*self.heads, rows=(row.cells() for row in self.rows), n_rows=len(self), texts=_TEXTS)
 
 
 def top_nodes(graph: GraphData, count: int | None, *kinds: NodeKind) -> Rows[NodeRow]:

@@ -11,10 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from rich.table import Table
 
 from circuits.graph.edges import GraphData
 from circuits.graph.influence import node_influence, row_scales
 from circuits.graph.nodes import NodeKind
+from replacement.console import table
+from replacement.notebook import repr_html
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,19 @@ class Scores:
     """I_input / (I_input + I_error): share of the output that is traced back to the inputs."""
     completeness: float
     """sum_t (1 - error share of t's inputs)(I_t + p_t) / sum_t (I_t + p_t), over every node t."""
+
+    def __rich__(self) -> Table:
+        rows = [
+            ("replacement", f"{self.replacement:.4f}", "of the output is traced back to the prompt, through features"),
+            (
+                "completeness",
+                f"{self.completeness:.4f}",
+                "of what reaches the nodes does not come from errors",
+            ),
+        ]
+        return table("score", "share", "", rows=rows, texts=("",))
+
+    _repr_html_ = repr_html
 
 
 @dataclass(frozen=True)

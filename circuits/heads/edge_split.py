@@ -48,6 +48,9 @@ class HeadSplit:
     sum_error: float
     """Largest |direct + heads - weight|, relative to the weight or to 1 % of the summed magnitudes of its parts and its row."""
 
+    def __repr__(self) -> str:
+        return f"HeadSplit({len(self.direct_E)} edges, {' x '.join(map(str, self.heads_ELH.shape[1:]))} heads)"
+
 
 def split_heads(model: ReplacementModel, graph: CircuitGraph, *, hop: str = "last") -> HeadSplit:
     """Split every edge of a graph by heads.

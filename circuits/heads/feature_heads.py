@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from rich.console import Group
 from torch import Tensor
 
 from circuits.attribution.identity import check_identity
@@ -28,8 +29,14 @@ from circuits.heads.node_credit import feature_threshold
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
 from circuits.heads.writes_and_reads import TargetReads
 from replacement import Decomposition, LocalReplacement, ReplacementModel
+from replacement.console import section, table
 from replacement.language_model.language_model import Prompt
+from replacement.notebook import repr_html
 from replacement.splicing.intervention import PARTS
+from replacement.token_texts import visible
+
+SHOWN = 10
+"""Heads that are shown."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +66,33 @@ class HeadView:
     """With all other features held fixed, the activation is `h 1[h > threshold]`."""
     identity_error: float
     """|sum of the parts - pre-activation|, relative to it or to 1 % of the parts' summed magnitudes."""
+
+    def __repr__(self) -> str:
+        return f"HeadView({self.feature}: activation {self.activation:.4g}, {len(self.players)} heads)"
+
+    def __rich__(self) -> Group:
+        size = float(np.abs(self.contributions).sum()) or 1.0
+        order = sorted(self.players, key=lambda player: -abs(self.heads_LH[player]))
+        rows = [self._cells(f"L{layer}H{head}", self.heads_LH[layer, head], size) for layer, head in order[:SHOWN]]
+        for cells, player in zip(rows, order, strict=False):
+            source = int(np.abs(self.heads_LHT[player]).argmax())
+            cells.append(f"{visible(self.tokens[source])} at {source}")
+        rest = sum(self.heads_LH[player] for player in order[SHOWN:])
+        rows += [self._cells(f"{len(order) - SHOWN} other heads", rest, size)] if len(order) > SHOWN else []
+        rows += [self._cells("direct", self.direct, size), ["bias", f"{self.bias:+.4f}"]]
+        token = visible(self.tokens[self.feature.position])
+        title = (
+            f"Feature {self.feature} “{token}”: activation {self.activation:.4g}, pre-activation {self.pre_activation:.4g} "
+            f"= sum of all rows"
+        )
+        heads = ("head", "to pre-activation", "share", "mostly from")
+        return section(title, table(*heads, rows=rows, texts=("mostly from",)))
+
+    _repr_html_ = repr_html
+
+    @staticmethod
+    def _cells(name: str, contribution: float, size: float) -> list[str]:
+        return [name, f"{contribution:+.4f}", f"{100 * abs(contribution) / size:.1f} %"]
 
     @property
     def players(self) -> tuple[tuple[int, int], ...]:

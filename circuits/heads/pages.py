@@ -17,6 +17,7 @@ from circuits.graph.influence import edge_influence
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import full_name, printable
 from circuits.heads.heat_map import plot_heads
+from circuits.heads.qk_result import node_words
 from replacement import console
 from replacement.token_texts import visible
 
@@ -252,7 +253,9 @@ def attends_page(facts: Facts) -> Group:
         f"pattern {facts['pattern']:.4f}, score {facts['score']:+.4f}, "
         f"above the mean of the other visible keys by {facts['value']:+.4f}"
     )
-    pairs = [(_node(pair["query"]), _node(pair["key"]), f"{pair['contribution']:+.4f}") for pair in facts["pairs"]]
+    pairs = [
+        (node_words(pair["query"]), node_words(pair["key"]), f"{pair['contribution']:+.4f}") for pair in facts["pairs"]
+    ]
     parts: list[RenderableType] = [
         Text(f"{_name(facts)}: {query} attends to {key}", style="bold"),
         Text(numbers),
@@ -260,7 +263,7 @@ def attends_page(facts: Facts) -> Group:
         _section("Largest pairs", ("query node", "key node", "contribution"), pairs),
     ]
     for side in ("query", "key"):
-        rows = [(_node(node), f"{node['contribution']:+.4f}") for node in facts[f"by_{side}"][:_MOST_OF_SIDE]]
+        rows = [(node_words(node), f"{node['contribution']:+.4f}") for node in facts[f"by_{side}"][:_MOST_OF_SIDE]]
         parts.append(_section(f"By {side} node, all its pairs", (f"{side} node", "contribution"), rows))
     identity = f"sum of all pairs = the model's own difference up to {facts['identity_error']:.1e} (relative)"
     return Group(*parts, Text(identity))
@@ -327,17 +330,6 @@ def _section(title: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) ->
 
 def _name(head: Facts) -> str:
     return f"L{head['layer']}H{head['head']}"
-
-
-def _node(node: Facts) -> str:
-    """A source node in words, as `circuits.graph.text.full_name` writes them."""
-    label = printable(node["label"]).strip()
-    if node["kind"] == "feature":
-        part = "attention " if node["part"] == "attention" else ""
-        return f"{part}feature {node['layer']}/{node['index']} at {node['position']}" + (f" ({label})" if label else "")
-    if node["kind"] == "token":
-        return f'token "{label}" at {node["position"]}'
-    return f"{label} at {node['position']}" if node["kind"] == "error" else label
 
 
 def _player(name: str, player: Facts) -> tuple[str, ...]:

@@ -5,13 +5,17 @@ N query nodes, M key nodes. Each side lists its nodes with an effect, then its c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from rich.console import Group
 
 from circuits.graph.nodes import NodeKind, node_id
+from circuits.graph.text import printable
+from replacement.console import section, table
+from replacement.notebook import repr_html
 from replacement.number_checks import integer
 
 ROWS_AT_ONCE = 1024
@@ -85,6 +89,24 @@ class QKAttribution:
     """Gap between the sum of all pairs and `value`, relative to it or to 1 % of the summed magnitudes of pairs and scores."""
     _labels: Labeller = field(repr=False)
 
+    def __repr__(self) -> str:
+        return f"QKAttribution(L{self.layer}H{self.head}, {self.query} attends to {self.key}: {self.value:+.4g})"
+
+    def __rich__(self) -> Group:
+        compared: dict[object, str] = {None: "", "mean": ", above the mean of the other visible keys"}
+        against = compared.get(self.contrast, f", above the key at {self.contrast}")
+        title = (
+            f"L{self.layer}H{self.head}, position {self.query} attends to {self.key} with {self.pattern:.4f}: "
+            f"score{against} {self.value:+.4f} = sum of all pairs"
+        )
+        rows = (
+            (node_words(query.to_json()), node_words(key.to_json()), f"{value:+.4f}")
+            for query, key, value in self.top()
+        )
+        return section(title, table("query node", "key node", "contribution", rows=rows, texts=("key node",)))
+
+    _repr_html_ = repr_html
+
     @property
     def pairs(self) -> np.ndarray:
         """float64[N, M], contribution of every pair; made on each access."""
@@ -149,6 +171,17 @@ class QKAttribution:
         columns = sorted({node.column for node in nodes if node.kind is not None})
         labels = dict(zip(columns, self._labels(columns), strict=True)) | {-1: "constants"}
         return [replace(node, label=labels[node.column]) for node in nodes]
+
+
+def node_words(node: Mapping[str, Any]) -> str:
+    """A node as `SourceNode.to_json` gives it, in words, as `circuits.graph.text.full_name` writes them."""
+    label = printable(node["label"]).strip()
+    if node["kind"] == "feature":
+        part = "attention " if node["part"] == "attention" else ""
+        return f"{part}feature {node['layer']}/{node['index']} at {node['position']}" + (f" ({label})" if label else "")
+    if node["kind"] == "token":
+        return f'token "{label}" at {node["position"]}'
+    return f"{label} at {node['position']}" if node["kind"] == "error" else label
 
 
 def summed_magnitudes(queries_NK: np.ndarray, keys_MK: np.ndarray) -> float:

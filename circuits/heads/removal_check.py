@@ -24,12 +24,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from rich.console import Group
 from torch import Tensor
 
 from circuits.heads.feature_heads import HeadView, HeadViews
 from circuits.heads.relu_credit import RULES
 from replacement import Crosscoder, LanguageModel, LocalReplacement, ReplacementModel, Site
+from replacement.console import section, table
 from replacement.language_model.language_model import EnoughSeen, Hook, Prompt
+from replacement.notebook import repr_html
 from replacement.splicing.intervention import PARTS
 
 RUNGS: tuple[str, ...] = ("direct", "frozen", "live")
@@ -49,6 +52,20 @@ class HeadCheck:
     """Rule -> float64[P], the head's credit."""
     measured: dict[str, np.ndarray]
     """Rung -> float64[P], `a_clean - a_removed`."""
+
+    def __repr__(self) -> str:
+        return f"HeadCheck({self.n_pairs} pairs of feature and head, {self.n_features} features)"
+
+    def __rich__(self) -> Group:
+        rows = (
+            (rule, *(f"{of(rule, rung):.3f}" for rung in RUNGS for of in (self.correlation, self.relative_error)))
+            for rule in self.predicted
+        )
+        heads = (f"{rung}: {figure}" for rung in RUNGS for figure in ("correlation", "relative error"))
+        title = f"Credit against measured removals, {self.n_pairs:,} pairs of feature and head"
+        return section(title, table("rule", *heads, rows=rows))
+
+    _repr_html_ = repr_html
 
     @property
     def n_pairs(self) -> int:

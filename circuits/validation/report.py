@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -48,7 +49,7 @@ _SECTIONS = {
 """Title and columns of the sections that are tables, by their key in the facts."""
 
 
-def page(facts: dict[str, Any]) -> Group:
+def page(facts: Mapping[str, Any]) -> Group:
     """Every figure but those of doubled features, which JSON holds too."""
     check = facts["self_check"]
     exact = f"{check['edges']:,} direct edges with everything frozen: off by {check['relative_error']:.1e} (relative)"

@@ -18,9 +18,11 @@ from circuits.validation.effects import PATCHING, PATTERNS, Effects, Measured, s
 from circuits.validation.hops import hop_fidelity
 from circuits.validation.perturbations import compare_perturbations
 from circuits.validation.prediction import influence_among, predicted_changes
+from circuits.validation.report import page
 from circuits.validation.sufficiency import sufficiency
 from replacement import ReplacementModel
 from replacement.console import finite
+from replacement.notebook import Report
 
 SCALES = {"ablated": 0.0, "doubled": 2.0}
 """What a feature's activation is multiplied with."""
@@ -35,7 +37,7 @@ def validate(
     others: Sequence[Tensor] = (),
     n_features: int = 64,
     seed: int = 0,
-) -> Facts:
+) -> Report:
     """Everything that `circuits validate` says about a graph, as one JSON object; figures that do not exist are None.
 
     Features are drawn uniformly among the graph's. Predictions are path sums through the graph's signed edges, with no
@@ -86,7 +88,8 @@ def validate(
         "average_path_length": average_path_length(graph),
         "hop_fidelity": hop_fidelity(graph),
     }
-    return {name: finite(value) for name, value in facts.items()}
+    title = f"graph of {facts['prompt']!r:.80} against interventions"
+    return Report({name: finite(value) for name, value in facts.items()}, title=title, page=page)
 
 
 def _self_check(effects: Effects, changed: np.ndarray) -> Facts:

@@ -56,6 +56,9 @@ class Features:
     def __len__(self) -> int:
         return len(self.activation)
 
+    def __repr__(self) -> str:
+        return f"Features({len(self)} active in {self.n_rows} rows, {self.n_groups} groups of {self.n_features})"
+
     @classmethod
     def empty(cls, *, n_rows: int, n_groups: int, n_features: int, dtype: torch.dtype = torch.float32) -> Features:
         """No active features."""

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from rich.console import RenderableType
+
+from replacement.index.feature_page import feature_page
+from replacement.notebook import repr_html
+
 TokenWeight = tuple[str, float]
 """A token's text and a weight."""
 
@@ -86,3 +91,12 @@ class FeatureRecord:
     label: Label | None = None
     """The best one: a person's if there is one, else the one of highest F1."""
     other_labels: tuple[Label, ...] = ()
+
+    def __repr__(self) -> str:
+        label = self.label.text if self.label is not None else "no label"
+        return f"FeatureRecord({self.layer}/{self.index}: {label})"
+
+    def __rich__(self) -> RenderableType:
+        return feature_page(self)
+
+    _repr_html_ = repr_html

@@ -71,6 +71,9 @@ class LanguageModel:
         self.check_linearisable()
         self.fingerprint = model_fingerprint(self.parts)
 
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name}: {self.shape.n_layers} layers, d_model {self.shape.d_model})"
+
     @classmethod
     def from_pretrained(
         cls, name_or_folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"

@@ -34,6 +34,9 @@ class Decomposition:
     errors_LTD: Float[Tensor, "L T D"]
     """Output minus reconstruction; the whole output at a layer the crosscoder does not write."""
 
+    def __repr__(self) -> str:
+        return f"Decomposition({self.kind}: {self.features!r})"
+
     @classmethod
     def of(cls, kind: str, crosscoder: Crosscoder, frozen: FrozenPrompt) -> Decomposition:
         """Encode the clean activations and set the error terms that make the sum exact."""
@@ -71,6 +74,9 @@ class LocalReplacement:
     """Attention outputs as features and errors; None where attention is linear between its patterns."""
     unembedding: Unembedding
     """From the final norm's output to the logits."""
+
+    def __repr__(self) -> str:
+        return f"LocalReplacement({self.n_positions} tokens: {', '.join(map(repr, self.decompositions))})"
 
     @property
     def dtype(self) -> torch.dtype:

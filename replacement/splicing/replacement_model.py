@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from replacement.crosscoder.checkpoint import check_fits
 from replacement.crosscoder.crosscoder import Crosscoder
-from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel, Prompt, is_batch
 from replacement.number_checks import integer, integers
 from replacement.splicing.clean_run import WRITES, CleanRun, Conditions
 from replacement.splicing.feature_changes import Change, change_of
+from replacement.splicing.intervened import Intervened
 from replacement.splicing.intervention import PARTS, Intervention, check_interventions
 from replacement.splicing.local_replacement import LocalReplacement, localize
 from replacement.splicing.splice import check_together
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Intervened:
-    """A run with interventions, and the same run without them.
-
-    Features are those that the crosscoder reads off the run's stream, with the interventions applied; row = position in
-    `tokens`. At constrained layers they are counterfactual: what is written there are the clean features.
-    """
-
-    tokens: Tensor
-    """`[T]`, the prompt and the tokens generated."""
-    logits: Tensor
-    """`[T, V]`."""
-    clean_logits: Tensor
-    """`[T, V]`, of the same tokens without interventions."""
-    features: Features
-    """Of the MLPs' crosscoder."""
-    clean_features: Features
-    attention_features: Features | None = None
-    """Of the attention crosscoder; None where attention is not replaced."""
-    clean_attention_features: Features | None = None
-
-    def __repr__(self) -> str:
-        return f"Intervened({len(self.tokens)} tokens, {len(self.features)} features)"
 
 
 class ReplacementModel:
@@ -64,6 +38,9 @@ class ReplacementModel:
     """
 
     loaded_from: dict[str, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"ReplacementModel({self.language_model!r}, {' and '.join(self.crosscoders)} replaced)"
 
     def __init__(
         self, language_model: LanguageModel, crosscoder: Crosscoder, *, attention_crosscoder: Crosscoder | None = None
@@ -222,6 +199,8 @@ class ReplacementModel:
             clean_logits=clean_logits_BTV[0],
             features=changed.features["mlp"],
             clean_features=clean["mlp"],
+            language_model=lm,
+            crosscoders=crosscoders,
             attention_features=changed.features.get("attention"),
             clean_attention_features=clean.get("attention"),
         )

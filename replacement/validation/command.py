@@ -6,20 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
 from tqdm import tqdm
 
-from replacement import console
 from replacement.splicing.replacement_model import ReplacementModel
 from replacement.validation.compute import read_curve
-from replacement.validation.tables import tables
 from replacement.validation.validate import ValidationConfig, expected_tokens, validate
 
 DEMO = "demo"
 DEMO_CURVE = Path(__file__).parent.parent / "demo" / "artifacts" / "training_curve.json"
 """Written by `examples/train_demo.py`; used for the demo where it is there."""
-WORST_SHOWN = 5
 MOST_TOKENS = 10**9
 """More than any data is worth: months of computing, and the demo's corpus has no end."""
 
@@ -71,17 +66,3 @@ def validate_with_bar(model: ReplacementModel, config: ValidationConfig) -> dict
         facts = validate(model, config, progress=bar.update)
         bar.update(max(0, bar.total - bar.n))
     return facts
-
-
-def page(facts: dict[str, Any]) -> RenderableType:
-    """Every table for the terminal, without the columns that do not fit there; of the worst tokens the first few."""
-    parts: list[RenderableType] = []
-    for table in tables(facts):
-        columns = table.brief or tuple(range(len(table.heads)))
-        heads = [table.heads[column] for column in columns]
-        rows = table.rows[: WORST_SHOWN if table.key == "worst_tokens" else None]
-        cells = ([row[column] for column in columns] for row in rows)
-        shown = console.table(*heads, rows=cells, texts=table.heads[: table.n_texts])
-        shown.columns[0].no_wrap = table.n_texts == 1
-        parts += [Text(table.title, style="bold"), shown, Text(f"{table.note}\n", style="dim")]
-    return Group(*parts)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rich.table import Table
 from torch import Tensor
 
+from replacement.console import table
 from replacement.crosscoder.checkpoint import check_fits
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
+from replacement.notebook import repr_html
 from replacement.validation.measure import measure
 from replacement.validation.outputs import OutputSums
 from replacement.validation.protocols import PROPAGATED, ZERO, protocols
@@ -42,6 +45,23 @@ class Fidelity(NamedTuple):
     """The same with every written site set to 0."""
     n_tokens: int
     """Tokens measured."""
+
+    def __rich__(self) -> Table:
+        rows: list[tuple[str, float | None, str]] = [
+            ("active features per token, all groups", self.total_l0, ""),
+            ("variance unexplained, mean over sites", self.mean_unexplained, ""),
+            ("KL", self.kl, "nats"),
+            ("top-1 agreement where p >= 0.5", self.agreement, ""),
+            ("top-1 agreement", self.agreement_all, ""),
+            ("cross-entropy of the original", self.cross_entropy_original, "nats"),
+            ("cross-entropy with every site replaced", self.cross_entropy, "nats"),
+            ("cross-entropy recovered against zero ablation", self.cross_entropy_recovered, ""),
+        ]
+        shown = ((name, "–" if value is None else f"{value:.4f}", unit) for name, value, unit in rows)
+        return table(f"on {self.n_tokens:,} tokens", "", "unit", rows=shown, texts=("unit",))
+
+    def _repr_html_(self) -> str:
+        return repr_html(self)
 
     @property
     def total_l0(self) -> float:

@@ -18,12 +18,14 @@ from replacement.console import finite
 from replacement.data.open_tokens import open_source
 from replacement.data.token_sources import DemoRows, TokenSource
 from replacement.language_model.language_model import LanguageModel
+from replacement.notebook import Report
 from replacement.splicing.replacement_model import ReplacementModel
 from replacement.validation.compute import compute_equivalent
 from replacement.validation.controls import measure_controls
 from replacement.validation.measure import Measured, Progress, measure, no_progress
 from replacement.validation.protocols import BASIC, CLEAN, MEAN, PROPAGATED, cumulative, first, protocols, single
 from replacement.validation.slices import Slice, demo_slices, shuffled, stream
+from replacement.validation.terminal import page
 
 FORMAT = "crosstrace validation"
 VERSION = 1
@@ -67,8 +69,8 @@ class ValidationConfig:
 @torch.no_grad()
 def validate(
     model: ReplacementModel, config: ValidationConfig | None = None, *, progress: Progress = no_progress
-) -> dict[str, Any]:
-    """Measure a replacement model, as plain JSON values.
+) -> Report:
+    """Measure a replacement model, as plain JSON values that show themselves as a page.
 
     Args:
         progress: called with the number of tokens after every forward pass.
@@ -108,7 +110,8 @@ def validate(
         "controls": controls,
         "compute_equivalent": equivalent,
     }
-    return {key: finite(value) for key, value in result.items()}
+    title = f"validation of {lm.name} on {facts['n_tokens']:,} tokens"
+    return Report({key: finite(value) for key, value in result.items()}, title=title, page=page)
 
 
 def expected_tokens(model: ReplacementModel, config: ValidationConfig) -> int:

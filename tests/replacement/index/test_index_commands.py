@@ -16,7 +16,7 @@ from index_file import write
 
 from replacement import LanguageModel, checkpoint
 from replacement.cli import main
-from replacement.index import showing
+from replacement.index import feature_page, showing
 from replacement.index.store import FeatureIndex
 
 
@@ -101,7 +101,7 @@ def test_long_examples_are_cut_and_nothing_reaches_the_terminal_as_it_is() -> No
 
     tokens = tuple(f" word{n}" for n in range(60))
     example = Example((*tokens, " \x1b[2J", *tokens), (0.0,) * 60 + (2.0,) + (1.0,) * 60, 60, 0, 0)
-    text = showing._example_text(example, 2.0).plain
+    text = feature_page._example_text(example, 2.0).plain
     assert text.startswith("… word")
     assert text.endswith("…")
     assert r"word59[\x1b[2J] word0" in text
