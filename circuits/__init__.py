@@ -84,5 +84,6 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         importlib.import_module("circuits.export")  # graphs find their exporters, however they were made
+        importlib.import_module("circuits.viewer")
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'circuits' has no attribute {name!r}")

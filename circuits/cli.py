@@ -74,8 +74,22 @@ def export(
 
 
 @app.command()
-def show(file: GraphFile, *, as_json: AsJson = False) -> None:
-    """Describe a saved graph: scores, counts, and the strongest paths."""
+def show(
+    file: GraphFile,
+    *,
+    html: Annotated[
+        Path | None,
+        typer.Option(parser=path_option, help="Write the interactive page to this file instead.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Describe a saved graph: scores, counts, and the strongest paths; or make it a page to explore."""
+    if html is not None:
+        if as_json:
+            raise ValueError("html: expected --html or --json, given both")
+        check_file(html)
+        typer.echo(str(CircuitGraph.load(file).to_html(html)))
+        return
     graph = CircuitGraph.load(file)
     if as_json:
         show_json(summary(graph, graph, {}))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import circuits.export  # noqa: F401 - registers the formats
+import circuits.export  # registers formats
+import circuits.viewer  # noqa: F401 - likewise
 from circuits.attribution.limits import LABELLED, MAX_NODES, memory_bytes
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.conventions import named_conventions

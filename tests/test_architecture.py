@@ -47,15 +47,16 @@ _REPLACEMENT = {*_SHARED, *_LIBRARY, *_COMMANDS}
 ROOMS |= {
     "circuits.graph": {*_SHARED, "replacement.splicing"},
     "circuits.export": {"replacement.number_checks", "replacement.token_texts", "circuits.graph"},
+    "circuits.viewer": {"replacement.number_checks", "replacement.token_texts", "circuits.graph", "circuits.export"},
     "circuits.attribution": {"circuits.graph", *_REPLACEMENT},
     "circuits.heads": {"circuits.graph", "circuits.attribution", *_REPLACEMENT},
     "circuits.validation": {"circuits.graph", "circuits.attribution", "circuits.heads", *_REPLACEMENT},
     "circuits": {
-        *(f"circuits.{room}" for room in ("graph", "export", "attribution", "heads", "validation")),
+        *(f"circuits.{room}" for room in ("graph", "export", "viewer", "attribution", "heads", "validation")),
         *_REPLACEMENT,
     },
 }
-PURE_ROOMS = ("circuits.graph.", "circuits.export.")
+PURE_ROOMS = ("circuits.graph.", "circuits.export.", "circuits.viewer.")
 PURE_MODULES = (
     "circuits.heads.relu_credit",
     "circuits.heads.qk_result",

@@ -192,6 +192,10 @@ class CircuitGraph(GraphData):
         """The token x layer picture; of a larger graph the most influential nodes, and a caption that says so."""
         return str(exporter("svg").convert(self, max_nodes=max_nodes))
 
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the interactive page to `path`, atomically; it opens in a browser without a network or a server."""
+        return export(self, "html", path)
+
     def to_graphml(self, path: str | os.PathLike[str]) -> Path:
         """Write GraphML to `path`, atomically."""
         return export(self, "graphml", path)

@@ -1,0 +1,5 @@
+/** Inputs and outputs of the selected node. */
+
+function createLinksPane(element, data, store, services) {
+  return {element};
+}
