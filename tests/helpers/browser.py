@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 LOCAL = ("file", "data", "blob")
 """Schemes of addresses that need no network."""
+PATIENCE_MS = 90_000
+"""How long an act may take before it fails: machines that run tests are busy, and nothing here measures time."""
 BAD = ("error", "warning", "assert")
 """Kinds of console messages that fail a test."""
 
@@ -98,6 +100,7 @@ def _open_page(
 
     try:
         with _running(loop), browser.new_context(offline=origin is None, **options) as context:
+            context.set_default_timeout(PATIENCE_MS)
             context.route("**/*", check)
             context.on("weberror", lambda error: problems.append(f"uncaught {error.error}"))
             context.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
