@@ -47,7 +47,13 @@ _REPLACEMENT = {*_SHARED, *_LIBRARY, *_COMMANDS}
 ROOMS |= {
     "circuits.graph": {*_SHARED, "replacement.splicing"},
     "circuits.export": {"replacement.number_checks", "replacement.token_texts", "circuits.graph"},
-    "circuits.viewer": {"replacement.number_checks", "replacement.token_texts", "circuits.graph", "circuits.export"},
+    "circuits.viewer": {
+        "replacement.number_checks",
+        "replacement.token_texts",
+        "replacement.index",
+        "circuits.graph",
+        "circuits.export",
+    },
     "circuits.attribution": {"circuits.graph", *_REPLACEMENT},
     "circuits.heads": {"circuits.graph", "circuits.attribution", *_REPLACEMENT},
     "circuits.validation": {"circuits.graph", "circuits.attribution", "circuits.heads", *_REPLACEMENT},

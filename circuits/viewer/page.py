@@ -17,10 +17,12 @@ from typing import Any
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import register
 from circuits.viewer.columns import payload
-from circuits.viewer.evidence import evidence
+from circuits.viewer.evidence import Indexes, evidence
 
 SCRIPTS = (
+    "elements",
     "data",
+    "evidence",
     "scores",
     "paths",
     "store",
@@ -30,6 +32,10 @@ SCRIPTS = (
     "picture",
     "graph_pane",
     "links_pane",
+    "subgraph",
+    "subgraph_layout",
+    "subgraph_drawing",
+    "subgraph_input",
     "subgraph_pane",
     "detail_pane",
     "search",
@@ -45,11 +51,12 @@ _PLACE = re.compile(r"\{\{ (\w+) \}\}")
 
 
 @register("html", suffix=".html", description="interactive page; opens in a browser without a network")
-def to_html(graph: GraphData, *, index: Any = None, head: str = "") -> str:
+def to_html(graph: GraphData, *, index: Indexes = None, head: str = "") -> str:
     """The viewer of a graph as the text of one HTML file.
 
     Args:
-        index: a feature index whose labels and examples are shown; without one, what the graph itself knows.
+        index: feature indexes whose labels and examples are shown, by default those beside the crosscoders that the graph was
+            traced with; `()` for none.
         head: HTML put into the page's head, for the local server.
 
     Raises:
@@ -60,7 +67,7 @@ def to_html(graph: GraphData, *, index: Any = None, head: str = "") -> str:
     parts = {
         "policy": f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:",
         "head": head,
-        "style": _asset("style.css"),
+        "style": _asset("style.css") + _asset("panes.css"),
         "payload": as_script_data({**payload(graph), "features": evidence(graph, index)}),
         "script": script,
     }

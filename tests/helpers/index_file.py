@@ -30,9 +30,14 @@ def facts(**changed: object) -> dict[str, object]:
     }
 
 
-def write(path: Path, **changed: object) -> Path:
-    """An index of six features: 0/1 has an example at each end of row 70, 2/0 and 2/2 have labels."""
-    writer = IndexWriter(path, facts(**changed), TEXTS)
+def write(path: Path, *, texts: list[str] = TEXTS, **changed: object) -> Path:
+    """An index of six features: 0/1 has an example at each end of row 70, 2/0 and 2/2 have labels.
+
+    Args:
+        texts: of the six tokens; 1, 2, 4 and 5 are those of `EFFECTS`.
+        changed: facts.
+    """
+    writer = IndexWriter(path, facts(**changed), texts)
     writer.rows(np.array([3, 70]), np.array([[0, 1, 1, 2, 5], [0, 2, 1, 3, 4]]))
     heads = np.array([(70, 1, packing.TOP, 2), (70, 4, 1, 1)], dtype=packing.EXAMPLE)
     neighbours = np.array([(1, 1.0), (2, 0.5), (2, 0.25)], dtype=packing.NEIGHBOUR)

@@ -95,13 +95,13 @@ function labelOf(data, state, node) {
 }
 
 /**
- * Which nodes the graph pane shows. Tokens, logits, pinned nodes, the selected one and the ends of a path stay whatever their
+ * Which nodes the graph pane shows. Tokens, logits, pinned nodes, the selected one and those of a path stay whatever their
  * influence is.
  * @returns `{shown: Uint8Array, hidden, share}`: how many are hidden, and their part of the influence of all nodes
  */
 function shownNodes(data, state) {
   const {kind, influence, count} = data.nodes;
-  const stays = new Set([...state.pinned, state.selected, ...(state.path ?? [])]);
+  const stays = new Set([...state.pinned, state.selected, ...shownPath(data, state).nodes]);
   const shown = new Uint8Array(count);
   let [hidden, hiddenInfluence, total] = [0, 0, 0];
   for (let node = 0; node < count; node++) {

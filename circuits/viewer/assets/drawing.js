@@ -121,7 +121,7 @@ function fitText(string, width, size, bold = false) {
   if (textWidth(string, size, bold) <= width) return string;
   const characters = Array.from(segmenter.segment(string), ({segment}) => segment);
   let [low, high] = [0, characters.length];
-  const shortened = (count) => `${characters.slice(0, count).join("").trimEnd()}…`;
+  const shortened = (count) => `${characters.slice(0, count).join("").replace(/[\s.…]+$/, "")}…`;
   while (low < high) {
     const middle = (low + high + 1) >> 1;
     if (textWidth(shortened(middle), size, bold) <= width) low = middle;

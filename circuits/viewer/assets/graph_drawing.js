@@ -16,7 +16,8 @@ function createScene(data, state, visible, layout, palette) {
     if (data.nodes.kind[node] === KIND.feature) largest = Math.max(largest, data.nodes.influence[node]);
   }
   const links = state.selected === null ? null : linkShares(data, state, state.selected);
-  return {data, state, visible, layout, palette, edges, links, leftOut: between.length - edges.length, largest: largest || 1};
+  const marked = new Set([...shownPath(data, state).nodes, ...searchNodes(data, state).map(({node}) => node)]);
+  return {data, state, visible, layout, palette, edges, links, marked, leftOut: between.length - edges.length, largest: largest || 1};
 }
 
 /** The links of a node: their edges, and the signed share by which each other end is coloured. */
@@ -40,6 +41,10 @@ function radiusOf(scene, node, zoom) {
 function drawScene(pen, scene, frame) {
   drawBands(pen, scene, frame);
   drawEdges(pen, scene, frame);
+  for (const edge of shownPath(scene.data, scene.state).edges) {
+    drawEdge(pen, scene, frame, edge, {width: 9, alpha: 0.4, stroke: scene.palette.accent});
+    drawEdge(pen, scene, frame, edge, {width: 3, alpha: 1});
+  }
   drawNodes(pen, scene, frame);
   drawLabels(pen, scene, frame);
 }
@@ -78,7 +83,7 @@ function drawEdge(pen, {data, layout: {x, y}, palette}, {left, top, zoom, width,
   const [source, target] = [data.edges.source[edge], data.edges.target[edge]];
   const [x1, y1, x2, y2] = [left + x[source] * zoom, top + y[source] * zoom, left + x[target] * zoom, top + y[target] * zoom];
   if (Math.max(x1, x2) < 0 || Math.min(x1, x2) > width || Math.max(y1, y2) < 0 || Math.min(y1, y2) > height) return;
-  pen.curve(curvePoints(x1, y1, x2, y2), {...style, stroke: data.edges.weight[edge] < 0 ? palette.lower : palette.raise});
+  pen.curve(curvePoints(x1, y1, x2, y2), {stroke: data.edges.weight[edge] < 0 ? palette.lower : palette.raise, ...style});
 }
 
 function drawNodes(pen, scene, frame) {
@@ -93,6 +98,7 @@ function drawNode(pen, scene, frame, node, {ring = null, links = scene.links} = 
   const [share, isFocus] = [links?.shares.get(node), links?.node === node];
   const outline = ring ?? (isFocus ? palette.accent : state.pinned.has(node) ? palette.ink : palette.outline);
   const shape = shapeOf(data, node);
+  if (scene.marked.has(node)) pen.shape("circle", x, y, radius + 6.5, {stroke: palette.accent, width: 2.2});
   if (state.pinned.has(node)) pen.shape(shape, x, y, radius + 3, {stroke: palette.ink, width: 1.2});
   pen.shape(shape, x, y, radius, {
     fill: share === undefined ? usual : shareColour(palette, share),

@@ -147,7 +147,7 @@ function createGraphPane(element, data, store, services) {
   listenToPointer(overlay, {nodeAt, panBy, zoomBy, fit: () => { fit(); request(); }, store});
   new ResizeObserver(() => request({layout: true})).observe(element);
   store.subscribe(["hovered"], () => request({draw: false}));
-  store.subscribe(["labels"], () => request({scene: true}));
+  store.subscribe(["labels", "query"], () => request({scene: true}));
   store.subscribe(["theme", "direction", "topLinks"], () => request({scene: true}));
   store.subscribe(["selected", "pinned", "path", "minInfluence"], ({selected}) => {
     const {shown} = shownNodes(data, store.state); // the layout changes only where other nodes are shown

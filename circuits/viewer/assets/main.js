@@ -19,6 +19,7 @@ function start() {
     panes[name] = create(framePane(name, title, store), data, store, services);
   }
   services.graph = panes.graph;
+  services.panes = panes;
   createControls(document.getElementById("controls"), data, store, services);
   services.searchBox = createSearch(document.getElementById("search"), data, store, services);
   services.keys = createKeyboard(data, store, services);

@@ -4,11 +4,12 @@
  */
 
 const STATE_VERSION = 1;
-const UNDOABLE = ["pinned", "groups", "labels", "path", "direction", "topLinks", "minInfluence"];
+const UNDOABLE = ["pinned", "groups", "labels", "places", "path", "direction", "topLinks", "minInfluence"];
 const DIRECTIONS = ["both", "inputs", "outputs"];
-const MERGE_WITHIN = 600; // milliseconds in which changes of one key (a slider that is dragged) are one step of undo
+const MERGED = ["minInfluence", "topLinks", "places"]; // a slider or a box that is moved on and on is one step of undo
+const MERGE_WITHIN = 600; // milliseconds between such changes
 const LONGEST_HASH = 4000;
-const FIRST_LEFT_OUT = ["labels", "groups", "pinned"]; // of a hash that would be too long
+const FIRST_LEFT_OUT = ["places", "labels", "groups", "pinned"]; // of a hash that would be too long
 
 /** @param saved what `toJSON` gave, or nothing */
 function createStore(data, saved = {}) {
@@ -23,6 +24,7 @@ function createStore(data, saved = {}) {
     query: "",
     path: null,
     labels: new Map(),
+    places: new Map(), // of boxes of the subgraph that were moved: `[x, y]` by node id or `group:ID`
     theme: "auto",
     panes: {column: 0.64, left: 0.66, right: 0.5, full: null},
   };
@@ -38,7 +40,7 @@ function createStore(data, saved = {}) {
     const keys = Object.keys(changes).filter((key) => changes[key] !== state[key]);
     if (!keys.length) return;
     const [name, now] = [keys.join(), Date.now()];
-    if (undo && !(name === lastChange.keys && now - lastChange.time < MERGE_WITHIN)) {
+    if (undo && !(MERGED.includes(name) && name === lastChange.keys && now - lastChange.time < MERGE_WITHIN)) {
       steps.undo.push(pick(state, UNDOABLE));
       steps.redo.length = 0;
     }
@@ -84,6 +86,7 @@ function createStore(data, saved = {}) {
       pinned: [...state.pinned].map(id),
       groups: state.groups.map((group) => ({...group, members: group.members.map(id)})),
       labels: Object.fromEntries([...state.labels].map(([node, text]) => [id(node), text])),
+      places: Object.fromEntries(state.places),
       path: state.path && state.path.map(id),
     };
   }
@@ -152,6 +155,11 @@ function parseState(data, initial, json) {
       (value) => value !== null && typeof value === "object" && texts(Object.values(value)),
       "an object of texts",
       (value) => new Map(Object.entries(value).flatMap(([id, text]) => known([id]).map((node) => [node, text]))),
+    ],
+    places: [
+      (value) => value !== null && typeof value === "object" && Object.values(value).every((place) => Array.isArray(place) && place.length === 2 && place.every(Number.isFinite)),
+      "an object of [x, y]",
+      (value) => new Map(Object.entries(value)),
     ],
     path: [(value) => value === null || (texts(value) && value.length === 2), "two ids", (value) => {
       const ends = known(value ?? []);

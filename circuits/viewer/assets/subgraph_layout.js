@@ -1,0 +1,119 @@
+/** Places of the subgraph's boxes: one row for each layer in use, inside a row near what a box is linked to. */
+
+const BOX = {least: 62, widest: 150, height: 32, member: 15, most: 12};
+const GAP = {x: 12, y: [22, 96], line: 8};
+
+/** As wide as its texts need; an open group is as wide as can be. */
+function boxWidth(name, place, isOpen) {
+  return isOpen ? BOX.widest : clamp(Math.max(textWidth(name, 11.5, true), textWidth(place, 9.5)) + 30, BOX.least, BOX.widest);
+}
+
+/** Height of a box; an open group lists its members. */
+function boxHeight({nodes, isOpen}) {
+  if (!isOpen) return BOX.height;
+  return BOX.height + BOX.member * (Math.min(nodes.length, BOX.most) + (nodes.length > BOX.most ? 1 : 0)) + 4;
+}
+
+/** Places boxes so that they are large in a pane: a drawing that is scaled down to the pane's height has room for wider rows. */
+function layoutSubgraph(subgraph, width, height) {
+  let best = null;
+  for (const scale of [1, 0.85, 0.7, 0.55, 0.4]) {
+    const layout = placeBoxes(subgraph, width / scale, height / scale);
+    const zoom = Math.min(1, width / layout.width, height / layout.height);
+    if (!best || zoom > best.zoom * 1.05) best = {...layout, zoom};
+  }
+  return best;
+}
+
+/**
+ * `{x, y, width, height}`: the middles of boxes in a room of a width and a height.
+ *
+ * Each row settles in turn at the mean of what its boxes are linked to, weighted by influence, without overlaps and with the least
+ * squared distance to those means. Boxes of tokens keep the order of the prompt. Rows with more boxes than fit are staggered.
+ */
+function placeBoxes({boxes, links}, width, height) {
+  const rows = rowsOfBoxes(boxes, width);
+  const x = new Float64Array(boxes.length);
+  const positions = boxes.map(({position}) => position);
+  const [first, last] = [Math.min(...positions), Math.max(...positions)];
+  for (const {members, lines} of rows) {
+    settle(boxes, lines, new Map(members.map((box) => [box, ((positions[box] - first) / (last - first || 1)) * width])), x, width);
+  }
+  for (let round = 0; round < 12; round++) {
+    const order = round % 2 ? rows : [...rows].reverse();
+    for (const {members, lines, isInput} of order) {
+      settle(boxes, lines, new Map(members.map((box) => [box, meanOfNeighbours(box, links, x)])), x, width, isInput ? positions : null);
+    }
+  }
+  const y = new Float64Array(boxes.length);
+  const total = sum(rows.map(({size}) => size));
+  const gap = clamp((height - total - 12) / Math.max(1, rows.length - 1), ...GAP.y);
+  let top = 0;
+  for (const row of rows) {
+    for (const [number, line] of row.lines.entries()) {
+      const offset = sum(row.lines.slice(0, number).map(({size}) => size + GAP.line));
+      for (const box of line.members) y[box] = top + offset + line.size / 2;
+    }
+    top += row.size + gap;
+  }
+  const edge = (side) => boxes.map((box, number) => x[number] + (side * box.width) / 2);
+  return {x, y, width: Math.max(...edge(1)) - Math.min(...edge(-1)), height: top - gap};
+}
+
+/** Rows from top to bottom, each with its lines: more than one where its boxes do not fit side by side. */
+function rowsOfBoxes(boxes, width) {
+  const rows = new Map();
+  boxes.forEach(({row}, number) => rows.set(row, [...(rows.get(row) ?? []), number]));
+  return [...rows].sort(([a], [b]) => b - a).map(([row, members]) => {
+    members.sort((a, b) => boxes[a].position - boxes[b].position);
+    const count = Math.max(1, Math.ceil(sum(members.map((box) => boxes[box].width + GAP.x)) / (width + GAP.x)));
+    const lines = Array.from({length: count}, (_, line) => {
+      const inLine = members.filter((_, place) => place % count === line);
+      return {members: inLine, size: Math.max(...inLine.map((box) => boxHeight(boxes[box])))};
+    });
+    return {row, members, lines, isInput: row === 0, size: sum(lines.map(({size}) => size)) + GAP.line * (count - 1)};
+  });
+}
+
+function meanOfNeighbours(box, links, x) {
+  let [total, weight] = [1e-9 * x[box], 1e-9];
+  for (const {from, to, influence} of links) {
+    if (from !== box && to !== box) continue;
+    total += influence * x[from === box ? to : from];
+    weight += influence;
+  }
+  return total / weight;
+}
+
+/** Puts each line of a row as near as possible to the places that its boxes want, in the order of these or of `keys`. */
+function settle(boxes, lines, wish, x, width, keys = null) {
+  for (const {members} of lines) {
+    const order = [...members].sort((a, b) => (keys?.[a] ?? wish.get(a)) - (keys?.[b] ?? wish.get(b)) || a - b);
+    const widths = order.map((box) => boxes[box].width);
+    spread(order.map((box) => wish.get(box)), widths, width).forEach((place, at) => { x[order[at]] = place; });
+  }
+}
+
+/**
+ * Middles of boxes side by side, between 0 and `width` if they fit, with the least squared distance to `wanted`: boxes that would
+ * overlap are pooled, and a pool lies at the mean of what its boxes want.
+ */
+function spread(wanted, widths, width) {
+  let end = 0;
+  const offsets = widths.map((size) => { // middles of boxes that stand close together
+    const middle = end + size / 2;
+    end += size + GAP.x;
+    return middle;
+  });
+  const pools = [];
+  wanted.forEach((place, at) => {
+    let pool = {mean: place - offsets[at], count: 1};
+    while (pools.length && pools.at(-1).mean > pool.mean) {
+      const {mean, count} = pools.pop();
+      pool = {mean: (mean * count + pool.mean * pool.count) / (count + pool.count), count: count + pool.count};
+    }
+    pools.push(pool);
+  });
+  const shifts = pools.flatMap(({mean, count}) => Array(count).fill(mean));
+  return shifts.map((shift, at) => clamp(shift, 0, Math.max(0, width - (end - GAP.x))) + offsets[at]);
+}
