@@ -1,4 +1,4 @@
-"""The `circuits` command: trace a prompt, and prune, export or show a saved graph.
+"""The `circuits` command: trace a prompt, and prune, export, show or serve saved graphs.
 
 Every mistake of the user is one line `error: ...` on stderr and exit code 2, with nothing written. Models are
 imported by the verbs that need them.
@@ -17,6 +17,7 @@ from circuits.graph.exporters import exporter, file_formats
 from circuits.graph.pruning import check_threshold
 from circuits.heads.command import heads as heads_command
 from circuits.report import page, summary
+from circuits.server.command import serve as serve_command
 from circuits.trace_command import EdgeThreshold, NodeThreshold
 from circuits.trace_command import trace as trace_command
 from circuits.validation.command import validate as validate_command
@@ -25,7 +26,7 @@ from replacement.console import show as show_page
 from replacement.console import show_json
 from replacement.files import check_file
 
-app = new_app("Trace circuits in a language model, and prune, export or show them.")
+app = new_app("Trace circuits in a language model, and prune, export, show or serve them.")
 
 GraphFile = Annotated[
     Path,
@@ -100,6 +101,7 @@ def show(
 
 app.command("heads")(heads_command)
 app.command("validate")(validate_command)
+app.command("serve")(serve_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

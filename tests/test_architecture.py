@@ -57,8 +57,15 @@ ROOMS |= {
     "circuits.attribution": {"circuits.graph", *_REPLACEMENT},
     "circuits.heads": {"circuits.graph", "circuits.attribution", *_REPLACEMENT},
     "circuits.validation": {"circuits.graph", "circuits.attribution", "circuits.heads", *_REPLACEMENT},
+    "circuits.progress": set(),
+    "circuits.trace_options": {*(f"circuits.{room}" for room in ("graph", "export", "attribution", "heads")), *_REPLACEMENT},
+    "circuits.server": {
+        *(f"circuits.{room}" for room in ("graph", "viewer", "attribution", "progress", "trace_options")),
+        *_REPLACEMENT,
+    },
     "circuits": {
-        *(f"circuits.{room}" for room in ("graph", "export", "viewer", "attribution", "heads", "validation")),
+        *(f"circuits.{room}" for room in ("graph", "export", "viewer", "attribution", "heads", "validation", "server")),
+        *(f"circuits.{module}" for module in ("progress", "trace_options")),
         *_REPLACEMENT,
     },
 }

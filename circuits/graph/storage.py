@@ -170,6 +170,25 @@ def load(path: str | os.PathLike[str]) -> Parts:
         raise ValueError(f"{path}: expected a circuit file, given one that is damaged or foreign ({error})") from error
 
 
+def outline(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int, int]:
+    """Metadata and numbers of nodes and edges, from the header of a graph file alone, whose columns are not read or checked.
+
+    Raises:
+        ValueError: as `load`, as far as the header tells.
+    """
+    path = graph_file(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            _check_header(path, header)
+            n_nodes, n_edges = (file.get_slice(name).get_shape()[0] for name in ("nodes.kind", "edges.source"))
+            return _metadata(header), n_nodes, n_edges
+    except _ForeignError as error:
+        raise ValueError(str(error)) from None
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a circuit file, given one that is damaged or foreign ({error})") from error
+
+
 def _labels(header: Mapping[str, str]) -> tuple[str, ...]:
     labels = json.loads(header["labels"])
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
