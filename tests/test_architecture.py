@@ -58,7 +58,10 @@ ROOMS |= {
     "circuits.heads": {"circuits.graph", "circuits.attribution", *_REPLACEMENT},
     "circuits.validation": {"circuits.graph", "circuits.attribution", "circuits.heads", *_REPLACEMENT},
     "circuits.progress": set(),
-    "circuits.trace_options": {*(f"circuits.{room}" for room in ("graph", "export", "attribution", "heads")), *_REPLACEMENT},
+    "circuits.trace_options": {
+        *(f"circuits.{room}" for room in ("graph", "export", "attribution", "heads")),
+        *_REPLACEMENT,
+    },
     "circuits.server": {
         *(f"circuits.{room}" for room in ("graph", "viewer", "attribution", "progress", "trace_options")),
         *_REPLACEMENT,

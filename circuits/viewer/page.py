@@ -57,17 +57,19 @@ def to_html(graph: GraphData, *, index: Indexes = None, head: str = "") -> str:
     Args:
         index: feature indexes whose labels and examples are shown, by default those beside the crosscoders that the graph was
             traced with; `()` for none.
-        head: HTML put into the page's head, for the local server.
+        head: HTML that the local server puts into the head; the page may then load its scripts and styles, and ask it.
 
     Raises:
         ValueError: the index is of another crosscoder.
     """
     script = _script()
+    own, asks = (" 'self'", "; connect-src 'self'") if head else ("", "")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     parts = {
-        "policy": f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:",
+        "policy": f"default-src 'none'; script-src 'sha256-{digest}'{own}; style-src 'unsafe-inline'{own}; img-src data: blob:"
+        f"{asks}",
         "head": head,
-        "style": _asset("style.css") + _asset("panes.css"),
+        "style": palette() + _asset("style.css") + _asset("panes.css"),
         "payload": as_script_data({**payload(graph), "features": evidence(graph, index)}),
         "script": script,
     }
@@ -77,6 +79,11 @@ def to_html(graph: GraphData, *, index: Indexes = None, head: str = "") -> str:
 def as_script_data(value: Any) -> str:
     """JSON that can stand inside a `script` element: it cannot end the element, nor a line of a script."""
     return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).translate(_ESCAPES)
+
+
+def palette() -> str:
+    """Style sheet of the colours, light and dark, and of the font."""
+    return _asset("palette.css")
 
 
 @cache

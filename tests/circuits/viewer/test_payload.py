@@ -117,6 +117,7 @@ def test_the_policy_allows_this_script_alone(small: CircuitGraph) -> None:
 def test_every_asset_is_used() -> None:
     assert {path.name for path in ASSETS.iterdir()} == {
         "page.html",
+        "palette.css",
         "style.css",
         "panes.css",
         *(f"{name}.js" for name in SCRIPTS),
