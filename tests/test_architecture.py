@@ -59,7 +59,7 @@ ROOMS |= {
     "circuits.validation": {"circuits.graph", "circuits.attribution", "circuits.heads", *_REPLACEMENT},
     "circuits.progress": set(),
     "circuits.trace_options": {
-        *(f"circuits.{room}" for room in ("graph", "export", "attribution", "heads")),
+        *(f"circuits.{room}" for room in ("graph", "export", "viewer", "attribution", "heads")),
         *_REPLACEMENT,
     },
     "circuits.server": {
