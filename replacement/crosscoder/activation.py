@@ -218,7 +218,7 @@ class TopK(_KeepsBest):
         self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
         """The k largest of each row; those that are not positive only without `relu`."""
-        value_BK, index_BK = _largest(pre_BF, k_of(self, group))
+        value_BK, index_BK = _largest(pre_BF, k_of(self.k, group))
         index_BK, order_BK = index_BK.sort(dim=1)
         floor = 0.0 if self.relu else -torch.inf
         row_S, column_S = torch.nonzero(value_BK.gather(1, order_BK) > floor, as_tuple=True)
@@ -244,7 +244,7 @@ class JointTopK(_KeepsBest):
         super().__post_init__()
 
     def check_fits(self, n_groups: int, n_features: int) -> None:
-        if (k := k_of(self, 0)) > n_groups * n_features:
+        if (k := k_of(self.k, 0)) > n_groups * n_features:
             raise ValueError(
                 f"{self.name} keeps k={k} features, but there are only {n_groups} groups of {n_features} features"
             )
@@ -253,7 +253,7 @@ class JointTopK(_KeepsBest):
         self, pre_BF: Matrix, threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
         """Candidates of one group: its k largest of each row, and all that equal the smallest of them."""
-        bound_B1 = _largest(pre_BF, min(k_of(self, group), pre_BF.shape[1]))[0].amin(dim=1, keepdim=True)
+        bound_B1 = _largest(pre_BF, min(k_of(self.k, group), pre_BF.shape[1]))[0].amin(dim=1, keepdim=True)
         keep_BF = pre_BF >= bound_B1
         return Selection(*torch.nonzero(keep_BF & (pre_BF > 0) if self.relu else keep_BF, as_tuple=True))
 
@@ -264,7 +264,7 @@ class JointTopK(_KeepsBest):
         sorted_S = row_S[order_S]
         rank_S = torch.arange(len(row_S), device=row_S.device) - torch.searchsorted(sorted_S, sorted_S)
         keep_S = torch.zeros_like(row_S, dtype=torch.bool)
-        keep_S[order_S] = rank_S < k_of(self, 0)
+        keep_S[order_S] = rank_S < k_of(self.k, 0)
         return keep_S
 
 
@@ -300,7 +300,7 @@ class BatchTopK(_KeepsLargest):
         if not training:
             return Selection(*torch.nonzero(pre_BF > threshold_F.clamp(min=0), as_tuple=True))
         # Equal values (of equal rows, say) are kept or left together, however the batch is split.
-        return Selection(*_largest_of_all(pre_BF, k_of(self, group) * len(pre_BF)))
+        return Selection(*_largest_of_all(pre_BF, k_of(self.k, group) * len(pre_BF)))
 
     def next_threshold(self, threshold_1: Tensor, acts_S: Tensor) -> Tensor:
         """Running mean of the smallest activation kept, after one more training batch of one group.
@@ -313,9 +313,9 @@ class BatchTopK(_KeepsLargest):
         return torch.where(threshold_1 > 0, threshold_1.lerp(smallest_1, self.momentum), smallest_1)
 
 
-def k_of(activation: _KeepsLargest, group: int) -> int:
-    """Features that an activation function keeps per row in one group."""
-    return activation.k[group] if isinstance(activation.k, tuple) else activation.k
+def k_of(k: int | tuple[int, ...], group: int) -> int:
+    """Features kept per row in one group, where k is one number for all groups or one for each."""
+    return k[group] if isinstance(k, tuple) else k
 
 
 def activation_from_dict(value: Mapping[str, Any]) -> Activation:

@@ -20,6 +20,11 @@ from replacement.splicing.replacement_model import ReplacementModel
 
 GOOD = 0.9
 """F1 from which on a feature is said to stand for a concept."""
+AS_GOOD = 0.05
+"""Difference in F1 that a few cases make: of features that near the best one, that of the earliest layer stands for a concept.
+
+Later layers read what earlier ones wrote, so they hold echoes of a concept that detect it at least as well as its origin does.
+"""
 _PROMPTS_AT_ONCE = 256
 
 
@@ -30,8 +35,8 @@ class Firings(NamedTuple):
     feature_S: Tensor
     activation_S: Tensor
     n_cases: int
-    n_features: int
-    """Of all layers together."""
+    n_features_per_layer: int
+    n_layers: int
 
 
 class Scores(NamedTuple):
@@ -48,7 +53,7 @@ class ChosenFeatures:
     """The features that stand for a family's concepts, chosen on its choosing cases."""
 
     best: Mapping[str, int]
-    """Concept -> the feature of best F1."""
+    """Concept -> the feature of best F1 in the earliest layer that has one within `AS_GOOD` of the best of all."""
     good: Mapping[str, tuple[int, ...]]
     """Concept -> all features of F1 >= 0.9, the best one in any case."""
     activation: Mapping[tuple[str, int], float]
@@ -71,7 +76,7 @@ def read_firings(model: ReplacementModel, cases: Sequence[Case]) -> Firings:
         case_S = torch.tensor(numbers, device=lm.device)[features.row]
         parts.append((case_S, features.group * features.n_features + features.index, features.activation))
     case_S, feature_S, activation_S = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Firings(case_S, feature_S, activation_S, len(cases), crosscoder.n_groups * crosscoder.n_features)
+    return Firings(case_S, feature_S, activation_S, len(cases), crosscoder.n_features, crosscoder.n_groups)
 
 
 def case_positions(model: ReplacementModel, cases: Sequence[Case]) -> list[int]:
@@ -84,7 +89,7 @@ def score_features(firings: Firings, cases: Sequence[Case]) -> Scores:
     concepts = tuple(sorted({case.concept for case in cases} - {NO_CONCEPT}))
     number = {concept: place for place, concept in enumerate(concepts)} | {NO_CONCEPT: len(concepts)}
     concept_B = torch.tensor([number[case.concept] for case in cases], device=firings.case_S.device)
-    C, F = len(concepts) + 1, firings.n_features
+    C, F = len(concepts) + 1, firings.n_layers * firings.n_features_per_layer
     key_S = concept_B[firings.case_S] * F + firings.feature_S
     fires_CF = torch.bincount(key_S, minlength=C * F).view(C, F).float()
     summed_CF = torch.bincount(key_S, weights=firings.activation_S.double(), minlength=C * F).view(C, F)
@@ -97,7 +102,12 @@ def score_features(firings: Firings, cases: Sequence[Case]) -> Scores:
 def choose_features(firings: Firings, cases: Sequence[Case]) -> ChosenFeatures:
     """The features that detect every concept best, on choosing cases."""
     scores = score_features(firings, cases)
-    best = dict(zip(scores.concepts, scores.f1_CF.argmax(1).tolist(), strict=True))
+    f1_CGF = scores.f1_CF.unflatten(1, (-1, firings.n_features_per_layer))
+    best_CG = f1_CGF.amax(2)
+    layer_C = (best_CG >= best_CG.amax(1, keepdim=True) - AS_GOOD).int().argmax(1)  # the first of them
+    index_C = f1_CGF[torch.arange(len(layer_C)), layer_C].argmax(1)
+    numbers = (layer_C * firings.n_features_per_layer + index_C).tolist()
+    best = dict(zip(scores.concepts, numbers, strict=True))
     good: dict[str, tuple[int, ...]] = {}
     activation: dict[tuple[str, int], float] = {}
     for concept, f1_F, activation_F in zip(scores.concepts, scores.f1_CF, scores.activation_CF, strict=True):

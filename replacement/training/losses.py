@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from replacement.crosscoder.activation import k_of
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
@@ -233,6 +234,65 @@ class Auxiliary(Loss):
             # A perfect reconstruction leaves nothing to explain.
             fractions.append((error_BD - y_BD).square().sum() / total.clamp(min=torch.finfo(total.dtype).tiny))
         return self.coefficient * torch.stack(fractions).mean()
+
+
+@dataclass(frozen=True)
+class Strongest(Loss):
+    """Fraction of variance left unexplained by the k strongest features of every row and group alone; averaged over sites.
+
+    With it the features of a row are ordered: the first ones say the most and the others refine it, so that what an input is
+    about is said by few features instead of being spread over all that are active (the Multi-TopK loss of Gao et al. 2024,
+    "Scaling and evaluating SAEs", which adds larger k; here the k is smaller). A feature's strength is its activation times
+    the norm of its decoder.
+    """
+
+    name: ClassVar[str] = "strongest"
+
+    coefficient: float = 1.0
+    k: int | tuple[int, ...] = 2
+    """Features used per row of a group, for all groups or for each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.k if isinstance(self.k, tuple) else (self.k,)) < 0:
+            raise ValueError(f"the strongest k must be 0 or more, got {self.k}")
+
+    def __call__(self, state: StepState) -> Float[Tensor, ""]:
+        """`coefficient *` the mean fraction."""
+        groups = range(state.features.n_groups)
+        if isinstance(self.k, tuple) and len(self.k) != len(groups):
+            raise ValueError(
+                f"the strongest k must be one number, or one for each of {len(groups)} groups, got {self.k}"
+            )
+        norms = state.crosscoder.decoder_norms()
+        weaker_S = torch.cat([_weaker(state, group, norms[group].norm(dim=1), k_of(self.k, group)) for group in groups])
+        weaker = state.crosscoder.decode_contribution(state.features.select(weaker_S))
+        fractions = [
+            functional.mse_loss(y_BD - weaker[site], state.targets[site], reduction="sum")
+            / (state.n_rows * state.variances[site])
+            for site, y_BD in state.reconstructions.items()
+        ]
+        return self.coefficient * torch.stack(fractions).mean()
+
+
+@torch.no_grad()
+def _weaker(state: StepState, group: int, norms_F: Tensor, k: int) -> Tensor:
+    """Which features of a group are not among the k strongest of their row, bool[S]."""
+    features = state.features.of(group)
+    strength_S = features.activation * norms_F[features.index]
+    # Sorted by row and falling strength, so that a feature's place in its row is a difference.
+    order_S = strength_S.argsort(descending=True, stable=True)
+    order_S = order_S[features.row[order_S].argsort(stable=True)]
+    begin_S = torch.searchsorted(features.row, features.row)  # the rows are sorted already
+    place_S = torch.empty_like(order_S)
+    place_S[order_S] = torch.arange(len(order_S), device=order_S.device) - begin_S
+    strong_S = place_S < k
+    value_BK = strength_S.new_full((features.n_rows, k), -torch.inf)
+    value_BK[features.row[strong_S], place_S[strong_S]] = strength_S[strong_S]
+    kept_BK = state.parallel.largest(value_BK, k) if k else value_BK > 0
+    weaker_S = ~strong_S
+    weaker_S[strong_S] = ~kept_BK[features.row[strong_S], place_S[strong_S]]
+    return weaker_S
 
 
 def _some_rows(state: StepState) -> slice:

@@ -112,7 +112,7 @@ class _ShardedTopK(TopK):
         self, pre_BF: Float[Tensor, "B F"], threshold_F: Tensor | None, *, training: bool = False, group: int = 0
     ) -> Selection:
         mine = super().select(pre_BF, threshold_F, training=training, group=group)
-        k = k_of(self, group)
+        k = k_of(self.k, group)
         row_S = mine.rows
         offset_B = torch.searchsorted(row_S, torch.arange(len(pre_BF), device=row_S.device))
         place_S = torch.arange(len(row_S), device=row_S.device) - offset_B[row_S]
@@ -135,7 +135,7 @@ class _ShardedBatchTopK(BatchTopK):
             return super().select(pre_BF, threshold_F, training=False, group=group)
         parallel = self.parallel
         # A process may own all of the largest: each one offers as many as are kept in all.
-        n_kept = k_of(self, group) * sum(parallel.counts_over_data(len(pre_BF)))
+        n_kept = k_of(self.k, group) * sum(parallel.counts_over_data(len(pre_BF)))
         offered_N = pre_BF.new_full((n_kept,), -torch.inf)  # of one size everywhere, however the rows are shared
         largest = pre_BF.flatten().topk(min(n_kept, pre_BF.numel())).values
         offered_N[: len(largest)] = largest

@@ -91,7 +91,7 @@ class Detectors(NamedTuple):
 
     def firings(self) -> Firings:
         case_S, feature_S = self.acts_BF.nonzero(as_tuple=True)
-        return Firings(case_S, feature_S, self.acts_BF[case_S, feature_S], *self.acts_BF.shape)
+        return Firings(case_S, feature_S, self.acts_BF[case_S, feature_S], *self.acts_BF.shape, 1)
 
 
 def cases_of(concepts: str) -> list[Case]:
@@ -141,3 +141,16 @@ def test_features_are_chosen_on_some_cases_and_judged_on_others() -> None:
     judging = Detectors(cases_of("abc"), torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     f1 = judge_features(chosen, judging.firings(), judging.cases)
     assert f1 == pytest.approx({"a": 1.0, "b": 2 / 3})  # no feature was chosen for c
+
+
+def test_of_equally_good_features_the_one_of_the_earliest_layer_is_chosen() -> None:
+    """Layers of two features: 0 and 1, 2 and 3. Twenty cases of a, ten of b."""
+    acts_BF = torch.zeros(30, 4)
+    acts_BF[:19, 1] = 1.0  # misses a case of a: F1 38 / 39
+    acts_BF[:20, 2] = 1.0  # none
+    acts_BF[20:27, 0] = 1.0  # misses three cases of b: F1 14 / 17, too far from the echo's
+    acts_BF[20:30, 3] = 1.0
+    cases = cases_of("a" * 20 + "b" * 10)
+    case_S, feature_S = acts_BF.nonzero(as_tuple=True)
+    firings = Firings(case_S, feature_S, acts_BF[case_S, feature_S], 30, 2, 2)
+    assert choose_features(firings, cases).best == {"a": 1, "b": 3}

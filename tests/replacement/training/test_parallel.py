@@ -15,7 +15,10 @@ from replacement.training.metrics_log import read_metrics
 from replacement.training.parallel import connect
 
 CROSSCODERS: dict[str, dict[str, Any]] = {
-    "topk": {"crosscoder": {"activation": {"name": "topk", "k": [6, 4, 4]}}, "training": {"reads": "subset"}},
+    "topk": {
+        "crosscoder": {"activation": {"name": "topk", "k": [6, 4, 4]}},
+        "training": {"reads": "subset", "losses": [{"name": "auxiliary"}, {"name": "strongest", "k": [3, 1, 2]}]},
+    },
     "batchtopk, tied": {
         "crosscoder": {"activation": {"name": "batchtopk", "k": 4}, "tied": True},
         "training": {"reads": "subset"},

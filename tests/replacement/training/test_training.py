@@ -23,6 +23,7 @@ from replacement.training import (
     Penalty,
     PreActivation,
     Progress,
+    Strongest,
     Tanh,
     TrainingConfig,
     train,
@@ -280,6 +281,38 @@ def test_the_auxiliary_loss_equals_its_dense_formula(random_crosscoder: Any, ran
     for weight in (crosscoder.W_enc[0], crosscoder.b_enc[0], crosscoder.W_dec[0]):
         grads = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (actual, expected)]
         torch.testing.assert_close(*grads)
+
+
+def test_the_loss_of_the_strongest_features_equals_its_dense_formula(
+    random_crosscoder: Any, random_inputs: Any
+) -> None:
+    crosscoder = random_crosscoder(Wiring.strictly_causal(SHAPE))
+    state = state_of(crosscoder, random_inputs(crosscoder.wiring))
+    expected = torch.zeros((), dtype=torch.float64)
+    for site, target_BD in state.targets.items():
+        y_BD = crosscoder.b_dec[crosscoder.wiring.write_sites.index(site)].expand(7, -1)
+        for group, k in enumerate((3, 1)):
+            acts_BF = state.features.dense(group)
+            strength_BF = acts_BF * crosscoder.W_dec[group].flatten(1).norm(dim=1)
+            kept_BF = acts_BF * (strength_BF >= strength_BF.topk(k, dim=1).values[:, -1:])
+            if site in crosscoder.wiring.writes[group]:
+                y_BD = y_BD + kept_BF @ crosscoder.decoder(group, site)
+        expected = expected + 0.5 * (target_BD - y_BD).square().sum() / 7 / len(state.targets)
+    actual = Strongest(0.5, k=(3, 1))(state)
+    torch.testing.assert_close(actual, expected)
+    for weight in (crosscoder.W_enc[1], crosscoder.b_enc[0], *crosscoder.W_dec):
+        grads = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (actual, expected)]
+        torch.testing.assert_close(*grads)
+    everything = Strongest(2.0, k=16)(state)
+    torch.testing.assert_close(everything, 2 * torch.stack([*reconstruction_losses(state).values()]).mean())
+    nothing = torch.stack(
+        [(y - b).square().sum() / 7 for y, b in zip(state.targets.values(), crosscoder.b_dec, strict=True)]
+    )
+    torch.testing.assert_close(Strongest(1.0, k=0)(state), nothing.mean())
+    with pytest.raises(ValueError, match="one for each of 2 groups, got \\(1, 2, 3\\)"):
+        Strongest(k=(1, 2, 3))(state)
+    with pytest.raises(ValueError, match="strongest k must be 0 or more, got -1"):
+        Strongest(k=-1)
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
