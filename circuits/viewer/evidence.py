@@ -9,7 +9,7 @@ The payload's `features` holds every feature once, however many nodes it has, an
 | `texts` | texts that records give by number |
 | `tokens` | column: the tokens of all examples of all records, one example after the other |
 | `kept` | features with a record of the index, features in the graph |
-| `note` | why there is no record, for people; empty where there are some |
+| `notes` | for each part without an index, `mlp` or `attention`, why its features have no evidence, for people |
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def evidence(graph: GraphData, index: Indexes = None) -> dict[str, Any]:
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys[node] for node in order))}
     texts: dict[str, int] = {}
     tokens: list[int] = []
-    with open_indexes(graph.metadata, index) as (indexes, note):
+    with open_indexes(graph.metadata, index) as (indexes, notes):
         known = [key for key in numbers if Part(key[0]).name.lower() in indexes][:MOST_FEATURES]
         most = max(LEAST_EXAMPLES, MOST_EXAMPLES // max(len(known), 1))
         records: dict[Any, dict[str, Any]] = {key: {} for key in numbers}
@@ -78,19 +78,23 @@ def evidence(graph: GraphData, index: Indexes = None) -> dict[str, Any]:
         "texts": list(texts),
         "tokens": column(np.array(tokens, dtype=np.int64)),
         "kept": [len(known), len(numbers)],
-        "note": note,
+        "notes": notes,
     }
 
 
 @contextmanager
-def open_indexes(metadata: Mapping[str, Any], given: Indexes = None) -> Iterator[tuple[dict[str, FeatureIndex], str]]:
-    """The feature index of each part, `mlp` or `attention`, that has one, and why there is none, for people.
+def open_indexes(
+    metadata: Mapping[str, Any], given: Indexes = None
+) -> Iterator[tuple[dict[str, FeatureIndex], dict[str, str]]]:
+    """The feature index of each part, `mlp` or `attention`, that has one, and for the others why not, for people.
 
     Raises:
         ValueError: a given index is of another crosscoder than the graph's, or there are two of one part.
     """
     fingerprints, indexes = metadata.get("crosscoder_fingerprint"), dict[str, FeatureIndex]()
-    note = "The page was made without a feature index: it has no examples."
+    notes = {
+        part.name.lower(): "The page was made without a feature index of this feature's crosscoder." for part in Part
+    }
     with ExitStack() as opened:
         for index in _beside(metadata) if given is None else [given] if isinstance(given, FeatureIndex) else given:
             index = opened.enter_context(FeatureIndex.open(index)) if isinstance(index, Path) else index
@@ -99,13 +103,11 @@ def open_indexes(metadata: Mapping[str, Any], given: Indexes = None) -> Iterator
             if fits and part not in indexes:
                 indexes[part] = index
             elif given is None:
-                note = (
-                    "The feature index beside the crosscoder is of another crosscoder than the graph: it is not shown."
-                )
+                notes[part] = "The feature index beside the crosscoder is of another crosscoder than the graph's."
             else:
                 which = f"the features of {part}, like another one" if fits else "another crosscoder than the graph's"
                 raise ValueError(f"index: {index.path} is of {which}")
-        yield indexes, "" if indexes else note
+        yield indexes, {part: note for part, note in notes.items() if part not in indexes}
 
 
 def _beside(metadata: Mapping[str, Any]) -> Iterator[Path]:

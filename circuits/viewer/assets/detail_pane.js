@@ -57,6 +57,7 @@ function titleRow(data, store, services, node, stop, edit) {
     title.addEventListener("keydown", (event) => {
       if (event.key === "Enter" || event.key === "Escape") {
         event.stopPropagation();
+        event.preventDefault(); // else the button that gets the focus is pressed as well
         stop(event.key === "Enter" ? title.value : null);
       }
     });
@@ -68,11 +69,7 @@ function titleRow(data, store, services, node, stop, edit) {
     tool("path", isPathOpen(store, node) ? "Path to here" : "Path from here", "Strongest path between two nodes (W on both ends)", () => markPathEnd(data, store, services)),
   ]);
   actions.children[1].setAttribute("aria-pressed", isPinned);
-  return make("header", {className: "title"}, make("h3", {}, title), make("p", {className: "soft"}, named(`${kindInWords(data, node)} ${placeOf(data, node)}`)), actions);
-}
-
-function kindInWords(data, node) {
-  return data.nodes.kind[node] === KIND.feature ? (data.nodes.part[node] === 1 ? "attention feature" : "feature") : "";
+  return make("header", {className: "title"}, make("h3", {}, title), make("p", {className: "soft"}, named(`${data.nodes.kind[node] === KIND.feature ? "feature " : ""}${placeOf(data, node)}`)), actions);
 }
 
 /** Rows of facts: `[name, text or element]`; those without a value are left out. */
@@ -101,7 +98,7 @@ function describeFeature(data, node, store) {
     ["inputs", expanded[node] ? null : "not computed: its part counts as unexplained"],
   ]));
   if (!indexed) {
-    const note = data.features.note || `The page holds evidence of the ${data.features.kept?.[0]} most influential of ${data.features.kept?.[1]} features; this is not one of them.`;
+    const note = data.features.notes?.[data.nodes.part[node] === 1 ? "attention" : "mlp"] ?? `The page holds evidence of the ${data.features.kept?.[0]} most influential of ${data.features.kept?.[1]} features; this is not one of them.`;
     return [...parts, make("p", {className: "hint", textContent: note})];
   }
   if (indexed.histogram.length) parts.push(histogramOf(indexed, activation[node]));

@@ -55,9 +55,11 @@ function formatNumber(value, {sign = false} = {}) {
   return (value < 0 ? "−" : sign ? "+" : "") + digits;
 }
 
+const wholeNumbers = new Intl.NumberFormat("en");
+
 /** `1 node`, `2,000 nodes`. */
 function countOf(count, noun) {
-  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+  return `${wholeNumbers.format(count)} ${noun}${count === 1 ? "" : "s"}`;
 }
 
 /** Where a node is, in words: `1/345 at Dallas`. */

@@ -16,7 +16,7 @@ function createScene(data, state, visible, layout, palette) {
     if (data.nodes.kind[node] === KIND.feature) largest = Math.max(largest, data.nodes.influence[node]);
   }
   const links = state.selected === null ? null : linkShares(data, state, state.selected);
-  const marked = new Set([...shownPath(data, state).nodes, ...searchNodes(data, state).map(({node}) => node)]);
+  const marked = new Set([...shownPath(data, state).nodes, ...searchNodes(data, state).filter(({field}) => field !== "token").map(({node}) => node)]);
   return {data, state, visible, layout, palette, edges, links, marked, leftOut: between.length - edges.length, largest: largest || 1};
 }
 

@@ -1,6 +1,7 @@
 /** The pinned subgraph as boxes, which stand for nodes or groups of nodes, with the edges between boxes added up. */
 
 const MOST_UNPINNED = 12; // tokens and outputs that are drawn without being pinned
+const MOST_PINNED = 300; // nodes that are drawn, the most influential ones; scores are of all
 const DRAWN = {share: 0.95, most: 120}; // links are drawn, the most influential first, until they hold this share of all links' influence
 
 /**
@@ -10,11 +11,12 @@ const DRAWN = {share: 0.95, most: 120}; // links are drawn, the most influential
  *   weight = sum of A[t, s];  share = weight / sum of the inflows of T's members;  influence = sum of the mass that crosses them.
  * Weight and share are signed; between two nodes they are those of the edge. Edges inside a box are in no link.
  *
- * @returns `{boxes, links, leftOut: {tokens, links, share}}`; boxes are `{key, nodes, group, row, position}`, links
+ * @returns `{boxes, links, leftOut: {tokens, pinned, links, share}}`; boxes are `{key, nodes, group, row, position, isOutput}`, links
  *   `{from, to, weight, share, influence, count}` with numbers of boxes, from weak to strong
  */
 function subgraphOf(data, state) {
-  const {shown, tokens} = nodesOfSubgraph(data, state.pinned);
+  const pinned = mostInfluential(data, [...state.pinned]).slice(0, MOST_PINNED);
+  const {shown, tokens} = nodesOfSubgraph(data, new Set(pinned));
   const all = boxesOf(data, state.groups, shown);
   const boxOf = new Int32Array(data.nodes.count).fill(-1);
   all.forEach(({nodes}, number) => nodes.forEach((node) => { boxOf[node] = number; }));
@@ -28,7 +30,7 @@ function subgraphOf(data, state) {
   return {
     boxes: kept,
     links: links.slice(0, drawn).map((link) => ({...link, from: place.get(link.from), to: place.get(link.to)})).reverse(),
-    leftOut: {tokens: tokens + all.length - kept.length, links: links.length - drawn, share: Math.max(0, left) / total},
+    leftOut: {tokens: tokens + all.length - kept.length, pinned: state.pinned.size - pinned.length, links: links.length - drawn, share: Math.max(0, left) / total},
   };
 }
 
@@ -54,7 +56,8 @@ function boxesOf(data, groups, shown) {
     const rows = nodes.map((node) => rowOf(data, node));
     const mean = sum(rows) / rows.length;
     const row = rows.reduce((best, other) => (Math.abs(other - mean) < Math.abs(best - mean) ? other : best));
-    boxes.push({key, nodes, group, row, position: sum(nodes.map((node) => data.nodes.position[node])) / nodes.length});
+    const isOutput = nodes.some((node) => data.nodes.kind[node] === KIND.logit);
+    boxes.push({key, nodes, group, row, isOutput, position: sum(nodes.map((node) => data.nodes.position[node])) / nodes.length});
   };
   for (const group of groups) {
     const members = group.members.filter((node) => left.delete(node));
@@ -117,6 +120,9 @@ function unpinBoxes(store, boxes) {
 
 /** The most influential features of the graph. */
 function topFeatures(data, count) {
-  const features = Array.from(data.nodes.kind.keys()).filter((node) => data.nodes.kind[node] === KIND.feature);
-  return features.sort((a, b) => data.nodes.influence[b] - data.nodes.influence[a]).slice(0, count);
+  return mostInfluential(data, [...data.nodes.kind.keys()].filter((node) => data.nodes.kind[node] === KIND.feature)).slice(0, count);
+}
+
+function mostInfluential(data, nodes) {
+  return nodes.sort((a, b) => data.nodes.influence[b] - data.nodes.influence[a]);
 }

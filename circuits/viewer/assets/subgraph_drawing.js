@@ -1,31 +1,34 @@
 /** The subgraph as SVG: every colour and font is an attribute, so that the drawing is complete when it is saved as a file. */
 
 /**
- * Draws boxes and links into groups of an SVG.
- * @param view `{data, state, palette, subgraph, at, chosen, focus}`: `at(box)` is the middle of a box; `focus` is the box whose links
- *   stand out and say their numbers, or -1
+ * Draws a subgraph into three groups of an SVG: links, numbers beside them, and boxes.
+ * @param view `{data, state, palette, subgraph, at, chosen}`: `at(box)` is the middle of a box
  */
-function drawSubgraph(links, boxes, view) {
-  const {subgraph, focus} = view;
+function drawSubgraph([links, , boxes], view) {
+  const {subgraph} = view;
   const largest = Math.max(...subgraph.links.map(({share}) => Math.abs(share)), 1e-9);
-  links.replaceChildren();
-  for (const link of subgraph.links) links.append(drawLink(view, link, largest));
-  if (focus >= 0) links.append(...subgraph.links.filter(({from, to}) => from === focus || to === focus).map((link) => drawNumber(view, link)));
+  links.replaceChildren(...subgraph.links.map((link) => drawLink(view, link, Math.sqrt(Math.abs(link.share) / largest))));
   boxes.replaceChildren(...subgraph.boxes.map((box, number) => drawBox(view, box, number)));
 }
 
-function drawLink({data, state, palette, subgraph, at, focus}, link, largest) {
-  const size = Math.sqrt(Math.abs(link.share) / largest);
-  const isNear = focus < 0 || link.from === focus || link.to === focus;
+/** Lets the links of one box stand out and say their shares; -1 for none. */
+function focusLinks([links, numbers], view, focus) {
+  const near = view.subgraph.links.filter(({from, to}) => from === focus || to === focus);
+  view.subgraph.links.forEach((link, at) => links.children[at].setAttribute("opacity", focus < 0 || near.includes(link) ? 1 : 0.1));
+  numbers.replaceChildren(...near.map((link) => drawNumber(view, link)));
+}
+
+function drawLink({data, state, palette, subgraph, at}, link, size) {
   const points = linkPoints(at(link.from), at(link.to), subgraph.boxes[link.from], subgraph.boxes[link.to]);
   const colour = link.weight < 0 ? palette.lower : palette.raise;
   const name = (box) => boxName(data, state, subgraph.boxes[box]);
   const title = `${name(link.from)} → ${name(link.to)}\nshare of its input ${signedShare(link.share)} (weights ${formatNumber(link.weight, {sign: true})} from ${countOf(link.count, "edge")})\ncarries ${formatShare(link.influence)} of the output`;
   const curve = `M${points[0]} ${points[1]}C${points.slice(2).join(" ")}`;
-  return makeSvg("g", {class: "link", "data-from": subgraph.boxes[link.from].key, "data-to": subgraph.boxes[link.to].key, opacity: isNear ? 0.3 + 0.65 * size : 0.08},
+  return makeSvg("g", {class: "link", "data-from": subgraph.boxes[link.from].key, "data-to": subgraph.boxes[link.to].key},
     makeSvg("title", {}, title),
-    makeSvg("path", {d: curve, fill: "none", stroke: colour, "stroke-width": 0.8 + 4.2 * size, "stroke-dasharray": link.weight < 0 ? "5 3" : null}),
-    makeSvg("path", {d: arrowHead(points, 3.5 + 3 * size), fill: colour}),
+    makeSvg("g", {opacity: 0.3 + 0.65 * size},
+      makeSvg("path", {d: curve, fill: "none", stroke: colour, "stroke-width": 0.8 + 4.2 * size, "stroke-dasharray": link.weight < 0 ? "5 3" : null}),
+      makeSvg("path", {d: arrowHead(points, 3.5 + 3 * size), fill: colour})),
     makeSvg("path", {d: curve, fill: "none", stroke: "transparent", "stroke-width": 10, class: "hit"}));
 }
 

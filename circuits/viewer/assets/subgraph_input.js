@@ -2,7 +2,7 @@
 
 const MOVE_STEP = 12; // pixels by which Shift and an arrow key move boxes
 
-function listenToSubgraph(svg, {data, store, pane, tools, draw, renew, at, focusBox, marquee, boxes}) {
+function listenToSubgraph(svg, {store, pane, tools, draw, drawFocus, at, focusBox, marquee, boxes}) {
   let drag = null;
   const keyOf = (event) => event.target.closest?.(".box")?.dataset.key ?? null;
   const inScene = (event) => {
@@ -90,7 +90,7 @@ function listenToSubgraph(svg, {data, store, pane, tools, draw, renew, at, focus
   function setFocus(key, hovered) {
     if (pane.focus === key && store.state.hovered === hovered) return;
     pane.focus = key;
-    if (store.state.hovered === hovered) draw();
+    if (store.state.hovered === hovered) drawFocus();
     else store.update({hovered});
   }
 
@@ -131,7 +131,7 @@ function listenToSubgraph(svg, {data, store, pane, tools, draw, renew, at, focus
     focusBox(all[to].key);
     pane.focus = all[to].key;
     store.update({hovered: all[to].group ? null : all[to].nodes[0]});
-    draw();
+    drawFocus();
   }
 }
 

@@ -21,6 +21,7 @@ function layoutSubgraph(subgraph, width, height) {
     const layout = placeBoxes(subgraph, width / scale, height / scale);
     const zoom = Math.min(1, width / layout.width, height / layout.height);
     if (!best || zoom > best.zoom * 1.05) best = {...layout, zoom};
+    if (best.zoom > 0.9) break;
   }
   return best;
 }
@@ -32,7 +33,7 @@ function layoutSubgraph(subgraph, width, height) {
  * squared distance to those means. Boxes of tokens keep the order of the prompt. Rows with more boxes than fit are staggered.
  */
 function placeBoxes({boxes, links}, width, height) {
-  const rows = rowsOfBoxes(boxes, width);
+  const rows = rowsOfBoxes(boxes, links, width);
   const x = new Float64Array(boxes.length);
   const positions = boxes.map(({position}) => position);
   const [first, last] = [Math.min(...positions), Math.max(...positions)];
@@ -60,18 +61,30 @@ function placeBoxes({boxes, links}, width, height) {
   return {x, y, width: Math.max(...edge(1)) - Math.min(...edge(-1)), height: top - gap};
 }
 
-/** Rows from top to bottom, each with its lines: more than one where its boxes do not fit side by side. */
-function rowsOfBoxes(boxes, width) {
-  const rows = new Map();
-  boxes.forEach(({row}, number) => rows.set(row, [...(rows.get(row) ?? []), number]));
-  return [...rows].sort(([a], [b]) => b - a).map(([row, members]) => {
+/**
+ * Rows from top to bottom, each with its lines: more than one where its boxes do not fit side by side. Layers share a row where no link
+ * joins them, so that a circuit of many layers stays readable; inputs and outputs have rows of their own.
+ */
+function rowsOfBoxes(boxes, links, width) {
+  const isEnd = (row) => row === 0 || boxes.some((box) => box.row === row && box.isOutput);
+  const rows = [];
+  for (const row of [...new Set(boxes.map((box) => box.row))].sort((a, b) => a - b)) {
+    const members = [...boxes.keys()].filter((box) => boxes[box].row === row);
+    const last = rows.at(-1);
+    const both = new Set([...members, ...(last?.members ?? [])]);
+    const fits = sum([...both].map((box) => boxes[box].width + GAP.x)) <= width + GAP.x;
+    const isLinked = links.some(({from, to}) => both.has(from) && both.has(to));
+    if (last && fits && !isLinked && !last.isEnd && !isEnd(row)) last.members.push(...members);
+    else rows.push({members, isInput: row === 0, isEnd: isEnd(row)});
+  }
+  return rows.reverse().map(({members, isInput}) => {
     members.sort((a, b) => boxes[a].position - boxes[b].position);
     const count = Math.max(1, Math.ceil(sum(members.map((box) => boxes[box].width + GAP.x)) / (width + GAP.x)));
     const lines = Array.from({length: count}, (_, line) => {
       const inLine = members.filter((_, place) => place % count === line);
       return {members: inLine, size: Math.max(...inLine.map((box) => boxHeight(boxes[box])))};
     });
-    return {row, members, lines, isInput: row === 0, size: sum(lines.map(({size}) => size)) + GAP.line * (count - 1)};
+    return {members, lines, isInput, size: sum(lines.map(({size}) => size)) + GAP.line * (count - 1)};
   });
 }
 

@@ -1,17 +1,18 @@
 /** The pane of the subgraph: choose, drag, group and name boxes; scores of what is pinned. */
 
 function createSubgraphPane(element, data, store, services) {
-  const links = makeSvg("g", {class: "links"});
-  const boxes = makeSvg("g", {class: "boxes"});
-  const scene = makeSvg("g", {}, links, boxes);
+  const layers = ["links", "numbers", "boxes"].map((name) => makeSvg("g", {class: name}));
+  const boxes = layers[2];
+  const scene = makeSvg("g", {}, ...layers);
   const marquee = makeSvg("rect", {class: "marquee", visibility: "hidden"});
   const svg = makeSvg("svg", {id: "subgraph", role: "group", "aria-label": "Subgraph. Arrow keys walk the boxes, Space chooses several, G groups them, Shift and arrows move them."}, scene, marquee);
   const hint = make("div", {id: "subgraph-hint", className: "hint"});
   const status = make("footer", {id: "subgraph-status"});
   element.append(svg, hint, status);
-  const pane = {chosen: new Set(), open: new Set(), focus: null, moving: null, zoom: 1, left: 0, top: 0, isFit: true};
+  const pane = {chosen: new Set(), open: new Set(), focus: null, moving: null, zoom: 1, left: 0, top: 0, isFit: true, width: 0, height: 0};
   let subgraph = {boxes: [], links: [], leftOut: {}};
-  let places = {x: [], y: [], width: 0, height: 0};
+  let view = {subgraph};
+  let places = {x: [], y: []};
   const tools = createSubgraphTools(data, store, services, pane, {draw, boxesOfChoice, rename, fit: () => { pane.isFit = true; draw(); }});
   toolsOf(element).append(...tools.buttons);
   hint.append("Pin nodes to build a subgraph: Ctrl-click, or P. ", tool("pin-top", "Pin the 12 most influential features", "A first subgraph", () =>
@@ -27,7 +28,7 @@ function createSubgraphPane(element, data, store, services) {
     const keys = new Set(subgraph.boxes.map(({key}) => key));
     pane.chosen = new Set([...pane.chosen].filter((key) => keys.has(key)));
     if (!keys.has(pane.focus)) pane.focus = null;
-    if (subgraph.boxes.length) places = layoutSubgraph(subgraph, svg.clientWidth - 24, svg.clientHeight - 24);
+    if (subgraph.boxes.length) places = layoutSubgraph(subgraph, pane.width - 24, pane.height - 24);
     showLeftOut(status, subgraph);
     draw();
   }
@@ -50,13 +51,20 @@ function createSubgraphPane(element, data, store, services) {
     svg.style.visibility = isEmpty ? "hidden" : "";
     tools.refresh();
     const hadFocus = svg.contains(document.activeElement);
-    pane.drawnFocus = focusOf();
-    drawSubgraph(links, boxes, {data, state: store.state, palette: services.palette(), subgraph, at, chosen: pane.chosen, focus: pane.drawnFocus});
+    view = {data, state: store.state, palette: services.palette(), subgraph, at, chosen: pane.chosen};
+    drawSubgraph(layers, view);
+    drawFocus();
     if (pane.isFit && !pane.moving) fit();
     scene.setAttribute("transform", `translate(${pane.left} ${pane.top}) scale(${pane.zoom})`);
     const entry = boxes.querySelector(`[data-key="${CSS.escape(pane.last ?? "")}"]`) ?? boxes.firstElementChild;
     entry?.setAttribute("tabindex", 0);
     if (hadFocus) entry?.focus({preventScroll: true});
+  }
+
+  /** Changes what the box under the pointer changes, without drawing anew. */
+  function drawFocus() {
+    pane.drawnFocus = focusOf();
+    focusLinks(layers, view, pane.drawnFocus);
   }
 
   function fit() {
@@ -68,9 +76,9 @@ function createSubgraphPane(element, data, store, services) {
       ys.push(y - height, y + height);
     });
     const [left, right, top, bottom] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-    pane.zoom = clamp(Math.min((svg.clientWidth - 12) / (right - left), (svg.clientHeight - 12) / (bottom - top)), 0.15, 1.15);
-    pane.left = svg.clientWidth / 2 - ((left + right) / 2) * pane.zoom;
-    pane.top = svg.clientHeight / 2 - ((top + bottom) / 2) * pane.zoom;
+    pane.zoom = clamp(Math.min((pane.width - 12) / (right - left), (pane.height - 12) / (bottom - top)), 0.15, 1.15);
+    pane.left = pane.width / 2 - ((left + right) / 2) * pane.zoom;
+    pane.top = pane.height / 2 - ((top + bottom) / 2) * pane.zoom;
   }
 
   function boxesOfChoice() {
@@ -110,11 +118,14 @@ function createSubgraphPane(element, data, store, services) {
     box?.focus({preventScroll: true});
   }
 
-  listenToSubgraph(svg, {data, store, pane, tools, draw, renew, at, focusBox, marquee, boxes: () => subgraph.boxes});
-  new ResizeObserver(renew).observe(svg);
+  listenToSubgraph(svg, {store, pane, tools, draw, at, focusBox, marquee, drawFocus, boxes: () => subgraph.boxes});
+  new ResizeObserver(([{contentRect}]) => {
+    Object.assign(pane, {width: contentRect.width, height: contentRect.height});
+    renew();
+  }).observe(svg);
   store.subscribe(["pinned", "groups", "labels"], renew);
   store.subscribe(["theme", "selected", "places"], draw);
-  store.subscribe(["hovered"], () => { if (focusOf() !== pane.drawnFocus) draw(); });
+  store.subscribe(["hovered"], () => { if (focusOf() !== pane.drawnFocus) drawFocus(); });
   store.subscribe(["pinned"], () => showScores(status, data, store));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   showScores(status, data, store);
@@ -180,9 +191,10 @@ function showScores(status, data, store) {
 }
 
 /** What of the subgraph is not drawn. */
-function showLeftOut(status, {leftOut: {tokens, links, share}}) {
+function showLeftOut(status, {leftOut: {tokens, pinned, links, share}}) {
   const parts = [];
   if (links) parts.push(`${countOf(links, "weaker link")} not drawn (${formatShare(share)} of all links)`);
   if (tokens) parts.push(`${countOf(tokens, "token")} not drawn`);
+  if (pinned) parts.push(`${countOf(pinned, "pinned node")} not drawn`);
   status.querySelector(".left-out").textContent = parts.join(", ");
 }

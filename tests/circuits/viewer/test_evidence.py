@@ -80,7 +80,7 @@ def test_records_are_those_of_the_index(index: FeatureIndex, graph: Build) -> No
         "f1": 0.8471,
     }
     assert (weak["text"], weak["f1"]) == ("unclear", 0.1333)
-    assert (len(texts), found["kept"], found["note"]) == (len(set(texts)), [2, 3], "")
+    assert (len(texts), found["kept"], list(found["notes"])) == (len(set(texts)), [2, 3], ["attention"])
     assert found["records"][of_node[5]] == {}, "the index is of MLP features"
 
 
@@ -102,7 +102,7 @@ def test_what_the_graph_knows_of_a_label_is_there_without_an_index(graph: Build)
     assert found["records"][decoded(found["record"])[3]] == {"named": {"source": "hint"}}
     assert found["records"][decoded(found["record"])[4]] == {}, "its node has no label"
     assert (found["kept"], found["texts"], decoded(found["tokens"])) == ([0, 3], [], [])
-    assert "without a feature index" in found["note"]
+    assert "without a feature index" in found["notes"]["mlp"]
 
 
 def test_an_index_beside_the_crosscoder_is_found(tmp_path: Path, index: FeatureIndex, graph: Build) -> None:
@@ -113,7 +113,7 @@ def test_an_index_beside_the_crosscoder_is_found(tmp_path: Path, index: FeatureI
         assert evidence(graph(loaded_from={"crosscoder": str(folder)}))["kept"] == [2, 3]
     changed = graph(loaded_from={"crosscoder": str(run)}, crosscoder_fingerprint="2:def")
     assert evidence(changed)["kept"] == [0, 3]
-    assert "of another crosscoder" in evidence(changed)["note"]
+    assert "of another crosscoder" in evidence(changed)["notes"]["mlp"]
     for nowhere in ("hf:org/repo", str(tmp_path / "none"), "a\0b", "a" * 5000):
         assert evidence(graph(loaded_from={"crosscoder": nowhere}))["kept"] == [0, 3]
 
