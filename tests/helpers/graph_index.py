@@ -50,7 +50,7 @@ def write_index(path: Path, graph: CircuitGraph, vocabulary: Sequence[str], *, s
         for layer, index in features
     ])  # fmt: skip
     writer.effects((layer, index, effects) for layer, index in features)
-    words = [" ".join(random.choice(vocabulary, size=2)).strip() for _ in features]
+    words = [" ".join(" ".join(random.choice(vocabulary, size=2)).split()) for _ in features]
     labels = (Label(text, "rule", f"fires on {text}", 0.9, 0.8, 0.8471) for text in words)
     writer.labels((layer, index, label) for (layer, index), label in zip(features, labels, strict=True))
     writer.close()

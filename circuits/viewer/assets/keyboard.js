@@ -71,7 +71,10 @@ function next(values, value) {
   return values[(values.indexOf(value) + 1) % values.length];
 }
 
-/** The nearest shown node in a direction, where a step aside counts more than one ahead; the first node if there is none yet. */
+/**
+ * The nearest shown node in a direction: of those that are more ahead than aside if there are any, so that no node is passed by
+ * for one behind it; the first node if there is none yet.
+ */
 function neighbour({x, y}, node, right, down) {
   let [best, least] = [null, Infinity];
   for (let other = 0; other < x.length; other++) {
@@ -79,8 +82,9 @@ function neighbour({x, y}, node, right, down) {
     if (node === null) return other;
     const [dx, dy] = [x[other] - x[node], y[other] - y[node]];
     const [ahead, aside] = right ? [dx * right, Math.abs(dy)] : [dy * down, Math.abs(dx)];
-    if (ahead <= 1 || ahead + 2.5 * aside >= least) continue;
-    [best, least] = [other, ahead + 2.5 * aside];
+    const cost = aside <= ahead ? ahead + aside / 2 : 1e6 + ahead + 2.5 * aside;
+    if (ahead <= 1 || cost >= least) continue;
+    [best, least] = [other, cost];
   }
   return best;
 }

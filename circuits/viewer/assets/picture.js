@@ -55,7 +55,7 @@ function graphPicture(data, store, services) {
   const {hidden, share} = scene.visible;
   const {replacement, completeness} = data.scores;
   const caption = [
-    `${data.prompt} · replacement ${replacement.toFixed(3)}, completeness ${completeness.toFixed(3)}`,
+    `replacement ${replacement.toFixed(3)}, completeness ${completeness.toFixed(3)} · ${data.prompt}`,
     `${hidden ? `${countOf(hidden, "node")} with ${formatShare(share)} of the influence are hidden` : `all ${countOf(data.nodes.count, "node")}`}${scene.leftOut ? `; ${countOf(scene.leftOut, "weak edge")} not drawn` : ""}`,
   ];
   caption.forEach((line, at) => pen.text(fitText(line, frame.outerWidth - 20, 11), 10, frame.outerHeight + 12 + 16 * at, {colour: at ? palette.soft : palette.ink, size: 11}));
@@ -79,7 +79,7 @@ function subgraphPicture(data, store, services) {
   for (const line of copy.querySelectorAll("[stroke=transparent]")) line.remove();
   const pen = createSvgPen();
   const {replacement, completeness} = scoresOf(data, pinnedNodes(data, store.state.pinned));
-  const lines = [`${data.prompt} · pinned: replacement ${replacement.toFixed(3)}, completeness ${completeness.toFixed(3)}`, "width: signed sum of a link's weights ÷ inputs of its target; dashed: negative"];
+  const lines = [`pinned: replacement ${replacement.toFixed(3)}, completeness ${completeness.toFixed(3)} · ${data.prompt}`, "width: signed sum of a link's weights ÷ inputs of its target; dashed: negative"];
   lines.forEach((line, number) => pen.text(fitText(line, width - 20, 11), 10, height + 10 + 16 * number, {colour: number ? palette.soft : palette.ink, size: 11}));
   const content = `${new XMLSerializer().serializeToString(copy)}\n${pen.markup()}`;
   return {width, height: height + 36, text: svgFile(width, height + 36, palette.background, content)};

@@ -76,6 +76,7 @@ function createSearch(element, data, store) {
     if (!results[number]) return;
     store.update({selected: results[number].node});
     open(false);
+    input.blur(); // the keys of the page act on the node that was found
   }
 
   input.addEventListener("input", () => {

@@ -66,8 +66,8 @@ def capital(build_graph: Callable[..., CircuitGraph]) -> CircuitGraph:
     ]  # fmt: skip
     graph = build_graph(rows, edges, n_layers=4, extra_inflow={14: 0.3}, crosscoder_fingerprint="2:toy")
     heads = np.zeros((len(graph.edges), 4, 3))
-    heads[:, 1, 2], heads[:, 0, 1] = graph.edges.weight / 3, -graph.edges.weight / 6
-    graph = dataclasses.replace(graph, heads=EdgeHeads.from_dense(5 * graph.edges.weight / 6, heads))
+    heads[:, 1, 2], heads[:, 0, 1] = 0.4 * graph.edges.weight, -0.2 * graph.edges.weight
+    graph = dataclasses.replace(graph, heads=EdgeHeads.from_dense(0.8 * graph.edges.weight, heads))
     pairs = {
         "pair_wise_contributors": [["E_14_4", "1_5_3", 0.6], ["0_7_1", "1_5_3", -0.2]],
         "top_q_marginal_contributors": [["E_14_4", 0.5]],
@@ -106,6 +106,12 @@ def hostile(build_graph: Callable[..., CircuitGraph]) -> CircuitGraph:
         for place, text in enumerate(HOSTILE)
     }
     return build_graph(rows, edges, n_layers=1, model=HOSTILE[0], feature_labels=labels, crosscoder_fingerprint="2:toy")
+
+
+@pytest.fixture(scope="session")
+def names() -> tuple[str, ...]:
+    """`HOSTILE`."""
+    return HOSTILE
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,90 @@
+"""Pictures of the page: an SVG that parses and holds the texts, a PNG of the right size."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from viewer_page import ViewerPage
+
+from circuits import CircuitGraph
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def saved(viewer: ViewerPage, action: str, path: Path) -> bytes:
+    """What a button lets the browser save."""
+    with viewer.page.expect_download() as download:
+        button = viewer.page.locator(f"[data-action={action}]")
+        (button if button.count() else viewer.page.locator("#controls").get_by_text(action, exact=True)).click()
+    download.value.save_as(path)
+    assert download.value.suggested_filename.endswith(f".{action[-3:].lower()}")
+    return path.read_bytes()
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """uint8[H, W, 3] of a PNG."""
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_graph_as_svg(
+    hostile: CircuitGraph, capital: CircuitGraph, show: Callable[..., ViewerPage], tmp_path: Path
+) -> None:
+    for graph in (capital, hostile):
+        viewer = show(graph)
+        root = ElementTree.fromstring(saved(viewer, "SVG", tmp_path / "graph.svg"))
+        assert root.tag == f"{SVG}svg"
+        texts = ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
+        assert any("replacement" in text for text in texts), "the scores stand below"
+        tags = {element.tag.removeprefix(SVG) for element in root.iter()}
+        assert tags <= {"svg", "rect", "clipPath", "g", "path", "text"}, "names made no elements"
+    assert any("<img src=x" in text for text in texts)
+
+
+def test_the_picture_shows_what_the_pane_shows(
+    capital: CircuitGraph, show: Callable[..., ViewerPage], tmp_path: Path
+) -> None:
+    viewer = show(capital)
+
+    def labels() -> set[str]:
+        root = ElementTree.fromstring(saved(viewer, "SVG", tmp_path / "graph.svg"))
+        return {"".join(text.itertext()) for text in root.iter(f"{SVG}text")}
+
+    assert {"Texas", "say Austin", "Dallas"} <= labels()
+    viewer.update(labels={"1_5_3": "the state"}, minInfluence=0.05)
+    assert "the state" in labels()
+    assert "Texas" not in labels()
+    hidden = viewer.page.locator("#hidden").inner_text().split()[0]
+    assert any(text.startswith(f"{hidden} nodes") for text in labels())
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_the_graph_as_png(capital: CircuitGraph, show: Callable[..., ViewerPage], tmp_path: Path, scale: int) -> None:
+    """Twice as many pixels as the pane has, and the caption below; its background and its nodes are there."""
+    viewer = show(capital, device_scale_factor=scale)
+    image = pixels(saved(viewer, "PNG", tmp_path / "graph.png"))
+    body = viewer.pane("graph").locator(".body").bounding_box()
+    assert image.shape[1] == 2 * round(body["width"])
+    assert 2 * round(body["height"]) < image.shape[0] < 2 * round(body["height"]) + 120
+    x, y = viewer.place("5_1_4")
+    colours = image[round(2 * (y - body["y"])), round(2 * (x - body["x"]))]
+    assert (image[0, -1] > 240).all(), "white paper"
+    assert (colours != image[0, -1]).any(), "an output"
+
+
+def test_the_subgraph_as_svg_and_png(capital: CircuitGraph, show: Callable[..., ViewerPage], tmp_path: Path) -> None:
+    viewer = show(capital)
+    viewer.update(pinned=["1_5_3", "A2_3_4", "3_21_4"])
+    root = ElementTree.fromstring(saved(viewer, "subgraph-svg", tmp_path / "subgraph.svg"))
+    text = " ".join("".join(text.itertext()) for text in root.iter(f"{SVG}text"))
+    for name in ("Texas", "moves the state", "say Austin"):
+        assert name in text
+    image = pixels(saved(viewer, "subgraph-png", tmp_path / "subgraph.png"))
+    assert image.shape[:2] == (2 * int(root.attrib["height"]), 2 * int(root.attrib["width"]))
