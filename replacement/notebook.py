@@ -21,7 +21,7 @@ _NUMBERS = "white-space:nowrap;font-variant-numeric:tabular-nums"
 _TEXTS = "white-space:pre-wrap;overflow-wrap:anywhere;max-width:44em"
 _SHADES = {"red": "background:rgba(230,120,0,.45)", "yellow": "background:rgba(230,160,0,.22)"}
 """Colours that mark text, as shades behind it."""
-_CONSOLE = Console(width=200, force_terminal=False)  # resolves styles, prints nothing
+_CONSOLE = Console(force_terminal=False, force_jupyter=False)  # resolves styles, prints nothing
 
 
 def repr_html(value: Any) -> str:

@@ -149,7 +149,7 @@ class Rows(Sequence[Row], Generic[Row]):
         return table(*self.heads, rows=(row.cells() for row in self.rows), texts=_TEXTS)
 
     def __repr__(self) -> str:
-        console = Console(width=_WIDTH, no_color=True, force_terminal=False)
+        console = Console(width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
         with console.capture() as captured:
             console.print(self._first(), highlight=False)
         return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -315,6 +315,10 @@ class Crosscoder(CrosscoderWeights):
                     sums[write] = sums[write] + y_BD if write in sums else y_BD
         return sums
 
+    def __repr__(self) -> str:
+        sizes = f"{self.n_groups} groups of {self.n_features} features"
+        return f"Crosscoder({self.wiring.name}, {sizes}, {self.activation!r})"
+
     def forward(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> CrosscoderOutput:
         """Encode and decode, skip terms included; see `encode` for the arguments."""
         features = self.encode(inputs, positions=positions)
