@@ -8,12 +8,19 @@ keep their `##`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 SPACE = "␣"
 MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 """Characters that are shown as others."""
+CLASSES: dict[str, Callable[[str], bool]] = {
+    "number": str.isdigit,
+    "capitalised word": lambda word: word[0].isupper(),
+    "lower-case word": lambda word: word.isalpha() and word.islower(),
+    "punctuation": lambda word: not any(map(str.isalnum, word)),
+}
+"""Classes of words, by what labels call them."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 """Bytes that byte-level vocabularies write as the character of that number; the others follow from 256 on."""

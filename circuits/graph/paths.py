@@ -11,20 +11,26 @@ import numpy as np
 
 from circuits.graph.edges import GraphData
 from circuits.graph.influence import edge_influence, node_influence, row_scales
-from circuits.graph.nodes import NodeKind
+from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.outputs import group_name, output_groups
 from circuits.graph.text import full_name, short_name
 from replacement.token_texts import visible
 
 
 @dataclass(frozen=True)
 class StrongPath:
-    """A path from an input token to a target. A learned position counts as a part of the token at its place."""
+    """A path from an input token to a target, or to a group of outputs that read as one (`circuits.graph.outputs`).
+
+    A learned position counts as a part of the token at its place.
+    """
 
     nodes: tuple[int, ...]
-    """Numbers of its nodes, from the input to the target."""
+    """Numbers of its nodes, from the input to the target; of a group of outputs, to the one that it reaches most."""
+    targets: tuple[int, ...]
+    """The target, or all outputs of the group."""
     share: float
     """The target's output weight times the product of the shares M of its edges: the part of all influence that runs along
-    exactly this path."""
+    exactly this path. Of a group of outputs, the sum over all of them."""
     token_share: float
     """Influence of the token through all paths of the graph."""
     direct_share: float
@@ -47,10 +53,10 @@ def strongest_paths(graph: GraphData, most: int = 5) -> list[StrongPath]:
         if candidates:
             path, strength = max(candidates, key=lambda found: (len(found[0]) > 2, found[1]))
             totals = (float(shares[here].sum()) for shares in (mass, direct))
-            paths.append(StrongPath(path, float(np.exp(strength)), *totals))
+            paths.append(StrongPath(path, steps.group_of.get(path[-1], path[-1:]), float(np.exp(strength)), *totals))
     paths.sort(key=lambda path: (len(path.nodes) == 2, -path.share))
-    distinct = {_reads(graph, path.nodes): path for path in reversed(paths)}
-    return [path for path in paths if distinct[_reads(graph, path.nodes)] is path][:most]
+    distinct = {_reads(graph, path): path for path in reversed(paths)}
+    return [path for path in paths if distinct[_reads(graph, path)] is path][:most]
 
 
 class _Steps:
@@ -60,6 +66,7 @@ class _Steps:
         once: float64[N], logarithm of the best product over paths of at least one edge.
         twice: float64[N], the same of at least two.
         direct_share: float64[N], the sum over single edges into targets.
+        group_of: output -> the group that it is in.
     """
 
     def __init__(self, graph: GraphData) -> None:
@@ -70,21 +77,26 @@ class _Steps:
             np.zeros(n_nodes),
         )
         self._after_once, self._after_twice = np.full(n_nodes, -1), np.full(n_nodes, -1)
+        self.group_of = {node: group for group in output_groups(graph.nodes) for node in group}
+        joined = {
+            group: (np.zeros(n_nodes), np.zeros(n_nodes), np.full(n_nodes, -1)) for group in self.group_of.values()
+        }
         with np.errstate(divide="ignore"):
             self._ends = np.log(graph.nodes.output_weight)
-            for node in np.concatenate(edges.levels).tolist():
+            for node in np.concatenate(edges.levels).tolist():  # those that feed nothing, so all outputs, come first
                 row = slice(edges.indptr[node], edges.indptr[node + 1])
                 source, share = edges.source[row], np.abs(edges.weight[row]) * scales[node]
-                self.direct_share[source] += graph.nodes.output_weight[node] * share
-                step = np.log(share)
-                self._raise(self.once, self._after_once, source, step + max(self._ends[node], self.once[node]), node)
-                self._raise(self.twice, self._after_twice, source, step + self.once[node], node)
-
-    @staticmethod
-    def _raise(best: np.ndarray, after: np.ndarray, source: np.ndarray, through: np.ndarray, node: int) -> None:
-        better = through > best[source]
-        best[source[better]] = through[better]
-        after[source[better]] = node
+                ends = graph.nodes.output_weight[node] * share
+                self.direct_share[source] += ends
+                if node in self.group_of:
+                    total, best, member = joined[self.group_of[node]]
+                    _raise(best, member, source, ends, np.full(len(source), node))
+                    total[source] += ends
+                    _raise(self.once, self._after_once, source, np.log(total[source]), member[source])
+                    continue
+                step, following = np.log(share), np.full(len(source), node)
+                _raise(self.once, self._after_once, source, step + max(self._ends[node], self.once[node]), following)
+                _raise(self.twice, self._after_twice, source, step + self.once[node], following)
 
     def path(self, start: int) -> tuple[tuple[int, ...], float]:
         """The best path of an input with a feature on it, or else the best edge, and the logarithm of its product."""
@@ -97,11 +109,24 @@ class _Steps:
         return tuple(path), float((self.twice if through_feature else self.once)[start])
 
 
-def _reads(graph: GraphData, path: Sequence[int]) -> tuple[str, ...]:
+def _raise(best: np.ndarray, after: np.ndarray, source: np.ndarray, through: np.ndarray, following: np.ndarray) -> None:
+    """Keep the better of what is best and what goes through a node, for each source."""
+    better = through > best[source]
+    best[source[better]] = through[better]
+    after[source[better]] = following[better]
+
+
+def _reads(graph: GraphData, path: StrongPath) -> tuple[str, ...]:
     """What tells a path from others for a reader: the texts of its nodes, alike neighbours once; names where there are none."""
     nodes = graph.nodes
-    token = str(graph.metadata["tokens"][nodes.position[path[0]]])
-    return token, *(text for text, _ in itertools.groupby(short_name(nodes, node) for node in path[1:]))
+    token = str(graph.metadata["tokens"][nodes.position[path.nodes[0]]])
+    texts = [*(short_name(nodes, node) for node in path.nodes[1:-1]), target_name(nodes, path.targets)]
+    return token, *(text for text, _ in itertools.groupby(texts))
+
+
+def target_name(nodes: NodeTable, targets: Sequence[int]) -> str:
+    """What a path leads to: a target's short name, or that of a group of outputs."""
+    return short_name(nodes, targets[0]) if len(targets) == 1 else group_name(nodes, targets)
 
 
 def strongest_path(graph: GraphData) -> tuple[int, ...]:
@@ -133,11 +158,16 @@ def describe_path(graph: GraphData, path: Sequence[int]) -> str:
 
 
 def path_facts(graph: GraphData, paths: Sequence[StrongPath]) -> list[dict[str, Any]]:
-    """Paths as JSON objects: token and position, shares, nodes (id, name, label) and the weights of the edges between them."""
+    """Paths as JSON objects: token and position, shares, nodes (id, name, label) and the weights of the edges between them.
+
+    Of a path to a group of outputs, the last node is the output that it reaches most, its label that of the group, the last
+    weight the sum over the group, and `outputs` are the ids of all of them.
+    """
     ids, nodes, facts = graph.nodes.ids(), graph.nodes, []
     for path in paths:
         position = int(nodes.position[path.nodes[0]])
-        steps = itertools.pairwise(path.nodes)
+        steps = [*zip(path.nodes[:-2], zip(path.nodes[1:-1], strict=True), strict=True), (path.nodes[-2], path.targets)]
+        labels = [*(short_name(nodes, node) for node in path.nodes[:-1]), target_name(nodes, path.targets)]
         facts.append(
             {
                 "token": visible(str(graph.metadata["tokens"][position])),
@@ -149,20 +179,23 @@ def path_facts(graph: GraphData, paths: Sequence[StrongPath]) -> list[dict[str, 
                     {
                         "id": ids[node],
                         "name": full_name(nodes, node).partition(" (")[0],
-                        "label": short_name(nodes, node),
+                        "label": label,
                     }
-                    for node in path.nodes
+                    for node, label in zip(path.nodes, labels, strict=True)
                 ],
-                "weights": [edge_weight(graph, source, target) for source, target in steps],
+                "weights": [edge_weight(graph, source, *targets) for source, targets in steps],
+                "outputs": [ids[node] for node in path.targets],
             }
         )
     return facts
 
 
-def edge_weight(graph: GraphData, source: int, target: int) -> float:
-    """Weight of the edge between two nodes; raises `ValueError` where there is none."""
-    row = slice(graph.edges.indptr[target], graph.edges.indptr[target + 1])
-    weight = graph.edges.weight[row][graph.edges.source[row] == source]
+def edge_weight(graph: GraphData, source: int, *targets: int) -> float:
+    """Weight of the edge between two nodes, or the sum over several targets; raises `ValueError` where there is none."""
+    rows = [slice(graph.edges.indptr[target], graph.edges.indptr[target + 1]) for target in targets]
+    weight = np.concatenate([graph.edges.weight[row][graph.edges.source[row] == source] for row in rows])
     if not len(weight):
-        raise ValueError(f"describe_path: expected a path along edges, given none from node {source} to node {target}")
-    return float(weight[0])
+        raise ValueError(
+            f"describe_path: expected a path along edges, given none from node {source} to node {targets[0]}"
+        )
+    return float(weight.sum())

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from replacement.index.contexts import AFFIX_LENGTHS, CLASSES, FIRST_PIECE, LATER_PIECE, Contexts, text_hash
-from replacement.token_texts import quoted
+from replacement.index.contexts import AFFIX_LENGTHS, FIRST_PIECE, LATER_PIECE, Contexts, text_hash
+from replacement.token_texts import CLASSES, quoted
 
 CONDITIONS = ("name", "word", "current", "last digit", "ends", "begins", "class", "previous", "first", "earlier")
 """Kinds of conditions: first those of the token, then those of what stands before it."""

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from replacement.token_texts import CLASSES
+
 _BASE = 0x9E3779B97F4A7C15 | 1
 _MASK = (1 << 64) - 1
 _SENTENCE_ENDS = (".", "?", "!", "…")
@@ -26,15 +28,8 @@ CONTINUES = "##"
 """Stands in front of a piece that continues a word, whatever the tokenizer's own mark."""
 AFFIX_LENGTHS = (1, 2, 3)
 
-CLASSES: dict[str, Callable[[str], bool]] = {
-    "number": str.isdigit,
-    "capitalised word": lambda word: word[0].isupper(),
-    "lower-case word": lambda word: word.isalpha() and word.islower(),
-    "punctuation": lambda word: not any(map(str.isalnum, word)),
-}
-"""Classes of words, by what a claim says of them."""
 FIRST_PIECE, LATER_PIECE = "first piece of a word", "later piece of a word"
-"""Two more classes, of tokens, in vocabularies with pieces that continue words."""
+"""Two classes of tokens beside those of words, in vocabularies with pieces that continue words."""
 
 
 def text_hash(text: str) -> int:

@@ -8,8 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from replacement.index.claims import CONDITIONS, MOST_VALUES
-from replacement.index.contexts import AFFIX_LENGTHS, CLASSES, FIRST_PIECE, LATER_PIECE, Contexts
+from replacement.index.contexts import AFFIX_LENGTHS, FIRST_PIECE, LATER_PIECE, Contexts
 from replacement.index.scoring import expand
+from replacement.token_texts import CLASSES
 
 _MOST = {"last digit": 3, "ends": 1, "begins": 1, "class": 1, "earlier": 64}
 """Values that a claim may list, where fewer than `MOST_VALUES`."""

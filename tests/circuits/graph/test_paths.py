@@ -1,15 +1,28 @@
 """The strongest path against networkx's shortest path on logarithms."""
 
+import dataclasses
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuits import NodeKind
-from circuits.graph.paths import average_path_length, describe_path, strongest_path, strongest_paths
+from circuits import CircuitGraph, NodeKind
+from circuits.graph.influence import row_scales
+from circuits.graph.outputs import group_name, output_groups
+from circuits.graph.paths import (
+    average_path_length,
+    describe_path,
+    edge_weight,
+    path_facts,
+    strongest_path,
+    strongest_paths,
+)
+
+T, P, E, F, L = NodeKind
 
 
 def best_products(graph, shares) -> tuple[np.ndarray, np.ndarray]:
@@ -76,3 +89,63 @@ def test_small_graph_in_words(small) -> None:
 def test_path_without_an_edge(small) -> None:
     with pytest.raises(ValueError, match="expected a path along edges, given none from node 0 to node 6"):
         describe_path(small, (0, 6))
+
+
+@pytest.fixture
+def numbers(build_graph) -> CircuitGraph:
+    """A token, a feature, and five outputs: four numbers of similar weight and a word; one number is lowered."""
+    rows = [{"kind": T, "index": 1, "label": "to"}, {"kind": F, "layer": 0, "index": 2, "label": "a", "expanded": True}]
+    outputs = {"42": 0.2, "7": 0.15, "87": 0.15, "33": 0.1, "the": 0.4}
+    for index, (label, weight) in enumerate(outputs.items()):
+        logit = {"kind": L, "layer": 1, "index": index, "label": label, "output_weight": weight, "expanded": True}
+        rows.append(logit | {"probability": weight / 2})
+    edges = [(1, 0, 2.0), (2, 1, 1.0), (2, 0, 1.0), (3, 1, 3.0), (4, 1, -0.5), (4, 0, 1.5), (6, 1, 0.2), (6, 0, 0.8)]
+    return build_graph(rows, edges)
+
+
+def test_paths_to_a_group_of_outputs_are_told_together(numbers) -> None:
+    (group,) = output_groups(numbers.nodes)
+    assert group == (2, 3, 4, 5), "the word is an answer of its own"
+    assert group_name(numbers.nodes, group) == "4 numbers: 7 … 87"
+    (path,) = strongest_paths(numbers)
+    assert path.targets == group
+    assert path.nodes == (0, 1, 3), "it reaches 7 most"
+    assert path.share == pytest.approx(0.2 * 0.5 + 0.15 * 1.0 + 0.15 * 0.25)
+    (facts,) = path_facts(numbers, [path])
+    assert facts["nodes"][-1]["label"] == "4 numbers: 7 … 87"
+    assert facts["weights"] == pytest.approx([2.0, 1.0 + 3.0 - 0.5])
+    assert facts["outputs"] == [numbers.nodes.ids()[node] for node in group]
+
+
+def test_a_likely_output_stands_alone(build_graph) -> None:
+    rows = [
+        {"kind": L, "layer": 1, "index": index, "label": label, "output_weight": weight}
+        for index, (label, weight) in enumerate(
+            {"A": 0.6, "B": 0.1, "C": 0.1, "␣D": 0.1, "##": 0.05, "E": 0.05}.items()
+        )
+    ]
+    nodes = build_graph(rows, []).nodes
+    assert output_groups(nodes) == [(1, 2, 3, 5)]
+    assert group_name(nodes, (1, 2, 3, 5)) == "4 capitalised words: B, C …"
+
+
+@given(st.data())
+def test_a_group_counts_each_output_once(draw_circuit, data) -> None:
+    """A path's share is the sum over the outputs of its group of what it gives to each."""
+    graph = draw_circuit(data)
+    words = data.draw(st.lists(st.sampled_from("12a"), min_size=len(graph.nodes), max_size=len(graph.nodes)))
+    graph = dataclasses.replace(graph, nodes=dataclasses.replace(graph.nodes, label=tuple(words)))
+    with mock.patch("circuits.graph.outputs.LEAST", 2):
+        groups, paths = output_groups(graph.nodes), strongest_paths(graph, most=100)
+    members = list(itertools.chain.from_iterable(groups))
+    assert len(set(members)) == len(members)
+    scales, edges = row_scales(graph), graph.edges
+    for path in paths:
+        product = math.prod(
+            abs(edge_weight(graph, source, target)) * scales[target]
+            for source, target in itertools.pairwise(path.nodes[:-1])
+        )
+        last = (edges.source == path.nodes[-2]) & np.isin(edges.target, path.targets)
+        gives = graph.nodes.output_weight * scales
+        total = (np.abs(edges.weight[last]) * gives[edges.target[last]]).sum()
+        assert path.share == pytest.approx(product * total, rel=1e-9)

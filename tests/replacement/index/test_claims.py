@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replacement.index.claims import CONDITIONS, SHORT, Claim, Condition, printable
-from replacement.index.contexts import CLASSES, Contexts, TokenTexts
+from replacement.index.contexts import Contexts, TokenTexts
 from replacement.index.scoring import DetectorCounts, Matcher, Scores
+from replacement.token_texts import CLASSES
 
 TEXTS = ["<bos>", " Dal", "las", " Houston", " El", " Paso", " the", " is", ".", " 17", "7", " running", " x"]
 VOCABULARY = TokenTexts(TEXTS, [0])

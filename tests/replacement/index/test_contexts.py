@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from replacement.index.claims import Claim
-from replacement.index.contexts import CLASSES, Contexts, TokenTexts, text_hash
+from replacement.index.contexts import Contexts, TokenTexts, text_hash
+from replacement.token_texts import CLASSES
 
 TEXTS = [
     "<bos>",
