@@ -41,7 +41,7 @@ from replacement.token_texts import quoted, visible
 
 WORDS = 3
 """Tokens on each side of a hint, where there is room for them."""
-LONGEST = 72
+LONGEST = 96
 _LONGEST_WORD = 30
 """Longer words are left out of hints."""
 _LONE_BYTES = re.compile(r"\ufffd|<[0-9A-F]{2}>")

@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 import graphviz
-import numpy as np
 
-from circuits.export.picture import head_tag, item_facts, item_text, path_shares
-from circuits.export.style import (
-    EDGE_COLOURS,
-    NODE_COLOURS,
-    PATH_COLOURS,
-    QUIET_EDGE,
-    link_width,
-    picture_rows,
-    row_title,
-)
-from circuits.export.text_metrics import wrap
+from circuits.export.picture import Item, Link, Picture, picture_of
+from circuits.export.style import EDGE_COLOURS, GREY, NODE_COLOURS, PATH_COLOURS, QUIET_COLOURS, SYMBOLS, link_width
+from circuits.export.svg_layout import FONT, GUTTER, SMALL_FONT, Box, Layout, place
+from circuits.export.svg_routes import Area, Point, routes, tags
+from circuits.export.svg_shapes import ARROW
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import MissingProgramError, register
-from circuits.graph.feature_labels import label_note
-from circuits.graph.influence import edge_influence
 from circuits.graph.nodes import NodeKind
-from circuits.graph.paths import strongest_paths
-from circuits.graph.text import full_name
+from circuits.graph.text import printable
 
-_LABEL_WIDTH, _FONT, _MOST_LINES = 130.0, 11.0, 3
+_POINTS, _TEXT = 0.75, 0.62
+"""Points of a pixel of the layout, and of its text: a little less, because Helvetica may be replaced by a wider font."""
+_FONT = "Helvetica"
+_PAGE = (10.9, 7.5)
+"""Inches of a page within its margins; Graphviz shrinks what is larger."""
+_SHADE, _FRAME, _MARGIN = "#fbfbfc", "#e5e8ec", 5.0
 
 
-@register("dot", suffix=".dot", description="Graphviz text")
-def to_dot(graph: GraphData) -> Iterator[str]:
-    """The graph as lines of DOT: one rank per layer from tokens (bottom) to logits (top).
+@register("dot", suffix=".dot", description="Graphviz text: the picture of `svg`, with its places")
+def to_dot(graph: GraphData, *, max_nodes: int = 80) -> Iterator[str]:
+    """The boxes and lines of `to_svg` as lines of DOT, with their places, so that Graphviz draws the same picture on one page.
 
-    The edges of the strongest paths are bold, coloured by sign and named after their heads; all others are thin and grey.
+    Every position is a cluster. The edges of the strongest paths are bold and named after their heads; all are coloured by
+    sign. Of a larger graph the `max_nodes` most influential nodes are written, and the title says how much was left out.
+    Without the attribute `layout` a program of Graphviz finds places of its own.
     """
-    picture = graphviz.Digraph("circuit")
-    # Circuits are wide: stretching ranks apart to a third of the width keeps edges apart and the page in proportion.
-    picture.attr(rankdir="BT", bgcolor="white", nodesep="0.1", ranksep="0.5", ratio="0.35", outputorder="edgesfirst")
-    picture.attr("node", fontname="Helvetica", fontsize=f"{_FONT:g}", shape="box", height="0.3", margin="0.08,0.04")
-    picture.attr("edge", arrowsize="0.5", fontname="Helvetica", fontsize="9", fontcolor="#374151")
-    paths = strongest_paths(graph)
-    _add_ranks(picture, graph, set(itertools.chain.from_iterable(path.nodes for path in paths)))
-    *nodes, end = picture
-    yield from nodes
-    yield from _edges(graph, path_shares(paths))  # as they come: beside them the nodes are few
-    yield end
+    picture, facts = picture_of(graph, max_nodes=max_nodes), graph.metadata
+    layout = place(picture.items, picture.links, n_layers=facts["n_layers"], n_positions=len(facts["tokens"]))
+    curves = routes(picture.links, layout)
+    spots = tags(picture.links, curves, layout)
+    ids = graph.nodes.ids()
+    names = [ids[item.nodes[0]] for item in picture.items]
+    dot = graphviz.Digraph("circuit")
+    width, height = _PAGE if layout.width > layout.height else _PAGE[::-1]
+    dot.attr(layout="nop2", outputorder="edgesfirst", bgcolor="white", size=f"{width},{height}", fontname=_FONT)
+    dot.attr("node", fontname=_FONT, shape="box", fixedsize="shape", margin="0")
+    dot.attr("edge", arrowsize="0.6", fontname=_FONT, fontsize=f"{SMALL_FONT * _TEXT:g}")
+    _add_titles(dot, [printable(facts["prompt"]), *_left_out(graph, picture)], layout)
+    _add_columns(dot, picture, layout, names)
+    for number, (link, curve) in enumerate(zip(picture.links, curves, strict=True)):
+        _add_link(dot, link, curve, spots.get(number), names)
+    yield from dot
 
 
 def render(dot: Iterable[str], picture_format: str) -> bytes:
@@ -55,7 +57,7 @@ def render(dot: Iterable[str], picture_format: str) -> bytes:
     Raises `MissingProgramError` without the `dot` program, and `ValueError` with its words when it fails.
     """
     try:
-        return bytes(graphviz.Source("".join(dot)).pipe(format=picture_format))
+        return bytes(graphviz.pipe("dot", picture_format, "".join(dot).encode()))
     except graphviz.ExecutableNotFound as error:
         raise MissingProgramError(
             "expected Graphviz's `dot` program on the PATH, given none; install Graphviz or use the `svg` format"
@@ -73,62 +75,97 @@ for _format in ("svg", "png", "pdf"):
     )(lambda graph, picture_format=_format: render(to_dot(graph), picture_format))
 
 
-def _add_ranks(picture: graphviz.Digraph, graph: GraphData, on_path: Container[int]) -> None:
-    nodes = graph.nodes
-    ids = nodes.ids()
-    outputs = np.iinfo(np.int64).max  # logits come last whatever their layer says
-    rank = np.where(nodes.kind == NodeKind.LOGIT, outputs, picture_rows(nodes))
-    names = []
-    for row in np.unique(rank).tolist():
-        rows = np.flatnonzero(rank == row)
-        rows = rows[np.argsort(nodes.position[rows], kind="stable")]
-        title = "output" if row == outputs else row_title(row)
-        names.append(f"rank {title}")
-        with picture.subgraph() as line:
-            line.attr(rank="same")
-            line.node(names[-1], label=title, shape="plaintext", style="", fontcolor="#6b7280")
-            for node in rows.tolist():
-                _add_node(line, graph, node, ids[node], on_path=node in on_path)
-    for below, above in itertools.pairwise(names):  # keeps layers apart that no edge joins
-        picture.edge(below, above, style="invis")
+def _left_out(graph: GraphData, picture: Picture) -> list[str]:
+    missing = {"nodes": len(graph.nodes) - picture.n_nodes, "edges": len(graph.edges) - picture.n_edges}
+    counts = [f"{count:,} weaker {name}" for name, count in missing.items() if count]
+    return [f"not drawn: {', '.join(counts)}"] if counts else []
 
 
-def _add_node(line: graphviz.Digraph, graph: GraphData, row: int, name: str, *, on_path: bool) -> None:
-    nodes = graph.nodes
-    kind = NodeKind(int(nodes.kind[row]))
-    fill, stroke, text = PATH_COLOURS if on_path and kind is NodeKind.FEATURE else NODE_COLOURS[kind]
-    style = "filled,rounded,dashed" if nodes.unexpanded[row] else "filled,rounded"
-    words = "; ".join(filter(None, (full_name(nodes, row), label_note(graph, row))))
-    look = {"fillcolor": fill, "color": stroke, "fontcolor": text, "tooltip": graphviz.escape(words)}
-    look |= {"penwidth": "1.6"} if on_path else {}
-    if kind is NodeKind.ERROR:
-        look |= {"shape": "diamond", "style": "filled", "width": "0.16", "height": "0.16", "fixedsize": "true"}
-        line.node(name, label="", **look)
+def _add_titles(dot: graphviz.Digraph, lines: Sequence[str], layout: Layout) -> None:
+    """What the picture is of, above it, and what its rows are."""
+    dot.attr(label=_literal(lines, "\\l"), labelloc="t", labeljust="l", fontsize=f"{1.2 * FONT * _POINTS:g}")
+    for row in layout.rows:
+        look = {
+            "shape": "plaintext",
+            "fontcolor": GREY,
+            "fontsize": f"{(SMALL_FONT if row.is_empty else FONT) * _TEXT:g}",
+        }
+        dot.node(f"row {row.title}", label=row.title, **look, **_place(GUTTER / 2, row.middle, GUTTER + 20.0, 2 * FONT))
+
+
+def _add_columns(dot: graphviz.Digraph, picture: Picture, layout: Layout, names: Sequence[str]) -> None:
+    """A cluster for every position, around the boxes of its tokens, features and errors; outputs stand above them."""
+    columns: dict[int, list[Box]] = defaultdict(list)
+    for box in layout.boxes:
+        item = picture.items[box.item]
+        if item.kind is NodeKind.LOGIT:
+            _add_node(dot, item, box, names[box.item])
+        else:
+            columns[item.position].append(box)
+    for position, boxes in sorted(columns.items()):
+        with dot.subgraph(name=f"cluster {position}") as column:
+            low = min(box.left for box in boxes) - _MARGIN, max(box.bottom for box in boxes) + _MARGIN
+            high = max(box.right for box in boxes) + _MARGIN, min(box.top for box in boxes) - _MARGIN
+            column.attr(bb=f"{_point(low)},{_point(high)}", color=_FRAME, bgcolor=_SHADE, label="")
+            for box in boxes:
+                _add_node(column, picture.items[box.item], box, names[box.item])
+
+
+def _add_node(dot: graphviz.Digraph, item: Item, box: Box, name: str) -> None:
+    is_feature = item.kind is NodeKind.FEATURE
+    fill, stroke, text = PATH_COLOURS if item.on_path and is_feature else NODE_COLOURS[item.kind]
+    look = {"fillcolor": fill, "color": stroke, "fontcolor": text, "tooltip": graphviz.escape(item.tooltip)}
+    look |= {"penwidth": "1.6"} if item.on_path else {}
+    look |= _place(box.x, box.y, box.width, box.height)
+    if item.kind is NodeKind.ERROR:
+        dot.node(name, label="", style="filled", **look | {"shape": "diamond"})
         return
-    if kind is NodeKind.POSITION:
-        look["shape"] = "ellipse"
-    line.node(name, label=_label(item_text(nodes, row), item_facts(nodes, [row])), style=style, **look)
+    style = ["filled", *(["rounded"] if is_feature else []), *(["dashed"] if item.unexpanded else [])]
+    small = [f"{SYMBOLS[item.mark]} {box.small}" if is_feature else box.small] if box.small else []
+    size = f"{box.font * _TEXT:g}"
+    dot.node(name, label=_literal([*box.lines, *small]), style=",".join(style), fontsize=size, **look)
 
 
-def _label(text: str, facts: str) -> str:
-    """A few lines, every character of the text taken literally by DOT."""
-    lines = [*wrap(text, _LABEL_WIDTH, _FONT, _MOST_LINES), *([facts] if facts else [])]
-    # Doubled backslashes are literal, `\\n` is a line break; nohtml keeps "<b>" from being read as markup.
-    return graphviz.nohtml("\\n".join(line.replace("\\", "\\\\") for line in lines))
+def _add_link(
+    dot: graphviz.Digraph, link: Link, curve: Sequence[Point], spot: Area | None, names: Sequence[str]
+) -> None:
+    raises = link.weight > 0
+    colour = (EDGE_COLOURS if link.on_path else QUIET_COLOURS)[raises]
+    x, y = curve[-1]
+    tip = f"e,{_point((x, y - ARROW))} " if link.on_path else ""
+    look = {
+        "pos": tip + " ".join(map(_point, curve)),
+        "color": colour,
+        "penwidth": f"{_POINTS * link_width(link.strength, on_path=link.on_path):.2f}",
+        "tooltip": graphviz.escape(link.tooltip),
+    }
+    look |= {} if raises else {"style": "dashed"}
+    look |= {} if link.on_path else {"arrowhead": "none"}
+    if spot is not None:
+        left, top, right, bottom = spot
+        label = f'<<table border="0" cellpadding="1" bgcolor="white"><tr><td>{link.heads}</td></tr></table>>'
+        look |= {"label": label, "fontcolor": colour, "lp": _point(((left + right) / 2, (top + bottom) / 2))}
+    dot.edge(names[link.source], names[link.target], **look)
 
 
-def _edges(graph: GraphData, shares: Mapping[tuple[int, int], float]) -> Iterator[str]:
-    ids, edges, influence = graph.nodes.ids(), graph.edges, edge_influence(graph)
-    most = {True: max(shares.values(), default=1.0), False: influence.max(initial=0.0) or 1.0}
-    columns = (edges.source.tolist(), edges.target.tolist(), edges.weight.tolist(), influence.tolist())
-    rows = itertools.repeat(None, len(edges)) if graph.heads is None else graph.heads
-    for source, target, weight, crossing, row in zip(*columns, rows, strict=True):
-        on_path = (source, target) in shares
-        strength = (shares[source, target] if on_path else crossing) / most[on_path]
-        heads = "" if row is None else f"; {row.text()}"
-        colour = EDGE_COLOURS[weight > 0] if on_path else QUIET_EDGE
-        look = f'color="{colour}" penwidth={link_width(strength, on_path=on_path):.2f}'
-        look += "" if weight > 0 else " style=dashed"
-        look += f' label="{head_tag(row)}"' if on_path and row is not None else ""
-        # Written as text: nothing here needs DOT's quoting, which takes longer than all the rest.
-        yield f'\t"{ids[source]}" -> "{ids[target]}" [tooltip="{weight:+.4g}{heads}" {look}]\n'
+def _place(x: float, y: float, width: float, height: float) -> dict[str, str]:
+    """A centre in points, and a size in inches."""
+    inches = _POINTS / 72
+    return {"pos": _point((x, y)), "width": f"{width * inches:.3f}", "height": f"{height * inches:.3f}"}
+
+
+def _point(point: Point) -> str:
+    """A point of the layout in points, y upwards."""
+    return f"{point[0] * _POINTS:.1f},{-point[1] * _POINTS:.1f}"
+
+
+def _literal(lines: Iterable[str], end: str = "\\n") -> str:
+    """A few lines, every character of the text taken literally by DOT.
+
+    Args:
+        lines: the text.
+        end: of each line: `\\n` centres it, `\\l` sets it to the left.
+    """
+    # Doubled backslashes are literal; nohtml keeps "<b>" from being read as markup.
+    text = end.join(line.replace("\\", "\\\\") for line in lines)
+    return graphviz.nohtml(text + end if end == "\\l" else text)

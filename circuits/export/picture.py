@@ -1,8 +1,9 @@
 """What a picture of a circuit shows, before anything has a place: boxes, links between them, and the strongest paths.
 
 The graph is untouched; the picture joins what a reader takes for one thing. A learned position belongs to the token of its
-position, and features with the same label at the same place are a stack. Of the edges, those of the strongest paths are
-emphasised, and the weakest others are counted instead of drawn.
+position, features with the same label at the same place are a stack, and many outputs of one class are a group. An edge of
+such a box is the sum of its members' edges. Of the edges, those of the strongest paths are emphasised, and the weakest others
+are counted instead of drawn.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from circuits.export.style import HEADS_PER_EDGE, LEAST_SHARE, picture_rows
+from circuits.export.style import ATTENTION_MARK, HEADS_PER_EDGE, LEAST_SHARE, MARKS, picture_rows
 from circuits.graph.edge_heads import EdgeRow
 from circuits.graph.edges import GraphData
-from circuits.graph.feature_labels import label_facts, label_note
+from circuits.graph.feature_labels import label_facts, label_note, split_heading
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.outputs import group_name, output_groups
 from circuits.graph.paths import StrongPath, strongest_paths
 from circuits.graph.text import full_name, short_name
 
@@ -27,7 +29,7 @@ FEW_TOKENS = 24
 """Of a longer prompt, tokens are drawn only where their column holds something else."""
 QUIET_LINKS = 60
 """Links beside those of the paths, the most influential ones; every box keeps its strongest link in and out as well."""
-LISTED = 6
+LISTED = 10
 """Nodes or edges of a box or link that its tooltip lists."""
 
 
@@ -41,6 +43,10 @@ class Item:
     row: int
     """See `style.picture_rows`."""
     position: int
+    mark: str
+    """Shape that tells its kind, see `style.MARKS`."""
+    name: str
+    """What stands above the text: the name that a feature's label begins with, such as `Texas`; often empty."""
     text: str
     small: str
     """What is written below the text in small type, see `item_facts`."""
@@ -121,15 +127,18 @@ def _items(
 ) -> tuple[tuple[Item, ...], np.ndarray]:
     """The items by row, position and influence, and int64[N], the item of each node (-1 where it is not shown)."""
     nodes, rows = graph.nodes, picture_rows(graph.nodes)
+    group_of = {node: group for group in output_groups(nodes) for node in group}
     members: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for node in sorted(np.flatnonzero(shown).tolist(), key=lambda node: (nodes.kind[node], -influence[node])):
         kind, position, label = NodeKind(int(nodes.kind[node])), int(nodes.position[node]), nodes.label[node]
-        if kind in (NodeKind.TOKEN, NodeKind.POSITION):
-            key: tuple[object, ...] = ("input", position)
+        if node in group_of:
+            key: tuple[object, ...] = group_of[node]
+        elif kind in (NodeKind.TOKEN, NodeKind.POSITION):
+            key = ("input", position)
         elif kind is NodeKind.FEATURE and label.strip() and not nodes.is_target[node]:
             key = (int(rows[node]), position, label, bool(on_path[node]))
         else:
-            key = (node,)
+            key = ("alone", node)
         members[key].append(node)
     items = [_item(graph, numbers, int(rows[numbers[0]]), influence, on_path) for numbers in members.values()]
     items.sort(key=lambda item: (item.row, item.position, -item.influence))
@@ -142,13 +151,16 @@ def _items(
 def _item(graph: GraphData, numbers: list[int], row: int, influence: np.ndarray, on_path: np.ndarray) -> Item:
     nodes, first = graph.nodes, numbers[0]
     kind = NodeKind(int(nodes.kind[first]))
-    stack = f" ×{len(numbers)}" if kind is NodeKind.FEATURE and len(numbers) > 1 else ""
+    name, text = item_text(nodes, numbers)
+    is_of_attention = kind is NodeKind.FEATURE and nodes.of_attention[first]
     return Item(
         nodes=tuple(numbers),
         kind=kind,
         row=row,
         position=int(nodes.position[first]),
-        text=item_text(nodes, first) + stack,
+        mark=ATTENTION_MARK if is_of_attention else MARKS[kind],
+        name=name,
+        text=text,
         small=item_facts(nodes, numbers),
         influence=float(influence[numbers].sum()),
         on_path=bool(on_path[numbers].any()),
@@ -158,18 +170,26 @@ def _item(graph: GraphData, numbers: list[int], row: int, influence: np.ndarray,
     )
 
 
-def item_text(nodes: NodeTable, node: int) -> str:
-    """What is written on a node: its token, or a feature's label or else its id."""
-    if nodes.kind[node] == NodeKind.FEATURE and not nodes.label[node].strip():
-        return f"{nodes.layer[node]}/{nodes.index[node]}"
-    return short_name(nodes, node)
+def item_text(nodes: NodeTable, numbers: Sequence[int]) -> tuple[str, str]:
+    """What is written on a box: a name, often empty, and its token or tokens, or a feature's label or else its id."""
+    first = numbers[0]
+    if nodes.kind[first] == NodeKind.LOGIT and len(numbers) > 1:
+        return "", group_name(nodes, numbers)
+    if nodes.kind[first] != NodeKind.FEATURE:
+        return "", short_name(nodes, first)
+    stack = f" ×{len(numbers)}" if len(numbers) > 1 else ""
+    if not nodes.label[first].strip():
+        return "", f"{nodes.layer[first]}/{nodes.index[first]}{stack}"
+    name, text = split_heading(short_name(nodes, first))
+    return name, text + stack
 
 
 def item_facts(nodes: NodeTable, numbers: Sequence[int]) -> str:
     """What is written below it: id and activation of a feature, `1/345 · 2.3`, of a stack the ids; probability of an output."""
     first = numbers[0]
-    if nodes.kind[first] == NodeKind.LOGIT and nodes.probability[first] > 0:
-        return f"{100 * nodes.probability[first]:.3g} %"
+    chance = 100 * float(nodes.probability[list(numbers)].sum())
+    if nodes.kind[first] == NodeKind.LOGIT and chance > 0:
+        return f"{chance:.3g} %{' together' if len(numbers) > 1 else ''}"
     if nodes.kind[first] != NodeKind.FEATURE:
         return ""
     layer, indices = nodes.layer[first], [str(nodes.index[node]) for node in numbers]

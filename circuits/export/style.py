@@ -14,6 +14,18 @@ NODE_COLOURS: dict[NodeKind, tuple[str, str, str]] = {
     NodeKind.FEATURE: ("#ffffff", "#b4bcc8", "#4b5563"),
     NodeKind.LOGIT: ("#fdf1cf", "#b98900", "#3d2f00"),
 }
+# shape of the mark that tells what a node is, as in the viewer
+MARKS: dict[NodeKind, str] = {
+    NodeKind.TOKEN: "square",
+    NodeKind.POSITION: "square",
+    NodeKind.ERROR: "diamond",
+    NodeKind.FEATURE: "circle",
+    NodeKind.LOGIT: "square",
+}
+ATTENTION_MARK = "triangle"
+"""The same of features of attention."""
+SYMBOLS = {"circle": "●", "triangle": "▲", "square": "■", "diamond": "◆"}
+"""Marks as text."""
 PATH_COLOURS = ("#fff9e8", "#1f2933", "#1f2933")
 """The same of features on the strongest paths."""
 INK, GREY = "#1f2933", "#6b7280"
@@ -24,7 +36,8 @@ HEADS_PER_EDGE = 2
 
 # weight > 0 -> colour: Okabe and Ito's blue and vermilion.
 EDGE_COLOURS = {True: "#0072b2", False: "#d55e00"}
-QUIET_EDGE = "#b4bcc8"
+QUIET_COLOURS = {True: "#a9c8de", False: "#ecb48f"}
+"""The same of edges beside the strongest paths."""
 
 
 def link_width(strength: float, *, on_path: bool) -> float:

@@ -13,17 +13,17 @@ from circuits.export.style import EDGE_COLOURS, INK, NODE_COLOURS, PATH_COLOURS
 from circuits.export.svg_layout import FONT, LINE, MARGIN, SMALL_FONT, SMALL_LINE, Box, Layout, place
 from circuits.export.svg_legend import foot
 from circuits.export.svg_routes import Area, Point, routes, tags
-from circuits.export.svg_shapes import arrow_head, badge, curve, diamond, hairline, tooltip, words
-from circuits.export.text_metrics import fit, text_width
+from circuits.export.svg_shapes import ROUND, SQUARE, arrow_head, badge, curve, diamond, hairline, mark, tooltip, words
+from circuits.export.text_metrics import fit, text_width, wrap
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import register
 from circuits.graph.nodes import NodeKind
-from circuits.graph.text import printable, short_name
+from circuits.graph.text import printable
 from replacement.number_checks import integer
 
 _FONTS = "Helvetica, Arial, 'Liberation Sans', 'Nimbus Sans', 'Segoe UI', sans-serif"
-_HEAD, _TITLE = 58.0, 17.0
-_SHADE, _LINE = "#f8f9fb", "#e5e8ec"
+_TITLE, _TITLE_LINE, _TITLE_LINES = 17.0, 22.0, 3
+_SHADE, _LINE, _ANSWER = "#f8f9fb", "#e5e8ec", "#946c00"
 _GUIDE = (
     "read upwards: the tokens at the bottom switch on features, which raise or lower others above them and the output"
 )
@@ -42,15 +42,17 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
     facts = graph.metadata
     layout = place(picture.items, picture.links, n_layers=facts["n_layers"], n_positions=len(facts["tokens"]))
     curves = routes(picture.links, layout)
-    width, floor = layout.width, layout.height + _HEAD
+    width = layout.width
+    title, head = _title(graph, picture, width)
+    floor = layout.height + head
     below, height = foot(graph, picture, width, floor)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="{_FONTS}" font-size="{FONT:g}">',
         tooltip("Circuit of: " + facts["prompt"]),
         f'<rect x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1:.0f}" rx="12" fill="#ffffff" stroke="#d7dbe0"/>',
-        *_title(graph, width),
-        f'<g transform="translate(0 {_HEAD:g})">',
+        *title,
+        f'<g transform="translate(0 {head:g})">',
         *_bands(layout),
         *itertools.starmap(_link, zip(picture.links, curves, strict=True)),
         *(_node(picture.items[box.item], box) for box in layout.boxes),
@@ -63,17 +65,23 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _title(graph: GraphData, width: float) -> list[str]:
-    """The prompt and what the model answers, and how to read the picture."""
-    nodes = graph.nodes
-    top = int(np.argmax(nodes.output_weight))
-    chance = f" ({100 * nodes.probability[top]:.3g} %)" if nodes.probability[top] > 0 else ""
-    tail = f" → {fit(short_name(nodes, top), 260.0, _TITLE, bold=True)}{chance}"
-    room = width - 2 * MARGIN - text_width(tail, _TITLE, bold=True)
-    head = fit(printable(graph.metadata["prompt"]), room, _TITLE, bold=True)
-    line = words(MARGIN, 29.0, head, colour=INK, size=_TITLE, bold=True)
-    answer = f'<tspan fill="#b98900">{escape(tail)}</tspan></text>'
-    return [line.removesuffix("</text>") + answer, words(MARGIN, 48.0, fit(_GUIDE, width - 2 * MARGIN, FONT))]
+def _title(graph: GraphData, picture: Picture, width: float) -> tuple[list[str], float]:
+    """The prompt and what the model answers, how to read the picture, and where that ends."""
+    weight = [graph.nodes.output_weight[list(item.nodes)].sum() for item in picture.items]
+    top = picture.items[int(np.argmax(weight))]
+    chance = f" ({top.small})" if top.kind is NodeKind.LOGIT and top.small else ""
+    room = width - 2 * MARGIN
+    answer = fit(f"→ {top.name or top.text}{chance}", room, _TITLE, bold=True)
+    prompt = wrap(printable(graph.metadata["prompt"]), room, _TITLE, _TITLE_LINES, bold=True)
+    *lines, last = [(line, "") for line in prompt]
+    beside = text_width(f"{last[0]} {answer}", _TITLE, bold=True) <= room
+    lines += [(last[0], answer)] if beside else [last, ("", answer)]
+    parts, y = [], 29.0
+    for line, end in lines:
+        text = words(MARGIN, y, f"{line} " if line else "", colour=INK, size=_TITLE, bold=True)
+        parts.append(text.replace("</text>", f'<tspan fill="{_ANSWER}">{escape(end)}</tspan></text>'))
+        y += _TITLE_LINE
+    return [*parts, words(MARGIN, y - 3.0, fit(_GUIDE, room, FONT))], y + 7.0
 
 
 def _bands(layout: Layout) -> list[str]:
@@ -127,11 +135,16 @@ def _node(item: Item, box: Box) -> str:
     looks += ' stroke-dasharray="4 2.5"' if item.unexpanded else ""
     looks += ' stroke-width="1.6"' if item.is_target or item.on_path else ""
     area = f'x="{box.left:.1f}" y="{box.top:.1f}" width="{box.width:.1f}" height="{box.height:.1f}"'
-    parts = [f'<rect {area} rx="7" {looks}/>']
+    parts = [f'<rect {area} rx="{ROUND if item.kind is NodeKind.FEATURE else SQUARE:g}" {looks}/>']
     y = box.y + 0.35 * FONT - (len(box.lines) - 1) * LINE / 2 - (SMALL_LINE / 2 if box.small else 0.0)
-    for line in box.lines:
-        parts.append(words(box.x, y, line, colour=ink, size=box.font, bold=item.on_path, anchor="middle"))
+    for number, line in enumerate(box.lines):
+        is_name = number < box.n_name
+        colour, bold = (INK, True) if is_name else (ink, item.on_path and not box.n_name)
+        parts.append(words(box.x, y, line, colour=colour, size=box.font, bold=bold, anchor="middle"))
         y += LINE
     if box.small:
-        parts.append(words(box.x, y - 1.0, box.small, size=SMALL_FONT, anchor="middle"))
+        left = box.x - text_width(box.small, SMALL_FONT) / 2
+        has_mark = item.kind is NodeKind.FEATURE
+        parts += [mark(left - 2.0, y - 4.5, item.mark)] if has_mark else []
+        parts.append(words(left + (5.5 if has_mark else 0.0), y - 1.0, box.small, size=SMALL_FONT))
     return f"<g>{title}{''.join(parts)}</g>"

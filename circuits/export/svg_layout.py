@@ -25,14 +25,15 @@ _GAP, _BESIDE, _COLUMN_GAP = 8.0, 12.0, 14.0
 _DIAMOND = 10.0
 _BAND = 24.0  # half of the clear band between two rows, where links can be followed
 _EMPTY, _SKIPPED = 18.0, 26.0  # height of a row and width of a column that stand for what is not drawn
-_MOST_LINES = 3
+_LINES = (3, 4, 6)
+"""Lines of a label, the fewest that hold it whole, or the most."""
 _MOST_PERMUTED = 5
 _WIDTHS = (100.0, 116.0, 134.0, 150.0, 164.0)
 """Widths of boxes that are tried for a label."""
 _PAGE = 1300.0
 _SHAPES = ((164.0, 3), (150.0, 4), (134.0, 4), (116.0, 5))
 """Greatest width of a box and most boxes in a stack: the first with which the picture fits the page, or the last."""
-_LEAST_TEXT, _LONGEST_TOKEN = 22.0, 150.0
+_LEAST_TEXT, _LONGEST_TOKEN, _MARK = 22.0, 150.0, 11.0
 MIN_WIDTH = 640.0
 
 
@@ -46,6 +47,8 @@ class Box:
     width: float
     height: float
     lines: tuple[str, ...] = ()
+    n_name: int = 0
+    """How many of the lines, from the first, are the item's name."""
     small: str = ""
     font: float = FONT
 
@@ -143,11 +146,12 @@ def _font(item: Item) -> float:
 
 
 def _lines(item: Item, most: float) -> tuple[str, ...]:
-    """The label in the narrowest box that holds it whole, or the beginning of it in one of the width `most`."""
-    for width in [*(width for width in _WIDTHS if width < most), most]:
-        lines = wrap(item.text, width - 2 * _PAD_X, _font(item), _MOST_LINES, bold=item.on_path)
-        if "".join("".join(lines).split()) == "".join(item.text.split()):
-            break
+    """The label in the narrowest box that holds it whole in few lines, or the beginning of it in one of the width `most`."""
+    for n_lines in _LINES:
+        for width in [*(width for width in _WIDTHS if width < most), most]:
+            lines = wrap(item.text, width - 2 * _PAD_X, _font(item), n_lines, bold=item.on_path)
+            if "".join("".join(lines).split()) == "".join(item.text.split()):
+                return lines
     return lines
 
 
@@ -157,11 +161,15 @@ def _box(items: Sequence[Item], number: int, most: float) -> Box:
     if item.kind is NodeKind.ERROR:
         return Box(number, 0.0, 0.0, _DIAMOND, _DIAMOND)
     font, bold = _font(item), item.on_path
-    lines = _lines(item, most) if item.kind is NodeKind.FEATURE else (fit(item.text, _LONGEST_TOKEN, font, bold=bold),)
-    small = fit(item.small, most - 2 * _PAD_X, SMALL_FONT)
-    widths = [text_width(line, font, bold=bold) for line in lines] + [text_width(small, SMALL_FONT), _LEAST_TEXT]
-    height = len(lines) * LINE + (SMALL_LINE if small else 0.0) + 2 * _PAD_Y
-    return Box(number, 0.0, 0.0, max(widths) + 2 * _PAD_X, height, lines, small, font)
+    lines = _lines(item, most if item.kind is NodeKind.FEATURE else _LONGEST_TOKEN)
+    name = wrap(item.name, most - 2 * _PAD_X, font, _LINES[0], bold=True) if item.name else ()
+    small = fit(item.small, most - 2 * _PAD_X - _MARK, SMALL_FONT)
+    widths = [text_width(line, font, bold=bold) for line in lines] + [
+        text_width(line, font, bold=True) for line in name
+    ]
+    widths += [text_width(small, SMALL_FONT) + (_MARK if item.kind is NodeKind.FEATURE else 0.0), _LEAST_TEXT]
+    height = (len(name) + len(lines)) * LINE + (SMALL_LINE if small else 0.0) + 2 * _PAD_Y
+    return Box(number, 0.0, 0.0, max(widths) + 2 * _PAD_X, height, name + lines, len(name), small, font)
 
 
 def _stacks(items: Sequence[Item], cell: Sequence[int], most: float, height: int) -> list[list[Box]]:
@@ -273,7 +281,7 @@ def _place_outputs(outputs: Sequence[Box], columns: dict[int, Band], width: floa
         if lines[-1] and _width([[placed] for placed in [*lines[-1], box]]) > room:
             lines.append([])
         lines[-1].append(box)
-    height = outputs[0].height
+    height = max(box.height for box in outputs)
     for number, line in enumerate(lines):
         size = _width([[box] for box in line])
         x = min(max(columns[max(columns)].middle - size / 2, GUTTER), width - MARGIN - size)

@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from circuits.export.picture import Picture
-from circuits.export.style import INK, NODE_COLOURS
+from circuits.export.style import INK, MARKS, NODE_COLOURS
 from circuits.export.svg_layout import FONT, MARGIN, SMALL_FONT
-from circuits.export.svg_shapes import ARROW, arrow_head, badge, curve, diamond, hairline, words
+from circuits.export.svg_shapes import ARROW, ROUND, SQUARE, arrow_head, badge, curve, diamond, hairline, mark, words
 from circuits.export.text_metrics import fit, text_width
 from circuits.graph.edges import GraphData
 from circuits.graph.feature_labels import HINT
@@ -17,8 +17,6 @@ from circuits.graph.scores import scores
 
 _PATHS_TITLE = "Strongest path of each important token, with its share of all influence on the output"
 _LINE = 19.0
-_LONGEST_NAME = 230.0
-"""Width of a box's text in the list of paths."""
 _ARROW = 34.0
 _RULE = "#e5e8ec"
 
@@ -54,7 +52,8 @@ def _path(
     parts = [badge(MARGIN + 7.5, y - 4.0, number), words(MARGIN + 22, y, f"{100 * share:.2g} %", colour=INK)]
     x = left = MARGIN + 76.0
     for before, item in zip([None, *items[:-1]], items, strict=True):
-        text = fit(picture.items[item].text, _LONGEST_NAME, FONT)
+        text = picture.items[item].name or picture.items[item].text
+        text = fit(text, width - left - MARGIN - 120.0, FONT)
         is_feature = picture.items[item].kind is NodeKind.FEATURE
         id_ = picture.items[item].small.partition(" · ")[0] if is_feature else ""
         size = text_width(text, FONT) + (text_width(id_, SMALL_FONT) + 5.0 if id_ else 0.0) + 12.0
@@ -64,9 +63,10 @@ def _path(
             parts.append(_arrow(x + 4.0, y - 4.0, _ARROW - 8.0, raises=raises[before, item]))
             x += _ARROW
         fill, stroke, _ = NODE_COLOURS[picture.items[item].kind]
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y - 13:.1f}" width="{size:.1f}" height="18" rx="5" fill="{fill}" stroke="{stroke}"/>'
+        area = (
+            f'x="{x:.1f}" y="{y - 13:.1f}" width="{size:.1f}" height="18" rx="{ROUND - 2 if is_feature else SQUARE:g}"'
         )
+        parts.append(f'<rect {area} fill="{fill}" stroke="{stroke}"/>')
         parts.append(words(x + 6.0, y, text, colour=INK))
         if id_:
             parts.append(words(x + size - 6.0, y, id_, size=SMALL_FONT, anchor="end"))
@@ -84,12 +84,16 @@ def _signs(picture: Picture) -> Iterator[Sign]:
         dashed = " (dashed: lowers)" if any(link.weight < 0 for link in quiet) else ""
         yield 26.0, f"other influence{dashed}", _thin
     kinds = {item.kind for item in picture.items}
-    if NodeKind.FEATURE in kinds:
-        yield 28.0, "feature: fires on → promotes; below, layer/number · activation", _frame
+    marks = {item.mark for item in picture.items if item.kind is NodeKind.FEATURE}
+    for shape in sorted(marks):
+        kind = "feature" if shape == MARKS[NodeKind.FEATURE] else "feature of attention"
+        yield 11.0, f"{kind}: fires on → promotes; layer/number · activation", functools.partial(_mark, shape=shape)
     if any(item.text.startswith(HINT) for item in picture.items):
         yield 0.0, f"{HINT.strip()}: a guess from weights", _nothing
     if any(link.heads for link in loud):
         yield 0.0, "L1H2: carried by attention head 2 of layer 1", _nothing
+    if any(item.kind is NodeKind.LOGIT and len(item.nodes) > 1 for item in picture.items):
+        yield 0.0, "group of outputs: its lines and shares are sums over its members", _nothing
     if NodeKind.ERROR in kinds:
         yield 16.0, "error: what no feature explains", _error
     if any(item.unexpanded for item in picture.items):
@@ -117,6 +121,10 @@ def _nothing(_x: float, _y: float) -> str:
 
 def _thin(x: float, y: float) -> str:
     return curve(f"M{x:.1f} {y - 4:.1f}h22", on_path=False, raises=True, strength=0.5)
+
+
+def _mark(x: float, y: float, *, shape: str) -> str:
+    return mark(x + 4.0, y - 4.0, shape)
 
 
 def _frame(x: float, y: float, *, dashed: bool = False) -> str:

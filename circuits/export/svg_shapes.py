@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from html import escape
 
-from circuits.export.style import EDGE_COLOURS, GREY, NODE_COLOURS, QUIET_EDGE, link_width
+from circuits.export.style import EDGE_COLOURS, GREY, NODE_COLOURS, QUIET_COLOURS, link_width
 from circuits.export.svg_layout import FONT
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import printable
 
+ROUND, SQUARE = 11.0, 1.5
+"""Radius of the corners of features' boxes, and of tokens' and outputs'."""
 ARROW = 7.0
 """Height of the arrow heads of path links; their lines end where the head begins."""
 
@@ -34,7 +36,7 @@ def hairline(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
 
 def curve(path: str, *, on_path: bool, raises: bool, strength: float, title: str = "") -> str:
     """The line of a link. Those that lower their target are dashed, so that print without colours tells them apart."""
-    colour = EDGE_COLOURS[raises] if on_path else QUIET_EDGE
+    colour = (EDGE_COLOURS if on_path else QUIET_COLOURS)[raises]
     width = link_width(strength, on_path=on_path)
     dash = "" if raises else f' stroke-dasharray="{"8 4" if on_path else "3 3"}"'
     return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{width:.2f}"{dash}>{title}</path>'
@@ -50,6 +52,17 @@ def diamond(x: float, top: float, half: float, title: str = "") -> str:
     fill, stroke, _ = NODE_COLOURS[NodeKind.ERROR]
     corners = f"M{x:.1f} {top:.1f}l{half:g} {half:g}l-{half:g} {half:g}l-{half:g} -{half:g}z"
     return f'<path d="{corners}" fill="{fill}" stroke="{stroke}">{title}</path>'
+
+
+def mark(x: float, y: float, shape: str) -> str:
+    """The small sign around (x, y) that tells what a box is."""
+    outlines = {
+        "circle": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" ',
+        "triangle": f'<path d="M{x:.1f} {y - 3.4:.1f}l3.7 6.4h-7.4z" ',
+        "square": f'<rect x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6" ',
+        "diamond": f'<path d="M{x:.1f} {y - 4:.1f}l4 4l-4 4l-4 -4z" ',
+    }
+    return f'{outlines[shape]}fill="{GREY}"/>'
 
 
 def badge(x: float, y: float, number: int) -> str:

@@ -17,6 +17,10 @@ _BOLD = {
 """Advance in thousandths of the font size -> characters."""
 _WIDTHS = [{char: advance / 1000 for advance, chars in table.items() for char in chars} for table in (_REGULAR, _BOLD)]
 _OTHER, _WIDE = 0.75, 1.02
+_SEPARATORS = " ,|"
+_STICKY = ("|", "…", "×")
+WIDEST_WORD = 240.0
+"""Pixels of a word that is still kept in one line."""
 
 
 def text_width(text: str, size: float, *, bold: bool = False) -> float:
@@ -35,43 +39,64 @@ def _width(character: str, widths: dict[str, float]) -> float:
 
 
 def fit(text: str, width: float, size: float, *, bold: bool = False) -> str:
-    """The text, or its beginning with an ellipsis, no wider than `width`."""
+    """The text, or its beginning with an ellipsis, no wider than `width`: cut between words, or inside the first one where
+    that is too long already."""
     width += 1e-6  # a box made for this very text must hold it
     if text_width(text, size, bold=bold) <= width:
         return text
-    used = text_width("…", size, bold=bold)
-    for end, character in enumerate(text):
-        used += text_width(character, size, bold=bold)
-        if used > width:
-            return text[:end].rstrip(" ,|") + "…"
-    return text
+    room, end = width - text_width(" …", size, bold=bold), 0
+    while end < len(text) and (room := room - text_width(text[end], size, bold=bold)) >= 0:
+        end += 1
+    words = text[: end + 1].rpartition(" ")[0].rstrip(_SEPARATORS)
+    return f"{words} …" if words else f"{text[:end]}…"
 
 
 def wrap(text: str, width: float, size: float, most: int, *, bold: bool = False) -> tuple[str, ...]:
-    """At most `most` lines no wider than `width`.
+    """At most `most` lines no wider than `width`, or than their only word. No word is cut; what does not fit ends in ` …`.
 
-    A label of the form `what it fires on → what it promotes` breaks at its arrow, and other text between words; what does
-    not fit ends in `…`.
+    A label of the form `what it fires on → what it promotes` breaks at its arrow, and other text between words. A word wider
+    than `WIDEST_WORD` goes on in the next line.
     """
-    if text_width(text, size, bold=bold) <= width:
-        return (text,)
     before, arrow, after = text.partition(" → ")
-    first, second = before.split(), after.split()
-    if not arrow or not first or not second or most < 2:
-        return _fill(text.split(), width, size, most, bold)
-    second[0] = f"→ {second[0]}"
-    n_second = len(_fill(second, width, size, most, bold))
-    lines = _fill(first, width, size, max(most - n_second, 1), bold)
-    return lines + _fill(second, width, size, most - len(lines), bold)
+    first, second = _words(before, width, size, bold), _words(after, width, size, bold)
+    if not arrow or not first or not second or most < 2 or text_width(text, size, bold=bold) <= width:
+        return _cut(_fill(_words(text, width, size, bold), width, size, bold), width, size, most, bold)
+    promoted = _fill([f"→ {second[0]}", *second[1:]], width, size, bold)
+    lines = _cut(_fill(first, width, size, bold), width, size, max(most - len(promoted), 1), bold)
+    return lines + _cut(promoted, width, size, most - len(lines), bold)
 
 
-def _fill(words: list[str], width: float, size: float, most: int, bold: bool) -> tuple[str, ...]:
-    """Lines filled word by word; the last one is cut where the text is longer than `most` lines."""
+def _words(text: str, width: float, size: float, bold: bool) -> list[str]:
+    """The words of a text, those wider than any line in parts; signs stay with the word in front of them."""
+    words: list[str] = []
+    for word in text.split():
+        if words and word.strip('"') in _STICKY:
+            words[-1] += f" {word}"
+            continue
+        while text_width(word, size, bold=bold) > max(width, WIDEST_WORD):
+            end = max(len(fit(word, max(width, WIDEST_WORD), size, bold=bold)) - 1, 1)
+            words.append(word[:end])
+            word = word[end:]
+        words.append(word)
+    return words
+
+
+def _fill(words: list[str], width: float, size: float, bold: bool) -> list[str]:
+    """Lines filled word by word."""
     lines: list[str] = []
-    while words and len(lines) < most - 1:
-        count = 1
-        while count < len(words) and text_width(" ".join(words[: count + 1]), size, bold=bold) <= width:
-            count += 1
-        lines.append(fit(" ".join(words[:count]), width, size, bold=bold))
-        words = words[count:]
-    return (*lines, fit(" ".join(words), width, size, bold=bold)) if words or not lines else tuple(lines)
+    for word in words:
+        if lines and text_width(f"{lines[-1]} {word}", size, bold=bold) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines or [""]
+
+
+def _cut(lines: list[str], width: float, size: float, most: int, bold: bool) -> tuple[str, ...]:
+    """The first lines; where others follow, as many words of the last one as leave room for an ellipsis."""
+    if len(lines) <= most:
+        return tuple(lines)
+    words = lines[most - 1].split(" ")
+    while len(words) > 1 and text_width(" ".join([*words, "…"]), size, bold=bold) > width:
+        words.pop()
+    return (*lines[: most - 1], " ".join(words).rstrip(_SEPARATORS) + " …")

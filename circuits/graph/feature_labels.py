@@ -13,6 +13,8 @@ FEATURE_LABELS = "feature_labels"
 """Key of the metadata: an object for every labelled feature, by its name at any position (`2/345`, `attention:2/345`), with
 the `source` of its label (`rule`, `person`, `language model` or `hint`), `precision`, `recall` and `f1` where it was scored,
 and the whole `text` where the label was too long."""
+_OF_CLAIMS = ("|", "→", '"', "~", ",")
+"""Signs of what follows a name: a colon behind one of them is a token."""
 _SCORES = ("precision", "recall", "f1")
 _NOTES = {"hint": "a guess from weights", "person": "by a person", "language model": "by a language model"}
 
@@ -39,6 +41,13 @@ def label_note(graph: GraphData, row: int) -> str:
     facts = label_facts(graph, row)
     score = [f"F1 {facts['f1']:.2f}"] if "f1" in facts else []
     return ", ".join([*score, *([_NOTES[facts["source"]]] if facts.get("source") in _NOTES else [])])
+
+
+def split_heading(label: str) -> tuple[str, str]:
+    """The name that a label begins with, `Texas` of `Texas: El Paso | Houston`, and the rest; empty where it has none."""
+    name, colon, rest = label.partition(": ")
+    has_name = colon and rest.strip() and not any(sign in name for sign in _OF_CLAIMS)
+    return (name.strip(), rest) if has_name else ("", label)
 
 
 def are_label_facts(value: object) -> bool:

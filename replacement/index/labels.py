@@ -86,7 +86,7 @@ class Labelling:
             token = promoted(*self._feature(number))
             arrow = "" if token is None else f" → {quoted(printable(token.strip() or visible(token)))}"
             head = heading(claim, self.word_lists)
-            text = head + claim.short(max(SHORT // 2, SHORT - len(head) - len(arrow))) + arrow
+            text = head + claim.short(max(SHORT // 2, SHORT - len(arrow))) + arrow
             self._labels[number] = [_label(text, "rule", claim.text(), scores)]
 
     def ask(

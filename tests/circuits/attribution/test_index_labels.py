@@ -19,7 +19,7 @@ from replacement.index.records import UNCLEAR, Label
 from replacement.index.store import FILE_NAME, FeatureIndex
 from replacement.index.writing import IndexWriter
 
-LONG = "words ending in " + ", ".join(f'"{letter}"' for letter in "abcdefghijklmn")
+LONG = "words ending in " + ", ".join(f'"{letter}"' for letter in "abcdefghijklmnopqrst")
 RULE, PERSON = Label("city names", "rule", "city names", 0.9, 0.8, 0.85), Label("Ada's label", "person")
 WEAK = Label(UNCLEAR, "rule", "after", 0.1, 0.1, 0.1)
 

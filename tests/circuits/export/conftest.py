@@ -13,6 +13,7 @@ from circuits import CircuitGraph, NodeKind
 from circuits.graph.edge_heads import EdgeHeads
 
 T, P, E, F, L = NodeKind
+NASTY = 'a "quoted" <b>bold</b> back\\slash \\n end\\\n\t\x00 \ud83d {x|y}'
 WORDS = ("the", "quick", "capital", "of", "##las", "##ville", "Donaudampfschiff", ",", ".", "is", "Houston", "中文")
 
 
@@ -68,3 +69,13 @@ def crowd(build_graph: Callable[..., CircuitGraph]) -> Callable[..., CircuitGrap
         return dataclasses.replace(graph, heads=EdgeHeads.from_dense(direct, heads))
 
     return make
+
+
+@pytest.fixture
+def nasty(build_graph: Callable[..., CircuitGraph]) -> CircuitGraph:
+    rows = [
+        {"kind": T, "index": 1, "label": NASTY},
+        {"kind": F, "layer": 0, "index": 2, "label": "<b>", "expanded": True},
+        {"kind": L, "layer": 1, "index": 3, "label": NASTY, "expanded": True, "output_weight": 1.0},
+    ]
+    return build_graph(rows, [(1, 0, 1.0), (2, 1, -2.0)])

@@ -133,3 +133,63 @@ def test_lone_tokens_of_a_long_prompt_are_few(build_graph) -> None:
     assert tokens == [f"w{i}" for i in range(200 - len(tokens), 200)]
     assert len(tokens) <= FEW_TOKENS + 5
     assert picture.n_nodes == len(tokens) + 1
+
+
+def test_a_group_of_outputs_is_one_box_with_the_sums_of_its_members(build_graph) -> None:
+    rows = [{"kind": T, "index": 1, "label": "to"}, {"kind": F, "layer": 0, "index": 2, "label": "a", "expanded": True}]
+    outputs = {"42": 0.2, "7": 0.15, "87": 0.15, "33": 0.1, "?": 0.4}
+    for index, (label, weight) in enumerate(outputs.items()):
+        logit = {"kind": L, "layer": 1, "index": index, "label": label, "output_weight": weight, "expanded": True}
+        rows.append(logit | {"probability": weight / 2})
+    edges = [(1, 0, 2.0), (2, 1, 1.0), (3, 1, 3.0), (4, 1, -0.5), (4, 0, 1.5), (5, 0, -9.0), (6, 1, 0.25)]
+    graph = build_graph(rows, edges)
+    picture = picture_of(graph, max_nodes=80)
+    texts = [(item.text, item.small) for item in picture.items]
+    assert texts == [("to", ""), ("a", "0/2"), ("4 numbers: 7 … 87", "30 % together"), ('"?"', "20 %")]
+    weights = {(link.source, link.target): link.weight for link in picture.links}
+    assert weights == {(0, 1): 2.0, (0, 2): 1.5 - 9.0, (1, 2): 1.0 + 3.0 - 0.5, (1, 3): 0.25}
+    assert picture.n_nodes == len(graph.nodes)
+    assert picture.n_edges == len(graph.edges)
+    assert picture.items[2].tooltip.count("output") == 4, "the tooltip lists all of them"
+    svg = graph.to_svg()
+    assert "4 numbers: 7 … 87" in svg
+    assert "group of outputs: its lines and shares are sums over its members" in svg
+
+
+@pytest.mark.parametrize(
+    ("label", "name", "text"),
+    [
+        ("Texas: El Paso | Houston … → Austin", "Texas", "El Paso | Houston … → Austin"),
+        ("thing in question sentences: boat", "thing in question sentences", "boat"),
+        ('after ": | ;"', "", 'after ": | ;"'),
+        ("a | b: c", "", "a | b: c"),
+        ("~ a, b → c: d", "", "~ a, b → c: d"),
+        ("Texas:", "", "Texas:"),
+    ],
+)
+def test_a_name_stands_above_the_examples(build_graph, label, name, text) -> None:
+    rows = [
+        {"kind": T, "index": 1, "label": "Dallas"},
+        {"kind": F, "layer": 0, "index": 345, "label": label, "activation": 2.25, "expanded": True},
+        {"kind": L, "layer": 1, "index": 2, "label": "Austin", "expanded": True, "output_weight": 1.0},
+    ]
+    graph = build_graph(rows, [(1, 0, 1.0), (2, 1, 1.0)])
+    feature = picture_of(graph, max_nodes=80).items[1]
+    assert (feature.name, feature.text) == (name, text)
+    if name:
+        assert f'font-weight="600" text-anchor="middle" xml:space="preserve">{name.split()[0]}' in graph.to_svg()
+
+
+def test_marks_tell_kinds(build_graph) -> None:
+    rows = [
+        {"kind": T, "index": 1, "label": "a"},
+        {"kind": E, "layer": 0},
+        {"kind": F, "layer": 0, "index": 2, "expanded": True},
+        {"kind": F, "layer": 0, "index": 2, "part": 1, "expanded": True},
+        {"kind": L, "layer": 1, "index": 3, "label": "b", "expanded": True, "output_weight": 1.0},
+    ]
+    graph = build_graph(rows, [(3, 0, 1.0), (2, 3, 2.0), (4, 2, 1.0), (4, 1, 0.5)])
+    marks = {item.text: item.mark for item in picture_of(graph, max_nodes=80).items if item.kind is not F}
+    assert marks == {"a": "square", "error": "diamond", "b": "square"}
+    assert {item.mark for item in picture_of(graph, max_nodes=80).items if item.kind is F} == {"circle", "triangle"}
+    assert "feature of attention: " in graph.to_svg()

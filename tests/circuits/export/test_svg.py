@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from circuits import CircuitGraph, NodeKind
 from circuits.export.picture import picture_of
+from circuits.export.style import EDGE_COLOURS, QUIET_COLOURS
 from circuits.graph.paths import strongest_paths
 
 T, P, E, F, L = NodeKind
@@ -121,13 +122,12 @@ def test_paths_are_coloured_by_sign_and_other_edges_are_quiet(small) -> None:
     )
     picture = picture_of(small, max_nodes=80)
     expected = [
-        ("#b4bcc8" if not link.on_path else "#0072b2" if link.weight > 0 else "#d55e00", link.weight < 0)
-        for link in picture.links
+        ((EDGE_COLOURS if link.on_path else QUIET_COLOURS)[link.weight > 0], link.weight < 0) for link in picture.links
     ]
     assert [(colour, bool(dash)) for colour, _, dash in lines] == expected
-    assert {colour for colour, _ in expected} == {"#b4bcc8", "#0072b2", "#d55e00"}
-    bold = [float(width) for colour, width, _ in lines if colour != "#b4bcc8"]
-    assert min(bold) > max(float(width) for colour, width, _ in lines if colour == "#b4bcc8")
+    assert {colour for colour, _ in expected} == {*EDGE_COLOURS.values(), *QUIET_COLOURS.values()}
+    bold = [float(width) for colour, width, _ in lines if colour in EDGE_COLOURS.values()]
+    assert min(bold) > max(float(width) for colour, width, _ in lines if colour in QUIET_COLOURS.values())
 
 
 def test_legend_explains_only_what_is_drawn(small, build_graph) -> None:
