@@ -211,7 +211,7 @@ function shaded(text, quantile) {
 function describeOutput(data, node) {
   const {probability, outputWeight, value, position} = data.nodes;
   const likely = (data.metadata.top_tokens ?? []).filter(({probability: p}) => p > 0);
-  const bars = likely.map(({token, probability: p}) => [token, make("span", {}, make("meter", {min: 0, max: 1, value: p}), ` ${formatShare(p)}`)]);
+  const bars = likely.map(({token, probability: p}) => [token, make("span", {className: "chance"}, chanceBar(p), formatShare(p))]);
   return [
     factsList([
       ["probability", probability[node] > 0 ? formatShare(probability[node]) : null],
@@ -221,6 +221,10 @@ function describeOutput(data, node) {
     ]),
     ...(bars.length ? [heading("The model's likely next tokens", `at ${data.tokens[position[node]]}`), factsList(bars)] : []),
   ];
+}
+
+function chanceBar(share) {
+  return make("span", {className: "track"}, make("span", {className: "bar", style: {width: `${100 * share}%`}}));
 }
 
 function describeError(data, node) {

@@ -35,10 +35,16 @@ function tool(action, text, title, run) {
   return result;
 }
 
-/** Lets the arrow keys, Home and End move the focus among the elements of a list that match a selector. */
+/**
+ * Makes the elements of a list that match a selector one stop of the Tab key: arrow keys, Home and End move the focus among them.
+ * Call the result when the list is filled.
+ */
 function walkWithArrows(list, selector) {
+  const itemsOf = () => [...list.querySelectorAll(selector)];
+  const enter = (entry, items = itemsOf()) => items.forEach((item) => { item.tabIndex = item === entry ? 0 : -1; });
+  list.addEventListener("focusin", ({target}) => { if (target.matches(selector)) enter(target); });
   list.addEventListener("keydown", (event) => {
-    const items = [...list.querySelectorAll(selector)].filter((item) => item.offsetParent);
+    const items = itemsOf();
     const at = items.indexOf(document.activeElement);
     const to = {ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: items.length - 1}[event.key];
     if (at < 0 || to === undefined || event.altKey || event.ctrlKey) return;
@@ -46,6 +52,7 @@ function walkWithArrows(list, selector) {
     event.stopPropagation();
     items[clamp(to, 0, items.length - 1)].focus();
   });
+  return () => enter(itemsOf()[0]);
 }
 
 /** A number with three significant digits, with a sign if asked for. */
@@ -68,9 +75,10 @@ function placeOf(data, node) {
   const what = {
     [KIND.feature]: name[node],
     [KIND.error]: `${part[node] === 1 ? "attention " : ""}error of layer ${layer[node]}`,
-    [KIND.token]: "token",
-    [KIND.position]: "learned position",
+    [KIND.token]: `token ${position[node]}`,
+    [KIND.position]: `learned position ${position[node]}`,
     [KIND.logit]: "output",
   }[kind[node]];
-  return `${what.split("@")[0]} at ${data.tokens[position[node]]} (${position[node]})`;
+  const isInput = kind[node] === KIND.token || kind[node] === KIND.position;
+  return isInput ? what : `${what.split("@")[0]} at ${data.tokens[position[node]]} (${position[node]})`;
 }

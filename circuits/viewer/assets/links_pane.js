@@ -11,7 +11,6 @@ function createLinksPane(element, data, store, services) {
   const back = tool("back", "←", "Back to the node before (Alt+Left)", store.back);
   const forward = tool("forward", "→", "Forward (Alt+Right)", store.forward);
   toolsOf(element).append(back, forward);
-  walkWithArrows(element, "button.link");
 
   function draw() {
     const {selected, direction} = store.state;
@@ -92,6 +91,7 @@ function listOf(data, store, side, edges) {
   const largest = edges.length ? Math.abs(data.edges.share[edges[0]]) || 1 : 1;
   const title = `${side === "inputs" ? "Inputs" : "Outputs"} (${edges.length.toLocaleString("en")})`;
   const section = make("section", {className: "links", "aria-label": title}, make("h3", {textContent: title}));
+  const walk = walkWithArrows(section, "button.link");
   const notes = section.appendChild(make("div", {className: "notes"}));
   for (const [sign, word] of [[1, "raising"], [-1, "lowering"]]) {
     const signed = edges.filter((edge) => Math.sign(data.edges.weight[edge]) === sign);
@@ -100,6 +100,7 @@ function listOf(data, store, side, edges) {
     section.append(make("h4", {textContent: `${sign > 0 ? "+" : "−"} ${word}: ${signed.length.toLocaleString("en")}${share}`}));
     section.append(cutList(signed, (edge) => linkRow(data, store, side, edge, other[edge], largest), (left) => leftOutOf(data, left)));
   }
+  walk();
   section.note = (text) => {
     notes.append(make("p", {textContent: text}));
     return section;
@@ -138,6 +139,7 @@ function linkRow(data, store, side, edge, node, largest) {
   const row = nodeButton(data, store, node, {
     className: "link",
     dataset: {side, edge},
+    tabIndex: -1,
     title: `${labelOf(data, store.state, node)}\n${placeOf(data, node)}\nweight ${formatNumber(weight, {sign: true})}, ${formatShare(share)} of the target's input, carries ${formatShare(data.edges.influence[edge])} of the output`,
   });
   row.append(
@@ -145,7 +147,13 @@ function linkRow(data, store, side, edge, node, largest) {
     make("span", {className: "track"}, bar),
     make("span", {className: "line soft"}, named(placeOf(data, node), "place"), make("span", {className: "number", textContent: formatNumber(weight, {sign: true})})),
   );
-  return make("div", {className: "row"}, row, headsRow(data.headsOf(edge)));
+  const heads = headsRow(data.headsOf(edge));
+  row.addEventListener("keydown", (event) => {
+    if (!heads || event.altKey || !["ArrowRight", "ArrowLeft"].includes(event.key)) return;
+    heads.open = event.key === "ArrowRight";
+    event.stopPropagation();
+  });
+  return make("div", {className: "row"}, row, heads);
 }
 
 /** A button that stands for a node: a click selects it, Ctrl-click pins it, hover and focus show it in all panes. */
@@ -176,7 +184,7 @@ function headsRow(heads) {
   const total = sum(parts.map(({weight}) => Math.abs(weight))) || 1;
   const inWords = parts.filter(({weight}) => Math.abs(weight) / total >= NAMED_HEADS.least).slice(0, NAMED_HEADS.most);
   const text = inWords.map(({name, weight}) => `${weight < 0 ? "−" : ""}${name} ${formatShare(Math.abs(weight) / total)}`).join(", ");
-  const details = make("details", {className: "heads"}, make("summary", {textContent: text || "heads"}));
+  const details = make("details", {className: "heads"}, make("summary", {textContent: text || "heads", tabIndex: -1}));
   details.addEventListener("toggle", () => {
     if (details.children.length > 1) return;
     const rows = parts.map(({name, weight}) => make("tr", {},

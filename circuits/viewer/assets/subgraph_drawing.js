@@ -73,8 +73,7 @@ function svgText(text, x, y, {size, colour, anchor = "start", bold = false, halo
 
 /** What stands below the name of a box. */
 function boxPlace(data, {group, nodes, isOpen}) {
-  if (group) return `${countOf(nodes.length, "node")}${isOpen ? "" : " ▸"}`;
-  return data.nodes.kind[nodes[0]] === KIND.token ? `token ${data.nodes.position[nodes[0]]}` : placeOf(data, nodes[0]);
+  return group ? `${countOf(nodes.length, "node")}${isOpen ? "" : " ▸"}` : placeOf(data, nodes[0]);
 }
 
 /** What a box is called. */

@@ -10,6 +10,7 @@ function createSubgraphPane(element, data, store, services) {
   const status = make("footer", {id: "subgraph-status"});
   element.append(svg, hint, status);
   const pane = {chosen: new Set(), open: new Set(), focus: null, moving: null, zoom: 1, left: 0, top: 0, isFit: true, width: 0, height: 0};
+  const whole = scoresOf(data);
   let subgraph = {boxes: [], links: [], leftOut: {}};
   let view = {subgraph};
   let places = {x: [], y: []};
@@ -126,9 +127,9 @@ function createSubgraphPane(element, data, store, services) {
   store.subscribe(["pinned", "groups", "labels"], renew);
   store.subscribe(["theme", "selected", "places"], draw);
   store.subscribe(["hovered"], () => { if (focusOf() !== pane.drawnFocus) drawFocus(); });
-  store.subscribe(["pinned"], () => showScores(status, data, store));
+  store.subscribe(["pinned"], () => showScores(status, data, store, whole));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  showScores(status, data, store);
+  showScores(status, data, store, whole);
   renew();
   return {element, group: tools.group, view: () => ({subgraph, at, svg, scene}), redraw: renew};
 }
@@ -178,15 +179,14 @@ function createSubgraphTools(data, store, services, pane, {draw, boxesOfChoice, 
 }
 
 /** The scores of what is pinned, beside those of the whole graph. */
-function showScores(status, data, store) {
-  const [pinned, whole] = [scoresOf(data, pinnedNodes(data, store.state.pinned)), scoresOf(data)];
+function showScores(status, data, store, whole) {
   const entry = (id, title, {replacement, completeness, nodes, edges}) => make("span", {
     id, title: `Replacement: share of the output that is traced back to inputs. Completeness: share of the nodes' input, weighted by influence, that is no error. What is not in the part counts as error. ${countOf(nodes, "node")}, ${countOf(edges, "edge")}.`,
     dataset: {replacement, completeness},
   }, `${title} `, make("b", {textContent: replacement.toFixed(3)}), " replacement, ", make("b", {textContent: completeness.toFixed(3)}), " completeness");
   const left = status.querySelector(".left-out") ?? make("span", {className: "left-out"});
   status.replaceChildren(
-    entry("scores-pinned", `${store.state.pinned.size.toLocaleString("en")} pinned + all tokens and outputs:`, pinned),
+    entry("scores-pinned", `${store.state.pinned.size.toLocaleString("en")} pinned + all tokens and outputs:`, scoresOf(data, pinnedNodes(data, store.state.pinned))),
     entry("scores-graph", "whole graph:", whole), left);
 }
 
