@@ -23,8 +23,10 @@ from replacement.token_texts import visible
 
 VERSION = 1
 """Of the payload and of saved states."""
-HEADS = 8
-"""Heads of an edge that the page holds, the strongest; weaker ones are added to `rest`."""
+HEADS = (3, 8)
+"""Heads of an edge that the page holds at least and at most, the strongest; weaker ones are added to `rest`."""
+MOST_HEADS = 60_000
+"""Heads of all edges, above which an edge has fewer: a page must stay small enough to open."""
 _WHOLE = ("u1", "i1", "u2", "i2", "i4")
 _ALONE = (FEATURE_LABELS, "prompt", "tokens", "token_ids")
 """Metadata that is elsewhere in the payload or in the evidence."""
@@ -93,7 +95,7 @@ def _label(nodes: NodeTable, row: int) -> str:
 def _heads(heads: EdgeHeads) -> dict[str, Any]:
     """The strongest heads of every edge; parts are 16-bit fractions of the edge's largest part, an error of at most 0.002 %."""
     rank = np.arange(len(heads.weight)) - heads.indptr[heads.edge]
-    kept = rank < HEADS
+    kept = rank < np.clip(MOST_HEADS // max(len(heads), 1), *HEADS)
     rest = heads.rest + np.bincount(heads.edge[~kept], heads.weight[~kept], minlength=len(heads))
     edge, weight = heads.edge[kept], heads.weight[kept]
     scale = np.maximum(np.abs(heads.direct), np.abs(rest))

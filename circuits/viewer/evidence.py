@@ -35,7 +35,7 @@ from replacement.index.store import FILE_NAME, FeatureIndex
 
 MOST_FEATURES = 2000
 """Features with a record, the most influential ones of a graph: a page must stay small enough to open."""
-MOST_EXAMPLES = 6000
+MOST_EXAMPLES = 4000
 """Examples in a page; features share them equally, and have at least `LEAST_EXAMPLES`."""
 LEAST_EXAMPLES = 3
 OTHER_LABELS = 3

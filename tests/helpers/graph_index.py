@@ -19,7 +19,7 @@ ROWS, WIDTH = 512, 64
 def write_index(path: Path, graph: CircuitGraph, vocabulary: Sequence[str], *, seed: int = 0) -> Path:
     """An index of the MLP features of a graph alone, each with as many examples as the command would find.
 
-    A feature's largest activation is 4 times its index plus 1; every fourth word is promoted, by its place.
+    A feature's largest activation is 4 times its index plus 1; of every fourth word the first six are promoted.
 
     Args:
         vocabulary: distinct texts of the tokens that examples are drawn from.
@@ -40,7 +40,7 @@ def write_index(path: Path, graph: CircuitGraph, vocabulary: Sequence[str], *, s
     writer = IndexWriter(path, facts, list(vocabulary))
     writer.rows(np.arange(ROWS), random.integers(len(vocabulary), size=(ROWS, WIDTH)))
     effects = TokenEffects(
-        promoted=tuple((text, 2.0 - 0.1 * place) for place, text in enumerate(vocabulary[::4])),
+        promoted=tuple((text, 2.0 - 0.1 * place) for place, text in enumerate(vocabulary[::4][:6])),
         suppressed=((vocabulary[1], -1.5),),
         read=((vocabulary[2], 0.75),),
     )

@@ -34,7 +34,7 @@ def random_circuit(
     Args:
         n_nodes, n_edges: its size.
         n_tokens, n_layers: the prompt's and the model's.
-        n_heads: in each layer; every edge is then carried by two of them, and without any the graph has no heads.
+        n_heads: in each layer; they carry half of every edge, and without any the graph has no heads.
         seed: of the random numbers.
     """
     random = np.random.default_rng(seed)
@@ -98,9 +98,7 @@ def _pairs(columns: dict[str, np.ndarray], n_edges: int, random: np.random.Gener
 
 
 def _heads(edges: Edges, n_layers: int, n_heads: int, random: np.random.Generator) -> EdgeHeads:
-    """A third of every edge through each of two heads, the rest direct."""
-    n_edges = len(edges)
-    heads = np.zeros((n_edges, n_layers * n_heads), dtype=np.float32)
-    chosen = random.integers(n_layers * n_heads // 2, size=(n_edges, 2)) * 2 + [0, 1]
-    heads[np.arange(n_edges)[:, None], chosen] = edges.weight[:, None] / 3
-    return EdgeHeads.from_dense(edges.weight / 3, heads.reshape(n_edges, n_layers, n_heads))
+    """Half of every edge direct, the rest through all heads, of sizes that differ by orders."""
+    heads = random.lognormal(sigma=1.5, size=(len(edges), n_layers, n_heads)).astype(np.float32)
+    heads *= (edges.weight / 2 / heads.sum((1, 2)))[:, None, None]
+    return EdgeHeads.from_dense(edges.weight / 2, heads)
