@@ -30,6 +30,7 @@ SCRIPTS = (
     "drawing",
     "graph_drawing",
     "picture",
+    "graph_tools",
     "graph_pane",
     "links_pane",
     "subgraph",

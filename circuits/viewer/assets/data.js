@@ -22,7 +22,8 @@ function decodeColumns(fields) {
 /**
  * The payload of the page as `data`; see README.md for its fields.
  * Beside the payload's own: `edges.target`, `edges.share` (signed share of the target's input), `edges.influence`,
- * `edges.columnStart` and `edges.order` (edges by source), `numberOf` (node by id), `headsOf(edge)`.
+ * `edges.columnStart` and `edges.order` (edges by source), `edges.byInfluence` (the strongest first), `numberOf` (node by id),
+ * `headsOf(edge)`.
  */
 function decodeGraph(payload) {
   const nodes = {...decodeColumns(payload.nodes), id: payload.nodes.id, name: payload.nodes.name, label: payload.nodes.label};
@@ -60,6 +61,7 @@ function completeEdges(nodes, edges) {
   for (let node = 0; node < nodes.count; node++) edges.columnStart[node + 1] += edges.columnStart[node];
   const place = edges.columnStart.slice();
   for (let edge = 0; edge < count; edge++) edges.order[place[edges.source[edge]]++] = edge;
+  edges.byInfluence = Int32Array.from({length: count}, (_, edge) => edge).sort((a, b) => edges.influence[b] - edges.influence[a]);
 }
 
 /** What carries an edge: `{direct, rest, heads: [[layer, head, weight], ...]}`, the strongest head first; null if not known. */

@@ -10,7 +10,7 @@ const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu
 /** The colours of the theme, from the custom properties of style.css. */
 function readPalette() {
   const style = getComputedStyle(document.documentElement);
-  const names = ["background", "band", "line", "ink", "soft", "outline", "raise", "lower", "neutral", "edge", "token", "error", "logit", "accent"];
+  const names = ["background", "band", "line", "ink", "soft", "outline", "raise", "lower", "neutral", "feature", "token", "error", "logit", "accent"];
   return Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
@@ -128,4 +128,21 @@ function fitText(string, width, size, bold = false) {
     else high = middle - 1;
   }
   return shortened(low);
+}
+
+/** A text on one line or two of about the same length, broken between words; what does not fit ends in an ellipsis. */
+function wrapText(string, width, size, bold = false) {
+  if (textWidth(string, size, bold) <= width) return [string];
+  const words = string.split(" ");
+  const broken = words.map((_, first) => [words.slice(0, first).join(" "), words.slice(first).join(" ")]);
+  const fitting = broken.slice(1).filter(([line]) => textWidth(line, size, bold) <= width);
+  if (!fitting.length) return [fitText(string, width, size, bold)]; // a word that is longer than the line
+  const even = fitting.find(([first, second]) => textWidth(second, size, bold) <= Math.max(textWidth(first, size, bold), width / 2));
+  const [first, second] = even ?? fitting.at(-1);
+  return [first, fitText(second, width, size, bold)];
+}
+
+/** A text whose writing direction does not touch what stands beside it. */
+function isolate(text) {
+  return `\u2068${text}\u2069`;
 }

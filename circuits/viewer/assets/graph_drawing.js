@@ -1,23 +1,26 @@
 /** Draws the graph with a pen: bands, edges, nodes, labels, axes. Used for the pane and for exported pictures alike. */
 
-const MOST_EDGES = 3000; // drawn beside those of the selected node, the most influential ones
-const LABEL = {size: 11, width: 118, most: 160};
-const AXIS = {left: 66, size: 12};
+const MOST_EDGES = 2000; // drawn beside those of the selected node, the most influential ones
+const LABEL = {size: 11, line: 13, width: 116, most: 200};
+const AXIS = {size: 12, longest: 110};
 
-/** What is drawn of the graph in a state: `edges` from weak to strong, `leftOut` of the edges between shown nodes, `links`. */
+/** What is drawn of the graph in a state: `edges` from weak to strong, how many are `leftOut`, `links` of the selected node. */
 function createScene(data, state, visible, layout, palette) {
-  const {source, target, influence, count} = data.edges;
-  const between = [];
-  for (let edge = 0; edge < count; edge++) if (visible.shown[source[edge]] && visible.shown[target[edge]]) between.push(edge);
-  between.sort((a, b) => influence[a] - influence[b]);
-  const edges = between.slice(-MOST_EDGES);
+  const edges = [];
+  let between = 0;
+  for (const edge of data.edges.byInfluence) {
+    if (!visible.shown[data.edges.source[edge]] || !visible.shown[data.edges.target[edge]]) continue;
+    if (++between <= MOST_EDGES) edges.push(edge);
+  }
   let largest = 0;
   for (let node = 0; node < data.nodes.count; node++) {
     if (data.nodes.kind[node] === KIND.feature) largest = Math.max(largest, data.nodes.influence[node]);
   }
   const links = state.selected === null ? null : linkShares(data, state, state.selected);
-  const marked = new Set([...shownPath(data, state).nodes, ...searchNodes(data, state).filter(({field}) => field !== "token").map(({node}) => node)]);
-  return {data, state, visible, layout, palette, edges, links, marked, leftOut: between.length - edges.length, largest: largest || 1};
+  const path = shownPath(data, state);
+  const marked = new Set([...path.nodes, ...searchNodes(data, state).filter(({field}) => field !== "token").map(({node}) => node)]);
+  edges.reverse();
+  return {data, state, visible, layout, palette, edges, links, path, marked, leftOut: between - edges.length, largest: largest || 1};
 }
 
 /** The links of a node: their edges, and the signed share by which each other end is coloured. */
@@ -29,24 +32,29 @@ function linkShares(data, state, node) {
   return {node, edges: [...inputs, ...outputs], shares};
 }
 
-/** Radius on the screen: the area above the least one grows with influence. */
-function radiusOf(scene, node, zoom) {
-  const {influence, kind} = scene.data.nodes;
-  const share = Math.min(1, influence[node] / scene.largest);
-  const radius = kind[node] === KIND.logit || kind[node] === KIND.token ? 8 : 4 + 8 * Math.sqrt(share);
-  return radius * (zoom < 1 ? Math.max(zoom, 0.3) : Math.min(Math.sqrt(zoom), 1.8));
+/** Radius on the screen; the area above the least one grows with influence, of an output with its weight. */
+function radiusOf({data, largest}, node, zoom) {
+  const {influence, outputWeight} = data.nodes;
+  const share = Math.min(1, influence[node] / largest + outputWeight[node]);
+  return (4 + 8 * Math.sqrt(share)) * (zoom < 1 ? Math.max(zoom, 0.3) : Math.min(Math.sqrt(zoom), 1.8));
 }
 
-/** `frame` is `{width, height, bottom, zoom, left, top}`: a point of the layout is at `left + x zoom`, `top + y zoom`. */
+/** Where a node is in the plot. */
+function pointOf({layout: {x, y}}, {left, top, zoom}, node) {
+  return [left + x[node] * zoom, top + y[node] * zoom];
+}
+
+/** `frame` is `{width, height, zoom, left, top}`: a point of the layout is at `left + x zoom`, `top + y zoom`. */
 function drawScene(pen, scene, frame) {
   drawBands(pen, scene, frame);
   drawEdges(pen, scene, frame);
-  for (const edge of shownPath(scene.data, scene.state).edges) {
+  for (const edge of scene.path.edges) {
     drawEdge(pen, scene, frame, edge, {width: 9, alpha: 0.4, stroke: scene.palette.accent});
     drawEdge(pen, scene, frame, edge, {width: 3, alpha: 1});
   }
-  drawNodes(pen, scene, frame);
-  drawLabels(pen, scene, frame);
+  const nodes = nodesInFrame(scene, frame);
+  for (const node of nodes) drawNode(pen, scene, frame, node);
+  drawLabels(pen, scene, frame, nodes);
 }
 
 function drawBands(pen, {layout, palette}, frame) {
@@ -60,11 +68,12 @@ function drawBands(pen, {layout, palette}, frame) {
 }
 
 function drawEdges(pen, scene, frame) {
-  const {data, edges, links} = scene;
+  const {data, edges, links, marked} = scene;
   const strongest = edges.length ? data.edges.influence[edges.at(-1)] || 1 : 1;
+  const dim = links || marked.size ? 0.22 : 1;
   for (const edge of edges) {
     const strength = Math.sqrt(data.edges.influence[edge] / strongest);
-    drawEdge(pen, scene, frame, edge, {width: 0.5 + 2.8 * strength, alpha: (0.06 + 0.7 * strength) * (links ? 0.25 : 1)});
+    drawEdge(pen, scene, frame, edge, {width: 0.5 + 3 * strength, alpha: (0.1 + 0.7 * strength) * dim});
   }
   if (links) drawLinks(pen, scene, frame, links);
 }
@@ -79,33 +88,29 @@ function drawLinks(pen, scene, frame, links) {
   }
 }
 
-function drawEdge(pen, {data, layout: {x, y}, palette}, {left, top, zoom, width, height}, edge, style) {
-  const [source, target] = [data.edges.source[edge], data.edges.target[edge]];
-  const [x1, y1, x2, y2] = [left + x[source] * zoom, top + y[source] * zoom, left + x[target] * zoom, top + y[target] * zoom];
-  if (Math.max(x1, x2) < 0 || Math.min(x1, x2) > width || Math.max(y1, y2) < 0 || Math.min(y1, y2) > height) return;
+function drawEdge(pen, scene, frame, edge, style) {
+  const {data, palette} = scene;
+  const [x1, y1] = pointOf(scene, frame, data.edges.source[edge]);
+  const [x2, y2] = pointOf(scene, frame, data.edges.target[edge]);
+  if (Math.max(x1, x2) < 0 || Math.min(x1, x2) > frame.width || Math.max(y1, y2) < 0 || Math.min(y1, y2) > frame.height) return;
   pen.curve(curvePoints(x1, y1, x2, y2), {stroke: data.edges.weight[edge] < 0 ? palette.lower : palette.raise, ...style});
 }
 
-function drawNodes(pen, scene, frame) {
-  for (const node of nodesInFrame(scene, frame)) drawNode(pen, scene, frame, node);
-}
-
-function drawNode(pen, scene, frame, node, {ring = null, links = scene.links} = {}) {
-  const {data, state, layout, palette} = scene;
+function drawNode(pen, scene, frame, node, {isRinged = false, links = scene.links} = {}) {
+  const {data, state, palette, marked} = scene;
   const {kind, expanded} = data.nodes;
-  const [x, y, radius] = [frame.left + layout.x[node] * frame.zoom, frame.top + layout.y[node] * frame.zoom, radiusOf(scene, node, frame.zoom)];
-  const usual = {[KIND.error]: palette.error, [KIND.feature]: palette.neutral, [KIND.logit]: palette.logit}[kind[node]] ?? palette.token;
-  const [share, isFocus] = [links?.shares.get(node), links?.node === node];
-  const outline = ring ?? (isFocus ? palette.accent : state.pinned.has(node) ? palette.ink : palette.outline);
-  const shape = shapeOf(data, node);
-  if (scene.marked.has(node)) pen.shape("circle", x, y, radius + 6.5, {stroke: palette.accent, width: 2.2});
-  if (state.pinned.has(node)) pen.shape(shape, x, y, radius + 3, {stroke: palette.ink, width: 1.2});
+  const [[x, y], radius, shape] = [pointOf(scene, frame, node), radiusOf(scene, node, frame.zoom), shapeOf(data, node)];
+  const usual = {[KIND.error]: palette.error, [KIND.feature]: palette.feature, [KIND.logit]: palette.logit}[kind[node]] ?? palette.token;
+  const [share, isPinned] = [links?.shares.get(node), state.pinned.has(node)];
+  const isMarked = isRinged || links?.node === node;
+  if (marked.has(node)) pen.shape("circle", x, y, radius + 6.5, {stroke: palette.accent, width: 2.2});
+  if (isPinned) pen.shape(shape, x, y, radius + 3.5, {stroke: palette.ink, width: 1.4});
   pen.shape(shape, x, y, radius, {
     fill: share === undefined ? usual : shareColour(palette, share),
-    stroke: outline,
-    width: ring || isFocus ? 2.5 : 1,
+    stroke: isMarked ? palette.accent : isPinned ? palette.ink : palette.outline,
+    width: isMarked ? 2.5 : 1,
     dashed: kind[node] >= KIND.feature && !expanded[node],
-    alpha: links && share === undefined && !isFocus && !state.pinned.has(node) && kind[node] !== KIND.logit ? 0.45 : 1,
+    alpha: links && share === undefined && !isMarked && !isPinned && !marked.has(node) ? 0.5 : 1,
   });
 }
 
@@ -119,48 +124,49 @@ function nodesInFrame({data, layout: {x, y}}, {left, top, zoom, width, height}) 
 }
 
 /** Labels of the most important nodes, each where it covers neither a node nor another label; left out where there is no room. */
-function drawLabels(pen, scene, frame) {
-  const {data, state, layout, palette, links} = scene;
-  const inFrame = nodesInFrame(scene, frame);
+function drawLabels(pen, scene, frame, nodes) {
+  const {data, state, palette, links, marked} = scene;
+  const {kind, influence} = data.nodes;
   const taken = createRoom();
-  for (const node of inFrame) {
-    const [x, y, r] = [frame.left + layout.x[node] * frame.zoom, frame.top + layout.y[node] * frame.zoom, radiusOf(scene, node, frame.zoom)];
-    taken.add([x - r, y - r, x + r, y + r]);
+  for (const node of nodes) {
+    const [[x, y], radius] = [pointOf(scene, frame, node), radiusOf(scene, node, frame.zoom)];
+    taken.add([x - radius, y - radius, x + radius, y + radius]);
   }
   const rank = (node) => {
     if (node === state.selected) return 4;
-    if (data.nodes.kind[node] === KIND.logit) return 3;
-    if (links?.shares.has(node)) return 2;
-    return state.pinned.has(node) ? 2 : data.nodes.influence[node];
+    if (kind[node] === KIND.logit) return 3;
+    return links?.shares.has(node) || state.pinned.has(node) || marked.has(node) ? 2 : 1;
   };
-  const wanted = inFrame.filter((node) => [KIND.feature, KIND.logit].includes(data.nodes.kind[node]));
-  wanted.sort((a, b) => rank(b) - rank(a) || data.nodes.influence[b] - data.nodes.influence[a]);
-  let drawn = 0;
-  for (const node of wanted) {
-    if (drawn >= LABEL.most) break;
+  const isQuiet = (node) => (links || marked.size) && rank(node) === 1;
+  const ranked = nodes.filter((node) => kind[node] >= KIND.feature).map((node) => [rank(node), influence[node], node]);
+  ranked.sort((a, b) => b[0] - a[0] || b[1] - a[1]);
+  for (const [, , node] of ranked.slice(0, LABEL.most)) {
     const label = placeLabel(scene, frame, node, taken);
     if (!label) continue;
-    pen.text(label.text, label.x, label.y, {colour: palette.ink, size: LABEL.size, align: label.align, halo: palette.background, bold: label.bold});
-    drawn++;
+    const style = {colour: isQuiet(node) ? palette.soft : palette.ink, size: LABEL.size, align: label.align, halo: palette.background, bold: label.bold};
+    label.lines.forEach((line, number) => pen.text(line, label.x, label.y + number * LABEL.line, style));
   }
 }
 
+/** The first free spot around a node: of two lines, then of one. */
 function placeLabel(scene, frame, node, taken) {
-  const {data, state, layout} = scene;
-  const [x, y, r] = [frame.left + layout.x[node] * frame.zoom, frame.top + layout.y[node] * frame.zoom, radiusOf(scene, node, frame.zoom) + 2];
-  const probability = data.nodes.probability[node];
-  const bold = data.nodes.kind[node] === KIND.logit || node === state.selected;
-  const whole = labelOf(data, state, node) + (probability > 0 ? ` ${formatShare(probability)}` : "");
-  const text = fitText(whole, LABEL.width, LABEL.size, bold);
-  const [width, half] = [textWidth(text, LABEL.size, bold), LABEL.size / 2 + 1];
-  const spots = [
-    [x, y + r + 5 + half, "center"], [x, y - r - 5 - half, "center"], [x + r + 5, y, "left"], [x - r - 5, y, "right"],
-  ];
-  for (const [px, py, align] of spots) {
-    const left = align === "left" ? px : align === "right" ? px - width : px - width / 2;
-    const area = [left, py - half, left + width, py + half];
-    if (area[0] < 0 || area[2] > frame.width || area[1] < 0 || area[3] > frame.height) continue;
-    if (taken.add(area, {onlyIfFree: true})) return {text, x: px, y: py, align, bold};
+  const {data, state} = scene;
+  const [[x, y], r] = [pointOf(scene, frame, node), radiusOf(scene, node, frame.zoom) + 5];
+  const isLogit = data.nodes.kind[node] === KIND.logit;
+  const bold = isLogit || node === state.selected;
+  const chance = data.nodes.probability[node] > 0 ? ` ${formatShare(data.nodes.probability[node])}` : "";
+  const text = isolate(labelOf(data, state, node)) + (isLogit ? chance : "");
+  const wrapped = wrapText(text, LABEL.width, LABEL.size, bold);
+  for (const lines of wrapped.length > 1 ? [wrapped, [fitText(text, LABEL.width, LABEL.size, bold)]] : [wrapped]) {
+    const [width, height] = [Math.max(...lines.map((line) => textWidth(line, LABEL.size, bold))), lines.length * LABEL.line];
+    const spots = [[x, y + r, "center"], [x, y - r - height, "center"], [x + r, y - height / 2, "left"], [x - r, y - height / 2, "right"]];
+    if (isLogit) spots.unshift(spots[1]);
+    for (const [px, top, align] of spots) {
+      const left = align === "left" ? px : align === "right" ? px - width : px - width / 2;
+      const area = [left - 2, top, left + width + 2, top + height];
+      if (area[0] < 0 || area[2] > frame.width || area[1] < 0 || area[3] > frame.height) continue;
+      if (taken.add(area, {onlyIfFree: true})) return {lines, x: px, y: top + LABEL.line / 2, align, bold};
+    }
   }
   return null;
 }
@@ -181,7 +187,10 @@ function createRoom() {
     add(area, {onlyIfFree = false} = {}) {
       const places = keys(area);
       if (onlyIfFree && places.some((key) => cells.get(key)?.some((other) => overlap(area, other)))) return false;
-      for (const key of places) cells.has(key) ? cells.get(key).push(area) : cells.set(key, [area]);
+      for (const key of places) {
+        if (cells.has(key)) cells.get(key).push(area);
+        else cells.set(key, [area]);
+      }
       return true;
     },
   };
@@ -189,36 +198,39 @@ function createRoom() {
 
 /** The titles of rows at the left and of columns below; they stay in sight when the graph is moved. */
 function drawAxes(pen, {data, layout, palette, state}, frame) {
-  const {axes} = frame;
-  pen.box(0, 0, AXIS.left, frame.outerHeight, {fill: palette.background});
-  pen.box(0, frame.outerHeight - axes.bottom, frame.outerWidth, axes.bottom, {fill: palette.background});
-  const floor = frame.outerHeight - axes.bottom;
+  const {axes, outerWidth, outerHeight} = frame;
+  const floor = outerHeight - axes.bottom;
+  pen.box(0, 0, axes.left, outerHeight, {fill: palette.background});
+  pen.box(0, floor, outerWidth, axes.bottom, {fill: palette.background});
   let lastY = Infinity;
   for (const {start, size, title, used} of [...layout.rows].reverse()) {
     const y = frame.top + (start + size / 2) * frame.zoom;
     if (y < 6 || y > floor - 6 || lastY - y < 12) continue;
-    pen.text(title, AXIS.left - 8, y, {colour: used ? palette.ink : palette.soft, size: AXIS.size - 1, align: "right"});
+    pen.text(title, axes.left - 8, y, {colour: used ? palette.ink : palette.soft, size: AXIS.size - 1, align: "right"});
     lastY = y;
   }
-  const focus = [state.selected, state.hovered].filter((node) => node !== null).map((node) => data.nodes.position[node]);
+  const marked = [state.selected, state.hovered].filter((node) => node !== null).map((node) => data.nodes.position[node]);
   let lastX = -Infinity;
   layout.columns.forEach(({start, size}, position) => {
-    const x = AXIS.left + frame.left + (start + size / 2) * frame.zoom;
-    const room = axes.angle ? AXIS.size + 2 : 0;
-    if (x < AXIS.left || x > frame.outerWidth || x - lastX < room) return;
-    const style = {colour: palette.ink, size: AXIS.size, bold: focus.includes(position)};
-    const text = fitText(data.tokens[position], axes.angle ? 110 : size * frame.zoom - 4, AXIS.size, style.bold);
+    const x = axes.left + frame.left + (start + size / 2) * frame.zoom;
+    if (x < axes.left || x > outerWidth || (axes.angle && x - lastX < AXIS.size + 2)) return;
+    const style = {colour: isQuiet(node) ? palette.soft : palette.ink, size: AXIS.size, bold: marked.includes(position)};
+    const text = fitText(data.tokens[position], axes.angle ? AXIS.longest : size * frame.zoom - 2, AXIS.size, style.bold);
     if (axes.angle) pen.text(text, x + 4, floor + 8, {...style, align: "right", angle: axes.angle});
-    else pen.text(text, x, floor + 12, {...style, align: "center"});
+    else pen.text(text, x, floor + 13, {...style, align: "center"});
     lastX = x;
   });
 }
 
-/** How token labels stand below the columns at zoom 1: level where they fit, else turned. */
-function axesOf(data, layout, zoom) {
-  const widths = data.tokens.map((token) => Math.min(textWidth(token, AXIS.size, true), 110));
-  const fit = widths.every((width, position) => width <= layout.columns[position].size * zoom - 4);
-  return fit ? {angle: 0, bottom: 26} : {angle: -Math.PI / 4, bottom: 22 + Math.max(...widths) * Math.SQRT1_2};
+function titleWidths(data) {
+  return data.tokens.map((token) => Math.min(textWidth(token, AXIS.size, true), AXIS.longest) + 10);
+}
+
+/** How token texts stand below the columns: level where they fit, else turned. */
+function axesOf(titles, layout, zoom) {
+  const left = 16 + Math.max(...layout.rows.map(({title}) => textWidth(title, AXIS.size - 1)));
+  if (layout.isLevel && zoom === 1) return {left, angle: 0, bottom: 26};
+  return {left, angle: -Math.PI / 4, bottom: 18 + Math.max(...titles) * Math.SQRT1_2};
 }
 
 /** `12.3 %`, with three significant digits at most. */

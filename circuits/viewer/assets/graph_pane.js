@@ -12,7 +12,7 @@ function createGraphPane(element, data, store, services) {
   const tip = element.appendChild(document.createElement("div"));
   tip.className = "tip";
   tip.hidden = true;
-  let scene, visible, layout, findNode, axes;
+  let scene, visible, layout, findNode;
   let frame = {}; // of the pane: outer size, size of the plot, and where the layout is in it
   let drawn = null; // the frame that the canvas shows
   let [needsLayout, needsScene, needsDraw, lastDraw, settle] = [true, true, true, 0, 0];
@@ -29,7 +29,10 @@ function createGraphPane(element, data, store, services) {
     const size = {outerWidth: element.clientWidth, outerHeight: element.clientHeight};
     if (!size.outerWidth || !size.outerHeight) return;
     if (needsLayout) makeLayout(size);
-    if (needsScene) scene = createScene(data, store.state, visible, layout, services.palette());
+    if (needsScene) {
+      scene = createScene(data, store.state, visible, layout, services.palette());
+      tools.show(scene);
+    }
     if (needsDraw || needsScene) draw();
     else if (drawn !== frame) moveDrawing();
     drawOverlay();
@@ -39,19 +42,24 @@ function createGraphPane(element, data, store, services) {
   function makeLayout({outerWidth, outerHeight}) {
     const isNew = outerWidth !== frame.outerWidth || outerHeight !== frame.outerHeight || !layout;
     visible = shownNodes(data, store.state);
-    const width = outerWidth - AXIS.left;
-    axes = {bottom: 26};
-    for (let turn = 0; turn < 2; turn++) { // the height of turned labels takes room from the graph
-      layout = layoutGraph(data, visible.shown, width, outerHeight - axes.bottom);
-      axes = axesOf(data, layout, Math.min(1, width / layout.width));
+    const titles = titleWidths(data);
+    let axes = {left: 60, bottom: 26};
+    const room = () => ({width: outerWidth - axes.left, height: outerHeight - axes.bottom});
+    for (let turn = 0; turn < 2; turn++) { // turned texts of tokens take room from the graph
+      layout = layoutGraph(data, visible.shown, room(), titles);
+      axes = axesOf(titles, layout, zoomToFit(room()));
     }
     findNode = createNodeGrid(layout);
-    frame = {...frame, outerWidth, outerHeight, width, height: outerHeight - axes.bottom, axes};
+    frame = {...frame, outerWidth, outerHeight, ...room(), axes};
     if (isNew || frame.isFit) fit();
   }
 
+  function zoomToFit({width, height}) {
+    return Math.min(1, width / layout.width, height / layout.height);
+  }
+
   function fit() {
-    const zoom = Math.min(1, frame.width / layout.width, frame.height / layout.height);
+    const zoom = zoomToFit(frame);
     const left = (frame.width - layout.width * zoom) / 2;
     frame = {...frame, zoom, left, top: (frame.height - layout.height * zoom) / 2, isFit: true};
   }
@@ -70,7 +78,7 @@ function createGraphPane(element, data, store, services) {
   function draw() {
     const began = performance.now();
     const context = resizeCanvas(canvas);
-    context.translate(AXIS.left, 0);
+    context.translate(frame.axes.left, 0);
     drawScene(createCanvasPen(context), scene, frame);
     canvas.style.transform = "";
     drawn = frame;
@@ -81,7 +89,7 @@ function createGraphPane(element, data, store, services) {
   function moveDrawing() {
     if (lastDraw < LIVE_DRAW) return draw();
     const scale = frame.zoom / drawn.zoom;
-    const [x, y] = [AXIS.left + frame.left - (AXIS.left + drawn.left) * scale, frame.top - drawn.top * scale];
+    const [x, y] = [frame.axes.left + frame.left - (frame.axes.left + drawn.left) * scale, frame.top - drawn.top * scale];
     canvas.style.transform = `translate(${x}px, ${y}px) scale(${scale})`;
     clearTimeout(settle);
     settle = setTimeout(() => request(), 120);
@@ -93,11 +101,11 @@ function createGraphPane(element, data, store, services) {
     const {hovered} = store.state;
     if (hovered !== null && visible.shown[hovered]) {
       context.save();
-      context.translate(AXIS.left, 0);
+      context.translate(frame.axes.left, 0);
       const links = linkShares(data, store.state, hovered);
       if (hovered !== store.state.selected) drawLinks(pen, scene, frame, links);
       for (const node of links.shares.keys()) if (visible.shown[node]) drawNode(pen, scene, frame, node, {links});
-      drawNode(pen, scene, frame, hovered, {links, ring: scene.palette.accent});
+      drawNode(pen, scene, frame, hovered, {links, isRinged: true});
       context.restore();
     }
     drawAxes(pen, {...scene, state: store.state}, frame);
@@ -114,13 +122,18 @@ function createGraphPane(element, data, store, services) {
   }
 
   function screenOf(node) {
-    return [AXIS.left + frame.left + layout.x[node] * frame.zoom, frame.top + layout.y[node] * frame.zoom];
+    const [x, y] = pointOf({layout}, frame, node);
+    return [frame.axes.left + x, y];
   }
 
   function nodeAt(event) {
-    const [x, y] = [event.offsetX - AXIS.left, event.offsetY];
+    const [x, y] = plotPoint(event);
     if (!layout || x < 0 || y > frame.height) return null;
     return findNode((x - frame.left) / frame.zoom, (y - frame.top) / frame.zoom, REACH / frame.zoom);
+  }
+
+  function plotPoint(event) {
+    return [event.offsetX - frame.axes.left, event.offsetY];
   }
 
   /** Zooms about a point of the plot, by default its middle. */
@@ -140,11 +153,23 @@ function createGraphPane(element, data, store, services) {
   function reveal(node) {
     if (!visible?.shown[node]) return;
     const [x, y] = screenOf(node);
-    const inside = x > AXIS.left && x < frame.outerWidth && y > 0 && y < frame.height;
-    if (!inside) panBy(AXIS.left + frame.width / 2 - x, frame.height / 2 - y);
+    const inside = x > frame.axes.left && x < frame.outerWidth && y > 0 && y < frame.height;
+    if (!inside) panBy(frame.axes.left + frame.width / 2 - x, frame.height / 2 - y);
   }
 
-  listenToPointer(overlay, {nodeAt, panBy, zoomBy, fit: () => { fit(); request(); }, store});
+  const refit = () => { fit(); request(); };
+  const graph = {
+    element: overlay,
+    fit: refit,
+    zoomBy,
+    panBy,
+    reveal,
+    redraw: () => request({layout: true}),
+    /** For pictures and tests: what is drawn, and where. */
+    view: () => ({scene, frame, layout, visible}),
+  };
+  listenToPointer(overlay, store, {nodeAt, panBy, refit, zoomAt: (factor, event) => zoomBy(factor, ...plotPoint(event))});
+  const tools = createGraphTools(element, data, store, graph);
   new ResizeObserver(() => request({layout: true})).observe(element);
   store.subscribe(["hovered"], () => request({draw: false}));
   store.subscribe(["labels", "query"], () => request({scene: true}));
@@ -155,20 +180,10 @@ function createGraphPane(element, data, store, services) {
     if (selected !== null) reveal(selected);
   });
   request({layout: true});
-  return {
-    element: overlay,
-    fit: () => { fit(); request(); },
-    zoomBy,
-    panBy,
-    reveal,
-    redraw: () => request({layout: true}),
-    screenOf,
-    /** For tests and pictures: what is drawn, and where. */
-    view: () => ({scene, frame, layout, visible}),
-  };
+  return graph;
 }
 
-function listenToPointer(overlay, {nodeAt, panBy, zoomBy, fit, store}) {
+function listenToPointer(overlay, store, {nodeAt, panBy, zoomAt, refit}) {
   let drag = null;
   overlay.addEventListener("pointerdown", (event) => {
     drag = {x: event.clientX, y: event.clientY, moved: false};
@@ -193,10 +208,10 @@ function listenToPointer(overlay, {nodeAt, panBy, zoomBy, fit, store}) {
     else if (node !== null) store.update({selected: node});
   });
   overlay.addEventListener("pointerleave", () => { if (!drag) store.update({hovered: null}); });
-  overlay.addEventListener("dblclick", (event) => { if (nodeAt(event) === null) fit(); });
+  overlay.addEventListener("dblclick", (event) => { if (nodeAt(event) === null) refit(); });
   overlay.addEventListener("wheel", (event) => {
     event.preventDefault();
-    zoomBy(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), event.offsetX - AXIS.left, event.offsetY);
+    zoomAt(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), event);
   }, {passive: false});
 }
 

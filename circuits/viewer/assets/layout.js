@@ -5,27 +5,32 @@ const ROOMY = {width: 96, height: 60}; // more than this is not needed, however 
 const EMPTY = {width: 22, height: 18}; // columns and rows that hold nothing
 const MARGIN = 14;
 
-/** The row of a node, upwards: inputs 0, then attention and MLP of each layer in turn, logits on top. */
+/** The row of a node, upwards: positions -1, tokens 0, then attention and MLP of each layer in turn, logits on top. */
 function rowOf(data, node) {
   const {kind, layer, part} = data.nodes;
   if (kind[node] === KIND.logit) return 2 * data.nLayers + 1;
-  return layer[node] < 0 ? 0 : 2 * layer[node] + (part[node] === 1 ? 1 : 2);
+  if (layer[node] < 0) return kind[node] === KIND.position ? -1 : 0;
+  return 2 * layer[node] + (part[node] === 1 ? 1 : 2);
 }
 
 /**
- * Places the shown nodes in a pane. A column is as wide as its fullest cell needs; how many lines a cell may have is chosen so
- * that everything is as large as possible in the pane's proportions.
- * @returns `{x, y, width, height, columns, rows}`: Float32Arrays by node (NaN where not shown), and the bands of the axes
+ * Places the shown nodes in a pane. A column is as wide as its fullest cell needs, and its token where all tokens have room; how
+ * many lines a cell may have is chosen so that everything is as large as possible in the pane's proportions.
+ * @param titles width of each token's text
+ * @returns `{x, y, width, height, columns, rows, isLevel}`: Float32Arrays by node (NaN where not shown), the bands of the axes, and
+ *   whether tokens have room beside each other
  */
-function layoutGraph(data, shown, width, height) {
+function layoutGraph(data, shown, {width, height}, titles) {
   const cells = cellsOf(data, shown);
   const rows = rowsOf(data, cells);
   const crowd = new Array(data.tokens.length).fill(0);
   for (const {position, nodes} of cells.values()) crowd[position] = Math.max(crowd[position], nodes.length);
   const room = {width: Math.max(width - 2 * MARGIN, 1), height: Math.max(height - 2 * MARGIN, 1)};
+  const isLevel = sum(titles) <= 0.8 * room.width;
+  const least = titles.map((title) => (isLevel ? title : EMPTY.width));
   let best = null;
   for (let lines = 1; lines <= Math.max(1, ...crowd); lines = Math.ceil(lines * 1.2)) {
-    const plan = planWith(lines, cells, rows, crowd);
+    const plan = planWith(lines, cells, rows, crowd, least);
     const scale = Math.min(room.width / plan.width, room.height / plan.height);
     if (!best || scale > best.scale) best = {...plan, scale};
   }
@@ -33,10 +38,10 @@ function layoutGraph(data, shown, width, height) {
     x: clamp(room.width / best.width, 1, ROOMY.width / SLOT.width),
     y: clamp(room.height / best.height, 1, ROOMY.height / SLOT.height),
   };
-  return place(data, cells, rows, best, stretch);
+  return {...place(data, cells, rows, best, stretch), isLevel};
 }
 
-/** The shown nodes by row and position: features by influence, then errors and positions. */
+/** The shown nodes by row and position: features by influence, then the error. */
 function cellsOf(data, shown) {
   const cells = new Map();
   const {kind, influence, position} = data.nodes;
@@ -47,33 +52,35 @@ function cellsOf(data, shown) {
     if (!cells.has(key)) cells.set(key, {row, position: position[node], nodes: []});
     cells.get(key).nodes.push(node);
   }
-  const late = (node) => kind[node] === KIND.error || kind[node] === KIND.position;
+  const late = (node) => Number(kind[node] === KIND.error);
   for (const {nodes} of cells.values()) nodes.sort((a, b) => late(a) - late(b) || influence[b] - influence[a] || a - b);
   return cells;
 }
 
-/** The rows from top to bottom. Rows of attention exist where the graph has features or errors of it. */
+/** The rows from top to bottom. Rows of attention and of learned positions exist where the graph has such nodes. */
 function rowsOf(data, cells) {
   const top = 2 * data.nLayers + 1;
   const withAttention = data.nodes.part.includes(1);
   const used = new Set([...cells.values()].map((cell) => cell.row));
+  const named = {[-1]: "position", 0: "token", [top]: "output"};
   const rows = [];
-  for (let row = top; row >= 0; row--) {
+  for (let row = top; row >= -1; row--) {
+    if (row < 0 && !data.nodes.kind.includes(KIND.position)) continue;
     if (row % 2 === 1 && row < top && !withAttention) continue;
     const layer = (row - 1) >> 1;
-    const title = row === 0 ? "input" : row === top ? "output" : row % 2 ? `attention ${layer}` : `layer ${layer}`;
+    const title = named[row] ?? (row % 2 ? `attention ${layer}` : `layer ${layer}`);
     rows.push({row, title, used: used.has(row)});
   }
   return rows;
 }
 
-function planWith(lines, cells, rows, crowd) {
+function planWith(lines, cells, rows, crowd, least) {
   const perLine = crowd.map((count) => Math.max(1, Math.ceil(count / lines)));
   const linesOf = new Map();
   for (const {row, position, nodes} of cells.values()) {
     linesOf.set(row, Math.max(linesOf.get(row) ?? 1, Math.ceil(nodes.length / perLine[position])));
   }
-  const widths = crowd.map((count, position) => (count ? perLine[position] * SLOT.width : EMPTY.width));
+  const widths = crowd.map((count, position) => (count ? Math.max(perLine[position] * SLOT.width, least[position]) : least[position]));
   const heights = rows.map(({row, used}) => (used ? (linesOf.get(row) ?? 1) * SLOT.height : EMPTY.height));
   return {perLine, widths, heights, width: sum(widths), height: sum(heights)};
 }

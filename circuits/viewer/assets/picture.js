@@ -50,7 +50,7 @@ function graphPicture(data, store, services) {
   const {scene, frame} = services.graph.view();
   const {palette} = scene;
   const pen = createSvgPen();
-  pen.inside(AXIS.left, 0, frame.outerWidth - AXIS.left, frame.outerHeight, () => drawScene(pen, scene, frame));
+  pen.inside(frame.axes.left, 0, frame.width, frame.outerHeight, () => drawScene(pen, scene, frame));
   drawAxes(pen, {...scene, state: store.state}, frame);
   const {hidden, share} = scene.visible;
   const {replacement, completeness} = data.scores;
