@@ -3,16 +3,14 @@
 function createControls(element, data, store, services) {
   element.append(
     titleOf(data),
+    make("div", {id: "search"}), // filled by search.js
     group("history", [
       button("←", "Back to the node before (Alt+Left)", store.back, "back"),
       button("→", "Forward (Alt+Right)", store.forward, "forward"),
       button("↶", "Undo (U or Ctrl+Z)", store.undo, "undo"),
       button("↷", "Redo (Ctrl+Shift+Z)", store.redo, "redo"),
     ]),
-    directionControl(store),
-    topLinksControl(store),
-    influenceControl(data, store),
-    searchSlot(),
+    group("view", [influenceControl(data, store), directionControl(store), topLinksControl(store)]),
     group("files", [
       button("SVG", "Save the graph as a picture (SVG)", () => services.picture("svg")),
       button("PNG", "Save the graph as a picture (PNG)", () => services.picture("png")),
@@ -32,41 +30,25 @@ function createControls(element, data, store, services) {
 
 /** A button; `can` names what `store.can()` says of it. */
 function button(text, title, action, can = null) {
-  const result = document.createElement("button");
-  result.type = "button";
-  result.textContent = text;
-  result.title = title;
-  result.setAttribute("aria-label", title);
+  const result = make("button", {type: "button", textContent: text, title, "aria-label": title, dataset: can ? {can} : {}});
   result.addEventListener("click", () => action());
-  if (can) result.dataset.can = can;
   return result;
 }
 
 function group(name, children) {
-  const result = document.createElement("div");
-  result.className = `group ${name}`;
-  result.append(...children);
-  return result;
+  return make("div", {className: `group ${name}`}, ...children);
 }
 
 function titleOf(data) {
-  const title = document.createElement("h1");
-  const answer = data.nodes.outputWeight.indexOf(Math.max(...data.nodes.outputWeight));
-  const prompt = document.createElement("bdi");
-  prompt.textContent = data.prompt;
-  const output = document.createElement("bdi");
-  output.className = "answer";
-  output.textContent = answer < 0 ? "" : data.nodes.label[answer] || data.nodes.name[answer];
-  title.append(prompt, " → ", output);
-  title.title = data.prompt;
-  return title;
+  const {outputWeight, label, name} = data.nodes;
+  const answer = outputWeight.indexOf(outputWeight.reduce((most, weight) => Math.max(most, weight), 0));
+  const output = answer < 0 ? "" : label[answer] || name[answer];
+  return make("h1", {title: data.prompt},
+    make("bdi", {className: "prompt", textContent: data.prompt}), make("span", {textContent: "→"}), make("bdi", {className: "answer", textContent: output}));
 }
 
 function labelled(text, control, title) {
-  const label = document.createElement("label");
-  label.title = title;
-  label.append(text, " ", control);
-  return label;
+  return make("label", {title}, text, " ", control);
 }
 
 function directionControl(store) {
@@ -86,15 +68,14 @@ function directionControl(store) {
 }
 
 function topLinksControl(store) {
-  const input = document.createElement("input");
-  Object.assign(input, {type: "number", min: 1, max: 999, value: store.state.topLinks, id: "top-links"});
+  const input = make("input", {type: "number", min: 1, max: 999, value: store.state.topLinks, id: "top-links"});
   input.addEventListener("change", () => {
     const value = Number(input.value);
     if (Number.isInteger(value) && value >= 1) store.update({topLinks: value});
     input.value = store.state.topLinks;
   });
   store.subscribe(["topLinks"], ({topLinks}) => { input.value = topLinks; });
-  return labelled("Top", input, "Strongest links drawn of a node, in each direction");
+  return labelled("Top links", input, "Strongest links drawn of a node, in each direction");
 }
 
 /** The slider is logarithmic: a step is a factor. Beside it stand the number of hidden nodes and their influence. */
@@ -104,10 +85,8 @@ function influenceControl(data, store) {
   const [least, most] = [Math.max(positive[0] ?? 1e-6, 1e-8), Math.max(positive.at(-1) ?? 1, 1e-6)];
   const toValue = (step) => (step === 0 ? 0 : least * (most / least) ** (step / steps));
   const toStep = (value) => (value < least ? 0 : clamp(Math.round((steps * Math.log(value / least)) / Math.log(most / least)), 0, steps));
-  const input = document.createElement("input");
-  Object.assign(input, {type: "range", min: 0, max: steps, id: "min-influence"});
-  const said = document.createElement("output");
-  said.id = "hidden";
+  const input = make("input", {type: "range", min: 0, max: steps, id: "min-influence"});
+  const said = make("output", {id: "hidden"});
   const refresh = (state) => {
     input.value = toStep(state.minInfluence);
     input.setAttribute("aria-valuetext", `at least ${formatShare(state.minInfluence)}`);
@@ -119,13 +98,5 @@ function influenceControl(data, store) {
   input.addEventListener("input", () => store.update({minInfluence: toValue(Number(input.value))}));
   store.subscribe(["minInfluence", "pinned", "selected", "path"], refresh);
   refresh(store.state);
-  const result = group("influence", [labelled("Influence", input, "Hide nodes with less influence"), said]);
-  return result;
-}
-
-/** Where search.js puts its field. */
-function searchSlot() {
-  const slot = document.createElement("div");
-  slot.id = "search";
-  return slot;
+  return group("influence", [labelled("Least influence", input, "Hide nodes with less influence; tokens, outputs and pinned nodes stay"), said]);
 }

@@ -73,7 +73,7 @@ function drawEdges(pen, scene, frame) {
   const dim = links || marked.size ? 0.22 : 1;
   for (const edge of edges) {
     const strength = Math.sqrt(data.edges.influence[edge] / strongest);
-    drawEdge(pen, scene, frame, edge, {width: 0.5 + 3 * strength, alpha: (0.1 + 0.7 * strength) * dim});
+    drawEdge(pen, scene, frame, edge, {width: 0.5 + 3 * strength, alpha: (0.05 + 0.75 * strength) * dim});
   }
   if (links) drawLinks(pen, scene, frame, links);
 }
@@ -163,7 +163,7 @@ function placeLabel(scene, frame, node, taken) {
     if (isLogit) spots.unshift(spots[1]);
     for (const [px, top, align] of spots) {
       const left = align === "left" ? px : align === "right" ? px - width : px - width / 2;
-      const area = [left - 2, top, left + width + 2, top + height];
+      const area = [left - 5, top, left + width + 5, top + height];
       if (area[0] < 0 || area[2] > frame.width || area[1] < 0 || area[3] > frame.height) continue;
       if (taken.add(area, {onlyIfFree: true})) return {lines, x: px, y: top + LABEL.line / 2, align, bold};
     }
@@ -214,7 +214,7 @@ function drawAxes(pen, {data, layout, palette, state}, frame) {
   layout.columns.forEach(({start, size}, position) => {
     const x = axes.left + frame.left + (start + size / 2) * frame.zoom;
     if (x < axes.left || x > outerWidth || (axes.angle && x - lastX < AXIS.size + 2)) return;
-    const style = {colour: isQuiet(node) ? palette.soft : palette.ink, size: AXIS.size, bold: marked.includes(position)};
+    const style = {colour: palette.ink, size: AXIS.size, bold: marked.includes(position)};
     const text = fitText(data.tokens[position], axes.angle ? AXIS.longest : size * frame.zoom - 2, AXIS.size, style.bold);
     if (axes.angle) pen.text(text, x + 4, floor + 8, {...style, align: "right", angle: axes.angle});
     else pen.text(text, x, floor + 13, {...style, align: "center"});
@@ -229,7 +229,7 @@ function titleWidths(data) {
 /** How token texts stand below the columns: level where they fit, else turned. */
 function axesOf(titles, layout, zoom) {
   const left = 16 + Math.max(...layout.rows.map(({title}) => textWidth(title, AXIS.size - 1)));
-  if (layout.isLevel && zoom === 1) return {left, angle: 0, bottom: 26};
+  if (titles.every((width, position) => width - 4 <= layout.columns[position].size * zoom)) return {left, angle: 0, bottom: 26};
   return {left, angle: -Math.PI / 4, bottom: 18 + Math.max(...titles) * Math.SQRT1_2};
 }
 

@@ -4,14 +4,11 @@ const LIVE_DRAW = 14; // milliseconds that a redraw may take to be done in every
 const REACH = 14; // pixels around the pointer in which a node is hit
 
 function createGraphPane(element, data, store, services) {
-  const canvas = element.appendChild(document.createElement("canvas"));
-  const overlay = element.appendChild(document.createElement("canvas"));
-  overlay.tabIndex = 0;
-  overlay.setAttribute("role", "application");
-  overlay.setAttribute("aria-label", "Graph. Arrow keys walk the nodes, Enter selects, question mark shows all keys.");
-  const tip = element.appendChild(document.createElement("div"));
-  tip.className = "tip";
-  tip.hidden = true;
+  const canvas = element.appendChild(make("canvas"));
+  const overlay = element.appendChild(make("canvas", {
+    tabIndex: 0, role: "application", "aria-label": "Graph. Arrow keys walk the nodes, Enter selects, question mark shows all keys.",
+  }));
+  const tip = element.appendChild(make("div", {className: "tip", hidden: true}));
   let scene, visible, layout, findNode;
   let frame = {}; // of the pane: outer size, size of the plot, and where the layout is in it
   let drawn = null; // the frame that the canvas shows
@@ -164,6 +161,7 @@ function createGraphPane(element, data, store, services) {
     zoomBy,
     panBy,
     reveal,
+    screenOf,
     redraw: () => request({layout: true}),
     /** For pictures and tests: what is drawn, and where. */
     view: () => ({scene, frame, layout, visible}),

@@ -3,22 +3,17 @@
 const MOST_LISTED = 300; // nodes in the list for screen readers, the most influential ones
 
 function createGraphTools(body, data, store, graph) {
-  const status = document.createElement("span");
-  status.className = "status";
-  status.id = "edges-drawn";
-  const pin = button("Pin", "Pin or unpin the selected node (P, or Ctrl-click on a node)", () => {
-    if (store.state.selected !== null) togglePin(store, store.state.selected);
-  });
-  pin.dataset.action = "pin";
+  const status = make("span", {id: "edges-drawn", className: "soft"});
+  const pin = tool("pin", "Pin", "Pin or unpin the selected node (P, or Ctrl-click on a node)", () => togglePin(store, store.state.selected));
   toolsOf(body).append(
+    createLegend(data),
     status,
     pin,
-    button("−", "Zoom out (-)", () => graph.zoomBy(0.8)),
-    button("Fit", "Fit the graph into its pane (F)", graph.fit),
-    button("+", "Zoom in (+)", () => graph.zoomBy(1.25)),
+    tool("zoom-out", "−", "Zoom out (-)", () => graph.zoomBy(0.8)),
+    tool("fit", "Fit", "Fit the graph into its pane (F)", graph.fit),
+    tool("zoom-in", "+", "Zoom in (+)", () => graph.zoomBy(1.25)),
   );
-  const list = graph.element.appendChild(document.createElement("ul")); // inside the canvas: for screen readers alone
-  list.setAttribute("aria-label", "The most influential nodes of the graph");
+  const list = graph.element.appendChild(make("ul", {"aria-label": "The most influential nodes of the graph"})); // inside a canvas: not seen
   const showPin = ({selected, pinned}) => {
     pin.disabled = selected === null;
     pin.textContent = selected !== null && pinned.has(selected) ? "Unpin" : "Pin";
@@ -28,32 +23,40 @@ function createGraphTools(body, data, store, graph) {
   let listed = null;
   return {
     /** Tells what a scene shows. */
-    show(scene) {
-      const total = scene.edges.length + scene.leftOut;
-      status.textContent = scene.leftOut
-        ? `the ${scene.edges.length.toLocaleString("en")} most influential of ${total.toLocaleString("en")} edges`
-        : `${total.toLocaleString("en")} edges`;
-      if (listed !== scene.visible) list.replaceChildren(...listItems(data, scene));
-      listed = scene.visible;
+    show({edges, leftOut, visible, state}) {
+      const total = countOf(edges.length + leftOut, "edge");
+      status.textContent = leftOut ? `${edges.length.toLocaleString("en")} strongest of ${total}` : total;
+      status.title = leftOut ? `${countOf(leftOut, "edge")} between shown nodes, those with the least influence, are not drawn` : "All edges between shown nodes are drawn";
+      if (listed !== visible) list.replaceChildren(...listItems(data, state, visible));
+      listed = visible;
     },
   };
 }
 
-function listItems(data, {visible, state}) {
+function listItems(data, state, visible) {
   const nodes = [...visible.shown.keys()].filter((node) => visible.shown[node]);
   nodes.sort((a, b) => data.nodes.influence[b] - data.nodes.influence[a]);
-  return nodes.slice(0, MOST_LISTED).map((node) => {
-    const item = document.createElement("li");
-    item.textContent = describeNode(data, state, node);
-    return item;
-  });
+  return nodes.slice(0, MOST_LISTED).map((node) => make("li", {textContent: describeNode(data, state, node)}));
 }
 
-/** Shapes of kinds, and what colours mean. */
-function createLegend() {
-  const legend = document.createElement("div");
-  legend.className = "legend";
-  const kinds = [["circle", "feature", "feature"], ["square", "token", "token"], ["square", "logit", "output"], ["diamond", "error", "error"]];
-  if (legend.ownerDocument.getElementById("graph-pane").dataset.attention) kinds.splice(1, 0, ["triangle", "feature", "attention"]);
-  return legend;
+/** The shapes of the kinds that the graph has, and what colours mean. */
+function createLegend(data) {
+  const {kind, part} = data.nodes;
+  const kinds = [
+    ["circle", "feature", "feature", kind.includes(KIND.feature)],
+    ["triangle", "feature", "attention", kind.some((value, node) => value === KIND.feature && part[node] === 1)],
+    ["square", "token", "token", true],
+    ["square", "logit", "output", kind.includes(KIND.logit)],
+    ["diamond", "error", "error", kind.includes(KIND.error)],
+  ];
+  const entries = kinds.filter(([, , , exists]) => exists).map(([shape, colour, name]) => make("span", {}, legendShape(shape, colour), name));
+  const scale = make("span", {className: "scale", title: "Signed share of the target's input: what an edge adds to its target, divided by the sum of all that flows in"},
+    "−100 %", make("span", {className: "gradient"}), "+100 % of the input");
+  return make("div", {id: "graph-legend"}, ...entries, scale);
+}
+
+function legendShape(shape, colour) {
+  const picture = makeSvg("svg", {width: 12, height: 12, viewBox: "0 0 12 12", "aria-hidden": "true"});
+  picture.append(makeSvg("path", {d: pathOfShape(shape, 6, shape === "triangle" ? 6.5 : 6, shape === "square" ? 4.3 : 5), fill: `var(--${colour})`, stroke: "var(--outline)"}));
+  return picture;
 }

@@ -17,8 +17,7 @@ function rowOf(data, node) {
  * Places the shown nodes in a pane. A column is as wide as its fullest cell needs, and its token where all tokens have room; how
  * many lines a cell may have is chosen so that everything is as large as possible in the pane's proportions.
  * @param titles width of each token's text
- * @returns `{x, y, width, height, columns, rows, isLevel}`: Float32Arrays by node (NaN where not shown), the bands of the axes, and
- *   whether tokens have room beside each other
+ * @returns `{x, y, width, height, columns, rows}`: Float32Arrays by node (NaN where not shown), and the bands of the axes
  */
 function layoutGraph(data, shown, {width, height}, titles) {
   const cells = cellsOf(data, shown);
@@ -26,8 +25,7 @@ function layoutGraph(data, shown, {width, height}, titles) {
   const crowd = new Array(data.tokens.length).fill(0);
   for (const {position, nodes} of cells.values()) crowd[position] = Math.max(crowd[position], nodes.length);
   const room = {width: Math.max(width - 2 * MARGIN, 1), height: Math.max(height - 2 * MARGIN, 1)};
-  const isLevel = sum(titles) <= 0.8 * room.width;
-  const least = titles.map((title) => (isLevel ? title : EMPTY.width));
+  const least = sum(titles) <= 0.8 * room.width ? titles : titles.map(() => EMPTY.width);
   let best = null;
   for (let lines = 1; lines <= Math.max(1, ...crowd); lines = Math.ceil(lines * 1.2)) {
     const plan = planWith(lines, cells, rows, crowd, least);
@@ -38,7 +36,7 @@ function layoutGraph(data, shown, {width, height}, titles) {
     x: clamp(room.width / best.width, 1, ROOMY.width / SLOT.width),
     y: clamp(room.height / best.height, 1, ROOMY.height / SLOT.height),
   };
-  return {...place(data, cells, rows, best, stretch), isLevel};
+  return place(data, cells, rows, best, stretch);
 }
 
 /** The shown nodes by row and position: features by influence, then the error. */

@@ -13,11 +13,16 @@ function start() {
   const store = createStore(data);
   const services = createServices(data, store);
   readAddress(store, services);
-  applyTheme(store.state.theme);
+  applyTheme(store);
+  store.subscribe(["theme"], () => applyTheme(store)); // before the panes', which read the colours
   const panes = {};
   for (const [name, [title, create]] of Object.entries(PANES)) {
     panes[name] = create(framePane(name, title, store), data, store, services);
   }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    applyTheme(store);
+    panes.graph.redraw();
+  });
   services.graph = panes.graph;
   services.panes = panes;
   createControls(document.getElementById("controls"), data, store, services);
@@ -25,9 +30,7 @@ function start() {
   services.keys = createKeyboard(data, store, services);
   services.helpBox = createHelp(data, store, services);
   createSplitters(document.getElementById("panes"), store);
-  store.subscribe(["theme"], ({theme}) => applyTheme(theme));
   store.subscribe(Object.keys(store.initial).filter((key) => key !== "hovered"), () => writeAddress(store, services));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => panes.graph.redraw());
   window.crosstrace = {data, store, panes, services};
 }
 
@@ -49,16 +52,14 @@ function createServices(data, store) {
       if (!message.classList.contains("shown")) message.textContent = text;
     },
     download(name, blob) {
-      const link = document.createElement("a");
-      link.href = URL.createObjectURL(blob);
-      link.download = name;
+      const link = make("a", {href: URL.createObjectURL(blob), download: name});
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     },
     saveState: () => services.download("circuit-state.json", new Blob([JSON.stringify(store.toJSON(), null, 1)], {type: "application/json"})),
     loadState: () => chooseFile(".json", (text) => takeOn(store, services, () => JSON.parse(text))),
     picture: (format) => exportPicture(format, data, store, services),
-    toggleTheme: () => store.update({theme: isDark() ? "light" : "dark"}),
+    toggleTheme: () => store.update({theme: isDark(store) ? "light" : "dark"}),
     toggleFull: (name = document.activeElement?.closest(".pane")?.dataset.pane ?? "graph") =>
       store.update({panes: {...store.state.panes, full: store.state.panes.full ? null : name}}),
     search: () => services.searchBox?.focus(),
@@ -78,17 +79,10 @@ function createServices(data, store) {
 function framePane(name, title, store) {
   const pane = document.getElementById(`${name}-pane`);
   pane.dataset.pane = name;
-  const bar = document.createElement("header");
-  const heading = document.createElement("h2");
-  heading.textContent = title;
-  const tools = document.createElement("div");
-  tools.className = "tools";
   const full = button("⤢", "Let this pane fill the window, or not (M)", () =>
     store.update({panes: {...store.state.panes, full: store.state.panes.full === name ? null : name}}));
-  bar.append(heading, tools, full);
-  const body = document.createElement("div");
-  body.className = "body";
-  pane.append(bar, body);
+  const body = make("div", {className: "body"});
+  pane.append(make("header", {}, make("h2", {textContent: title}), make("div", {className: "tools"}), full), body);
   return body;
 }
 
@@ -100,12 +94,9 @@ function toolsOf(body) {
 function createSplitters(main, store) {
   const kinds = {column: ["x", "vertical"], left: ["y", "horizontal"], right: ["y", "horizontal"]};
   for (const [key, [axis, orientation]] of Object.entries(kinds)) {
-    const splitter = main.appendChild(document.createElement("div"));
-    splitter.className = `splitter ${key}`;
-    splitter.tabIndex = 0;
-    splitter.setAttribute("role", "separator");
-    splitter.setAttribute("aria-orientation", orientation);
-    splitter.setAttribute("aria-label", `Resize panes (${key})`);
+    const splitter = main.appendChild(make("div", {
+      className: `splitter ${key}`, tabIndex: 0, role: "separator", "aria-orientation": orientation, "aria-label": `Resize panes (${key})`,
+    }));
     const move = (share) => store.update({panes: {...store.state.panes, [key]: clamp(share, 0.1, 0.9)}});
     splitter.addEventListener("pointerdown", (event) => splitter.setPointerCapture(event.pointerId));
     splitter.addEventListener("pointermove", (event) => {
@@ -130,13 +121,13 @@ function createSplitters(main, store) {
   apply(store.state);
 }
 
-function applyTheme(theme) {
-  document.documentElement.dataset.theme = theme;
+/** `auto` is what the system prefers. */
+function isDark({state: {theme}}) {
+  return theme === "dark" || (theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
 }
 
-function isDark() {
-  const {theme} = document.documentElement.dataset;
-  return theme === "dark" || (theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
+function applyTheme(store) {
+  document.documentElement.dataset.theme = isDark(store) ? "dark" : "light";
 }
 
 function readAddress(store, services) {
@@ -168,8 +159,7 @@ function writeAddress(store, services) {
 }
 
 function chooseFile(accept, read) {
-  const input = document.createElement("input");
-  Object.assign(input, {type: "file", accept});
+  const input = make("input", {type: "file", accept});
   input.addEventListener("change", async () => { if (input.files.length) read(await input.files[0].text()); });
   input.click();
 }
