@@ -123,8 +123,14 @@ def test_every_button_has_a_name_and_can_be_reached(capital: CircuitGraph, show:
         ".map((one) => one.outerHTML)"
     )
     assert nameless == []
-    unreachable = viewer.page.locator("button").evaluate_all("(all) => all.filter((one) => one.tabIndex < 0).length")
+    unreachable = viewer.page.locator("button:not(.link)").evaluate_all(
+        "(all) => all.filter((one) => one.tabIndex < 0).length"
+    )
     assert unreachable == 0
+    lists = viewer.page.locator("section.links:has(.link)")
+    assert lists.count() == 2
+    stops = lists.evaluate_all("(all) => all.map((one) => one.querySelectorAll('.link[tabindex=\"0\"]').length)")
+    assert stops == [1, 1], "a list is one stop of the Tab key; the arrow keys walk inside it"
 
 
 def test_arrows_reach_every_node(capital: CircuitGraph, show: Callable[..., ViewerPage]) -> None:
