@@ -5,6 +5,7 @@ Text is escaped. Styles stand on the elements, because exported pages drop style
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 Page = Callable[[Mapping[str, Any]], RenderableType]
+_FRAME_HEIGHT = 720
 _CELL = "padding:.15em .9em .15em 0;vertical-align:top;text-align:{align};"
 _NUMBERS = "white-space:nowrap;font-variant-numeric:tabular-nums"
 _TEXTS = "white-space:pre-wrap;overflow-wrap:anywhere;max-width:44em"
@@ -74,6 +76,29 @@ def _css(style: Style) -> str:
     colour = style.color.name if style.color is not None else ""
     rules = ["font-weight:600" if style.bold else "", "opacity:.7" if style.dim else "", _SHADES.get(colour, "")]
     return ";".join(filter(None, rules))
+
+
+def frame(page: str, *, picture: str, title: str, note: str = "") -> str:
+    """A page with scripts in a sandboxed frame.
+
+    The frame lies on a picture, which appears where frames are stripped, as in sanitized notebooks; without scripts the frame
+    shows the picture, too.
+
+    Args:
+        page: the HTML of the page.
+        picture: SVG that says the same.
+        title: what is shown, for screen readers and where there is no picture either.
+        note: text below.
+    """
+    address = "data:image/svg+xml;base64," + base64.b64encode(picture.encode()).decode("ascii")
+    still = f'<img alt="{escape(title)}" src="{address}" style="max-width:100%;max-height:100%">'
+    page = escape(page.replace("<noscript>", f"<noscript><style>main{{display:none}}</style>{still}", 1))
+    return (
+        f'<div style="position:relative;height:{_FRAME_HEIGHT}px">{still}<iframe title="{escape(title)}" srcdoc="{page}" '
+        'sandbox="allow-scripts allow-downloads" loading="lazy" '
+        'style="position:absolute;top:0;left:0;width:100%;height:100%;border:0;background:#fff"></iframe></div>'
+        + to_html(Text(note))
+    )
 
 
 class Report(dict[str, Any]):

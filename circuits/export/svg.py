@@ -48,7 +48,8 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
     below, height = foot(graph, picture, width, floor)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="{_FONTS}" font-size="{FONT:g}">',
+        f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:100%;height:auto" role="img" '
+        f'font-family="{_FONTS}" font-size="{FONT:g}">',
         tooltip("Circuit of: " + facts["prompt"]),
         f'<rect x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1:.0f}" rx="12" fill="#ffffff" stroke="#d7dbe0"/>',
         *title,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from circuits.graph.display import mime_bundle
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import Edges, GraphData
 from circuits.graph.exporters import export, exporter, whole
@@ -213,8 +214,8 @@ class CircuitGraph(GraphData):
         return export(self, name, path)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        """What notebooks show: the picture, and the one line of `repr` where there are no pictures."""
-        return {"image/svg+xml": self.to_svg(), "text/plain": repr(self)}
+        """What notebooks show; see `circuits.graph.display`."""
+        return mime_bundle(self)
 
 
 def _check_fit(nodes: NodeTable, edges: Edges, *, n_tokens: int) -> None:
