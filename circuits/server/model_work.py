@@ -47,6 +47,8 @@ class ModelWork:
         Raises:
             ValueError: another form.
         """
+        if unknown := sorted(request.keys() - {"prompt", "targets"}):
+            raise ValueError(f"expected prompt and targets, given {unknown[0]!r:.60}")
         prompt, targets = request.get("prompt"), request.get("targets", [])
         if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > PROMPT:
             raise ValueError(f"prompt: expected a text of 1 to {PROMPT:,} characters")

@@ -20,9 +20,8 @@ POLICY = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 """Security policy of the page, beside the stricter one that it carries itself."""
 HEAD = """<meta name="crosstrace-server" content="{facts}">
 <link rel="icon" href="data:,">
-<link rel="stylesheet" href="/assets/server.css">
-<script src="/assets/jobs.js" defer></script>
-<script src="/assets/server_hooks.js" defer></script>"""
+<link rel="stylesheet" href="/assets/server_hooks.css">
+<script type="module" src="/assets/server_hooks.js"></script>"""
 KEPT = 6
 """Pages that are kept once they are made."""
 

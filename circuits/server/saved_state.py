@@ -1,4 +1,4 @@
-"""Labels, supernodes and pinned nodes of a graph, saved beside it in the form that the viewer saves and loads itself.
+"""Labels, supernodes, pinned nodes and moved boxes of a graph, saved beside it in the form that the viewer saves and loads.
 
 What a page sends is merged: each label and each supernode by itself, so that of several pages that save at once none undoes
 what another one saved. What is one reader's view (selection, search, sizes of panes) is not saved.
@@ -18,7 +18,7 @@ from replacement.files import read_json, write_atomic
 VERSION = 1
 """Of the viewer's saved states."""
 IDS, GROUPS, LABELS = 20_000, 1_000, 20_000
-"""Most pinned nodes or members of a supernode, supernodes, and labels."""
+"""Most pinned nodes, places or members of a supernode, supernodes, and labels."""
 ID, NAME, LABEL, PROMPT = 80, 200, 500, 100_000
 """Most characters of an id, a supernode's name, a label and a prompt."""
 VIEW = ("direction", "topLinks", "minInfluence", "query", "theme", "panes", "selected", "path")
@@ -43,7 +43,7 @@ class SavedStates:
         path = graph.state
         if path.is_symlink():
             raise ValueError(f"{path.name} is a symbolic link, which is never followed")
-        nothing: dict[str, Any] = {"version": VERSION, "pinned": [], "groups": [], "labels": {}}
+        nothing: dict[str, Any] = {"version": VERSION, "pinned": [], "places": {}, "groups": [], "labels": {}}
         if not path.exists():
             return nothing
         try:
@@ -56,7 +56,7 @@ class SavedStates:
 
         Args:
             given: labels and supernodes that changed; a label that is null, or a supernode without members, is removed.
-                Pinned nodes, where they are given, replace those saved.
+                Pinned nodes and places, where they are given, replace those saved.
 
         Raises:
             ValueError: another form, more than the limits, a saved file that is damaged, or a folder that takes no files.
@@ -144,10 +144,24 @@ def _are_labels(value: object) -> bool:
     return all(_is_id(node) and (text is None or fits(text)) for node, text in value.items())
 
 
+def _are_places(value: object) -> bool:
+    def is_place(place: object) -> bool:
+        return (
+            isinstance(place, list)
+            and len(place) == 2
+            and all(isinstance(x, int | float) and abs(x) < 1e9 for x in place)
+        )
+
+    return (
+        isinstance(value, dict) and len(value) <= IDS and all(map(_is_id, value)) and all(map(is_place, value.values()))
+    )
+
+
 _ENTRIES: dict[str, tuple[str, Check]] = {
     "version": (str(VERSION), lambda value: value == VERSION and not isinstance(value, bool)),
     "prompt": (f"a text of at most {PROMPT:,} characters", _text(PROMPT)),
     "pinned": (f"a list of at most {IDS:,} ids of at most {ID} characters", _are_ids),
+    "places": (f"an object of at most {IDS:,} pairs of numbers, each by the id of a node or supernode", _are_places),
     "groups": (
         f"a list of at most {GROUPS:,} objects, each with another id, a name of at most {NAME} characters and members, at most "
         f"{IDS:,} ids",

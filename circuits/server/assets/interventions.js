@@ -3,17 +3,24 @@ import {api, cancelButton, finished, isActive, jobText, make} from "./jobs.js";
 
 const WAYS = {ablate: ["Ablate", "scale", 0], scale: ["Scale by", "scale", 2], set: ["Set to", "activation", 0], add: ["Add", "add", 1]};
 const FEATURE = 3; // NodeKind.FEATURE
+const FELT = 0.001; // smaller changes of a probability are not coloured
+
+/** A share in percent, with two digits where it is small. */
+function percent(share) {
+  const value = 100 * share;
+  return `${value >= 1 ? value.toFixed(1) : value >= 1e-3 ? Number(value.toPrecision(2)) : value.toExponential(0)} %`;
+}
 
 export function createInterventions(bar, facts, {data, store}) {
   const changes = new Map(); // node -> {way, value, everywhere}
   const list = make("ul", {className: "changes"});
-  const result = make("div", {className: "result"});
+  const outcome = make("div", {className: "outcome", role: "status"});
   const add = make("button", {type: "button", onclick: () => addNodes(chosen())});
   const run = make("button", {type: "button", className: "main", textContent: "Run", onclick: () => start().catch(fail)});
   const panel = make("section", {id: "interventions", hidden: true, ariaLabel: "Interventions"},
     make("header", {}, make("h2", {textContent: "Change features"}), make("button", {type: "button", textContent: "✕", ariaLabel: "Close", onclick: toggle})),
     make("p", {className: "quiet", textContent: "Runs the model on this prompt with features changed; errors are kept, later features follow."}),
-    list, make("div", {className: "actions"}, add, run), result);
+    list, make("div", {className: "actions"}, add, run), outcome);
   const open = make("button", {type: "button", textContent: "Change features…", ariaExpanded: "false", onclick: toggle});
   bar.append(open);
   document.body.append(panel);
@@ -86,7 +93,7 @@ export function createInterventions(bar, facts, {data, store}) {
       const {job} = await api(`graphs/${encodeURIComponent(facts.name)}/interventions`, {json});
       const last = await finished(job, (now) => {
         const text = make("span", {className: now.state === "failed" ? "error" : "quiet", textContent: jobText(now)});
-        result.replaceChildren(...(isActive(now) ? [text, cancelButton(now)] : [text]));
+        outcome.replaceChildren(...(isActive(now) ? [text, cancelButton(now)] : [text]));
       });
       if (last.state === "done") showResult(last.result);
     } finally {
@@ -95,17 +102,22 @@ export function createInterventions(bar, facts, {data, store}) {
   }
 
   function fail(error) {
-    result.replaceChildren(make("span", {className: "error", textContent: error.message}));
+    outcome.replaceChildren(make("span", {className: "error", textContent: error.message}));
   }
 
   function showResult({position, tokens}) {
-    const percent = (share) => `${(100 * share).toFixed(1)} %`;
-    const bar = (share) => make("td", {className: "number"}, make("meter", {value: share, ariaHidden: "true"}), ` ${percent(share)}`);
+    const bar = (share) => {
+      const filled = make("span", {className: "filled"});
+      filled.style.width = `${100 * share}%`;
+      return make("td", {className: "number"}, make("span", {className: "share"}, filled), percent(share));
+    };
     const head = ["Next token", "before", "after"].map((title, place) => make("th", {scope: "col", className: place ? "number" : "", textContent: title}));
-    const rows = tokens.map(({token, before, after}) =>
-      make("tr", {className: after < before ? "lower" : "raise"}, make("td", {}, make("bdi", {textContent: token})), bar(before), bar(after)));
-    const caption = make("caption", {textContent: `Likeliest tokens after position ${position}`});
-    result.replaceChildren(make("table", {}, caption, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)));
+    const rows = tokens.map(({token, before, after}) => {
+      const changed = Math.abs(after - before) < FELT ? "" : after < before ? "lower" : "raise";
+      return make("tr", {className: changed}, make("td", {}, make("bdi", {textContent: token})), bar(before), bar(after));
+    });
+    const caption = make("caption", {}, "Likeliest tokens after ", make("bdi", {textContent: data.tokens[position]}), ` (${position})`);
+    outcome.replaceChildren(make("table", {}, caption, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)));
   }
 
   store.subscribe(["selected", "pinned", "labels"], () => { if (!panel.hidden) draw(); });

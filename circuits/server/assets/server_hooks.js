@@ -26,7 +26,7 @@ function createBar() {
 
 // Saving ----------------------------------------------------------------------------------------------------------------
 
-let known = {labels: {}, groups: [], pinned: []}; // what the server has
+let known = {labels: {}, groups: [], pinned: [], places: {}}; // what the server has
 const isShown = (id) => data.numberOf.has(id);
 const without = (ids) => ids.filter((id) => !isShown(id));
 const byId = (groups) => new Map(groups.map((group) => [group.id, group]));
@@ -34,7 +34,7 @@ const same = (first, second) => JSON.stringify(first) === JSON.stringify(second)
 
 /** What differs from what the server has, as it wants it; nodes that this page does not show keep what is saved for them. */
 function changes() {
-  const {version, prompt, labels, groups, pinned} = store.toJSON();
+  const {version, prompt, labels, groups, pinned, places} = store.toJSON();
   const removed = Object.keys(known.labels).filter((id) => isShown(id) && !(id in labels));
   const changed = Object.entries(labels).filter(([id, text]) => known.labels[id] !== text);
   const [before, now] = [byId(known.groups), byId(groups)];
@@ -46,18 +46,20 @@ function changes() {
   const sent = [...whole.filter((group) => !same(group, before.get(group.id))), ...gone.map((group) => ({...group, members: []}))];
   if (sent.length) result.groups = sent.map(({id, name, members}) => ({id, name, members}));
   if (!same([...pins].sort(), [...known.pinned].sort())) result.pinned = pins;
+  if (!same(Object.entries(places).sort(), Object.entries(known.places).sort())) result.places = places;
   return Object.keys(result).length ? {version, prompt, ...result} : null;
 }
 
 /** Takes on what is saved; labels and supernodes that only this page has stay. */
 function takeOn(saved) {
-  const {version, labels, groups, pinned} = store.toJSON();
+  const {version, labels, groups, pinned, places} = store.toJSON();
   known = saved;
   store.load({
     version,
     labels: {...labels, ...saved.labels},
     groups: [...new Map([...byId(groups), ...byId(saved.groups)]).values()],
     pinned: [...new Set([...pinned, ...saved.pinned])],
+    places: {...places, ...saved.places},
   }, {undo: false});
 }
 
@@ -96,7 +98,7 @@ function say(text, isError = false) {
 async function start() {
   if (facts.model) createInterventions(bar, facts, window.crosstrace);
   takeOn(await api(statePath));
-  store.subscribe(["labels", "groups", "pinned"], saveSoon);
+  store.subscribe(["labels", "groups", "pinned", "places"], saveSoon);
   saveSoon(); // labels that came with the address
   addEventListener("focus", () => pull().catch((error) => say(error.message, true)));
   addEventListener("pagehide", () => {

@@ -96,9 +96,9 @@ function linksOf(data, boxes, boxOf) {
 function groupBoxes(store, boxes) {
   const merged = boxes.filter(({group}) => group).map(({group}) => group);
   const members = boxes.flatMap(({nodes}) => nodes);
-  const numbers = store.state.groups.map(({id}) => Number(id)).filter(Number.isFinite);
-  const number = Math.max(0, ...numbers) + 1;
-  const group = {id: String(number), name: merged.length === 1 ? merged[0].name : `Group ${number}`, members};
+  const number = 1 + Math.max(0, ...store.state.groups.map(({name}) => Number(/^Group (\d+)$/.exec(name)?.[1] ?? 0)));
+  const id = Math.random().toString(36).slice(2, 10); // other readers make groups of the same graph: ids must differ
+  const group = {id, name: merged.length === 1 ? merged[0].name : `Group ${number}`, members};
   const others = store.state.groups.filter((other) => !merged.includes(other));
   const pinned = new Set([...store.state.pinned, ...members]);
   const left = others.map((other) => ({...other, members: other.members.filter((node) => !members.includes(node))}));

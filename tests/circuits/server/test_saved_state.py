@@ -14,7 +14,7 @@ from circuits.server.folder import Folder
 from circuits.server.saved_state import SavedStates, checked
 
 PATH = "/api/graphs/toy.safetensors/state"
-EMPTY = {"version": 1, "pinned": [], "groups": [], "labels": {}}
+EMPTY = {"version": 1, "pinned": [], "places": {}, "groups": [], "labels": {}}
 
 
 def saved(folder: Path) -> dict:
@@ -29,6 +29,7 @@ def test_a_state_is_saved_and_read_back_after_a_restart(serve, folder) -> None:
         "version": 1,
         "prompt": "ab",
         "pinned": ["1_3_1"],
+        "places": {"group:g": [1.5, -2]},
         "groups": [{"id": "g", "name": "<b>\u202eעברית</b> 🙂", "members": ["0_7_0", "1_3_1"]}],
         "labels": {"1_3_1": "<img src=x onerror=alert(1)>", "0_7_0": '"</script>\ud83d'},
     }
@@ -106,7 +107,7 @@ WRONG = [
     ({}, "version: expected 1, given null"),
     ({"version": 2}, "version: expected 1, given 2"),
     ({"version": True}, "version: expected 1, given true"),
-    ({"version": 1, "extra": 1}, "state: expected version, prompt, pinned, groups, labels, given 'extra'"),
+    ({"version": 1, "extra": 1}, "state: expected version, prompt, pinned, places, groups, labels, given 'extra'"),
     ({"version": 1, "prompt": 5}, "prompt: expected a text of at most 100,000 characters, given 5"),
     ({"version": 1, "prompt": "x" * 100_001}, "prompt: expected a text of at most 100,000 characters, given"),
     ({"version": 1, "labels": []}, "labels: expected an object of at most 20,000 texts of at most 500 characters"),
@@ -125,6 +126,10 @@ WRONG = [
     ({"version": 1, "groups": [{**GROUP, "more": 1}]}, "groups: expected a list"),
     ({"version": 1, "groups": [GROUP, GROUP]}, "groups: expected a list"),
     ({"version": 1, "groups": [{**GROUP, "id": str(i)} for i in range(1001)]}, "groups: expected a list"),
+    ({"version": 1, "places": []}, "places: expected an object of at most 20,000 pairs of numbers"),
+    ({"version": 1, "places": {"a": [1]}}, "places: expected an object"),
+    ({"version": 1, "places": {"a": [1, "2"]}}, "places: expected an object"),
+    ({"version": 1, "places": {"a": [1, 1e9]}}, "places: expected an object"),
     ({"version": 1, "pinned": "a"}, "pinned: expected a list of at most 20,000 ids of at most 80 characters"),
     ({"version": 1, "pinned": [None]}, "pinned: expected a list"),
     ({"version": 1, "pinned": ["a"] * 20_001}, "pinned: expected a list"),
