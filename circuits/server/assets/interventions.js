@@ -88,7 +88,8 @@ export function createInterventions(bar, facts, {data, store}) {
   async function start() {
     const json = {changes: [...changes].map(([node, {way, value, everywhere}]) =>
       ({node: data.nodes.id[node], [WAYS[way][1]]: way === "ablate" ? 0 : value, everywhere}))};
-    run.disabled = true;
+    if (run.ariaBusy === "true") return;
+    run.ariaBusy = "true"; // a disabled button would lose the focus
     try {
       const {job} = await api(`graphs/${encodeURIComponent(facts.name)}/interventions`, {json});
       const last = await finished(job, (now) => {
@@ -97,7 +98,7 @@ export function createInterventions(bar, facts, {data, store}) {
       });
       if (last.state === "done") showResult(last.result);
     } finally {
-      run.disabled = false;
+      run.ariaBusy = "false";
     }
   }
 
