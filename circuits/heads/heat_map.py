@@ -1,4 +1,7 @@
-"""A head view as a picture: heads x source positions, coloured by what each contributes to the feature's pre-activation."""
+"""A head view as a picture: heads x source positions, coloured by what each contributes to the feature's pre-activation.
+
+The last row is the direct path, which no head carries: it comes from the feature's own position alone.
+"""
 
 from __future__ import annotations
 
@@ -44,18 +47,23 @@ def plot_heads(view: HeadView, path: str | os.PathLike[str]) -> Path:
 
     check_picture(path)
     heads, positions = _shown(view)
-    cells_RC = view.heads_LHT[tuple(zip(*heads, strict=True))][:, positions] if heads else np.zeros((0, 0))
+    cells_RC = view.heads_LHT[tuple(zip(*heads, strict=True))][:, positions] if heads else np.zeros((0, len(positions)))
     size = float(np.abs(view.heads_LHT).sum())
     hidden = 1 - float(np.abs(cells_RC).sum()) / size if size else 0.0
+    direct_C = np.where(np.array(positions) == view.feature.position, view.direct, np.nan)
+    cells_RC = np.vstack([cells_RC, direct_C])
     with mpl.rc_context({"svg.hashsalt": "circuits", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(2.6 + _CELL[0] * max(8, len(positions)), 1.9 + _CELL[1] * max(2, len(heads))), dpi=DPI)
-        axes = figure.add_subplot()
-        limit = max(float(np.abs(cells_RC).max(initial=0.0)), 1e-12)
-        image = axes.imshow(
-            cells_RC if heads else np.zeros((1, 1)), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto"
+        figure = Figure(
+            figsize=(2.6 + _CELL[0] * max(8, len(positions)), 1.9 + _CELL[1] * max(2, len(heads) + 1)), dpi=DPI
         )
+        axes = figure.add_subplot()
+        limit = max(float(np.nanmax(np.abs(cells_RC))), 1e-12)
+        image = axes.imshow(cells_RC, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axes.set_facecolor("#f0f0f0")  # where the direct path has no cell
+        axes.axhline(len(heads) - 0.5, color="#555555", lw=0.8)
         figure.colorbar(image, ax=axes, label="to the pre-activation", pad=0.02)
         rows = [f"L{layer}H{head}  {view.heads_LH[layer, head]:+.3g}" for layer, head in heads]
+        rows.append(f"direct  {view.direct:+.3g}")
         axes.set_yticks(range(len(rows)), rows)
         kind = Path(path).suffix.lower().lstrip(".")
         drawn = drawable if kind == "png" else str
@@ -99,7 +107,8 @@ def _shown(view: HeadView) -> tuple[list[tuple[int, int]], list[int]]:
     strongest = sorted(view.players, key=lambda head: -size_LH[head])[:MOST_ROWS]
     heads = sorted(head for head in strongest if size_LH[head] > 0 and size_LH[head] >= LEAST_ROW * size_LH.sum())
     size_T = np.abs(view.heads_LHT).sum((0, 1))[: view.feature.position + 1]
-    return heads, np.sort(np.argsort(-size_T, kind="stable")[:MOST_COLUMNS]).tolist() if heads else []
+    size_T[view.feature.position] = np.inf  # its own position has the direct path
+    return heads, np.sort(np.argsort(-size_T, kind="stable")[: MOST_COLUMNS if heads else 1]).tolist()
 
 
 def _title(view: HeadView, hidden: float) -> str:

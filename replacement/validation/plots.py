@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from replacement.validation.protocols import CLEAN, ERRORS_KEPT, MEAN, PROPAGATED, ZERO, single
-from replacement.validation.tables import nats, percent
+from replacement.validation.tables import layer_name, nats, percent, protocol_name
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -44,7 +44,7 @@ def plots(facts: Facts) -> dict[str, Figure]:
             "layers": _layers(facts),
             "protocols": _protocols(facts),
             "slices": _slices(facts),
-            "controls": _bars(controls, "mean KL, nats, as many active features"),
+            "controls": _points(controls, "mean KL, nats, as many active features"),
             "compute": _compute(facts),
         }
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -69,15 +69,17 @@ def _layers(facts: Facts) -> Figure:
     figure = Figure(figsize=(8.6, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     sites = facts["reconstruction"]["sites"]
-    left.bar([row["site"] for row in sites], [row["unexplained"] or 0 for row in sites], color=BLUE, width=0.6)
+    left.bar(
+        [layer_name(row["site"]) for row in sites], [row["unexplained"] or 0 for row in sites], color=BLUE, width=0.6
+    )
     left.set_title("variance unexplained", loc="left", fontsize=9.5)
     left.tick_params(axis="x", rotation=30 if len(sites) > 4 else 0)
     left.grid(axis="x", visible=False)
-    together = [(row["layers"], row["kl"]) for row in facts["summary"]["first_layers"]]
-    alone = [(site["layer"] + 1, facts["protocols"][single(site["site"])]["kl"]["mean"]) for site in sites]
+    together = [(row["layers"] - 1, row["kl"]) for row in facts["summary"]["first_layers"]]
+    alone = [(site["layer"], facts["protocols"][single(site["site"])]["kl"]["mean"]) for site in sites]
     for points, text, colour, marker in (
-        (together, "first layers together", BLUE, "-o"),
-        (alone, "each layer alone", ORANGE, "s"),
+        (together, "all layers up to this one", BLUE, "-o"),
+        (alone, "this layer alone", ORANGE, "s"),
     ):
         known = [(layer, kl) for layer, kl in points if kl is not None]
         if known:
@@ -86,7 +88,7 @@ def _layers(facts: Facts) -> Figure:
             style = {"textcoords": "offset points", "color": colour, "ha": "right", "va": anchor, "fontsize": 8.5}
             right.annotate(text, max(known), offset, **style)
     right.set_title("KL, nats", loc="left", fontsize=9.5)
-    right.set_xlabel("layers replaced, or number of the layer")
+    right.set_xlabel("layer")
     right.set_xticks([layer for layer, _ in together])
     right.set_ylim(bottom=0)
     right.margins(x=0.06, y=0.25)
@@ -107,37 +109,38 @@ def _protocols(facts: Facts) -> Figure:
         axes.plot(mean, place, "o", color=colour, ms=5)
         axes.plot(top, place, "x", color=colour, ms=5)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
-    axes.set_xlabel("KL per token, nats:  | median, p95, p99   ● mean   × maximum")
+    axes.set_yticks(range(len(rows)), [protocol_name(name) for name, _ in reversed(rows)])
+    axes.set_xlabel("KL per token, nats (logarithmic axis):  | median, p95, p99   ● mean   × maximum")
     axes.grid(axis="y", visible=False)
     return figure
 
 
 def _slices(facts: Facts) -> Figure | None:
     rows = [(row["name"], row["kl"]["mean"]) for row in facts["slices"]]
-    figure = _bars(rows, "mean KL, nats, errors propagating")
+    figure = _points(rows, "mean KL, nats, errors propagating")
     if figure is not None and rows[0][1] is not None:
         figure.axes[0].axvline(_drawn(rows[0][1]), color="#555555", lw=0.8, ls=":")
     return figure
 
 
-def _bars(rows: list[tuple[str, int | float | None]], title: str) -> Figure | None:
-    """Horizontal bars on a logarithmic axis, the first of them in colour."""
+def _points(rows: list[tuple[str, int | float | None]], title: str) -> Figure | None:
+    """Points on a logarithmic axis, the first of them in colour; bars would have no length there, for want of a zero."""
     if not rows:
         return None
     figure = Figure(figsize=(8.6, 0.75 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     values = [_drawn(value) for _, value in rows]
     known = [value for value in values if not math.isnan(value)] or [1.0]
-    colours = [BLUE] + [GREY] * (len(rows) - 1)
-    bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
-    axes.bar_label(bars, [nats(value) for _, value in rows], padding=4, fontsize=8.5)
+    for place, value in enumerate(values):
+        axes.plot(value, place, "o", color=GREY if place else BLUE, ms=7)
+        if not math.isnan(value):
+            look: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+            axes.annotate(nats(rows[place][1]), (value, place), (9, 0), **look)
     axes.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name, _ in rows])  # no dollar sign starts a formula
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(min(known) / 2, max(known) * 3)
-    axes.set_title(title, loc="left", fontsize=9.5)
-    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{title} (logarithmic axis)")
     return figure
 
 

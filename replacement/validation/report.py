@@ -66,5 +66,13 @@ def render(facts: dict[str, Any], pictures: dict[str, str]) -> str:
         ("top-1 agreement", percent(output["agreement"]["all"])),
         ("variance unexplained", share(reconstruction["unexplained"])),
         ("active features per token", one_decimal(reconstruction["l0"])),
+        ("features that never fire here", percent(_dead_share(reconstruction))),
     ]
-    return template.render(facts=facts, tables=tables(facts), pictures=pictures, figures=figures)
+    verdict, *others = tables(facts)
+    return template.render(facts=facts, verdict=verdict, tables=others, pictures=pictures, figures=figures)
+
+
+def _dead_share(reconstruction: dict[str, Any]) -> float:
+    """Dead features of all crosscoders, as a share of their features."""
+    n_features = sum(group["n_features"] for part in reconstruction["crosscoders"] for group in part["groups"])
+    return sum(part["dead"] for part in reconstruction["crosscoders"]) / n_features

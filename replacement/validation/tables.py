@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from replacement.token_texts import visible
-from replacement.validation.protocols import ERRORS_KEPT, PROPAGATED
+from replacement.validation.protocols import CLEAN, ERRORS_KEPT, MEAN, PROPAGATED, ZERO
+from replacement.validation.verdict import headline, verdicts
 
 Facts = dict[str, Any]
 Row = tuple[str, ...]
@@ -45,6 +46,31 @@ one_decimal = _writer("{:,.1f}")
 percent = _writer("{:.1f} %", factor=100.0)
 
 
+def layer_name(site: str) -> str:
+    """A written site in words: `layer 2`, of attention `attention 2`."""
+    part, _, layer = site.rpartition(".")
+    return f"{'attention' if part.startswith('attn') else 'layer'} {layer}"
+
+
+def protocol_name(name: str) -> str:
+    """A protocol in words; `replacement/validation/README.md` lists their names."""
+    kind, _, rest = name.partition(" ")
+    if kind == "single":
+        return f"{layer_name(rest)} alone"
+    if kind == "first":
+        return f"layers up to {int(rest.split()[0]) - 1}"
+    return _PROTOCOLS.get(name, name)
+
+
+_PROTOCOLS = {
+    CLEAN: "all layers, reading the original stream",
+    PROPAGATED: "all layers, errors propagating",
+    ERRORS_KEPT: "all layers, errors added back",
+    ZERO: "zero ablation",
+    MEAN: "mean ablation",
+}
+
+
 def _token(text: Any) -> str:
     return MISSING if text is None else visible(str(text))
 
@@ -69,7 +95,7 @@ class Table:
 
 def tables(facts: Facts) -> list[Table]:
     """All tables, in the order of the page; those without rows are left out."""
-    makers = (_summary, _protocols, _layers, _slices, _controls, _compute, _worst)
+    makers = (_verdict, _summary, _protocols, _layers, _slices, _controls, _compute, _worst)
     return [table for table in (make(facts) for make in makers) if table.rows]
 
 
@@ -88,12 +114,24 @@ def _filled(columns: list[Column], rows: Iterable[Facts]) -> dict[str, Any]:
     }
 
 
+def _verdict(facts: Facts) -> Table:
+    found = verdicts(facts)
+    return Table(
+        key="verdict",
+        title="Verdict",
+        note=headline(found),
+        heads=("claim", "may be trusted", "measured", "rule"),
+        rows=[(verdict.claim, verdict.word, verdict.measured, verdict.rule) for verdict in found],
+        n_texts=4,
+    )
+
+
 def _summary(facts: Facts) -> Table:
     summary = facts["summary"]
     names = {
-        "single": "single: one layer at a time, mean over layers",
-        "clean": "clean: all layers, reading the original stream",
-        "propagated": "propagated: all layers, reading the stream they produce",
+        "single": "one layer alone, mean over layers",
+        "clean": protocol_name(CLEAN),
+        "propagated": protocol_name(PROPAGATED),
     }
     rows: list[Row] = [
         (text, nats(summary[key]["kl"]), signed(summary[key]["cross_entropy_increase"])) for key, text in names.items()
@@ -111,9 +149,8 @@ def _summary(facts: Facts) -> Table:
 
 
 def _protocols(facts: Facts) -> Table:
-    names = {"zero": "zero ablation", "mean": "mean ablation"}
     columns: list[Column] = [
-        ("replaced", lambda row: str(names.get(row["name"], row["name"]))),
+        ("replaced", lambda row: protocol_name(row["name"])),
         _INCREASE,
         *_RECOVERED,
         ("KL mean, nats", lambda row: nats(row["kl"]["mean"])),
@@ -144,19 +181,19 @@ def _protocols(facts: Facts) -> Table:
 def _layers(facts: Facts) -> Table:
     """One row per layer where every group has a site of its own, and separate rows for sites and groups otherwise."""
     reconstruction = facts["reconstruction"]
-    sites = [{"name": f"written: {site['site']}", **site} for site in reconstruction["sites"]]
+    sites = [{"name": f"written: {layer_name(site['site'])}", **site} for site in reconstruction["sites"]]
     groups = [group for part in reconstruction["crosscoders"] for group in part["groups"]]
     groups = [{"name": f"features read at layer {group['layer']}", **group} for group in groups]
     if len(sites) == len(groups):
         pairs = zip(groups, sites, strict=True)
-        rows: list[Facts] = [{**group, **site, "name": site["site"]} for group, site in pairs]
+        rows: list[Facts] = [{**group, **site, "name": layer_name(site["site"])} for group, site in pairs]
     else:
         rows = [*sites, *groups]
     n_features = sum(group["n_features"] for group in groups)
     total = {"name": "all", "n_features": n_features, **reconstruction}
 
     def dead(row: Facts) -> str:
-        return percent(row["dead"] / row["n_features"]) if "dead" in row else MISSING
+        return f"{row['dead']:,} ({percent(row['dead'] / row['n_features'])})" if "dead" in row else MISSING
 
     columns: list[Column] = [
         ("layer", lambda row: str(row["name"])),
@@ -226,7 +263,7 @@ def _compute(facts: Facts) -> Table:
     rows: list[Row] = []
     if equivalent is not None:
         fraction = "less than the first point" if equivalent["below_curve"] else percent(equivalent["fraction"])
-        rows = [(PROPAGATED, signed(facts["protocols"][PROPAGATED]["cross_entropy_increase"]), fraction)]
+        rows = [(protocol_name(PROPAGATED), signed(facts["protocols"][PROPAGATED]["cross_entropy_increase"]), fraction)]
     return Table(
         key="compute",
         title="Compute-equivalent",

@@ -20,6 +20,7 @@ from replacement import Wiring, checkpoint
 from replacement.cli import main
 from replacement.loading import load
 from replacement.validation import ValidationConfig, validate
+from replacement.validation.plots import plots
 from replacement.validation.report import write_report
 
 EVIL = "<script>alert(1)</script>&\"'"
@@ -120,6 +121,9 @@ def test_json_and_report_of_a_local_model(
     sources = [attributes["src"] for tag, attributes in seen.tags if tag == "img"]
     assert len(sources) == 4
     assert all(source is not None and source.startswith("data:image/svg+xml;base64,") for source in sources)
+    logarithmic = [axes for figure in plots(facts).values() for axes in figure.axes if axes.get_xscale() == "log"]
+    assert len(logarithmic) == 3
+    assert not any(axes.patches for axes in logarithmic), "a bar has no length on a logarithmic axis"
     for name in ("layers", "protocols", "slices", "controls"):
         assert (folder / "plots" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert b"<svg" in (folder / "plots" / f"{name}.svg").read_bytes()
@@ -156,7 +160,8 @@ def test_tables_are_printed_and_nothing_in_them_is_markup(
     assert main([*options(tiny_run), "--slice", f"[red]x[/red]={tiny_run['text']}", "--no-controls"]) == 0
     printed = capsys.readouterr().out
     assert "[red]x[/red]" in printed
-    assert "propagated" in printed
+    assert "all layers, errors propagating" in printed
+    assert "claims may be trusted" in printed
     assert "random dictionary" not in printed
 
 
