@@ -282,7 +282,16 @@ def view(language_model: Any) -> HeadView:
 def test_pictures(view: HeadView, tmp_path: Path) -> None:
     svg = plot_heads(view, tmp_path / "new" / "view.svg").read_text()
     ElementTree.fromstring(svg)
-    for text in (">$a 0<", ">␣b$ 1<", "⏎ 3<", "a_b^c 4<", "feature 2/", "to the pre-activation", "L2H"):
+    for text in (
+        ">$a 0<",
+        ">␣b$ 1<",
+        "⏎ 3<",
+        "a_b^c 4<",
+        "feature 2/",
+        "to the pre-activation",
+        "L2H",
+        f">direct  {view.direct:+.3g}<",
+    ):
         assert text in svg
     assert plot_heads(view, tmp_path / "again.svg").read_text() == svg
     assert plot_heads(view, tmp_path / "view.PNG").read_bytes().startswith(b"\x89PNG")
@@ -311,4 +320,6 @@ def test_picture_of_a_feature_below_all_heads(language_model: Any, tmp_path: Pat
     view = views_of(model, tiny.random_tokens())[0]
     assert view.layers == view.players == ()
     assert not view.encoder_share_LH.any()
-    assert "heads +0" in plot_heads(view, tmp_path / "none.svg").read_text()
+    svg = plot_heads(view, tmp_path / "none.svg").read_text()
+    assert "heads +0" in svg
+    assert f">direct  {view.direct:+.3g}<" in svg, "the direct path has a row even where no head has one"
