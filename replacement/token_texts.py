@@ -27,6 +27,8 @@ _SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF = {chr(byte): byte for byte in _SHOWN_BYTES} | {
     chr(256 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(_SHOWN_BYTES)))
 }
+_JOINED = re.compile(r"(?<=[^\0-\x7f\s\u200c\u200d])[\u200c\u200d](?=[^\0-\x7f\s\u200c\u200d])")
+"""A joiner or non-joiner between two characters beyond ASCII: a part of many emoji and of words of Persian and of India."""
 LONGEST = 4
 """Most bytes of a character in UTF-8."""
 
@@ -35,14 +37,18 @@ def visible(text: str) -> str:
     """A token's text with nothing in it that cannot be seen.
 
     Spaces at its ends become `␣`, so that " a" and "a" differ; line ends and tabs become `⏎`, `␍` and `⇥`, and other
-    characters that have no shape their number, such as `<U+200B>`.
+    characters that have no shape their number, such as `<U+200B>`; joiners inside a word or an emoji stay.
 
     >>> visible(" a"), visible(chr(10))
     ('␣a', '⏎')
     """
     inner = text.strip(" ")
     start = len(text) - len(text.lstrip(" "))
-    shown = "".join(MARKS.get(c) or (c if c.isprintable() else f"<U+{ord(c):04X}>") for c in inner)
+    joiners = {match.start() for match in _JOINED.finditer(inner)}
+    shown = "".join(
+        MARKS.get(c) or (c if c.isprintable() or place in joiners else f"<U+{ord(c):04X}>")
+        for place, c in enumerate(inner)
+    )
     return SPACE * start + shown + SPACE * (len(text) - start - len(inner))
 
 

@@ -193,9 +193,13 @@ class CircuitGraph(GraphData):
         """The token x layer picture; of a larger graph the most influential nodes, and a caption that says so."""
         return str(exporter("svg").convert(self, max_nodes=max_nodes))
 
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write the interactive page to `path`, atomically; it opens in a browser without a network or a server."""
-        return export(self, "html", path)
+    def to_html(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the interactive page to `path`, atomically; it opens in a browser without a network or a server.
+
+        `index` is a feature index whose labels and examples it shows, `()` for none; by default the one beside the crosscoder's
+        weights. See `circuits.viewer.page.to_html`.
+        """
+        return export(self, "html", path, **options)
 
     def to_graphml(self, path: str | os.PathLike[str]) -> Path:
         """Write GraphML to `path`, atomically."""

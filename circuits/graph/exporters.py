@@ -69,8 +69,8 @@ def exporter(name: str, *, writes_files: bool = False) -> Exporter:
     raise ValueError(f"format: expected one of {', '.join(known)}, given {name!r}{hint}")
 
 
-def export(graph: GraphData, name: str, path: str | os.PathLike[str]) -> Path:
-    """Write a graph to `path` in the format `name`, atomically, and return the path.
+def export(graph: GraphData, name: str, path: str | os.PathLike[str], **options: Any) -> Path:
+    """Write a graph to `path` in the format `name`, with options of its conversion, atomically, and return the path.
 
     Raises `ValueError` for an unknown format or a place that cannot be written, before anything is computed, and
     `MissingProgramError` where a program is missing; the fallback's file is then written beside `path`.
@@ -78,7 +78,7 @@ def export(graph: GraphData, name: str, path: str | os.PathLike[str]) -> Path:
     chosen, path = exporter(name, writes_files=True), check_file(path)
     try:
         with _without_garbage_collection():
-            return write_atomic(path, content(graph, chosen))
+            return write_atomic(path, content(graph, chosen, **options))
     except MissingProgramError as error:
         if chosen.fallback is None:
             raise
@@ -99,9 +99,9 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def content(graph: GraphData, chosen: Exporter) -> str | bytes | Iterable[str]:
+def content(graph: GraphData, chosen: Exporter, **options: Any) -> str | bytes | Iterable[str]:
     """What is written to a file: text, bytes or pieces of text as converted, and objects as JSON, in pieces."""
-    converted = chosen.convert(graph)
+    converted = chosen.convert(graph, **options)
     return json_pieces(converted) if isinstance(converted, dict) else converted
 
 

@@ -40,9 +40,9 @@ function group(name, children) {
 }
 
 function titleOf(data) {
-  const {outputWeight, label, name} = data.nodes;
-  const answer = outputWeight.indexOf(outputWeight.reduce((most, weight) => Math.max(most, weight), 0));
-  const output = answer < 0 ? "" : label[answer] || name[answer];
+  const {label, name} = data.nodes;
+  const answer = strongestOutput(data);
+  const output = label[answer] || name[answer];
   return make("h1", {title: data.prompt},
     make("bdi", {className: "prompt", textContent: data.prompt}), make("span", {textContent: "→"}), make("bdi", {className: "answer", textContent: output}));
 }

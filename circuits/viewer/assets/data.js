@@ -7,7 +7,9 @@ const TYPES = {
 
 /** A column of the payload, `[type, base64]`, as a typed array (little-endian, as all machines that browsers run on). */
 function decodeColumn([type, text]) {
-  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const characters = atob(text);
+  const bytes = new Uint8Array(characters.length);
+  for (let at = 0; at < bytes.length; at++) bytes[at] = characters.charCodeAt(at);
   return new TYPES[type](bytes.buffer);
 }
 

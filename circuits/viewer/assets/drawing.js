@@ -133,7 +133,7 @@ function fitText(string, width, size, bold = false) {
 /** A text on one line or two of about the same length, broken between words; what does not fit ends in an ellipsis. */
 function wrapText(string, width, size, bold = false) {
   if (textWidth(string, size, bold) <= width) return [string];
-  const words = string.split(" ");
+  const words = string.split(/ (?![|→…])/);
   const broken = words.map((_, first) => [words.slice(0, first).join(" "), words.slice(first).join(" ")]);
   const fitting = broken.slice(1).filter(([line]) => textWidth(line, size, bold) <= width);
   if (!fitting.length) return [fitText(string, width, size, bold)]; // a word that is longer than the line

@@ -28,7 +28,8 @@ function createKeyboard(data, store, services) {
     [["?"], "this help", act(services.help)],
   ];
   const walk = (right, down) => {
-    const node = neighbour(graph.view().layout, store.state.hovered ?? store.state.selected, right, down);
+    const from = store.state.hovered ?? store.state.selected;
+    const node = from === null ? strongestOutput(data) : neighbour(graph.view().layout, from, right, down);
     if (node === null) return;
     store.update({hovered: node});
     graph.reveal(node);
@@ -71,15 +72,18 @@ function next(values, value) {
   return values[(values.indexOf(value) + 1) % values.length];
 }
 
+function strongestOutput({nodes: {outputWeight}}) {
+  return outputWeight.indexOf(outputWeight.reduce((most, weight) => Math.max(most, weight)));
+}
+
 /**
  * The nearest shown node in a direction: of those that are more ahead than aside if there are any, so that no node is passed by
- * for one behind it; the first node if there is none yet.
+ * for one behind it.
  */
 function neighbour({x, y}, node, right, down) {
   let [best, least] = [null, Infinity];
   for (let other = 0; other < x.length; other++) {
     if (other === node || Number.isNaN(x[other])) continue;
-    if (node === null) return other;
     const [dx, dy] = [x[other] - x[node], y[other] - y[node]];
     const [ahead, aside] = right ? [dx * right, Math.abs(dy)] : [dy * down, Math.abs(dx)];
     const cost = aside <= ahead ? ahead + aside / 2 : 1e6 + ahead + 2.5 * aside;

@@ -4,6 +4,7 @@ const SLOT = {width: 30, height: 34}; // least room of a node
 const ROOMY = {width: 96, height: 60}; // more than this is not needed, however large the pane is
 const EMPTY = {width: 22, height: 18}; // columns and rows that hold nothing
 const MARGIN = 14;
+const OUTPUT = 1.6; // slots of an output, whose text is always wanted
 
 /** The row of a node, upwards: positions -1, tokens 0, then attention and MLP of each layer in turn, logits on top. */
 function rowOf(data, node) {
@@ -23,7 +24,9 @@ function layoutGraph(data, shown, {width, height}, titles) {
   const cells = cellsOf(data, shown);
   const rows = rowsOf(data, cells);
   const crowd = new Array(data.tokens.length).fill(0);
-  for (const {position, nodes} of cells.values()) crowd[position] = Math.max(crowd[position], nodes.length);
+  for (const {row, position, nodes} of cells.values()) {
+    crowd[position] = Math.max(crowd[position], Math.ceil(nodes.length * (row > 2 * data.nLayers ? OUTPUT : 1)));
+  }
   const room = {width: Math.max(width - 2 * MARGIN, 1), height: Math.max(height - 2 * MARGIN, 1)};
   const least = sum(titles) <= 0.8 * room.width ? titles : titles.map(() => EMPTY.width);
   let best = null;

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from random_circuit import random_circuit
 
 from circuits import CircuitGraph
 from circuits.cli import main
@@ -112,6 +113,19 @@ def test_the_policy_allows_this_script_alone(small: CircuitGraph) -> None:
     assert policy.startswith("default-src 'none'")
     loads = re.compile(r"\b(src|href)=|(inner|outer)HTML|insertAdjacentHTML|document\.write|https?://")
     assert not loads.search(page.replace("http://www.w3.org/2000/svg", "a name, not an address"))
+
+
+def test_a_large_page_is_small() -> None:
+    page = to_html(random_circuit(1000, 20_000, n_heads=8))
+    assert len(page.encode("utf-8")) < 2_000_000
+
+
+def test_options_reach_the_page(small: CircuitGraph, tmp_path: Path) -> None:
+    page = small.to_html(tmp_path / "a.html", index=()).read_text(encoding="utf-8")
+    assert page == to_html(small, index=())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'indx'"):
+        small.to_html(tmp_path / "b.html", indx=())
+    assert not (tmp_path / "b.html").exists()
 
 
 def test_every_asset_is_used() -> None:
