@@ -18,7 +18,7 @@ function createHelp(data, store, services) {
     make("header", {}, make("h2", {textContent: "How to read and use this page"}), close),
     make("dl", {className: "explained"}, ...EXPLAINED.flatMap(([name, text]) => [make("dt", {textContent: name}), make("dd", {textContent: text})])),
     make("h3", {textContent: "Keys"}), make("dl", {className: "keys"}, ...keys),
-    make("p", {className: "soft", textContent: "With a box of the subgraph in focus: arrows walk, Space chooses, Shift and arrows move, Enter opens, F2 renames, Delete unpins. In the lists of connections: up and down walk, Enter selects, right and left open and close the heads, Ctrl-click pins."}));
+    make("p", {className: "soft", textContent: "With a box of the subgraph in focus: arrows walk, Space chooses, Shift and arrows move, Enter opens, F2 renames, Delete unpins, + and - zoom, F fits. In the lists of connections: up and down walk, Enter selects, right and left open and close the heads, Ctrl-click pins."}));
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
   document.body.append(dialog);
   showHint();

@@ -74,11 +74,17 @@ function listenToSubgraph(svg, {store, pane, tools, draw, drawFocus, at, focusBo
   svg.addEventListener("pointerleave", () => { if (!drag) setFocus(null, null); });
   svg.addEventListener("wheel", (event) => {
     event.preventDefault();
-    const [frame, zoom] = [svg.getBoundingClientRect(), clamp(pane.zoom * Math.exp(-event.deltaY * 0.0015), 0.15, 4)];
-    const [x, y, scale] = [event.clientX - frame.left, event.clientY - frame.top, zoom / pane.zoom];
+    const frame = svg.getBoundingClientRect();
+    zoomBy(Math.exp(-event.deltaY * 0.0015), event.clientX - frame.left, event.clientY - frame.top);
+  }, {passive: false});
+
+  /** Zooms about a point of the pane, by default its middle. */
+  function zoomBy(factor, x = pane.width / 2, y = pane.height / 2) {
+    const zoom = clamp(pane.zoom * factor, 0.15, 4);
+    const scale = zoom / pane.zoom;
     Object.assign(pane, {zoom, left: x - (x - pane.left) * scale, top: y - (y - pane.top) * scale, isFit: false});
     draw();
-  }, {passive: false});
+  }
 
   function hover(event) {
     const key = keyOf(event);
@@ -114,6 +120,7 @@ function listenToSubgraph(svg, {store, pane, tools, draw, drawFocus, at, focusBo
     const actions = {
       Enter: () => activate(key, event), " ": () => toggle(key), F2: () => { tools.choose([key]); tools.rename(); },
       g: choice(tools.group), G: choice(tools.ungroup), Delete: choice(tools.unpin), Backspace: choice(tools.unpin), p: choice(tools.unpin),
+      "+": () => zoomBy(1.25), "=": () => zoomBy(1.25), "-": () => zoomBy(0.8), f: tools.fit, 0: tools.fit,
     };
     if (step && event.shiftKey) move(chosen, step[0] * MOVE_STEP, step[1] * MOVE_STEP);
     else if (step) walkTo(key, step);

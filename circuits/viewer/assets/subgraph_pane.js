@@ -175,7 +175,7 @@ function createSubgraphTools(data, store, services, pane, {draw, boxesOfChoice, 
     const can = {group: chosen.length > 1, ungroup: groups.length, rename: chosen.length === 1, open: groups.length, unpin: chosen.length, tidy: store.state.places.size};
     for (const item of buttons) item.disabled = item.dataset.action in can && !can[item.dataset.action];
   };
-  return {...actions, buttons, choose, refresh};
+  return {...actions, fit, buttons, choose, refresh};
 }
 
 /** The scores of what is pinned, beside those of the whole graph. */
