@@ -3,12 +3,13 @@ import {api, cancelButton, finished, isActive, jobText, make} from "./jobs.js";
 
 const WAYS = {ablate: ["Ablate", "scale", 0], scale: ["Scale by", "scale", 2], set: ["Set to", "activation", 0], add: ["Add", "add", 1]};
 const FEATURE = 3; // NodeKind.FEATURE
+const LEAST_NAMED = 5; // tokens that are named however small their probability is
 const FELT = 0.001; // smaller changes of a probability are not coloured
 
 /** A share in percent, with two digits where it is small. */
 function percent(share) {
   const value = 100 * share;
-  return `${value >= 1 ? value.toFixed(1) : value >= 1e-3 ? Number(value.toPrecision(2)) : value.toExponential(0)} %`;
+  return `${value >= 1 ? value.toFixed(1) : value >= 0.01 ? Number(value.toPrecision(2)) : "<0.01"} %`;
 }
 
 export function createInterventions(bar, facts, {data, store}) {
@@ -110,10 +111,11 @@ export function createInterventions(bar, facts, {data, store}) {
     const bar = (share) => {
       const filled = make("span", {className: "filled"});
       filled.style.width = `${100 * share}%`;
-      return make("td", {className: "number"}, make("span", {className: "share"}, filled), percent(share));
+      return make("td", {className: "number"}, make("span", {className: "share"}, filled), make("span", {className: "percent", textContent: percent(share)}));
     };
     const head = ["Next token", "before", "after"].map((title, place) => make("th", {scope: "col", className: place ? "number" : "", textContent: title}));
-    const rows = tokens.map(({token, before, after}) => {
+    const named = tokens.filter(({before, after}, place) => place < LEAST_NAMED || Math.max(before, after) >= 1e-4);
+    const rows = named.map(({token, before, after}) => {
       const changed = Math.abs(after - before) < FELT ? "" : after < before ? "lower" : "raise";
       return make("tr", {className: changed}, make("td", {}, make("bdi", {textContent: token})), bar(before), bar(after));
     });
