@@ -12,12 +12,13 @@ from circuits.export.style import EDGE_COLOURS, GREY, NODE_COLOURS, PATH_COLOURS
 from circuits.export.svg_layout import FONT, GUTTER, SMALL_FONT, Box, Layout, place
 from circuits.export.svg_routes import Area, Point, routes, tags
 from circuits.export.svg_shapes import ARROW
+from circuits.export.text_metrics import wrap
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import MissingProgramError, register
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import printable
 
-_POINTS, _TEXT = 0.75, 0.62
+_POINTS, _TEXT, _TITLE = 0.75, 0.62, 14.0
 """Points of a pixel of the layout, and of its text: a little less, because Helvetica may be replaced by a wider font."""
 _FONT = "Helvetica"
 _PAGE = (10.9, 7.5)
@@ -44,7 +45,8 @@ def to_dot(graph: GraphData, *, max_nodes: int = 80) -> Iterator[str]:
     dot.attr(layout="nop2", outputorder="edgesfirst", bgcolor="white", size=f"{width},{height}", fontname=_FONT)
     dot.attr("node", fontname=_FONT, shape="box", fixedsize="shape", margin="0")
     dot.attr("edge", arrowsize="0.6", fontname=_FONT, fontsize=f"{SMALL_FONT * _TEXT:g}")
-    _add_titles(dot, [printable(facts["prompt"]), *_left_out(graph, picture)], layout)
+    prompt = wrap(f"{printable(facts['prompt'])} {picture.answer}", 0.9 * layout.width, _TITLE, 4)
+    _add_titles(dot, [*prompt, _legend(picture), *_left_out(graph, picture)], layout)
     _add_columns(dot, picture, layout, names)
     for number, (link, curve) in enumerate(zip(picture.links, curves, strict=True)):
         _add_link(dot, link, curve, spots.get(number), names)
@@ -75,6 +77,14 @@ for _format in ("svg", "png", "pdf"):
     )(lambda graph, picture_format=_format: render(to_dot(graph), picture_format))
 
 
+def _legend(picture: Picture) -> str:
+    """What the signs of the picture mean."""
+    meanings = {"circle": "feature", "triangle": "feature of attention", "diamond": "error"}
+    marks = {item.mark for item in picture.items}
+    signs = [f"{SYMBOLS[mark]} {meaning}" for mark, meaning in meanings.items() if mark in marks]
+    return "   ".join(["bold: strongest paths", "blue raises, orange and dashed lowers", *signs])
+
+
 def _left_out(graph: GraphData, picture: Picture) -> list[str]:
     missing = {"nodes": len(graph.nodes) - picture.n_nodes, "edges": len(graph.edges) - picture.n_edges}
     counts = [f"{count:,} weaker {name}" for name, count in missing.items() if count]
@@ -83,7 +93,7 @@ def _left_out(graph: GraphData, picture: Picture) -> list[str]:
 
 def _add_titles(dot: graphviz.Digraph, lines: Sequence[str], layout: Layout) -> None:
     """What the picture is of, above it, and what its rows are."""
-    dot.attr(label=_literal(lines, "\\l"), labelloc="t", labeljust="l", fontsize=f"{1.2 * FONT * _POINTS:g}")
+    dot.attr(label=_literal(lines, "\\l"), labelloc="t", labeljust="l", fontsize=f"{_TITLE * _POINTS:g}")
     for row in layout.rows:
         look = {
             "shape": "plaintext",

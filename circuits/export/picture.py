@@ -83,6 +83,8 @@ class Picture:
     """Those of paths last, the strongest at the end: they are drawn over the others."""
     paths: tuple[tuple[float, tuple[int, ...]], ...]
     """Share and items of the emphasised paths, in the order of `strongest_paths`."""
+    answer: str
+    """The target, or group of outputs, of the largest weight: `→ Austin (99.9 %)`."""
     n_nodes: int
     """Nodes of the graph that the items stand for."""
     n_edges: int
@@ -103,7 +105,13 @@ def picture_of(graph: GraphData, *, max_nodes: int) -> Picture:
         shares[pair] = max(share, shares.get(pair, 0.0))
     links, n_edges = _links(graph, items, item_of, shares)
     drawn_paths = tuple((path.share, tuple(dict.fromkeys(item_of[list(path.nodes)].tolist()))) for path in paths)
-    return Picture(items, links, drawn_paths, int(shown.sum()), n_edges)
+    return Picture(items, links, drawn_paths, _answer(graph.nodes, items), int(shown.sum()), n_edges)
+
+
+def _answer(nodes: NodeTable, items: Sequence[Item]) -> str:
+    top = max(items, key=lambda item: nodes.output_weight[list(item.nodes)].sum())
+    chance = f" ({top.small})" if top.kind is NodeKind.LOGIT and top.small else ""
+    return f"→ {top.name or top.text}{chance}"
 
 
 def _shown(nodes: NodeTable, influence: np.ndarray, on_path: np.ndarray, max_nodes: int) -> np.ndarray:

@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Sequence
 from html import escape
 
-import numpy as np
-
 from circuits.export.picture import Item, Link, Picture, picture_of
 from circuits.export.style import EDGE_COLOURS, INK, NODE_COLOURS, PATH_COLOURS
 from circuits.export.svg_layout import FONT, LINE, MARGIN, SMALL_FONT, SMALL_LINE, Box, Layout, place
@@ -68,11 +66,8 @@ def to_svg(graph: GraphData, *, max_nodes: int = 80) -> str:
 
 def _title(graph: GraphData, picture: Picture, width: float) -> tuple[list[str], float]:
     """The prompt and what the model answers, how to read the picture, and where that ends."""
-    weight = [graph.nodes.output_weight[list(item.nodes)].sum() for item in picture.items]
-    top = picture.items[int(np.argmax(weight))]
-    chance = f" ({top.small})" if top.kind is NodeKind.LOGIT and top.small else ""
     room = width - 2 * MARGIN
-    answer = fit(f"→ {top.name or top.text}{chance}", room, _TITLE, bold=True)
+    answer = fit(picture.answer, room, _TITLE, bold=True)
     prompt = wrap(printable(graph.metadata["prompt"]), room, _TITLE, _TITLE_LINES, bold=True)
     *lines, last = [(line, "") for line in prompt]
     beside = text_width(f"{last[0]} {answer}", _TITLE, bold=True) <= room

@@ -17,6 +17,8 @@ LEAST = 4
 """Outputs that make a group."""
 SIMILAR = 3.0
 """How many times the weight of a group's last output its first may have."""
+CONTINUES = "##"
+"""Mark of WordPiece pieces that continue a word."""
 _PLURALS = {"punctuation": "signs"}
 
 
@@ -41,9 +43,9 @@ def output_groups(nodes: NodeTable) -> list[tuple[int, ...]]:
 def group_name(nodes: NodeTable, members: Sequence[int]) -> str:
     """`10 numbers: 42 … 87`, the smallest and the largest; of other classes the two likeliest, `5 lower-case words: a, b …`."""
     name = _class_of(nodes.label[members[0]])
-    texts = [short_name(nodes, node).strip(SPACE) for node in members]
+    texts = [short_name(nodes, node).strip(SPACE).removeprefix(CONTINUES) for node in members]
     if name == "number":
-        shown = " … ".join(sorted(texts, key=lambda text: (int(text), text))[:: len(texts) - 1])
+        shown = " … ".join(sorted(texts, key=lambda text: (len(text), text))[:: len(texts) - 1])
     else:
         shown = f"{', '.join(texts[:2])} …"
     return f"{len(members)} {_PLURALS.get(name, f'{name}s')}: {shown}"
@@ -51,5 +53,5 @@ def group_name(nodes: NodeTable, members: Sequence[int]) -> str:
 
 def _class_of(label: str) -> str:
     """The class of a token's text without its spaces; empty where it has none."""
-    word = label.strip(f" {SPACE}").removeprefix("##")
+    word = label.strip(f" {SPACE}").removeprefix(CONTINUES)
     return next((name for name, holds in CLASSES.items() if word and holds(word)), "")

@@ -58,7 +58,7 @@ def plot_heads(view: HeadView, path: str | os.PathLike[str]) -> Path:
         )
         axes = figure.add_subplot()
         limit = max(float(np.nanmax(np.abs(cells_RC))), 1e-12)
-        image = axes.imshow(cells_RC, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        image = axes.imshow(cells_RC, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axes.set_facecolor("#f0f0f0")  # where the direct path has no cell
         axes.axhline(len(heads) - 0.5, color="#555555", lw=0.8)
         figure.colorbar(image, ax=axes, label="to the pre-activation", pad=0.02)

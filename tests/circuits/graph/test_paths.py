@@ -129,6 +129,17 @@ def test_a_likely_output_stands_alone(build_graph) -> None:
     assert group_name(nodes, (1, 2, 3, 5)) == "4 capitalised words: B, C …"
 
 
+def test_numbers_of_any_tokenizer_are_told_from_the_smallest_to_the_largest(build_graph) -> None:
+    labels = ("##12", "␣100", "²", "7")
+    rows = [
+        {"kind": L, "layer": 1, "index": index, "label": label, "output_weight": 0.25}
+        for index, label in enumerate(labels)
+    ]
+    nodes = build_graph(rows, []).nodes
+    (group,) = output_groups(nodes)
+    assert group_name(nodes, group) == "4 numbers: 7 … 100"
+
+
 @given(st.data())
 def test_a_group_counts_each_output_once(draw_circuit, data) -> None:
     """A path's share is the sum over the outputs of its group of what it gives to each."""
