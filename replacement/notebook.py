@@ -81,8 +81,8 @@ def _css(style: Style) -> str:
 def frame(page: str, *, picture: str, title: str, note: str = "") -> str:
     """A page with scripts in a sandboxed frame.
 
-    The frame lies on a picture, which appears where frames are stripped, as in sanitized notebooks; without scripts the frame
-    shows the picture, too.
+    The frame lies on a picture, which appears where frames are stripped, as in sanitized notebooks, and until the frame is
+    scrolled into view and loaded; without scripts the frame shows the picture, too.
 
     Args:
         page: the HTML of the page.
@@ -96,8 +96,7 @@ def frame(page: str, *, picture: str, title: str, note: str = "") -> str:
     return (
         f'<div style="position:relative;height:{_FRAME_HEIGHT}px">{still}<iframe title="{escape(title)}" srcdoc="{page}" '
         'sandbox="allow-scripts allow-downloads" loading="lazy" '
-        'style="position:absolute;top:0;left:0;width:100%;height:100%;border:0;background:#fff"></iframe></div>'
-        + to_html(Text(note))
+        'style="position:absolute;top:0;left:0;width:100%;height:100%;border:0"></iframe></div>' + to_html(Text(note))
     )
 
 
