@@ -4,13 +4,6 @@ function createControls(element, data, store, services) {
   element.append(
     titleOf(data),
     make("div", {id: "search"}), // filled by search.js
-    group("history", [
-      button("←", "Back to the node before (Alt+Left)", store.back, "back"),
-      button("→", "Forward (Alt+Right)", store.forward, "forward"),
-      button("↶", "Undo (U or Ctrl+Z)", store.undo, "undo"),
-      button("↷", "Redo (Ctrl+Shift+Z)", store.redo, "redo"),
-    ]),
-    group("view", [influenceControl(data, store), directionControl(store), topLinksControl(store)]),
     group("files", [
       button("SVG", "Save the graph as a picture (SVG)", () => services.picture("svg")),
       button("PNG", "Save the graph as a picture (PNG)", () => services.picture("png")),
@@ -20,6 +13,17 @@ function createControls(element, data, store, services) {
     group("page", [
       button("◐", "Light or dark (T)", services.toggleTheme),
       button("?", "Help and keys (?)", services.help),
+    ]),
+    group("view", [
+      group("history", [
+        button("←", "Back to the node before (Alt+Left)", store.back, "back"),
+        button("→", "Forward (Alt+Right)", store.forward, "forward"),
+        button("↶", "Undo (U or Ctrl+Z)", store.undo, "undo"),
+        button("↷", "Redo (Ctrl+Shift+Z)", store.redo, "redo"),
+      ]),
+      influenceControl(data, store),
+      directionControl(store),
+      topLinksControl(store),
     ]),
   );
   const buttons = [...element.querySelectorAll("[data-can]")];

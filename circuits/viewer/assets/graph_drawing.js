@@ -151,16 +151,17 @@ function drawLabels(pen, scene, frame, nodes) {
 /** The first free spot around a node: of two lines, then of one. */
 function placeLabel(scene, frame, node, taken) {
   const {data, state} = scene;
-  const [[x, y], r] = [pointOf(scene, frame, node), radiusOf(scene, node, frame.zoom) + 5];
+  const [x, y] = pointOf(scene, frame, node);
+  const r = radiusOf(scene, node, frame.zoom) + (state.pinned.has(node) ? 8 : 5);
   const isLogit = data.nodes.kind[node] === KIND.logit;
   const bold = isLogit || node === state.selected;
-  const chance = data.nodes.probability[node] > 0 ? ` ${formatShare(data.nodes.probability[node])}` : "";
-  const text = isolate(labelOf(data, state, node)) + (isLogit ? chance : "");
-  const wrapped = wrapText(text, LABEL.width, LABEL.size, bold);
-  for (const lines of wrapped.length > 1 ? [wrapped, [fitText(text, LABEL.width, LABEL.size, bold)]] : [wrapped]) {
+  const [text, chance] = [isolate(labelOf(data, state, node)), formatShare(data.nodes.probability[node])];
+  const single = isLogit ? `${fitText(text, LABEL.width, LABEL.size, bold)} ${chance}` : fitText(text, LABEL.width, LABEL.size, bold);
+  const double = isLogit ? [fitText(text, LABEL.width, LABEL.size, bold), chance] : wrapText(text, LABEL.width, LABEL.size, bold);
+  for (const lines of double.length > 1 ? [double, [single]] : [double]) {
     const [width, height] = [Math.max(...lines.map((line) => textWidth(line, LABEL.size, bold))), lines.length * LABEL.line];
     const spots = [[x, y + r, "center"], [x, y - r - height, "center"], [x + r, y - height / 2, "left"], [x - r, y - height / 2, "right"]];
-    if (isLogit) spots.unshift(spots[1]);
+    if (isLogit) spots.push(spots.shift()); // below are its edges
     for (const [px, top, align] of spots) {
       const left = align === "left" ? px : align === "right" ? px - width : px - width / 2;
       const area = [left - 5, top, left + width + 5, top + height];

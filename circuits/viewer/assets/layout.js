@@ -4,7 +4,7 @@ const SLOT = {width: 30, height: 34}; // least room of a node
 const ROOMY = {width: 96, height: 60}; // more than this is not needed, however large the pane is
 const EMPTY = {width: 22, height: 18}; // columns and rows that hold nothing
 const MARGIN = 14;
-const OUTPUT = 1.6; // slots of an output, whose text is always wanted
+const OUTPUT = 2; // slots of an output, whose text is always wanted
 
 /** The row of a node, upwards: positions -1, tokens 0, then attention and MLP of each layer in turn, logits on top. */
 function rowOf(data, node) {

@@ -21,7 +21,7 @@ function start() {
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     applyTheme(store);
-    panes.graph.redraw();
+    for (const pane of Object.values(panes)) pane.redraw?.();
   });
   services.graph = panes.graph;
   services.panes = panes;
