@@ -71,9 +71,10 @@ function drawEdges(pen, scene, frame) {
   const {data, edges, links, marked} = scene;
   const strongest = edges.length ? data.edges.influence[edges.at(-1)] || 1 : 1;
   const dim = links || marked.size ? 0.22 : 1;
+  const faintest = clamp(40 / edges.length, 0.04, 0.22); // few weak edges are seen, many would be a fog
   for (const edge of edges) {
     const strength = Math.sqrt(data.edges.influence[edge] / strongest);
-    drawEdge(pen, scene, frame, edge, {width: 0.5 + 3 * strength, alpha: (0.05 + 0.75 * strength) * dim});
+    drawEdge(pen, scene, frame, edge, {width: 0.5 + 3 * strength, alpha: (faintest + (0.8 - faintest) * strength) * dim});
   }
   if (links) drawLinks(pen, scene, frame, links);
 }
@@ -155,10 +156,11 @@ function placeLabel(scene, frame, node, taken) {
   const r = radiusOf(scene, node, frame.zoom) + (state.pinned.has(node) ? 8 : 5);
   const isLogit = data.nodes.kind[node] === KIND.logit;
   const bold = isLogit || node === state.selected;
-  const [text, chance] = [isolate(labelOf(data, state, node)), formatShare(data.nodes.probability[node])];
-  const single = isLogit ? `${fitText(text, LABEL.width, LABEL.size, bold)} ${chance}` : fitText(text, LABEL.width, LABEL.size, bold);
-  const double = isLogit ? [fitText(text, LABEL.width, LABEL.size, bold), chance] : wrapText(text, LABEL.width, LABEL.size, bold);
-  for (const lines of double.length > 1 ? [double, [single]] : [double]) {
+  const text = labelOf(data, state, node);
+  const [chance, short] = [data.nodes.probability[node], fitText(text, LABEL.width, LABEL.size, bold)];
+  const forms = [wrapText(text, LABEL.width, LABEL.size, bold), [short]];
+  if (chance > 0) forms.splice(0, 2, [short, formatShare(chance)], [`${isolate(short)} ${formatShare(chance)}`]);
+  for (const lines of forms) {
     const [width, height] = [Math.max(...lines.map((line) => textWidth(line, LABEL.size, bold))), lines.length * LABEL.line];
     const spots = [[x, y + r, "center"], [x, y - r - height, "center"], [x + r, y - height / 2, "left"], [x - r, y - height / 2, "right"]];
     if (isLogit) spots.push(spots.shift()); // below are its edges
