@@ -57,7 +57,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("unexplained", "variance unexplained", "lower is better; logarithmic axis"),
     Panel("kl", "KL from the original, nats", "lower is better; logarithmic axis"),
-    Panel("agreement_all", "top-1 agreement", "higher is better; axis: logarithm of 1 − agreement"),
+    Panel("agreement_all", "top-1 agreement", "higher is better; log of 1 − agreement"),
 )
 AGREEMENT_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
