@@ -32,8 +32,19 @@ function decodeGraph(payload) {
   const edges = decodeColumns(payload.edges);
   const heads = payload.heads && decodeColumns(payload.heads);
   completeEdges(nodes, edges);
+  nodes.label = labelsOf(nodes, payload.features);
   const numberOf = new Map(nodes.id.map((id, node) => [id, node]));
   return {...payload, nodes, edges, heads, numberOf, features: payload.features ?? {}, headsOf: (edge) => headsOf(heads, edge)};
+}
+
+/** A feature without a label in the graph has that of the feature index, unless it is unclear. */
+function labelsOf({label}, features) {
+  if (!features?.record) return label;
+  const record = decodeColumn(features.record);
+  return label.map((text, node) => {
+    const best = text || record[node] < 0 ? null : features.records[record[node]].labels?.[0];
+    return best && best.text !== "unclear" ? best.text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "") : text; // nothing that turns text
+  });
 }
 
 /** Adds what follows from rows, sources and weights. An edge's influence is the mass that crosses it, (I[t] + p[t]) M[t, s]. */

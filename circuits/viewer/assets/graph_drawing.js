@@ -1,7 +1,7 @@
 /** Draws the graph with a pen: bands, edges, nodes, labels, axes. Used for the pane and for exported pictures alike. */
 
 const MOST_EDGES = 2000; // drawn beside those of the selected node, the most influential ones
-const LABEL = {size: 11, line: 13, width: 116, most: 200};
+const LABEL = {size: 11, line: 13, width: 116, most: 200, unnamed: 0.01}; // least influence of a node that only has a number
 const AXIS = {size: 12, longest: 110};
 
 /** What is drawn of the graph in a state: `edges` from weak to strong, how many are `leftOut`, `links` of the selected node. */
@@ -139,7 +139,8 @@ function drawLabels(pen, scene, frame, nodes) {
     return links?.shares.has(node) || state.pinned.has(node) || marked.has(node) ? 2 : 1;
   };
   const isQuiet = (node) => (links || marked.size) && rank(node) === 1;
-  const ranked = nodes.filter((node) => kind[node] >= KIND.feature).map((node) => [rank(node), influence[node], node]);
+  const isTold = (node) => data.nodes.label[node] || state.labels.has(node) || rank(node) > 1 || influence[node] >= LABEL.unnamed;
+  const ranked = nodes.filter((node) => kind[node] >= KIND.feature && isTold(node)).map((node) => [rank(node), influence[node], node]);
   ranked.sort((a, b) => b[0] - a[0] || b[1] - a[1]);
   for (const [, , node] of ranked.slice(0, LABEL.most)) {
     const label = placeLabel(scene, frame, node, taken);

@@ -20,6 +20,7 @@ function createLinksPane(element, data, store, services) {
     lists.replaceChildren();
     if (selected === null) {
       head.append(make("p", {className: "hint", textContent: "Select a node to see what flows into it and out of it."}));
+      lists.append(strongestList(data, store));
       return;
     }
     head.append(headOf(data, store, selected));
@@ -47,6 +48,20 @@ function headOf(data, store, node) {
 
 function markHovered(element, hovered) {
   for (const row of element.querySelectorAll("[data-node]")) row.classList.toggle("hovered", row.dataset.node === String(hovered));
+}
+
+/** Where to begin while nothing is selected: the features that carry most of the output. */
+function strongestList(data, store) {
+  const {influence, activation} = data.nodes;
+  const features = topFeatures(data, data.nodes.count);
+  const section = make("section", {className: "links", "aria-label": "Most influential features"}, make("h3", {textContent: `Most influential features (${wholeNumbers.format(features.length)})`}));
+  const walk = walkWithArrows(section, "button.link");
+  const rowOf = (node) => make("div", {className: "row"}, nodeRow(data, store, node, {}, {
+    className: "bar", filled: influence[node] / (influence[features[0]] || 1), numbers: [formatShare(influence[node]), activation[node] ? `activation ${formatNumber(activation[node])}` : ""],
+  }));
+  section.append(cutList(features, rowOf, (left) => `${left.length.toLocaleString("en")} more`));
+  walk();
+  return section;
 }
 
 /** What flows into a node: the edges, what is not in this graph, and the bias; together they are the node's value. */
@@ -134,19 +149,10 @@ function leftOutOf(data, edges) {
 
 function linkRow(data, store, side, edge, node, largest) {
   const [share, weight] = [data.edges.share[edge], data.edges.weight[edge]];
-  const bar = make("span", {className: `bar ${weight < 0 ? "lower" : "raise"}`});
-  bar.style.width = `${(100 * Math.abs(share)) / largest}%`;
-  const row = nodeButton(data, store, node, {
-    className: "link",
+  const row = nodeRow(data, store, node, {
     dataset: {side, edge},
-    tabIndex: -1,
     title: `${labelOf(data, store.state, node)}\n${placeOf(data, node)}\nweight ${formatNumber(weight, {sign: true})}, ${formatShare(share)} of the target's input, carries ${formatShare(data.edges.influence[edge])} of the output`,
-  });
-  row.append(
-    make("span", {className: "line"}, named(labelOf(data, store.state, node), "label"), make("span", {className: "number", textContent: signedShare(share)})),
-    make("span", {className: "track"}, bar),
-    make("span", {className: "line soft"}, named(placeOf(data, node), "place"), make("span", {className: "number", textContent: formatNumber(weight, {sign: true})})),
-  );
+  }, {className: `bar ${weight < 0 ? "lower" : "raise"}`, filled: Math.abs(share) / largest, numbers: [signedShare(share), formatNumber(weight, {sign: true})]});
   const heads = headsRow(data.headsOf(edge));
   row.addEventListener("keydown", (event) => {
     if (!heads || event.altKey || !["ArrowRight", "ArrowLeft"].includes(event.key)) return;
@@ -154,6 +160,18 @@ function linkRow(data, store, side, edge, node, largest) {
     event.stopPropagation();
   });
   return make("div", {className: "row"}, row, heads);
+}
+
+/** A node in a list: its label and its place, a bar between them, and a number at the end of each line. */
+function nodeRow(data, store, node, fields, {className, filled, numbers}) {
+  const row = nodeButton(data, store, node, {className: "link", tabIndex: -1, ...fields});
+  const line = (name, text, number) => make("span", {className: name}, text, make("span", {className: "number", textContent: number}));
+  row.append(
+    line("line", named(labelOf(data, store.state, node), "label"), numbers[0]),
+    make("span", {className: "track"}, make("span", {className, style: {width: `${100 * filled}%`}})),
+    line("line soft", named(placeOf(data, node), "place"), numbers[1]),
+  );
+  return row;
 }
 
 /** A button that stands for a node: a click selects it, Ctrl-click pins it, hover and focus show it in all panes. */

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from viewer_page import ViewerPage
+from viewer_page import VIEW, ViewerPage
 
 from circuits import CircuitGraph
 
@@ -38,6 +38,17 @@ def test_the_evidence_of_a_feature(indexed: ViewerPage, capital: CircuitGraph, i
     assert detail.locator("svg.histogram rect").count() == len(record.histogram_counts)
     for token, _ in record.effects.promoted:
         assert token.strip() in text
+
+
+def test_a_feature_without_a_label_has_that_of_the_index(
+    indexed: ViewerPage, capital: CircuitGraph, index_of: Callable[..., Any]
+) -> None:
+    with index_of(capital) as index:
+        label = index.label(1, 6)
+    assert label is not None
+    indexed.click("1_6_3")
+    assert indexed.pane("detail").locator("h3").first.inner_text() == label.text
+    assert indexed.pane("detail").get_by_text("Label found by rule").is_visible()
 
 
 def test_stronger_tokens_are_shaded_more(indexed: ViewerPage) -> None:
@@ -139,6 +150,10 @@ def test_search_finds_tokens_and_own_labels(indexed: ViewerPage, capital: Circui
         return {ids[int(str(option.get_attribute("data-node")))] for option in indexed.page.get_by_role("option").all()}
 
     assert search("own name") == {"0_11_3"}
+    box = indexed.page.get_by_role("listbox", name="Search results").bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= VIEW["width"], "in sight"
     assert search("dallas") >= {"E_13_3", "0_11_3", "1_5_3", "1_6_3", "0_-1_3"}, "all at the token"
     assert "1_5_3" in search("the"), "promoted by its feature"
     indexed.page.get_by_role("option").first.click()

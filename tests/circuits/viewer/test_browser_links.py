@@ -34,6 +34,21 @@ def test_inputs_and_outputs_by_sign_and_weight(capital: CircuitGraph, show: Call
     assert rows(viewer, "inputs") == []
 
 
+def test_at_first_the_most_influential_features_are_listed(show: Callable[..., ViewerPage]) -> None:
+    graph = random_circuit(200, 1500, n_tokens=8)
+    viewer = show(graph)
+    listed = viewer.page.get_by_role("region", name="Most influential features")
+    while listed.locator("[data-action=more]").count():
+        listed.locator("[data-action=more]").click()
+    features = np.flatnonzero(graph.nodes.kind == NodeKind.FEATURE)
+    order = features[np.argsort(-graph.influence()[features], kind="stable")]
+    ids = [row.get_attribute("data-id") for row in listed.locator("button.link").all()]
+    assert ids == [graph.nodes.ids()[node] for node in order]
+    listed.locator("button.link").nth(2).click()
+    assert viewer.state["selected"] == ids[2]
+    assert listed.count() == 0
+
+
 def test_every_edge_of_a_crowded_node_is_reached(show: Callable[..., ViewerPage]) -> None:
     graph = random_circuit(1000, 40_000, n_tokens=20)
     into = np.diff(graph.edges.indptr)
