@@ -82,14 +82,23 @@ def show(
         Path | None,
         typer.Option(parser=path_option, help="Write the interactive page to this file instead.", show_default=False),
     ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            help="Feature index whose examples the page shows.", show_default="features.sqlite beside the crosscoder"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Describe a saved graph: scores, counts, and the strongest paths; or make it a page to explore."""
+    if index is not None and html is None:
+        raise ValueError("index: expected --html beside it, given none")
     if html is not None:
         if as_json:
             raise ValueError("html: expected --html or --json, given both")
         check_file(html)
-        typer.echo(str(CircuitGraph.load(file).to_html(html)))
+        graph = CircuitGraph.load(file)
+        typer.echo(str(graph.to_html(html, index=None if index is None else [index])))
         return
     graph = CircuitGraph.load(file)
     if as_json:

@@ -219,7 +219,7 @@ def _trace_one(
         return before
     with atomic_folder(folder, replaces=(RECORD_FILE, *files_of(formats).values())) as scratch:
         if "result" in record:
-            write_files(graph, circuit, scratch, formats)
+            write_files(graph, circuit, scratch, formats, index=options.page_index)
         (scratch / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -176,7 +176,7 @@ def _trace_prompt(
         )
 
     graph, circuit = options.use(work)
-    files = write_all(graph, circuit, folder, formats)
+    files = write_all(graph, circuit, folder, formats, index=tracing.page_index)
     _warn_of_size(files, tracing)
     if as_json:
         show_json(summary(graph, circuit, files))
@@ -197,11 +197,16 @@ def _warn_of_size(files: dict[str, Path], tracing: TraceOptions) -> None:
 
 
 def write_all(
-    graph: CircuitGraph, circuit: CircuitGraph, folder: Path, formats: tuple[str, ...] = FORMATS
+    graph: CircuitGraph,
+    circuit: CircuitGraph,
+    folder: Path,
+    formats: tuple[str, ...] = FORMATS,
+    *,
+    index: Sequence[Path] | None = None,
 ) -> dict[str, Path]:
     """Write every file, or none; other files in the folder stay. Returns the files by format."""
     with atomic_folder(folder, keep_others=True) as scratch:
-        write_files(graph, circuit, scratch, formats)
+        write_files(graph, circuit, scratch, formats, index=index)
     return {name: folder / file for name, file in files_of(formats).items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,13 @@ class TraceOptions:
             circuit = with_labels(model, pruned, most=LABELLED, **labelling)
             return graph, with_heads(model, circuit) if self.heads else circuit
 
+    @property
+    def page_index(self) -> Sequence[Path] | None:
+        """The feature index whose examples the interactive page shows, as `circuits.viewer.page.to_html` takes it."""
+        if self.index is None or not self.use_index:
+            return None if self.use_index else ()
+        return (Path(self.index),)
+
     @contextmanager
     def indexes(self, model: ReplacementModel) -> Iterator[Indexes]:
         """The feature indexes that labels are taken from: the one that was named, none, or (None) those beside the weights.
@@ -144,13 +151,21 @@ def files_of(formats: Iterable[str]) -> dict[str, str]:
     return {"graph": GRAPH_FILE, **{name: f"circuit{suffixes[name]}" for name in formats}}
 
 
-def write_files(graph: CircuitGraph, circuit: CircuitGraph, folder: Path, formats: Iterable[str]) -> None:
-    """Write the full graph, and the circuit in some formats, into a folder."""
+def write_files(
+    graph: CircuitGraph,
+    circuit: CircuitGraph,
+    folder: Path,
+    formats: Iterable[str],
+    *,
+    index: Sequence[Path] | None = None,
+) -> None:
+    """Write the full graph, and the circuit in some formats, into a folder; `index` is that of the interactive page."""
+    options: dict[str, dict[str, Any]] = {"html": {"index": index}}
     for name, file in files_of(formats).items():
         if name == "graph":
             graph.save(folder / file)
         else:
-            circuit.export(name, folder / file)
+            circuit.export(name, folder / file, **options.get(name, {}))
 
 
 def facts_of(graph: CircuitGraph, circuit: CircuitGraph) -> dict[str, Any]:

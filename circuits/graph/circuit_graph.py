@@ -213,9 +213,12 @@ class CircuitGraph(GraphData):
         """The graph JSON object of Neuronpedia and circuit-tracer front ends."""
         return whole(exporter("neuronpedia").convert(self))
 
-    def export(self, name: str, path: str | os.PathLike[str]) -> Path:
-        """Write the graph, atomically, in a format of `circuits.graph.exporters.file_formats`; others raise `ValueError`."""
-        return export(self, name, path)
+    def export(self, name: str, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the graph, atomically, in a format of `circuits.graph.exporters.file_formats`; others raise `ValueError`.
+
+        Options are those of the format's conversion, such as `index` of `html`.
+        """
+        return export(self, name, path, **options)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         """What notebooks show; see `circuits.graph.display`."""

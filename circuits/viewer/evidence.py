@@ -40,8 +40,8 @@ MOST_EXAMPLES = 4000
 LEAST_EXAMPLES = 3
 OTHER_LABELS = 3
 
-Indexes = FeatureIndex | Sequence[FeatureIndex] | None
-"""An index of the MLPs' crosscoder or of attention's, or both; None for those beside the graph's crosscoders."""
+Indexes = FeatureIndex | Sequence[FeatureIndex | Path] | None
+"""An index of the MLPs' crosscoder or of attention's, or both, or their files; None for those beside the crosscoders."""
 
 
 def evidence(graph: GraphData, index: Indexes = None) -> dict[str, Any]:

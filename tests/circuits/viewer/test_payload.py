@@ -17,6 +17,7 @@ from circuits import CircuitGraph
 from circuits.cli import main
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.exporters import file_formats
+from circuits.trace_options import TraceOptions, write_files
 from circuits.viewer.columns import column, payload
 from circuits.viewer.page import SCRIPTS, as_script_data, to_html
 
@@ -158,8 +159,24 @@ def test_show_writes_the_page(small: CircuitGraph, tmp_path: Path, capsys: pytes
         (["--html", "/proc/foo"], "but /proc takes no new files"),
         (["--html", ""], "expected the name of a file or folder, given ''"),
         (["--html", "a.html", "--json"], "html: expected --html or --json, given both"),
+        (["--index", "a.sqlite"], "index: expected --html beside it, given none"),
+        (["--html", "a.html", "--index", "nowhere.sqlite"], "nowhere.sqlite does not exist: expected a feature index"),
     ],
 )
-def test_mistakes_are_named(small, tmp_path, capsys, options: list[str], message: str) -> None:
+def test_mistakes_are_named(
+    small: CircuitGraph, tmp_path: Path, capsys, monkeypatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["show", str(small.save(tmp_path / "g.safetensors")), *options]) == 2
     assert message in capsys.readouterr().err
+    assert not Path("a.html").exists()
+
+
+def test_the_page_takes_its_examples_from_the_index_of_the_trace(small: CircuitGraph, tmp_path: Path) -> None:
+    assert TraceOptions().page_index is None
+    assert TraceOptions(index="a.sqlite").page_index == (Path("a.sqlite"),)
+    assert TraceOptions(index="a.sqlite", use_index=False).page_index == ()
+    write_files(small, small, tmp_path, ["html", "svg"], index=())
+    assert (tmp_path / "circuit.html").read_text(encoding="utf-8") == to_html(small, index=())
+    with pytest.raises(ValueError, match=r"b\.sqlite does not exist"):
+        write_files(small, small, tmp_path, ["html"], index=(tmp_path / "b.sqlite",))
