@@ -24,43 +24,71 @@ function createBar() {
   return {bar, status};
 }
 
-// Saving ----------------------------------------------------------------------------------------------------------------
+// Saving: entries by kind and id ------------------------------------------------------------------------------------------
 
-let known = {labels: {}, groups: [], pinned: [], places: {}}; // what the server has
+const KINDS = {
+  labels: {read: ({labels}) => labels, write: (entries) => entries},
+  groups: {
+    read: ({groups}) => Object.fromEntries(groups.map(({id, name, members}) => [id, {id, name, members: [...members].sort()}])),
+    write: Object.values,
+  },
+  pinned: {read: ({pinned}) => Object.fromEntries(pinned.map((id) => [id, true])), write: Object.keys},
+  places: {read: ({places}) => places, write: (entries) => entries},
+};
+const eachKind = (make) => Object.fromEntries(Object.keys(KINDS).map((kind) => [kind, make(kind)]));
+const entriesOf = (json) => eachKind((kind) => ({...KINDS[kind].read(json)}));
 const isShown = (id) => data.numberOf.has(id);
-const without = (ids) => ids.filter((id) => !isShown(id));
-const byId = (groups) => new Map(groups.map((group) => [group.id, group]));
-const same = (first, second) => JSON.stringify(first) === JSON.stringify(second);
+let known = eachKind(() => ({})); // what the server has
 
-/** What differs from what the server has, as it wants it; nodes that this page does not show keep what is saved for them. */
-function changes() {
-  const {version, prompt, labels, groups, pinned, places} = store.toJSON();
-  const removed = Object.keys(known.labels).filter((id) => isShown(id) && !(id in labels));
-  const changed = Object.entries(labels).filter(([id, text]) => known.labels[id] !== text);
-  const [before, now] = [byId(known.groups), byId(groups)];
-  const whole = groups.map((group) => ({...group, members: [...group.members, ...without(before.get(group.id)?.members ?? [])]}));
-  const gone = known.groups.filter((group) => group.members.some(isShown) && !now.has(group.id));
-  const pins = [...pinned, ...without(known.pinned)];
-  const result = {};
-  if (changed.length + removed.length) result.labels = Object.fromEntries([...changed, ...removed.map((id) => [id, null])]);
-  const sent = [...whole.filter((group) => !same(group, before.get(group.id))), ...gone.map((group) => ({...group, members: []}))];
-  if (sent.length) result.groups = sent.map(({id, name, members}) => ({id, name, members}));
-  if (!same([...pins].sort(), [...known.pinned].sort())) result.pinned = pins;
-  if (!same(Object.entries(places).sort(), Object.entries(known.places).sort())) result.places = places;
-  return Object.keys(result).length ? {version, prompt, ...result} : null;
+/** This page's entries. What is saved for nodes that it does not show is left as it is. */
+function ownEntries() {
+  const own = entriesOf(store.toJSON());
+  for (const kind of ["labels", "pinned", "places"]) {
+    for (const [id, entry] of Object.entries(known[kind])) if (!isShown(id) && !(id in own[kind])) own[kind][id] = entry;
+  }
+  for (const group of Object.values(known.groups)) {
+    const hidden = group.members.filter((id) => !isShown(id));
+    if (hidden.length === group.members.length) own.groups[group.id] = group;
+    else if (own.groups[group.id]) own.groups[group.id].members = [...own.groups[group.id].members, ...hidden].sort();
+  }
+  return own;
 }
 
-/** Takes on what is saved; labels and supernodes that only this page has stay. */
-function takeOn(saved) {
-  const {version, labels, groups, pinned, places} = store.toJSON();
-  known = saved;
-  store.load({
-    version,
-    labels: {...labels, ...saved.labels},
-    groups: [...new Map([...byId(groups), ...byId(saved.groups)]).values()],
-    pinned: [...new Set([...pinned, ...saved.pinned])],
-    places: {...places, ...saved.places},
-  }, {undo: false});
+/** Ids of the entries of a kind that differ. */
+function differing(before, now, kind) {
+  const ids = new Set([...Object.keys(before[kind]), ...Object.keys(now[kind])]);
+  return [...ids].filter((id) => JSON.stringify(before[kind][id]) !== JSON.stringify(now[kind][id]));
+}
+
+/** What the server is to merge into what it has; null for nothing. */
+function changes(own) {
+  const changed = eachKind((kind) => differing(known, own, kind));
+  const sent = {
+    labels: Object.fromEntries(changed.labels.map((id) => [id, own.labels[id] ?? null])),
+    groups: changed.groups.map((id) => own.groups[id] ?? {...known.groups[id], members: []}),
+    pinned: KINDS.pinned.write(own.pinned),
+    places: own.places,
+  };
+  const kinds = Object.keys(KINDS).filter((kind) => changed[kind].length);
+  const {version, prompt} = store.toJSON();
+  return kinds.length ? {version, prompt, ...Object.fromEntries(kinds.map((kind) => [kind, sent[kind]]))} : null;
+}
+
+/** Takes on what the server has, but for what this page changed since `base`. */
+function takeOn(saved, base = known) {
+  const [theirs, own] = [entriesOf(saved), ownEntries()];
+  const merged = eachKind((kind) => {
+    const entries = {...theirs[kind]};
+    for (const id of differing(base, own, kind)) {
+      if (id in own[kind]) entries[id] = own[kind][id];
+      else delete entries[id];
+    }
+    return entries;
+  });
+  known = theirs;
+  if (!Object.keys(KINDS).some((kind) => differing(own, merged, kind).length)) return;
+  const {version} = store.toJSON();
+  store.load({version, ...eachKind((kind) => KINDS[kind].write(merged[kind]))}, {undo: false});
 }
 
 let timer = 0;
@@ -72,20 +100,16 @@ function saveSoon() {
 }
 
 async function save() {
-  const json = changes();
+  const own = ownEntries();
+  const json = changes(own);
   if (!json) return;
   say("saving…");
   try {
-    known = await api(statePath, {json});
+    takeOn(await api(statePath, {json}), own);
     say("saved");
   } catch (error) {
     say(`not saved: ${error.message}`, true);
   }
-}
-
-/** What other pages saved in the meantime is taken on when the reader comes back to this one. */
-async function pull() {
-  if (!changes()) takeOn(await api(statePath));
 }
 
 const {bar, status} = createBar();
@@ -97,14 +121,23 @@ function say(text, isError = false) {
 
 async function start() {
   if (facts.model) createInterventions(bar, facts, window.crosstrace);
-  takeOn(await api(statePath));
-  store.subscribe(["labels", "groups", "pinned", "places"], saveSoon);
-  saveSoon(); // labels that came with the address
-  addEventListener("focus", () => pull().catch((error) => say(error.message, true)));
+  const [saved, own] = [await api(statePath), ownEntries()];
+  const theirs = entriesOf(saved);
+  // Of what the address brought, entries that are saved too may be old.
+  takeOn(saved, eachKind((kind) => Object.fromEntries(Object.entries(own[kind]).filter(([id]) => id in theirs[kind]))));
+  store.subscribe(Object.keys(KINDS), saveSoon);
+  saveSoon();
+  addEventListener("focus", async () => {
+    try {
+      takeOn(await api(statePath));
+    } catch (error) {
+      say(error.message, true);
+    }
+  });
   addEventListener("pagehide", () => {
-    const json = changes();
-    const body = JSON.stringify(json);
-    if (json) fetch(`/api/${statePath}`, {method: "POST", headers: {"Content-Type": "application/json"}, body, keepalive: true});
+    const body = JSON.stringify(changes(ownEntries()));
+    const headers = {"Content-Type": "application/json"};
+    if (body !== "null") fetch(`/api/${statePath}`, {method: "POST", headers, body, keepalive: true});
   });
 }
 

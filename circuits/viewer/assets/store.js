@@ -95,6 +95,7 @@ function createStore(data, saved = {}) {
   function load(json, {undo = true} = {}) {
     const {changes, missing} = parseState(data, initial, json);
     update(changes, {undo});
+    if (!undo) steps.undo.length = steps.redo.length = 0; // a step back would drop what was loaded
     return missing;
   }
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from importlib.resources import files
 
 import pytest
 
+from circuits.server.app import ASSETS
 from circuits.server.guards import HEADERS, JSON_BYTES
 
 STATE = "/api/graphs/toy.safetensors/state"
@@ -196,3 +198,9 @@ def test_every_answer_has_the_headers(client) -> None:
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
         assert "access-control-allow-origin" not in answer.headers
         assert "server" not in answer.headers
+
+
+def test_every_asset_is_served_or_a_page() -> None:
+    folder = files("circuits.server").joinpath("assets")
+    own = {file.name for file in folder.iterdir()} - {"table.html", "error.html"}
+    assert own == ASSETS.keys() - {"palette.css"}, "that one is the viewer's"

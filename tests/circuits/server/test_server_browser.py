@@ -135,9 +135,21 @@ def test_labels_and_supernodes_are_saved_and_shown_again(serve, folder, small, o
     until(
         page, lambda: saved(folder, "toy.safetensors")["labels"] == {"1_3_1": "changed", "0_7_0": "of the other page"}
     )
-    page.evaluate("() => crosstrace.store.update({labels: new Map(), groups: []})")
-    until(page, lambda: "1_3_1" not in saved(folder, "toy.safetensors")["labels"])
-    assert saved(folder, "toy.safetensors")["groups"] == []
+    until(page, lambda: page.evaluate("crosstrace.store.toJSON()")["labels"].get("0_7_0") == "of the other page")
+    assert not page.evaluate("crosstrace.store.undo()"), "a step back would drop the other page's label"
+    page.evaluate(
+        """() => {
+          const {data, store} = crosstrace, labels = new Map(store.state.labels);
+          labels.delete(data.numberOf.get("1_3_1"));
+          store.update({labels, groups: []});
+        }"""
+    )
+    until(page, lambda: saved(folder, "toy.safetensors")["groups"] == [])
+    assert saved(folder, "toy.safetensors")["labels"] == {"0_7_0": "of the other page"}
+    page.evaluate("crosstrace.store.undo()")
+    until(
+        page, lambda: saved(folder, "toy.safetensors")["labels"] == {"1_3_1": "changed", "0_7_0": "of the other page"}
+    )
 
 
 def test_what_a_circuit_does_not_show_stays_saved(serve, folder, small, open_at) -> None:
