@@ -61,7 +61,8 @@ function drawBands(pen, {layout, palette}, frame) {
   layout.rows.forEach(({start, size}, number) => {
     if (number % 2) pen.box(0, frame.top + start * frame.zoom, frame.width, size * frame.zoom, {fill: palette.band});
   });
-  for (const {start} of layout.columns.slice(1)) {
+  for (const {start, size} of layout.columns.slice(1)) {
+    if (size * frame.zoom < 12) continue; // lines this close would be a grey area
     const x = frame.left + start * frame.zoom;
     pen.curve([x, 0, x, 0, x, frame.height, x, frame.height], {stroke: palette.line, width: 0.5});
   }

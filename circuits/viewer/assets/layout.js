@@ -2,7 +2,7 @@
 
 const SLOT = {width: 30, height: 34}; // least room of a node
 const ROOMY = {width: 96, height: 60}; // more than this is not needed, however large the pane is
-const EMPTY = {width: 22, height: 18}; // columns and rows that hold nothing
+const EMPTY = {width: 16, height: 18}; // columns that hold a token alone, and rows that hold nothing
 const MARGIN = 14;
 const OUTPUT = 2; // slots of an output, whose text is always wanted
 
@@ -25,7 +25,7 @@ function layoutGraph(data, shown, {width, height}, titles) {
   const rows = rowsOf(data, cells);
   const crowd = new Array(data.tokens.length).fill(0);
   for (const {row, position, nodes} of cells.values()) {
-    crowd[position] = Math.max(crowd[position], Math.ceil(nodes.length * (row > 2 * data.nLayers ? OUTPUT : 1)));
+    if (row > 0) crowd[position] = Math.max(crowd[position], Math.ceil(nodes.length * (row > 2 * data.nLayers ? OUTPUT : 1)));
   }
   const room = {width: Math.max(width - 2 * MARGIN, 1), height: Math.max(height - 2 * MARGIN, 1)};
   const least = sum(titles) <= 0.8 * room.width ? titles : titles.map(() => EMPTY.width);
@@ -35,9 +35,10 @@ function layoutGraph(data, shown, {width, height}, titles) {
     const scale = Math.min(room.width / plan.width, room.height / plan.height);
     if (!best || scale > best.scale) best = {...plan, scale};
   }
+  const zoom = Math.min(1, best.scale); // what is left in one direction is shared out
   const stretch = {
-    x: clamp(room.width / best.width, 1, ROOMY.width / SLOT.width),
-    y: clamp(room.height / best.height, 1, ROOMY.height / SLOT.height),
+    x: clamp(room.width / zoom / best.width, 1, ROOMY.width / SLOT.width / zoom),
+    y: clamp(room.height / zoom / best.height, 1, ROOMY.height / SLOT.height / zoom),
   };
   return place(data, cells, rows, best, stretch);
 }
