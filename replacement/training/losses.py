@@ -279,7 +279,7 @@ class Strongest(Loss):
 def _weaker(state: StepState, group: int, norms_F: Tensor, k: int) -> Tensor:
     """Which features of a group are not among the k strongest of their row, bool[S]."""
     features = state.features.of(group)
-    strength_S = features.activation * norms_F[features.index]
+    strength_S = features.activation * norms_F.clamp(min=1e-12)[features.index]  # no ties while decoders are still 0
     # Sorted by row and falling strength, so that a feature's place in its row is a difference.
     order_S = strength_S.argsort(descending=True, stable=True)
     order_S = order_S[features.row[order_S].argsort(stable=True)]
