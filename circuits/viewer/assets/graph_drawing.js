@@ -1,7 +1,8 @@
 /** Draws the graph with a pen: bands, edges, nodes, labels, axes. Used for the pane and for exported pictures alike. */
 
 const MOST_EDGES = 2000; // drawn beside those of the selected node, the most influential ones
-const LABEL = {size: 11, line: 13, width: 116, most: 200, unnamed: 0.01}; // least influence of a node that only has a number
+const LABEL = {size: 11, line: 13, width: 116, narrow: 84, most: 200}; // pixels, and how many
+const LEAST = {unnamed: 0.01, leader: 0.02}; // influence of a node whose number is shown for want of a label, and of one with a leader
 const AXIS = {size: 12, longest: 110};
 
 /** What is drawn of the graph in a state: `edges` from weak to strong, how many are `leftOut`, `links` of the selected node. */
@@ -140,19 +141,23 @@ function drawLabels(pen, scene, frame, nodes) {
     return links?.shares.has(node) || state.pinned.has(node) || marked.has(node) ? 2 : 1;
   };
   const isQuiet = (node) => (links || marked.size) && rank(node) === 1;
-  const isTold = (node) => data.nodes.label[node] || state.labels.has(node) || rank(node) > 1 || influence[node] >= LABEL.unnamed;
+  const isTold = (node) => data.nodes.label[node] || state.labels.has(node) || rank(node) > 1 || influence[node] >= LEAST.unnamed;
   const ranked = nodes.filter((node) => kind[node] >= KIND.feature && isTold(node)).map((node) => [rank(node), influence[node], node]);
   ranked.sort((a, b) => b[0] - a[0] || b[1] - a[1]);
   for (const [, , node] of ranked.slice(0, LABEL.most)) {
-    const label = placeLabel(scene, frame, node, taken);
+    const label = placeLabel(scene, frame, node, taken, rank(node) > 1 || influence[node] >= LEAST.leader);
     if (!label) continue;
     const style = {colour: isQuiet(node) ? palette.soft : palette.ink, size: LABEL.size, align: label.align, halo: palette.background, bold: label.bold};
+    if (label.leader) for (const [from, to] of label.leader) pen.curve([...from, ...from, ...to, ...to], {stroke: palette.soft, width: 0.8, alpha: 0.7});
     label.lines.forEach((line, number) => pen.text(line, label.x, label.y + number * LABEL.line, style));
   }
 }
 
-/** The first free spot around a node: of two lines, then of one. */
-function placeLabel(scene, frame, node, taken) {
+/**
+ * The first free spot around a node, of two lines, then of one: centred above or below it, or beside it. An important node may also
+ * have its label off centre, with a leader that tells whose it is.
+ */
+function placeLabel(scene, frame, node, taken, mayLead) {
   const {data, state} = scene;
   const [x, y] = pointOf(scene, frame, node);
   const r = radiusOf(scene, node, frame.zoom) + (state.pinned.has(node) ? 8 : 5);
@@ -160,17 +165,24 @@ function placeLabel(scene, frame, node, taken) {
   const bold = isLogit || node === state.selected;
   const text = labelOf(data, state, node);
   const [chance, short] = [data.nodes.probability[node], fitText(text, LABEL.width, LABEL.size, bold)];
-  const forms = [wrapText(text, LABEL.width, LABEL.size, bold), [short]];
-  if (chance > 0) forms.splice(0, 2, [short, formatShare(chance)], [`${isolate(short)} ${formatShare(chance)}`]);
+  const forms = [wrapText(text, LABEL.width, LABEL.size, bold), wrapText(text, LABEL.narrow, LABEL.size, bold), [short]];
+  if (chance > 0) forms.splice(0, 3, [short, formatShare(chance)], [`${isolate(short)} ${formatShare(chance)}`]);
   for (const lines of forms) {
     const [width, height] = [Math.max(...lines.map((line) => textWidth(line, LABEL.size, bold))), lines.length * LABEL.line];
-    const spots = [[x, y + r, "center"], [x, y - r - height, "center"], [x + r, y - height / 2, "left"], [x - r, y - height / 2, "right"]];
+    const [below, above, radius] = [y + r, y - r - height, r - 5];
+    const spots = [
+      [x, below, "center"], [x, above, "center"], [x + r, y - height / 2, "left"], [x - r, y - height / 2, "right"],
+      ...(mayLead ? [below, above] : []).flatMap((top) => [[x, top, "left", top], [x, top, "right", top]]),
+    ];
     if (isLogit) spots.push(spots.shift()); // below are its edges
-    for (const [px, top, align] of spots) {
+    for (const [px, top, align, side] of spots) {
       const left = align === "left" ? px : align === "right" ? px - width : px - width / 2;
       const area = [left - 5, top, left + width + 5, top + height];
       if (area[0] < 0 || area[2] > frame.width || area[1] < 0 || area[3] > frame.height) continue;
-      if (taken.add(area, {onlyIfFree: true})) return {lines, x: px, y: top + LABEL.line / 2, align, bold};
+      if (!taken.add(area, {onlyIfFree: true})) continue;
+      const [rim, line] = side === below ? [y + radius, top - 1] : [y - radius, top + height + 1];
+      const leader = side === undefined ? null : [[[x, rim], [x, line]], [[x, line], [align === "left" ? x + width : x - width, line]]];
+      return {lines, x: px, y: top + LABEL.line / 2, align, bold, leader};
     }
   }
   return null;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from viewer_page import ViewerPage
 
-from circuits import CircuitGraph
+from circuits import CircuitGraph, NodeKind
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -65,6 +66,32 @@ def test_the_picture_shows_what_the_pane_shows(
     assert "Texas" not in labels()
     hidden = viewer.page.locator("#hidden").inner_text().split()[0]
     assert any(text.startswith(f"{hidden} nodes") for text in labels())
+
+
+def test_important_nodes_are_named_in_a_crowd(
+    build_graph: Callable[..., CircuitGraph], show: Callable[..., ViewerPage], tmp_path: Path
+) -> None:
+    """Twelve features of one cell at the right edge: the strongest three and the selected one have their labels."""
+    names = [f"label{index} of a feature with a long name" for index in range(12)]
+    rows: list[dict[str, Any]] = [
+        {"kind": NodeKind.TOKEN, "index": place, "position": place, "label": f"token{place}"} for place in range(4)
+    ]
+    feature = {"kind": NodeKind.FEATURE, "layer": 0, "position": 3, "expanded": True}
+    rows += [{**feature, "index": index, "label": name, "activation": 1.0} for index, name in enumerate(names)]
+    output = {"kind": NodeKind.LOGIT, "layer": 1, "position": 3, "label": "answer", "expanded": True}
+    rows.append({**output, "probability": 1.0, "output_weight": 1.0})
+    edges = [(4 + index, index % 4, 1.0) for index in range(12)] + [(16, 4 + index, 0.6**index) for index in range(12)]
+    viewer = show(build_graph(rows, edges, n_layers=1))
+
+    def named() -> set[str]:
+        root = ElementTree.fromstring(saved(viewer, "SVG", tmp_path / "graph.svg"))
+        texts = ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
+        return {text.split()[0] for text in texts if text.startswith("label")}
+
+    assert {"label0", "label1", "label2"} <= named()
+    for index in range(12):
+        viewer.update(selected=f"0_{index}_3")
+        assert f"label{index}" in named()
 
 
 @pytest.mark.parametrize("scale", [1, 2])
