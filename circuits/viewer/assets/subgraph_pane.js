@@ -143,9 +143,7 @@ function createSubgraphTools(data, store, services, pane, {draw, boxesOfChoice, 
   const groupChosen = () => {
     const chosen = boxesOfChoice();
     if (chosen.length < 2) return services.say("Choose several boxes first: Shift-click them, draw a frame around them, or press Space on them");
-    const made = groupBoxes(store, chosen);
-    choose([`group:${made.id}`]);
-    rename(`group:${made.id}`);
+    rename(`group:${groupBoxes(store, chosen).id}`); // it is not chosen: boxes chosen next would be grouped with it
   };
   const groupsOf = () => boxesOfChoice().filter(({group}) => group);
   const actions = {

@@ -75,6 +75,7 @@ def test_groups_are_made_named_and_dissolved(capital: CircuitGraph, show: Callab
     made = box(viewer, f"group:{group['id']}")
     assert "the <b>state</b>" in made.text_content()
     assert box(viewer, "1_5_3").count() == 0
+    choose(viewer, f"group:{group['id']}")
     act(viewer, "rename")
     viewer.page.locator("#rename-field").fill("Texas")
     viewer.press("Enter")
@@ -84,6 +85,27 @@ def test_groups_are_made_named_and_dissolved(capital: CircuitGraph, show: Callab
     assert set(viewer.state["pinned"]) == set(PINNED), "members stay pinned"
     viewer.press("u")
     assert viewer.state["groups"][0]["name"] == "Texas"
+
+
+def test_a_new_group_leaves_the_last_one_alone(capital: CircuitGraph, show: Callable[..., ViewerPage]) -> None:
+    """A group that was just named is no part of the next choice; chosen again, it takes in what is chosen with it."""
+    viewer = show(capital)
+    viewer.update(pinned=PINNED)
+    for name, members in {"Texas": ["1_5_3", "1_6_3"], "say Austin": ["2_9_4", "3_21_4"]}.items():
+        choose(viewer, *members)
+        act(viewer, "group")
+        viewer.page.keyboard.type(name)
+        viewer.press("Enter")
+    groups = {group["name"]: group for group in viewer.state["groups"]}
+    assert {name: sorted(group["members"]) for name, group in groups.items()} == {
+        "Texas": ["1_5_3", "1_6_3"],
+        "say Austin": ["2_9_4", "3_21_4"],
+    }
+    choose(viewer, f"group:{groups['Texas']['id']}", "0_11_3")
+    act(viewer, "group")
+    viewer.press("Enter")
+    extended = next(group for group in viewer.state["groups"] if group["name"] == "Texas")
+    assert sorted(extended["members"]) == ["0_11_3", "1_5_3", "1_6_3"]
 
 
 def test_edges_between_groups_are_sums(capital: CircuitGraph, show: Callable[..., ViewerPage]) -> None:
