@@ -90,8 +90,9 @@ function describeFeature(data, node, store) {
   const indexed = evidence?.isIndexed ? evidence : null;
   const parts = [...labelNotes(data, store, node, evidence)];
   const everyNth = indexed && indexed.density > 0 ? ` (1 in ${Math.round(1 / indexed.density).toLocaleString("en")})` : "";
+  const rank = indexed?.histogram.length && activation[node] > 0 ? `, above ${formatShare(quantileOf(indexed, activation[node]))} of its firings` : "";
   parts.push(factsList([
-    ["activation here", activation[node] ? formatNumber(activation[node]) : null],
+    ["activation here", activation[node] ? `${formatNumber(activation[node])}${rank}` : null],
     ["largest known", indexed ? formatNumber(indexed.max_activation) : null],
     ["fires on", indexed ? `${formatShare(indexed.density)} of tokens${everyNth}` : null],
     ["influence", `${formatShare(influence[node])} of the output`],
@@ -101,9 +102,10 @@ function describeFeature(data, node, store) {
     const note = data.features.notes?.[data.nodes.part[node] === 1 ? "attention" : "mlp"] ?? `The page holds evidence of the ${data.features.kept?.[0]} most influential of ${data.features.kept?.[1]} features; this is not one of them.`;
     return [...parts, make("p", {className: "hint", textContent: note})];
   }
-  if (indexed.histogram.length) parts.push(histogramOf(indexed, activation[node]));
-  parts.push(...tokenLists(indexed), ...exampleList(data, indexed));
-  return parts;
+  const [strongest, others] = exampleLists(indexed);
+  parts.push(...strongest, ...tokenLists(indexed)); // what a feature is shows first in what it fires on
+  if (indexed.histogram.length) parts.push(heading("Activations"), histogramOf(indexed, activation[node]));
+  return [...parts, ...others];
 }
 
 /** Where the label is from and how well it detects the feature; an index that found none says so. */
@@ -169,18 +171,18 @@ function visibleToken(text) {
   return shown.replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)) || "∅";
 }
 
-function exampleList(data, evidence) {
+/** The strongest examples, and those from the quantiles, each list with its heading. */
+function exampleLists(evidence) {
   const {examples, n_examples: kept} = evidence;
-  if (!examples.length) return [make("p", {className: "hint", textContent: "The index has no examples of this feature."})];
+  if (!examples.length) return [[make("p", {className: "hint", textContent: "The index has no examples of this feature."})], []];
   const spaced = examples.some(({tokens}) => tokens.some((token) => token.startsWith(" ")));
-  const groups = [["Strongest examples", examples.filter(({quantile}) => quantile === null)], ["From the quantiles", examples.filter(({quantile}) => quantile !== null)]];
   const cut = examples.length < kept ? `${examples.length} of the index's ${kept}` : "";
   const legend = make("p", {className: "legend soft"}, "shade: quantile of activation ", ...[0.2, 0.5, 0.8, 1].map((quantile) => shaded(` ${formatShare(quantile)} `, quantile)), "; framed: the peak");
-  return groups.filter(([, list]) => list.length).flatMap(([title, list], number) => [
-    heading(title, number ? "" : cut),
-    ...(number ? [] : [legend]),
-    ...list.map((example) => exampleRow(evidence, example, spaced)),
-  ]);
+  const listOf = (title, note, isQuantile) => {
+    const list = examples.filter(({quantile}) => (quantile !== null) === isQuantile);
+    return list.length ? [heading(title, note), ...(isQuantile ? [] : [legend]), ...list.map((example) => exampleRow(evidence, example, spaced))] : [];
+  };
+  return [listOf("Strongest examples", cut, false), listOf("From the quantiles", "", true)];
 }
 
 function exampleRow(evidence, {tokens, activations, peak, quantile}, spaced) {

@@ -38,6 +38,9 @@ def test_the_evidence_of_a_feature(indexed: ViewerPage, capital: CircuitGraph, i
     assert detail.locator("svg.histogram rect").count() == len(record.histogram_counts)
     for token, _ in record.effects.promoted:
         assert token.strip() in text
+    parts = (examples.first, detail.locator(".chips").first, detail.locator("svg.histogram"))
+    heights = [part.bounding_box()["y"] for part in parts]
+    assert heights == sorted(heights), "what it fires on comes first"
 
 
 def test_a_feature_without_a_label_has_that_of_the_index(
