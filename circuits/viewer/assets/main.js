@@ -40,10 +40,10 @@ function createServices(data, store) {
   let timer = 0;
   const services = {
     palette: readPalette,
-    /** Shows a message for some seconds. */
+    /** Shows a message for some seconds; an empty one takes away the last. */
     say(text) {
-      message.textContent = text;
-      message.classList.add("shown");
+      if (text) message.textContent = text;
+      message.classList.toggle("shown", text !== "");
       clearTimeout(timer);
       timer = setTimeout(() => message.classList.remove("shown"), 6000);
     },

@@ -58,5 +58,5 @@ function markPathEnd(data, store, services) {
   if (selected === null) return services.say("Select a node first: a path begins or ends there");
   const isEnd = isPathOpen(store, selected);
   store.update({path: [isEnd ? path[0] : selected, selected]});
-  if (!isEnd) services.say("Select the other end of the path, and press W again");
+  services.say(isEnd ? "" : "Select the other end of the path, and press W again");
 }

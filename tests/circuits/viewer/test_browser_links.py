@@ -114,6 +114,9 @@ def test_the_strongest_path_between_two_nodes(capital: CircuitGraph, show: Calla
     inflow = [3.5, 2.9, 2.25, 3.6, 3.9]
     share = 0.75 * np.prod(np.array([3.0, 2.0, 1.5, 2.0, 3.0]) / inflow)
     assert f"{100 * share:.0f} %" in banner.inner_text()
+    assert "shown" not in viewer.page.locator("#message").get_attribute("class"), "nothing is asked for any more"
+    viewer.update(path=["E_13_3", "5_1_4"], labels={"1_5_3": "a long label " * 20})
+    assert viewer.pane("links").locator(".body").evaluate("(body) => body.scrollWidth <= body.clientWidth")
     viewer.press("Escape", "Escape")
     assert viewer.state["path"] is None
     viewer.update(path=["E_10_0", "5_1_4"])
