@@ -38,6 +38,11 @@ class Firings(NamedTuple):
     n_features_per_layer: int
     n_layers: int
 
+    @property
+    def n_features(self) -> int:
+        """Of all layers together."""
+        return self.n_layers * self.n_features_per_layer
+
 
 class Scores(NamedTuple):
     """How well every feature detects every concept."""
@@ -89,7 +94,7 @@ def score_features(firings: Firings, cases: Sequence[Case]) -> Scores:
     concepts = tuple(sorted({case.concept for case in cases} - {NO_CONCEPT}))
     number = {concept: place for place, concept in enumerate(concepts)} | {NO_CONCEPT: len(concepts)}
     concept_B = torch.tensor([number[case.concept] for case in cases], device=firings.case_S.device)
-    C, F = len(concepts) + 1, firings.n_layers * firings.n_features_per_layer
+    C, F = len(concepts) + 1, firings.n_features
     key_S = concept_B[firings.case_S] * F + firings.feature_S
     fires_CF = torch.bincount(key_S, minlength=C * F).view(C, F).float()
     summed_CF = torch.bincount(key_S, weights=firings.activation_S.double(), minlength=C * F).view(C, F)

@@ -79,15 +79,23 @@ function createSearch(element, data, store) {
     input.blur(); // the keys of the page act on the node that was found
   }
 
+  function ask() {
+    clearTimeout(timer);
+    if (store.state.query !== input.value) store.update({query: input.value});
+    open(true);
+  }
+
   input.addEventListener("input", () => {
     clearTimeout(timer);
-    timer = setTimeout(() => { store.update({query: input.value}); open(true); }, data.nodes.count > 3000 ? 120 : 0);
+    if (data.nodes.count > 3000) timer = setTimeout(ask, 120);
+    else ask();
   });
   input.addEventListener("focus", () => open(true));
   element.addEventListener("focusout", (event) => { if (!element.contains(event.relatedTarget)) open(false); });
   input.addEventListener("keydown", (event) => {
     const step = {ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10}[event.key];
-    if (step) { open(true); move(at + step); }
+    if (step || event.key === "Enter") ask(); // a key that comes before the answer to what was typed
+    if (step) move(at + step);
     else if (event.key === "Enter") choose(Math.max(at, 0));
     else if (event.key === "Escape" && (input.value || !list.hidden)) { store.update({query: ""}); open(false); input.blur(); }
     else return;

@@ -41,7 +41,7 @@ def model() -> replacement.ReplacementModel:
 @pytest.fixture(scope="module")
 def graph(model: replacement.ReplacementModel) -> CircuitGraph:
     """A pruned circuit of the demo, without heads."""
-    return circuits.trace(model, PROMPT).prune(nodes=0.6, edges=0.9)
+    return circuits.trace(model, PROMPT).prune(nodes=0.8, edges=0.95)
 
 
 @pytest.fixture
