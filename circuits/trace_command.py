@@ -22,7 +22,7 @@ from circuits.many_prompts import SUMMARY_FILE, PromptLine, read_prompts, trace_
 from circuits.progress import ProgressText
 from circuits.report import page, summary
 from circuits.trace_options import FORMATS, TraceOptions, check_formats, files_of, write_files
-from replacement.command_line import AsJson, ModelOptions, model_options, path_option
+from replacement.command_line import AsJson, Memory, ModelOptions, model_options, path_option
 from replacement.console import pairs, section, show_json
 from replacement.console import show as show_page
 from replacement.files import atomic_folder, check_file, check_folder
@@ -59,13 +59,7 @@ def trace(
     heads: Annotated[bool, typer.Option(help="Say which heads carry each edge of the pruned circuit.")] = True,
     coverage: Annotated[float, typer.Option(help="Share of influence that is followed back, 0 to 1.")] = 0.99,
     max_nodes: Annotated[int, typer.Option(help="Most features to expand.")] = DEFAULTS.max_nodes,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most memory for the process, such as 4GB; a trace that would need more is refused.",
-            show_default="what is available",
-        ),
-    ] = None,
+    memory: Memory = None,
     drop_below: Annotated[
         float, typer.Option(help="Leave out edges below this share of their target's inflow; they count as lost.")
     ] = 0.0,

@@ -36,6 +36,13 @@ def path_option(text: str) -> Path:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory for the process, such as 4GB; a trace that would need more is refused.",
+        show_default="what is available",
+    ),
+]
 
 
 # Running -----------------------------------------------------------------------------------------------------------------

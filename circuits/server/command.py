@@ -13,7 +13,7 @@ import typer
 
 from circuits.attribution.limits import MAX_NODES
 from circuits.trace_options import TraceOptions
-from replacement.command_line import ModelOptions, model_options
+from replacement.command_line import Memory, ModelOptions, model_options
 from replacement.console import pairs, section, show
 
 if TYPE_CHECKING:
@@ -38,13 +38,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=LAST_PORT, help="Port of 127.0.0.1.", show_default="a free one")] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     max_nodes: Annotated[int, typer.Option(help="Most features that a trace expands.")] = MAX_NODES,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most memory for the process, such as 4GB; a trace that would need more is refused.",
-            show_default="what is available",
-        ),
-    ] = None,
+    memory: Memory = None,
     options: ModelOptions,
 ) -> None:
     """Show a folder of graphs in the browser and save labels there; with --model, trace prompts and change features.
