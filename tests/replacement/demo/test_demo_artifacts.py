@@ -74,8 +74,7 @@ def test_the_shipped_table_of_circuits_belongs_to_the_weights(measured: dict[str
 
 def test_the_replacement_model_keeps_the_behaviours(measured: dict[str, Any]) -> None:
     for row in measured["behaviours"]:
-        # The target is 0.95; of indirect objects 0.943 are left.
-        assert row["replacement_top1"] >= 0.94 * row["top1"] or row["name"] in NO_TARGET
+        assert row["replacement_top1"] >= 0.95 * row["top1"] or row["name"] in NO_TARGET
 
 
 def test_feature_families_are_measured_and_shown(measured: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +87,15 @@ def test_feature_families_are_measured_and_shown(measured: dict[str, Any], capsy
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.split()[:3] == ["inside", "a", "question"] for line in lines) == 2
     assert any(line.split()[:2] == ["Dallas,", "pruned"] for line in lines)
+
+
+def test_one_feature_of_a_state_decides_the_answer(measured: dict[str, Any]) -> None:
+    """On the judging probes: it detects its state, and the original model answers as it says."""
+    row = next(row for row in measured["families"] if row["name"] == "state")
+    assert row["f1"] >= 0.95
+    assert row["good_concepts"] >= 46
+    assert row["swaps"]["best_feature"] >= 0.8
+    assert measured["circuits"]["through_state_features"]["best_feature"] >= 0.5
 
 
 @pytest.fixture(scope="module")
