@@ -57,6 +57,10 @@ ROOMS |= {
     "circuits.attribution": {"circuits.graph", *_REPLACEMENT},
     "circuits.heads": {"circuits.graph", "circuits.attribution", *_REPLACEMENT},
     "circuits.validation": {"circuits.graph", "circuits.attribution", "circuits.heads", *_REPLACEMENT},
+    "circuits.explain": {
+        *(f"circuits.{room}" for room in ("graph", "attribution", "heads", "validation")),
+        *_REPLACEMENT,
+    },
     "circuits.progress": set(),
     "circuits.trace_options": {
         *(f"circuits.{room}" for room in ("graph", "export", "viewer", "attribution", "heads")),
@@ -67,7 +71,8 @@ ROOMS |= {
         *_REPLACEMENT,
     },
     "circuits": {
-        *(f"circuits.{room}" for room in ("graph", "export", "viewer", "attribution", "heads", "validation", "server")),
+        *(f"circuits.{room}" for room in ("graph", "export", "viewer", "attribution", "heads", "validation")),
+        *(f"circuits.{room}" for room in ("explain", "server")),
         *(f"circuits.{module}" for module in ("progress", "trace_options")),
         *_REPLACEMENT,
     },

@@ -1,0 +1,1 @@
+"""Explanations: what graphs say in sentences, each tested in the model, and what graphs of many prompts share."""
