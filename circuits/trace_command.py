@@ -57,6 +57,12 @@ def trace(
         ),
     ] = None,
     heads: Annotated[bool, typer.Option(help="Say which heads carry each edge of the pruned circuit.")] = True,
+    inclusion: Annotated[
+        bool,
+        typer.Option(
+            help="Note how often each node is kept over a grid of pruning thresholds; pictures draw it as opacity."
+        ),
+    ] = False,
     coverage: Annotated[float, typer.Option(help="Share of influence that is followed back, 0 to 1.")] = 0.99,
     max_nodes: Annotated[int, typer.Option(help="Most features to expand.")] = DEFAULTS.max_nodes,
     memory: Memory = None,
@@ -123,6 +129,7 @@ def trace(
         index=None if index is None else str(index.absolute()),
         use_index=use_index,
         heads=heads,
+        inclusion=inclusion,
         memory=memory,
     )
     options = _with_attention(options, attention)

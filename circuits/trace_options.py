@@ -57,6 +57,8 @@ class TraceOptions:
     """Whether labels come from feature indexes; without, they are hints alone."""
     heads: bool = True
     """Whether the heads of the pruned circuit's edges are named."""
+    inclusion: bool = False
+    """Whether the graphs note how often each node is kept over a grid of pruning thresholds, which pictures draw as opacity."""
     memory: str | None = None
     """Most memory for the process, such as `4GB`; what is available by default."""
 
@@ -102,6 +104,7 @@ class TraceOptions:
                 progress=progress,
                 **labelling,
             )
+            graph = graph.with_inclusion() if self.inclusion else graph
             usual = named_conventions(self.conventions)
             pruned = graph.prune(
                 nodes=self.node_threshold,

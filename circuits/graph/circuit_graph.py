@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import Edges, GraphData
 from circuits.graph.exporters import export, exporter, whole
 from circuits.graph.importers.files import load
+from circuits.graph.inclusion import EDGES, INCLUSION, NODES, inclusion_facts
 from circuits.graph.influence import node_influence
 from circuits.graph.metadata import as_stored
 from circuits.graph.neuronpedia_schema import QK_RESULTS
@@ -138,6 +139,19 @@ class CircuitGraph(GraphData):
         kept = drop_small(self, below)
         share = max(float(below), self.metadata.get("dropped_below", 0.0))
         return replace(self.select(kept.nodes, kept.edges), metadata={**self.metadata, "dropped_below": share})
+
+    def with_inclusion(self, *, nodes: Sequence[float] = NODES, edges: Sequence[float] = EDGES) -> CircuitGraph:
+        """The graph with a note, in `metadata["inclusion"]`, of how often each node is kept over a grid of pruning thresholds.
+
+        Circuits pruned from it keep the note, and pictures draw it as opacity. See `circuits.graph.inclusion`.
+
+        Args:
+            nodes, edges: the thresholds, every pair of which is tried.
+
+        Raises:
+            ValueError: no thresholds, one twice, or one outside 0..1.
+        """
+        return replace(self, metadata={**self.metadata, INCLUSION: inclusion_facts(self, nodes=nodes, edges=edges)})
 
     def with_qk_results(self, results: Mapping[str | int, Mapping[str, Any]]) -> CircuitGraph:
         """The graph with attention scores divided among pairs of nodes, which Neuronpedia's graph JSON holds per node.

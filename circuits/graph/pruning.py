@@ -16,6 +16,7 @@ still go).
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,27 +41,44 @@ class Kept:
 
 def prune(graph: GraphData, *, nodes: float = 0.8, edges: float = 0.98) -> Kept:
     """Masks of the nodes and edges to keep. Raises `ValueError` for a threshold outside 0..1."""
-    check_threshold("nodes", nodes)
-    check_threshold("edges", edges)
-    table = graph.nodes
-    stays = table.mask(NodeKind.TOKEN, NodeKind.LOGIT) | table.is_target
+    return next(pruned_at(graph, [nodes], [edges]))
+
+
+def pruned_at(graph: GraphData, nodes: Sequence[float], edges: Sequence[float]) -> Iterator[Kept]:
+    """What `prune` keeps at every pair of a threshold of nodes and one of edges, the highest thresholds first.
+
+    A lower threshold of nodes starts from the nodes and edges that a higher one left in step 1, and a lower threshold of edges
+    from the nodes that a higher one kept: that gives the same masks as starting anew, since both only ever take away.
+
+    Raises:
+        ValueError: a threshold outside 0..1.
+    """
+    for name, thresholds in (("nodes", nodes), ("edges", edges)):
+        for threshold in thresholds:
+            check_threshold(name, threshold)
+    table, inner = graph.nodes, graph.edges
+    stays = always_kept(table)
     ranked = node_influence(graph)
     if not conventions_of(graph.metadata).ranks_tokens:
         ranked[stays] = 0.0
-    kept_nodes = stays | largest_holding(lambda: [ranked], nodes)
-
-    # Rows are divided by what is left of them, which spreads the mass of the dropped nodes over the kept ones.
-    both = graph.edges.kept(kept_nodes)
-    inner = graph.edges.where(both)
-    crossing = crossing_mass(inner, inverse(inner.magnitudes), table.output_weight)
-    chosen = largest_holding(crossing, edges)
     had_causes = np.diff(graph.edges.indptr) > 0
-    left = inner.where(chosen)
-    kept_nodes = drop_dangling(table, left, kept_nodes, had_causes)
-    # Each mask is over the edges that the one before it kept: write the last one back through both.
-    np.place(chosen, chosen, left.kept(kept_nodes))
-    np.place(both, both, chosen)
-    return Kept(kept_nodes, both)
+    both = np.ones(len(graph.edges), dtype=bool)
+    for node_threshold in sorted(nodes, reverse=True):
+        kept_nodes = stays | largest_holding(lambda: [ranked], node_threshold)
+        # Rows are divided by what is left of them, which spreads the mass of the dropped nodes over the kept ones.
+        with_both_ends = inner.kept(kept_nodes)
+        np.place(both, both, with_both_ends)
+        inner = inner.where(with_both_ends)
+        crossing = crossing_mass(inner, inverse(inner.magnitudes), table.output_weight)
+        for edge_threshold in sorted(edges, reverse=True):
+            chosen = largest_holding(crossing, edge_threshold)
+            left = inner.where(chosen)
+            kept_nodes = drop_dangling(table, left, kept_nodes, had_causes)
+            # Each mask is over the edges that the one before it kept: write the last one back through both.
+            np.place(chosen, chosen, left.kept(kept_nodes))
+            kept_edges = both.copy()
+            np.place(kept_edges, both, chosen)
+            yield Kept(kept_nodes, kept_edges)
 
 
 def within_budget(graph: GraphData, *, most_nodes: int = 0, most_edges: int = 0) -> Kept:
@@ -75,7 +93,7 @@ def within_budget(graph: GraphData, *, most_nodes: int = 0, most_edges: int = 0)
     for name, most in (("most_nodes", most_nodes), ("most_edges", most_edges)):
         whole_number(name, most, least=0)
     nodes, had_causes = graph.nodes, np.diff(graph.edges.indptr) > 0
-    stays = nodes.mask(NodeKind.TOKEN, NodeKind.LOGIT) | nodes.is_target
+    stays = always_kept(nodes)
     kept_nodes, kept_edges = np.ones(len(nodes), dtype=bool), np.ones(len(graph.edges), dtype=bool)
 
     def with_nodes(n_taken: int) -> np.ndarray:
@@ -113,9 +131,14 @@ def drop_small(graph: GraphData, below: float) -> Kept:
     nodes, least = graph.nodes, below * graph.nodes.inflow
     large = (np.abs(block.weight) > block.per_edge(least) for block in graph.edges.row_blocks())
     edges = joined(large, len(graph.edges), np.dtype(np.bool_))
-    kept = nodes.mask(NodeKind.TOKEN, NodeKind.LOGIT) | nodes.is_target | nodes.expanded
+    kept = always_kept(nodes) | nodes.expanded
     kept[graph.edges.where(edges).source] = True
     return Kept(kept, edges)
+
+
+def always_kept(nodes: NodeTable) -> np.ndarray:
+    """bool[N], the nodes that pruning never drops: tokens and targets."""
+    return nodes.mask(NodeKind.TOKEN, NodeKind.LOGIT) | nodes.is_target
 
 
 def check_threshold(name: str, threshold: float) -> None:
@@ -132,7 +155,7 @@ def drop_dangling(nodes: NodeTable, edges: Edges, kept: np.ndarray, had_causes: 
         kept: bool[N], the nodes that are left.
         had_causes: bool[N], the nodes that had edges before pruning.
     """
-    stays = nodes.mask(NodeKind.TOKEN, NodeKind.LOGIT) | nodes.is_target
+    stays = always_kept(nodes)
     needs_causes = nodes.mask(NodeKind.FEATURE) & had_causes
     while True:
         has_effect, has_cause = np.zeros_like(kept), np.zeros_like(kept)
