@@ -1,4 +1,4 @@
-"""Measured effects: features of a graph are scaled in the model, and everything the graph speaks of is measured.
+"""Measured effects: features or tokens of a graph are changed in the model, and what the graph speaks of is measured.
 
 | patching      | what reacts to the change                                                             | predicted by   |
 |---------------|---------------------------------------------------------------------------------------|----------------|
@@ -7,13 +7,14 @@
 | `original`    | above the feature's layer the original model's MLPs; up to it as `constrained`        | total effects  |
 | `window`      | as `original`, but held from the feature's layer to two layers on                     | influence      |
 
-Each with attention patterns frozen or live. B changed features, one copy of the prompt each.
+Each with attention patterns frozen or live. Where several features are changed together, their highest layer counts; tokens are
+below all layers. B edits, one copy of the prompt each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,9 +40,23 @@ TOKENS_AT_ONCE = 4096
 """Tokens of all copies of a prompt that run together: bounds memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What is changed in one copy of the prompt, all of it together."""
+
+    interventions: tuple[Intervention, ...] = ()
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    """Position -> id of the token that stands there instead."""
+
+    @property
+    def layer(self) -> int:
+        """Highest layer of a changed feature; -1 where only tokens are changed."""
+        return max((intervention.layer for intervention in self.interventions), default=-1)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """What B changes did, one row each."""
+    """What B edits did, one row each."""
 
     change_BN: np.ndarray
     """float64[B, N], change of every node's activation (features) or logit; 0 at other nodes."""
@@ -73,26 +88,31 @@ class Effects:
             patterns: attention patterns, one of `PATTERNS`.
             norms: `live` or `frozen` scales.
         """
-        B = len(changed)
+        return self.measure_edits(
+            [self._scaled(node, scale) for node in changed.tolist()], patching, patterns, norms=norms
+        )
+
+    def measure_edits(self, edits: Sequence[Edit], patching: str, patterns: str, *, norms: str = "live") -> Measured:
+        """Make each of the edits by itself; arguments as of `measure`."""
+        B = len(edits)
         measured = Measured(np.zeros((B, len(self.nodes))), np.zeros(B), np.zeros((B, self.n_layers)))
-        layers = self.nodes.layer[changed]
+        layers = np.array([edit.layer for edit in edits], dtype=np.int64)
         for layer in np.unique(layers).tolist() if patching in ORIGINAL_MLPS else [0]:
             rows_B = np.flatnonzero(layers == layer) if patching in ORIGINAL_MLPS else np.arange(B)
             conditions = self.conditions(patching, patterns, layer, norms=norms)
-            for rows, run in self._passes(conditions, changed, rows_B, scale):
+            for rows, run in self._passes(conditions, edits, rows_B):
                 change_BN, measured.size_BL[rows] = self._feature_changes(run, len(rows))
                 measured.kl_B[rows] = self._logit_changes(run.logits_BTV, change_BN)
-                change_BN[np.arange(len(rows)), changed[rows]] = (scale - 1) * self.nodes.activation[changed[rows]]
                 measured.change_BN[rows] = change_BN
         return measured
 
     def conditions(self, patching: str, patterns: str, layer: int = 0, *, norms: str = "live") -> Conditions:
-        """One row of the module's table; `original` and `window` depend on the changed feature's layer."""
+        """One row of the module's table; `original` and `window` depend on the layer of the edit."""
         held = {
             "constrained": range(self.n_layers),
             "propagated": None,
             "original": range(layer + 1),
-            "window": range(layer, min(layer + WINDOW, self.n_layers)),
+            "window": range(max(layer, 0), min(layer + WINDOW, self.n_layers)),
         }[patching]
         mlps = "original" if patching in ORIGINAL_MLPS else "replaced"
         return Conditions(patterns=patterns, norms=norms, mlps=mlps, constrained_layers=held)
@@ -105,7 +125,8 @@ class Effects:
         conditions = self.conditions("constrained", "frozen", norms="frozen")
         edges = self.grounding.graph.edges
         target_E, predicted, measured = edges.target, [], []
-        for rows, run in self._passes(conditions, changed, np.arange(len(changed)), 0.0):
+        edits = [self._scaled(node, 0.0) for node in changed.tolist()]
+        for rows, run in self._passes(conditions, edits, np.arange(len(changed))):
             for copy, node in enumerate(changed[rows]):
                 outgoing = np.flatnonzero((edges.source == node) & self.nodes.mask(NodeKind.FEATURE)[target_E])
                 predicted.append(-edges.weight[outgoing].astype(np.float64))
@@ -113,25 +134,32 @@ class Effects:
         return np.concatenate([np.zeros(0), *predicted]), np.concatenate([np.zeros(0), *measured])
 
     def _passes(
-        self, conditions: Conditions, changed: np.ndarray, rows_B: np.ndarray, scale: float
+        self, conditions: Conditions, edits: Sequence[Edit], rows_B: np.ndarray
     ) -> Iterator[tuple[np.ndarray, SplicedRun]]:
-        """Runs of some rows of `changed` at a time, one copy of the prompt for each."""
+        """Runs of some rows of `edits` at a time, one copy of the prompt for each."""
         T = len(self.tokens_T)
         size = max(1, TOKENS_AT_ONCE // T)
         for begin in range(0, len(rows_B), size):
             rows = rows_B[begin : begin + size]
-            # Nothing below the feature changes: its current activation is the clean one.
-            copies = [self._intervention(int(node), scale) for node in changed[rows]]
+            copies = [edits[row] for row in rows]
+            # Multiples are of clean activations: features are scaled alone, and nothing below a feature reacts to it.
             changes = {
-                part: change_of([[i] if i.part == part else [] for i in copies], crosscoder, n_positions=T)
+                part: change_of(
+                    [[i for i in edit.interventions if i.part == part] for edit in copies], crosscoder, n_positions=T
+                )
                 for part, crosscoder in self.model.crosscoders.items()
             }
-            yield rows, self.clean.run(conditions, changes, n_copies=len(rows))
+            tokens_BT = self.tokens_T.repeat(len(copies), 1)
+            for copy, edit in enumerate(copies):
+                for position, token in edit.tokens.items():
+                    tokens_BT[copy, position] = token
+            yield rows, self.clean.run(conditions, changes, n_copies=len(rows), tokens_BT=tokens_BT)
 
-    def _intervention(self, node: int, scale: float) -> Intervention:
+    def _scaled(self, node: int, scale: float) -> Edit:
         nodes = self.nodes
         layer, index, position = (int(column[node]) for column in (nodes.layer, nodes.index, nodes.position))
-        return Intervention(layer=layer, index=index, position=position, scale=scale, part=PARTS[int(nodes.part[node])])
+        part = PARTS[int(nodes.part[node])]
+        return Edit((Intervention(layer=layer, index=index, position=position, scale=scale, part=part),))
 
     def _feature_changes(self, run: SplicedRun, n_copies: int) -> tuple[np.ndarray, np.ndarray]:
         T = len(self.tokens_T)

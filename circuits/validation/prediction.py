@@ -1,6 +1,6 @@
-"""What a graph predicts when one of its features is scaled: direct effects, total ones through all paths, and influence.
+"""What a graph predicts when some of its nodes are scaled: direct effects, total ones through all paths, and influence.
 
-B changes, one scaled feature each.
+B changes, each of one or several nodes that are scaled together.
 
 With `r[s]` the relative change of a source's activation, the frozen linear model changes a target's pre-activation (or
 logit) by
@@ -15,6 +15,8 @@ graph knows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from circuits.graph.edges import Edges, GraphData
@@ -25,41 +27,47 @@ EDGES_AT_ONCE = 1 << 22
 """Entries of the largest intermediate array: bounds memory."""
 
 
+def scaled_alone(changed: np.ndarray, relative: float) -> list[dict[int, float]]:
+    """Changes of one node each, by the same share, as `predicted_changes` takes them."""
+    return [{node: relative} for node in changed.tolist()]
+
+
 def predicted_changes(
-    graph: GraphData, changed: np.ndarray, relative: float, *, total: bool = True, clipped: bool = False
+    graph: GraphData, changes: Sequence[Mapping[int, float]], *, total: bool = True, clipped: bool = False
 ) -> np.ndarray:
     """float64[B, N], predicted change of every node's activation (features) or value (logits).
 
     Args:
-        changed: int[B], the feature scaled in each case.
-        relative: relative change of its activation; -1 suppresses it, 1 doubles it.
-        total: through all paths; only through the edges out of the feature otherwise.
+        changes: in each case, the nodes that are scaled together and the relative change of each: -1 removes what it
+            writes, 1 doubles it.
+        total: through all paths; only through the edges out of the scaled nodes otherwise.
         clipped: let no positive activation fall below zero.
 
     Raises:
-        ValueError: a node that is no feature.
+        ValueError: a node that causes nothing, such as a logit.
     """
     nodes, edges = graph.nodes, graph.edges
-    if not nodes.mask(NodeKind.FEATURE)[changed].all():
-        raise ValueError("expected features to change, given a node of another kind")
+    scaled_BN = np.full((len(changes), len(nodes)), np.nan)  # NaN: not scaled, free to react
+    for row, change in zip(scaled_BN, changes, strict=True):
+        row[list(change)] = list(change.values())
+    if np.isfinite(scaled_BN[:, nodes.mask(NodeKind.LOGIT)]).any():
+        raise ValueError("expected features, tokens or errors to change, given an output")
     levels = _forward(edges)
-    predicted_BN = np.zeros((len(changed), len(nodes)))
+    predicted_BN = np.zeros_like(scaled_BN)
     size = max(1, EDGES_AT_ONCE // max(1, len(edges)))
-    for begin in range(0, len(changed), size):
+    for begin in range(0, len(changes), size):
         rows = slice(begin, begin + size)
-        predicted_BN[rows] = _changes(graph, levels, changed[rows], relative, total=total, clipped=clipped)
+        predicted_BN[rows] = _changes(graph, levels, scaled_BN[rows], total=total, clipped=clipped)
     return predicted_BN
 
 
 def _changes(
-    graph: GraphData, levels: list[np.ndarray], changed: np.ndarray, relative: float, *, total: bool, clipped: bool
+    graph: GraphData, levels: list[np.ndarray], scaled_BN: np.ndarray, *, total: bool, clipped: bool
 ) -> np.ndarray:
     nodes, edges = graph.nodes, graph.edges
     activation = nodes.activation.astype(np.float64)
-    is_feature, copies = nodes.mask(NodeKind.FEATURE), np.arange(len(changed))
-    relative_BN = np.zeros((len(changed), len(nodes)))
-    relative_BN[copies, changed] = relative
-    change_BN = np.zeros_like(relative_BN)
+    is_feature, is_held_BN = nodes.mask(NodeKind.FEATURE), np.isfinite(scaled_BN)
+    relative_BN, change_BN = np.nan_to_num(scaled_BN), np.zeros_like(scaled_BN)
     for batch in levels:
         numbers = edges.into(batch)
         flow_BE = relative_BN[:, edges.source[numbers]] * edges.weight[numbers]
@@ -69,11 +77,11 @@ def _changes(
             change = np.where(stops, np.maximum(change, -activation[batch]), change)
         change_BN[:, batch] = change
         if total:
-            inside = is_feature[batch] & (activation[batch] != 0)
-            relative_BN[:, batch[inside]] = change[:, inside] / activation[batch[inside]]
-            relative_BN[copies, changed] = relative  # the scaled feature is held, whatever flows into it
-    change_BN[copies, changed] = relative * activation[changed]
-    return change_BN
+            inside = batch[is_feature[batch] & (activation[batch] != 0)]
+            reaction = change_BN[:, inside] / activation[inside]
+            # Scaled features are held, whatever flows into them.
+            relative_BN[:, inside] = np.where(is_held_BN[:, inside], scaled_BN[:, inside], reaction)
+    return np.where(is_held_BN, scaled_BN * activation, change_BN)
 
 
 def influence_among(graph: GraphData, sources: np.ndarray) -> np.ndarray:

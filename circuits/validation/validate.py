@@ -17,7 +17,7 @@ from circuits.validation.agreement import agreement, cosine, mean_of_known, spea
 from circuits.validation.effects import PATCHING, PATTERNS, Effects, Measured, sample_features
 from circuits.validation.hops import hop_fidelity
 from circuits.validation.perturbations import compare_perturbations
-from circuits.validation.prediction import influence_among, predicted_changes
+from circuits.validation.prediction import influence_among, predicted_changes, scaled_alone
 from circuits.validation.report import page
 from circuits.validation.sufficiency import sufficiency
 from replacement import ReplacementModel
@@ -104,7 +104,9 @@ def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[F
     influence_B = node_influence(graph)[changed]
     rows, one_layer, ablation = [], [], []
     for change, scale in SCALES.items():
-        predictions = {total: predicted_changes(graph, changed, scale - 1, total=total) for total in (False, True)}
+        predictions = {
+            total: predicted_changes(graph, scaled_alone(changed, scale - 1), total=total) for total in (False, True)
+        }
         for patching in PATCHING:
             predicted_BN = predictions[patching != "constrained"]
             for patterns in PATTERNS:

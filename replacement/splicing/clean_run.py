@@ -141,6 +141,7 @@ class CleanRun:
         changes: Mapping[str, Change | None] | None = None,
         *,
         n_copies: int = 1,
+        tokens_BT: Tensor | None = None,
         sites: Mapping[str, tuple[Site, ...]] | None = None,
         errors: Mapping[Site, Tensor] | None = None,
         hooks: Mapping[Site, Hook] | None = None,
@@ -150,6 +151,7 @@ class CleanRun:
         Args:
             changes: by part, how features are changed after they are read.
             n_copies: copies of the (single) prompt that run together, each with changes of its own.
+            tokens_BT: token ids `[B, T]` that this pass reads in place of the prompt; what is held stays that of the prompt.
             sites: by part, the written sites that are replaced; all by default.
             errors: error terms `[R, D]` of written sites, instead of the run's own.
             hooks: see `[B, T, D]` at their sites and may change it, before features are read there.
@@ -158,7 +160,7 @@ class CleanRun:
             ValueError: a layer to hold that the model does not have, or a wiring that cannot be spliced that way.
         """
         held_layers = self._held_layers(conditions)
-        tokens_BT = self.tokens_BT.repeat(n_copies, 1)
+        tokens_BT = self.tokens_BT.repeat(n_copies, 1) if tokens_BT is None else tokens_BT
         needs_clean = bool(held_layers) or conditions.reads == "clean"
         clean = self._copies(self.activations, n_copies) if needs_clean else None
         if errors is None and conditions.errors == "keep":

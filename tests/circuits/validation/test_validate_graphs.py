@@ -20,8 +20,8 @@ from circuits.graph.nodes import NodeKind
 from circuits.validation import command as validate_command
 from circuits.validation import effects as effects_module
 from circuits.validation.command import other_prompts
-from circuits.validation.effects import Effects, Measured, sample_features
-from circuits.validation.prediction import predicted_changes
+from circuits.validation.effects import Edit, Effects, Measured, sample_features
+from circuits.validation.prediction import predicted_changes, scaled_alone
 from circuits.validation.report import page
 from circuits.validation.sufficiency import Resampler, sufficiency
 from circuits.validation.validate import one_layer_cosine, validate
@@ -65,7 +65,7 @@ def test_logits_and_activations_are_predicted_in_the_frozen_linear_case(language
     model, grounding = traced(language_model("gpt2", torch.float64), activation=ReLU(), skip=skip)
     graph, effects = grounding.graph, Effects(model, grounding)
     changed = sample_features(grounding, 10, seed=1)
-    predicted = predicted_changes(graph, changed, 1e-3, total=False)
+    predicted = predicted_changes(graph, scaled_alone(changed, 1e-3), total=False)
     found = effects.measure(changed, 1.001, "constrained", "frozen", norms="frozen")
     logits = graph.nodes.mask(NodeKind.LOGIT)
     scale = np.abs(predicted[:, logits]).max()
@@ -123,6 +123,60 @@ def test_measured_effects_equal_single_interventions(
                 for table in (alone.clean_features, alone.features)
             )
             assert found.change_BN[number, target] == pytest.approx(after - before, abs=1e-5)
+
+
+@pytest.mark.parametrize("patching", ["constrained", "propagated", "original"])
+def test_features_changed_together_equal_one_run_with_all_interventions(language_model: Any, patching: str) -> None:
+    model, grounding = traced(language_model("gpt2", torch.float64))
+    nodes = grounding.graph.nodes
+    rows = np.flatnonzero(nodes.mask(NodeKind.FEATURE) & (nodes.layer < 2))[::9]
+    together = tuple(
+        Intervention(
+            layer=int(nodes.layer[row]), index=int(nodes.index[row]), position=int(nodes.position[row]), activation=0.3
+        )
+        for row in rows
+    )
+    found = Effects(model, grounding).measure_edits([Edit(together), Edit(together[:1])], patching, "live")
+    held = {"constrained": range(3), "propagated": None, "original": range(2)}[patching]
+    mlps = "original" if patching == "original" else "replaced"
+    run = model.intervene(tiny.random_tokens(), together, mlps=mlps, constrained_layers=held)
+    logits = np.flatnonzero(nodes.mask(NodeKind.LOGIT))
+    for node, target in zip(logits, grounding.logits, strict=True):
+        change = float(target.read(run.logits[None, -1]) - target.read(run.clean_logits[None, -1]))
+        assert found.change_BN[0, node] == pytest.approx(change, abs=1e-9)
+    np.testing.assert_allclose(found.change_BN[0, rows], 0.3 - nodes.activation[rows], atol=1e-6)
+    assert (found.change_BN[1, rows[1:]] != 0.3 - nodes.activation[rows[1:]]).all()
+
+
+def test_a_token_put_in_the_place_of_another_is_the_other_prompt(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    model, grounding = traced(lm)
+    nodes, tokens = grounding.graph.nodes, tiny.random_tokens()
+    other = tokens.clone()
+    other[4] = 77
+    effects, logits = Effects(model, grounding), np.flatnonzero(nodes.mask(NodeKind.LOGIT))
+    found = effects.measure_edits([Edit(tokens={4: 77}), Edit()], "original", "live")
+    expected = [
+        float(target.read(lm(other)[None, -1]) - target.read(lm(tokens)[None, -1])) for target in grounding.logits
+    ]
+    np.testing.assert_allclose(found.change_BN[0, logits], expected, atol=1e-9)
+    before = (nodes.position < 4) & nodes.mask(NodeKind.FEATURE)
+    for unchanged in (found.change_BN[1], found.change_BN[0, before]):
+        np.testing.assert_allclose(unchanged, 0, atol=1e-9)
+
+
+def test_a_token_of_no_embedding_removes_exactly_the_edges_of_the_one_it_replaces(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float64)
+    with torch.no_grad():
+        lm.parts.bridge.embed.original_component.weight[77] = 0
+    model, grounding = traced(lm)
+    nodes, edges = grounding.graph.nodes, grounding.graph.edges
+    found = Effects(model, grounding).measure_edits([Edit(tokens={4: 77})], "constrained", "frozen", norms="frozen")
+    (token,) = np.flatnonzero(nodes.mask(NodeKind.TOKEN) & (nodes.position == 4))
+    predicted = np.bincount(edges.target, -edges.weight * (edges.source == token), minlength=len(nodes))
+    logits = nodes.mask(NodeKind.LOGIT)
+    assert np.abs(predicted[logits]).min() > 1e-3
+    np.testing.assert_allclose(found.change_BN[0, logits], predicted[logits], atol=1e-6)
 
 
 def test_influence_follows_a_chain_with_known_effects(language_model: Any) -> None:

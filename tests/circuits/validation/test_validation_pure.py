@@ -16,7 +16,7 @@ from circuits import CircuitGraph, NodeKind
 from circuits.graph.influence import node_influence
 from circuits.validation import hop_fidelity
 from circuits.validation.agreement import agreement, area, ranks, spearman
-from circuits.validation.prediction import influence_among, predicted_changes
+from circuits.validation.prediction import influence_among, predicted_changes, scaled_alone
 
 
 @pytest.fixture
@@ -33,16 +33,34 @@ def chain(build_graph: Callable[..., CircuitGraph]) -> CircuitGraph:
 
 def test_a_chain_of_two_features(chain: CircuitGraph) -> None:
     """Without A, B loses 3 of its 4, so the logit loses 1 of A and -2 * 3/4 of B."""
-    np.testing.assert_allclose(predicted_changes(chain, np.array([1, 2]), -1.0), [[0, -2, -3, 0.5], [0, 0, -4, 2]])
-    np.testing.assert_allclose(predicted_changes(chain, np.array([1]), -1.0, total=False), [[0, -2, -3, -1]])
-    np.testing.assert_allclose(predicted_changes(chain, np.array([1]), 1.0), [[0, 2, 3, -0.5]])
-    np.testing.assert_allclose(predicted_changes(chain, np.array([1]), -2.0), [[0, -4, -6, 1]])
-    np.testing.assert_allclose(predicted_changes(chain, np.array([1]), -2.0, clipped=True), [[0, -4, -4, 0]])
+    np.testing.assert_allclose(
+        predicted_changes(chain, scaled_alone(np.array([1, 2]), -1.0)), [[0, -2, -3, 0.5], [0, 0, -4, 2]]
+    )
+    np.testing.assert_allclose(
+        predicted_changes(chain, scaled_alone(np.array([1]), -1.0), total=False), [[0, -2, -3, -1]]
+    )
+    np.testing.assert_allclose(predicted_changes(chain, scaled_alone(np.array([1]), 1.0)), [[0, 2, 3, -0.5]])
+    np.testing.assert_allclose(predicted_changes(chain, scaled_alone(np.array([1]), -2.0)), [[0, -4, -6, 1]])
+    np.testing.assert_allclose(
+        predicted_changes(chain, scaled_alone(np.array([1]), -2.0), clipped=True), [[0, -4, -4, 0]]
+    )
     negative = dataclasses.replace(chain.nodes, activation=np.array([0, 2, -4, 0], dtype=np.float32))
     chain = CircuitGraph(negative, chain.edges, chain.metadata)  # no stop at zero for what is below it
-    np.testing.assert_allclose(predicted_changes(chain, np.array([1]), -2.0, clipped=True), [[0, -4, -6, -5]])
-    with pytest.raises(ValueError, match="expected features to change, given a node of another kind"):
-        predicted_changes(chain, np.array([0]), 1.0)
+    np.testing.assert_allclose(
+        predicted_changes(chain, scaled_alone(np.array([1]), -2.0), clipped=True), [[0, -4, -6, -5]]
+    )
+    with pytest.raises(ValueError, match="expected features, tokens or errors to change, given an output"):
+        predicted_changes(chain, scaled_alone(np.array([3]), 1.0))
+
+
+def test_nodes_changed_together_and_tokens(chain: CircuitGraph) -> None:
+    """A halved and B held at 3/4: the logit loses half of A's 1, and a quarter of B's -2; the token feeds all three."""
+    together = predicted_changes(chain, [{1: -0.5, 2: -0.25}])
+    np.testing.assert_allclose(together, [[0, -1, -1, -0.5 + 0.5]])
+    np.testing.assert_allclose(predicted_changes(chain, [{1: -0.5, 2: 0.0}]), [[0, -1, 0, -0.5]])
+    # Without the token A loses its 2, B 1 + 3, and the logit 1 + 1 - 2.
+    np.testing.assert_allclose(predicted_changes(chain, [{0: -1.0}]), [[0, -2, -4, 0]])
+    np.testing.assert_allclose(predicted_changes(chain, [{0: -1.0}], total=False), [[0, -2, -1, -1]])
 
 
 @given(data=st.data())
@@ -52,7 +70,7 @@ def test_total_effects_solve_the_linear_system(data: Any, draw_circuit: Any, to_
     changed = np.flatnonzero(feature)
     if not len(changed):
         return
-    found = predicted_changes(graph, changed, -1.0)
+    found = predicted_changes(graph, scaled_alone(changed, -1.0))
     through = to_dense(graph) * np.where(feature, 1.0, 0.0)  # activations are 1: a change is a relative change
     for row, node in zip(found, changed, strict=True):
         system = np.eye(len(nodes)) - through
