@@ -14,6 +14,8 @@ from circuits.graph.display import mime_bundle
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import Edges, GraphData
 from circuits.graph.exporters import export, exporter, whole
+from circuits.graph.grouping import group
+from circuits.graph.groups import GROUPS, Grouping, without_nodes
 from circuits.graph.importers.files import load
 from circuits.graph.inclusion import EDGES, INCLUSION, NODES, inclusion_facts
 from circuits.graph.influence import node_influence
@@ -129,6 +131,48 @@ class CircuitGraph(GraphData):
             facts |= {"most_nodes": most_nodes, "most_edges": most_edges, "before_budget": found}
             circuit = circuit.select(kept.nodes, kept.edges)
         return replace(circuit, metadata={**self.metadata, "pruning": facts})
+
+    def select(self, nodes: np.ndarray, edges: np.ndarray) -> CircuitGraph:
+        """The nodes where `nodes` (bool[N]) is true, and the edges among them where `edges` (bool[E]) is."""
+        graph = super().select(nodes, edges)
+        if GROUPS not in self.metadata:
+            return graph
+        removed = {name for name, kept in zip(self.nodes.ids(), nodes.tolist(), strict=True) if not kept}
+        return replace(graph, metadata={**self.metadata, GROUPS: without_nodes(self.metadata[GROUPS], removed)})
+
+    def group(
+        self,
+        *,
+        max_groups: int | None = None,
+        neighbours: int | None = 1,
+        signatures: np.ndarray | None = None,
+    ) -> Grouping:
+        """Features that do the same, as groups with names; tokens, errors and outputs in groups of their own.
+
+        How features are compared, and the loss that sets the number of groups: see `circuits/graph/grouping.py`.
+
+        >>> grouping = graph.prune().group()                                           # doctest: +SKIP
+        >>> [group.name for group in grouping.groups], grouping.edges()                # doctest: +SKIP
+
+        Args:
+            max_groups: most groups of features; of more, the least influential are put together.
+            neighbours: how far apart the positions of a group may be; None for any distance.
+            signatures: float[N, probes], activation of every feature on probe prompts (rows of other nodes are not read).
+
+        Raises:
+            ValueError: `max_groups` below 1, `neighbours` below 0, or signatures of another shape.
+        """
+        return group(self, max_groups=max_groups, neighbours=neighbours, signatures=signatures)
+
+    def with_groups(self, grouping: Grouping) -> CircuitGraph:
+        """The graph with groups in its metadata, where pictures and pages find them.
+
+        Raises:
+            ValueError: they are the groups of a graph with other nodes.
+        """
+        if grouping.graph.nodes.ids() != self.nodes.ids():
+            raise ValueError("groups: expected a grouping of this graph's nodes, given one of a graph with other nodes")
+        return replace(self, metadata={**self.metadata, GROUPS: grouping.metadata()})
 
     def drop_edges(self, *, below: float) -> CircuitGraph:
         """Without the edges that are at most the share `below` of their row's inflow, and the nodes that only they kept.

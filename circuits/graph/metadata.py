@@ -8,6 +8,7 @@ from typing import Any
 
 from circuits.graph.conventions import CONVENTIONS
 from circuits.graph.feature_labels import FEATURE_LABELS, are_label_facts
+from circuits.graph.groups import GROUPS, are_groups
 from circuits.graph.inclusion import INCLUSION, are_inclusion_facts
 from circuits.graph.neuronpedia_schema import QK_LISTS, QK_RESULTS
 from circuits.graph.text import shorten
@@ -116,6 +117,7 @@ _KINDS: dict[str, tuple[str, Check]] = {
     "top_tokens": _TOKEN_FACTS,
     FEATURE_LABELS: ("an object of objects with a source and scores from 0 to 1", are_label_facts),
     INCLUSION: ("an object with lists of shares nodes and edges, and shares by node id", are_inclusion_facts),
+    GROUPS: ("a list of objects with a name, ids of members and an f1 from 0 to 1 or null", are_groups),
     QK_RESULTS: (
         f"an object of objects with the lists {', '.join(QK_LISTS)}",
         lambda value: isinstance(value, dict) and all(map(_is_qk_result, value.values())),
