@@ -8,7 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import graphviz
 
 from circuits.export.picture import Item, Link, Picture, picture_of
-from circuits.export.style import EDGE_COLOURS, GREY, NODE_COLOURS, PATH_COLOURS, QUIET_COLOURS, SYMBOLS, link_width
+from circuits.export.style import (
+    EDGE_COLOURS,
+    GREY,
+    INCLUSION_NOTE,
+    QUIET_COLOURS,
+    SYMBOLS,
+    box_colours,
+    link_width,
+)
 from circuits.export.svg_layout import FONT, GUTTER, SMALL_FONT, Box, Layout, place
 from circuits.export.svg_routes import Area, Point, routes, tags
 from circuits.export.svg_shapes import ARROW
@@ -82,6 +90,7 @@ def _legend(picture: Picture) -> str:
     meanings = {"circle": "feature", "triangle": "feature of attention", "diamond": "error"}
     marks = {item.mark for item in picture.items}
     signs = [f"{SYMBOLS[mark]} {meaning}" for mark, meaning in meanings.items() if mark in marks]
+    signs += [INCLUSION_NOTE] if any(item.inclusion is not None for item in picture.items) else []
     return "   ".join(["bold: strongest paths", "blue raises, orange and dashed lowers", *signs])
 
 
@@ -123,7 +132,7 @@ def _add_columns(dot: graphviz.Digraph, picture: Picture, layout: Layout, names:
 
 def _add_node(dot: graphviz.Digraph, item: Item, box: Box, name: str) -> None:
     is_feature = item.kind is NodeKind.FEATURE
-    fill, stroke, text = PATH_COLOURS if item.on_path and is_feature else NODE_COLOURS[item.kind]
+    fill, stroke, text = box_colours(item.kind, on_path=item.on_path, inclusion=item.inclusion)
     look = {"fillcolor": fill, "color": stroke, "fontcolor": text, "tooltip": graphviz.escape(item.tooltip)}
     look |= {"penwidth": "1.6"} if item.on_path else {}
     look |= _place(box.x, box.y, box.width, box.height)

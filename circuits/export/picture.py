@@ -19,10 +19,12 @@ from circuits.export.style import ATTENTION_MARK, HEADS_PER_EDGE, LEAST_SHARE, M
 from circuits.graph.edge_heads import EdgeRow
 from circuits.graph.edges import GraphData
 from circuits.graph.feature_labels import label_facts, label_note, split_heading
+from circuits.graph.inclusion import stored_inclusion
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.outputs import group_name, output_groups
 from circuits.graph.paths import StrongPath, strongest_paths
+from circuits.graph.pruning import always_kept
 from circuits.graph.text import full_name, short_name
 
 FEW_TOKENS = 24
@@ -54,6 +56,8 @@ class Item:
     on_path: bool
     unexpanded: bool
     is_target: bool
+    inclusion: float | None
+    """Inclusion frequency (see `circuits.graph.inclusion`), of several nodes the largest; None where it is not known."""
     tooltip: str
 
 
@@ -98,7 +102,7 @@ def picture_of(graph: GraphData, *, max_nodes: int) -> Picture:
     on_path = np.zeros(len(graph.nodes), dtype=bool)
     on_path[list(itertools.chain.from_iterable(path.nodes for path in paths))] = True
     shown = _shown(graph.nodes, influence, on_path, max_nodes)
-    items, item_of = _items(graph, influence, shown, on_path)
+    items, item_of = _items(graph, influence, stored_inclusion(graph), shown, on_path)
     shares: dict[tuple[int, int], float] = {}
     for (source, target), share in path_shares(paths).items():
         pair = int(item_of[source]), int(item_of[target])
@@ -131,7 +135,7 @@ def _shown(nodes: NodeTable, influence: np.ndarray, on_path: np.ndarray, max_nod
 
 
 def _items(
-    graph: GraphData, influence: np.ndarray, shown: np.ndarray, on_path: np.ndarray
+    graph: GraphData, influence: np.ndarray, inclusion: np.ndarray | None, shown: np.ndarray, on_path: np.ndarray
 ) -> tuple[tuple[Item, ...], np.ndarray]:
     """The items by row, position and influence, and int64[N], the item of each node (-1 where it is not shown)."""
     nodes, rows = graph.nodes, picture_rows(graph.nodes)
@@ -148,7 +152,9 @@ def _items(
         else:
             key = ("alone", node)
         members[key].append(node)
-    items = [_item(graph, numbers, int(rows[numbers[0]]), influence, on_path) for numbers in members.values()]
+    items = [
+        _item(graph, numbers, int(rows[numbers[0]]), influence, inclusion, on_path) for numbers in members.values()
+    ]
     items.sort(key=lambda item: (item.row, item.position, -item.influence))
     item_of = np.full(len(nodes), -1)
     for number, item in enumerate(items):
@@ -156,7 +162,14 @@ def _items(
     return tuple(items), item_of
 
 
-def _item(graph: GraphData, numbers: list[int], row: int, influence: np.ndarray, on_path: np.ndarray) -> Item:
+def _item(
+    graph: GraphData,
+    numbers: list[int],
+    row: int,
+    influence: np.ndarray,
+    inclusion: np.ndarray | None,
+    on_path: np.ndarray,
+) -> Item:
     nodes, first = graph.nodes, numbers[0]
     kind = NodeKind(int(nodes.kind[first]))
     name, text = item_text(nodes, numbers)
@@ -174,7 +187,8 @@ def _item(graph: GraphData, numbers: list[int], row: int, influence: np.ndarray,
         on_path=bool(on_path[numbers].any()),
         unexpanded=bool(nodes.unexpanded[numbers].all()),
         is_target=bool(nodes.is_target[numbers].any()),
-        tooltip=_listed(_node_facts(graph, node, influence) for node in numbers),
+        inclusion=None if inclusion is None else float(inclusion[numbers].max()),
+        tooltip=_listed(_node_facts(graph, node, influence, inclusion) for node in numbers),
     )
 
 
@@ -208,13 +222,15 @@ def item_facts(nodes: NodeTable, numbers: Sequence[int]) -> str:
     return " · ".join([*facts, f"{activation:.2g}"] if activation else facts)
 
 
-def _node_facts(graph: GraphData, node: int, influence: np.ndarray) -> str:
+def _node_facts(graph: GraphData, node: int, influence: np.ndarray, inclusion: np.ndarray | None) -> str:
     nodes = graph.nodes
     facts = [full_name(nodes, node), label_facts(graph, node).get("text", ""), label_note(graph, node)]
     if nodes.kind[node] == NodeKind.FEATURE and nodes.activation[node]:
         facts.append(f"activation {nodes.activation[node]:.3g}")
     if nodes.kind[node] != NodeKind.LOGIT:
         facts.append(f"influence {100 * influence[node]:.3g} %")
+    if inclusion is not None and not always_kept(nodes)[node]:
+        facts.append(f"kept at {100 * inclusion[node]:.0f} % of the pruning thresholds")
     return "; ".join(filter(None, facts))
 
 

@@ -28,6 +28,9 @@ SYMBOLS = {"circle": "●", "triangle": "▲", "square": "■", "diamond": "◆"
 """Marks as text."""
 PATH_COLOURS = ("#fff9e8", "#1f2933", "#1f2933")
 """The same of features on the strongest paths."""
+FAINTEST = 0.2
+"""How much of its colours a node has that no pruning threshold keeps."""
+INCLUSION_NOTE = "the paler, the fewer pruning thresholds keep it"
 INK, GREY = "#1f2933", "#6b7280"
 
 LEAST_SHARE = 0.25
@@ -38,6 +41,25 @@ HEADS_PER_EDGE = 2
 EDGE_COLOURS = {True: "#0072b2", False: "#d55e00"}
 QUIET_COLOURS = {True: "#a9c8de", False: "#ecb48f"}
 """The same of edges beside the strongest paths."""
+
+
+def box_colours(kind: NodeKind, *, on_path: bool = False, inclusion: float | None = None) -> tuple[str, str, str]:
+    """Fill, outline and text of a node; fill and outline at the opacity that an inclusion frequency stands for, on white paper.
+
+    They are mixed with white instead of transparent, so that no line shows through a box and its text can be read.
+    """
+    fill, outline, text = PATH_COLOURS if on_path and kind is NodeKind.FEATURE else NODE_COLOURS[kind]
+    if inclusion is None:
+        return fill, outline, text
+    if kind is NodeKind.FEATURE and not on_path:
+        outline = GREY  # dark enough to fade
+    opacity = FAINTEST + (1 - FAINTEST) * inclusion
+
+    def mixed(colour: str) -> str:
+        channels = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+        return "#" + "".join(f"{round(255 - opacity * (255 - channel)):02x}" for channel in channels)
+
+    return mixed(fill), mixed(outline), text
 
 
 def link_width(strength: float, *, on_path: bool) -> float:

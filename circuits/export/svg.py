@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from circuits.export.picture import Item, Link, Picture, picture_of
-from circuits.export.style import EDGE_COLOURS, INK, NODE_COLOURS, PATH_COLOURS
+from circuits.export.style import EDGE_COLOURS, INK, box_colours
 from circuits.export.svg_layout import FONT, LINE, MARGIN, SMALL_FONT, SMALL_LINE, Box, Layout, place
 from circuits.export.svg_legend import foot
 from circuits.export.svg_routes import Area, Point, routes, tags
@@ -125,8 +125,8 @@ def _numbers(picture: Picture, layout: Layout) -> list[str]:
 def _node(item: Item, box: Box) -> str:
     title = tooltip(item.tooltip)
     if item.kind is NodeKind.ERROR:
-        return diamond(box.x, box.top, box.width / 2, title)
-    fill, stroke, ink = PATH_COLOURS if item.on_path and item.kind is NodeKind.FEATURE else NODE_COLOURS[item.kind]
+        return diamond(box.x, box.top, box.width / 2, title, inclusion=item.inclusion)
+    fill, stroke, ink = box_colours(item.kind, on_path=item.on_path, inclusion=item.inclusion)
     looks = f'fill="{fill}" stroke="{stroke}"'
     looks += ' stroke-dasharray="4 2.5"' if item.unexpanded else ""
     looks += ' stroke-width="1.6"' if item.is_target or item.on_path else ""

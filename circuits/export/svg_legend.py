@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from circuits.export.picture import Picture
-from circuits.export.style import INK, MARKS, NODE_COLOURS
+from circuits.export.style import INCLUSION_NOTE, INK, MARKS, NODE_COLOURS, box_colours
 from circuits.export.svg_layout import FONT, MARGIN, SMALL_FONT
 from circuits.export.svg_shapes import ARROW, ROUND, SQUARE, arrow_head, badge, curve, diamond, hairline, mark, words
 from circuits.export.text_metrics import fit, text_width
@@ -98,6 +98,8 @@ def _signs(picture: Picture) -> Iterator[Sign]:
         yield 16.0, "error: what no feature explains", _error
     if any(item.unexpanded for item in picture.items):
         yield 28.0, "causes not traced", functools.partial(_frame, dashed=True)
+    if any(item.inclusion is not None for item in picture.items):
+        yield 54.0, INCLUSION_NOTE, _fading
 
 
 def _arrow(x: float, y: float, length: float, *, raises: bool) -> str:
@@ -127,8 +129,12 @@ def _mark(x: float, y: float, *, shape: str) -> str:
     return mark(x + 4.0, y - 4.0, shape)
 
 
-def _frame(x: float, y: float, *, dashed: bool = False) -> str:
-    fill, stroke, _ = NODE_COLOURS[NodeKind.FEATURE]
+def _fading(x: float, y: float) -> str:
+    return _frame(x, y, inclusion=1.0) + _frame(x + 26.0, y, inclusion=0.0)
+
+
+def _frame(x: float, y: float, *, dashed: bool = False, inclusion: float | None = None) -> str:
+    fill, stroke, _ = box_colours(NodeKind.FEATURE, inclusion=inclusion)
     dash = ' stroke-dasharray="4 2.5"' if dashed else ""
     return f'<rect x="{x:.1f}" y="{y - 11:.1f}" width="22" height="14" rx="4" fill="{fill}" stroke="{stroke}"{dash}/>'
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from circuits.export.style import EDGE_COLOURS, GREY, NODE_COLOURS, QUIET_COLOURS, link_width
+from circuits.export.style import EDGE_COLOURS, GREY, QUIET_COLOURS, box_colours, link_width
 from circuits.export.svg_layout import FONT
 from circuits.graph.nodes import NodeKind
 from circuits.graph.text import printable
@@ -47,9 +47,9 @@ def arrow_head(x: float, y: float, *, raises: bool) -> str:
     return f'<path d="M{x:.1f} {y:.1f}l4.5 {ARROW:g}h-9z" fill="{EDGE_COLOURS[raises]}"/>'
 
 
-def diamond(x: float, top: float, half: float, title: str = "") -> str:
-    """The sign of an error."""
-    fill, stroke, _ = NODE_COLOURS[NodeKind.ERROR]
+def diamond(x: float, top: float, half: float, title: str = "", *, inclusion: float | None = None) -> str:
+    """The sign of an error, faded as its inclusion frequency says."""
+    fill, stroke, _ = box_colours(NodeKind.ERROR, inclusion=inclusion)
     corners = f"M{x:.1f} {top:.1f}l{half:g} {half:g}l-{half:g} {half:g}l-{half:g} -{half:g}z"
     return f'<path d="{corners}" fill="{fill}" stroke="{stroke}">{title}</path>'
 

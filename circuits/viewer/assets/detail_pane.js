@@ -96,6 +96,7 @@ function describeFeature(data, node, store) {
     ["largest known", indexed ? formatNumber(indexed.max_activation) : null],
     ["fires on", indexed ? `${formatShare(indexed.density)} of tokens${everyNth}` : null],
     ["influence", `${formatShare(influence[node])} of the output`],
+    keptAt(data, node),
     ["inputs", expanded[node] ? null : "not computed: its part counts as unexplained"],
   ]));
   if (!indexed) {
@@ -225,6 +226,11 @@ function describeOutput(data, node) {
   ];
 }
 
+function keptAt(data, node) {
+  const inclusion = inclusionOf(data, node);
+  return ["kept at", inclusion === null ? null : `${formatShare(inclusion)} of the pruning thresholds`];
+}
+
 function chanceBar(share) {
   return make("span", {className: "track"}, make("span", {className: "bar", style: {width: `${100 * share}%`}}));
 }
@@ -236,6 +242,7 @@ function describeError(data, node) {
     make("p", {className: "note", textContent: `What the crosscoder does not reconstruct of the ${data.nodes.part[node] === 1 ? "attention" : "MLP"} output of layer ${layer[node]} here. What reaches the output through it is unexplained.`}),
     factsList([
       ["influence", `${formatShare(influence[node])} of the output`],
+      keptAt(data, node),
       ["of all errors", all > 0 ? formatShare(influence[node] / all) : null],
     ]),
   ];

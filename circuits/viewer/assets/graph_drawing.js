@@ -113,8 +113,18 @@ function drawNode(pen, scene, frame, node, {isRinged = false, links = scene.link
     stroke: isMarked ? palette.accent : isPinned ? palette.ink : palette.outline,
     width: isMarked ? 2.5 : 1,
     dashed: kind[node] >= KIND.feature && !expanded[node],
-    alpha: links && share === undefined && !isMarked && !isPinned && !marked.has(node) ? 0.5 : 1,
+    alpha: opacityOf(data, node) * (links && share === undefined && !isMarked && !isPinned && !marked.has(node) ? 0.5 : 1),
   });
+}
+
+/** The inclusion frequency of a node over pruning thresholds, null where the graph does not say it or the node is never dropped. */
+function inclusionOf({metadata: {inclusion}, nodes: {id, kind, outputWeight}}, node) {
+  if (!inclusion || kind[node] === KIND.token || kind[node] === KIND.logit || outputWeight[node] > 0) return null;
+  return inclusion.frequency[id[node]] ?? 0;
+}
+
+function opacityOf(data, node) {
+  return 0.2 + 0.8 * (inclusionOf(data, node) ?? 1);
 }
 
 function nodesInFrame({data, layout: {x, y}}, {left, top, zoom, width, height}) {

@@ -52,6 +52,7 @@ function createLegend(data) {
   const entries = kinds.filter(([, , , exists]) => exists).map(([shape, colour, name]) => make("span", {}, legendShape(shape, colour), name));
   const scale = make("span", {className: "scale", title: "Signed share of the target's input: what an edge adds to its target, divided by the sum of all that flows in"},
     "−100 %", make("span", {className: "gradient"}), "+100 % of the input");
+  if (data.metadata.inclusion) entries.push(make("span", {className: "inclusion"}, "the paler, the fewer pruning thresholds keep it"));
   return make("div", {id: "graph-legend"}, ...entries, scale);
 }
 

@@ -178,3 +178,46 @@ def test_notebooks_show_the_picture(small) -> None:
     bundle = small._repr_mimebundle_()
     assert bundle["text/plain"] == repr(small)
     assert parse(bundle["image/svg+xml"]).tag.endswith("svg")
+
+
+def boxes_of(svg: str) -> dict[str, tuple[str, str, list[str]]]:
+    """Name of a feature -> fill and outline of its box, and the colours of its texts."""
+    found = {}
+    for group in parse(svg).iter("{http://www.w3.org/2000/svg}g"):
+        rect, words = group.find("{*}rect"), group.findall("{*}text")
+        if rect is not None and words and "feature" in (group.findtext("{*}title") or ""):
+            found["".join(words[0].itertext())] = (rect.get("fill"), rect.get("stroke"), [w.get("fill") for w in words])
+    return found
+
+
+def luminance(colour: str) -> int:
+    return sum(int(colour[place : place + 2], 16) for place in (1, 3, 5))
+
+
+def test_what_few_thresholds_keep_is_pale_and_its_text_is_not(build_graph) -> None:
+    logit = {"kind": L, "layer": 1, "index": 1, "label": " out", "expanded": True, "output_weight": 1.0}
+    names = ("always", "often", "never")
+    feature = {"kind": F, "layer": 0, "expanded": True}
+    rows = [{"kind": T, "index": 1, "label": "a"}]
+    rows += [{**feature, "index": index, "label": name} for index, name in enumerate(names)]
+    edges = [(1, 0, 1.0), (2, 0, 1.0), (3, 0, 1.0), (4, 1, 80.0), (4, 2, 15.0), (4, 3, 5.0)]
+    plain = build_graph([*rows, logit], edges)
+    graph = plain.with_inclusion(nodes=[0.5, 0.9], edges=[1.0])
+    before, after = boxes_of(plain.to_svg()), boxes_of(graph.to_svg())
+    assert set(before) == set(after) == set(names)
+    for name in names:
+        assert after[name][2] == before[name][2], "texts keep their colours"
+        assert "opacity" not in graph.to_svg(), "nothing shows through a box"
+    outlines = [luminance(after[name][1]) for name in names]
+    assert outlines == sorted(outlines)
+    assert len(set(outlines)) == 3
+    note = "the paler, the fewer pruning thresholds keep it"
+    assert note in texts(graph.to_svg())
+    assert note not in texts(plain.to_svg())
+    assert "kept at 50 % of the pruning thresholds" in graph.to_svg()
+    dot = graph.to_dot()
+    assert note in dot
+    assert note not in plain.to_dot()
+    for name in names:
+        for colour in after[name][:2]:
+            assert f'"{colour}"' in dot

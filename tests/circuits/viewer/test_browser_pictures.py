@@ -14,6 +14,7 @@ from PIL import Image
 from viewer_page import ViewerPage
 
 from circuits import CircuitGraph, NodeKind
+from circuits.graph.pruning import always_kept
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -117,3 +118,22 @@ def test_the_subgraph_as_svg_and_png(capital: CircuitGraph, show: Callable[..., 
         assert name in text
     image = pixels(saved(viewer, "subgraph-png", tmp_path / "subgraph.png"))
     assert image.shape[:2] == (2 * int(root.attrib["height"]), 2 * int(root.attrib["width"]))
+
+
+def test_nodes_are_as_opaque_as_thresholds_keep_them(
+    capital: CircuitGraph, show: Callable[..., ViewerPage], tmp_path: Path
+) -> None:
+    """The graph says it, its legend explains it, and the detail of a node tells the share; other graphs are drawn as before."""
+    inclusion = {"nodes": [0.5, 0.8], "edges": [0.98], "frequency": {"1_5_3": 0.5}}
+    noted = show(CircuitGraph(capital.nodes, capital.edges, {**capital.metadata, "inclusion": inclusion}))
+    assert noted.page.get_by_text("the paler, the fewer pruning thresholds keep it").count() == 1
+    root = ElementTree.fromstring(saved(noted, "SVG", tmp_path / "graph.svg"))
+    opacities = [float(path.get("opacity", 1)) for path in root.iter(f"{SVG}path") if path.get("fill") != "none"]
+    dropped = (~always_kept(capital.nodes)).sum()
+    assert sorted(opacities) == [0.2] * (dropped - 1) + [0.6] + [1] * (len(capital.nodes) - dropped)
+    assert all("opacity" not in text.attrib for text in root.iter(f"{SVG}text"))
+    noted.click("1_5_3")
+    assert "50 % of the pruning thresholds" in noted.pane("detail").inner_text()
+    plain = show(capital)
+    plain.click("1_5_3")
+    assert "pruning thresholds" not in plain.page.inner_text("body")
