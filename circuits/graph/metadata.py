@@ -15,6 +15,9 @@ from circuits.graph.text import shorten
 
 Check = Callable[[Any], bool]
 REQUIRED = ("prompt", "tokens", "n_layers", "identity_error")
+CONSENSUS = "consensus"
+"""Key of the mean graph of many prompts: an object with the number of `prompts`, the least `frequency` of its nodes and edges,
+and `nodes`: frequency, and means and spreads of activation and influence, by id."""
 
 
 def as_stored(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,11 +48,13 @@ def as_stored(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_traced_here(metadata: Mapping[str, Any]) -> None:
-    """Refuse a graph of another tool where its model is needed.
+    """Refuse a graph of another tool, and one of many prompts, where its model is needed.
 
     Raises:
-        ValueError: the graph was imported.
+        ValueError: the graph was imported, or is a consensus.
     """
+    if CONSENSUS in metadata:
+        raise ValueError(f"expected the graph of one prompt, given the consensus of {metadata[CONSENSUS]['prompts']}")
     if imported := metadata.get("imported"):
         raise ValueError(
             f"expected a graph that was traced here: this one was read from a {imported['format']}, which does not say with "
@@ -115,6 +120,10 @@ _KINDS: dict[str, tuple[str, Check]] = {
     "loaded_from": ("an object of texts", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))),
     "targets": _TOKEN_FACTS,
     "top_tokens": _TOKEN_FACTS,
+    CONSENSUS: (
+        "an object with a number of prompts",
+        lambda value: isinstance(value, dict) and _is_count(value.get("prompts")),
+    ),
     FEATURE_LABELS: ("an object of objects with a source and scores from 0 to 1", are_label_facts),
     INCLUSION: ("an object with lists of shares nodes and edges, and shares by node id", are_inclusion_facts),
     GROUPS: ("a list of objects with a name, ids of members and an f1 from 0 to 1 or null", are_groups),
