@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from circuits.explain.compare_command import compare as compare_command
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.exporters import exporter, file_formats
 from circuits.graph.pruning import check_threshold
@@ -110,6 +111,7 @@ def show(
 
 app.command("heads")(heads_command)
 app.command("validate")(validate_command)
+app.command("compare")(compare_command)
 app.command("serve")(serve_command)
 
 

@@ -14,6 +14,7 @@ from circuits.attribution.limits import LABELLED, MAX_NODES, memory_bytes
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.conventions import named_conventions
 from circuits.graph.exporters import exporter, file_formats
+from circuits.graph.graph_files import GRAPH_FILE
 from circuits.graph.pruning import check_threshold
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from circuits.attribution.labels import Indexes
     from replacement import ReplacementModel
 
-GRAPH_FILE = "graph.safetensors"
 FORMATS = tuple(name for name, exporter in file_formats().items() if exporter.fallback is None)
 """Of the pruned circuit; pictures that need Graphviz are left to `circuits export`."""
 

@@ -54,9 +54,10 @@ class GraphSums:
         self.numbers: dict[int, int] = {}
         self.columns: dict[str, list[np.ndarray]] = defaultdict(list)  # of the node table, and `key`
         self.nodes, self.edges = MomentsOfMany(len(FIGURES)), MomentsOfMany(len(EDGE_FIGURES))
-        self.texts: dict[int, Counter[str]] = defaultdict(Counter)
+        self.texts: dict[int, Counter[tuple[int, str]]] = defaultdict(Counter)  # of each node: index and label
         self.tokens: list[Counter[str]] = [Counter() for _ in range(alignment.length)]
-        self.prompts: Counter[str] = Counter()
+        self.prompts: set[str] = set()  # two at most: do they differ?
+        self.answer_position = 0
         self.facts: dict[str, Any] = {}
         self.labels: dict[str, Any] = {}
         self.identity_errors: list[float | None] = []
@@ -82,6 +83,7 @@ class GraphSums:
         keys, weights, outputs = node_keys(nodes, positions), np.ones(len(nodes)), nodes.mask(NodeKind.LOGIT)
         if self.merges_outputs and outputs.any():
             keys[outputs] = _ANSWER
+            self.answer_position = max(self.answer_position, int(positions[nodes.position[outputs]].max()))
             weights[outputs] = nodes.output_weight[outputs] / nodes.output_weight[outputs].sum()
         return keys, weights
 
@@ -91,18 +93,19 @@ class GraphSums:
         numbers = np.array([self.numbers.setdefault(key, len(self.numbers)) for key in keys.tolist()], dtype=np.int64)
         _, first = np.unique(numbers, return_index=True)
         new = first[numbers[first] >= known]
-        for name in ("kind", "part", "layer", "index"):
+        for name in ("kind", "part", "layer"):
             self.columns[name].append(getattr(nodes, name)[new])
         self.columns["position"].append(positions[nodes.position[new]])
         self.columns["key"].append(keys[new])
         return numbers
 
     def _add_texts(self, graph: CircuitGraph, numbers: np.ndarray, positions: np.ndarray) -> None:
-        for number, label in zip(numbers.tolist(), graph.nodes.label, strict=True):
-            self.texts[number][label] += 1
+        for number, index, label in zip(numbers.tolist(), graph.nodes.index.tolist(), graph.nodes.label, strict=True):
+            self.texts[number][index, label] += 1
         for position, token in zip(positions.tolist(), graph.metadata["tokens"], strict=True):
             self.tokens[position][token] += 1
-        self.prompts[graph.metadata["prompt"]] += 1
+        if len(self.prompts) < 2:
+            self.prompts.add(graph.metadata["prompt"])
         self.labels |= graph.metadata.get(FEATURE_LABELS, {})
         self.identity_errors.append(graph.identity_error)
         self.facts = self.facts or {name: graph.metadata[name] for name in _FIRST_FACTS if name in graph.metadata}
@@ -112,14 +115,16 @@ class GraphSums:
         nodes, edges = self.nodes.result(), self.edges.result()
         columns = {name: np.concatenate(parts) for name, parts in self.columns.items()}
         key = columns.pop("key")
+        columns["position"][key == _ANSWER] = self.answer_position
         # Outputs stay in the order in which they came, as the targets of a graph do.
         order = np.lexsort((np.where(columns["kind"] == NodeKind.LOGIT, nodes.keys, key), columns["kind"]))
         row = np.argsort(order)
         nodes = Moments(*(column[order] for column in nodes))
-        if self.merges_outputs:
-            columns["index"] = np.where(key == _ANSWER, -1, columns["index"])
         columns = {name: column[order] for name, column in columns.items()}
-        labels = [_joined(self.texts[number]) for number in order.tolist()]
+        texts = [self.texts[number] for number in order.tolist()]
+        indices = [{index for index, _ in counted} for counted in texts]
+        columns["index"] = np.array([found.pop() if len(found) == 1 else -1 for found in indices])  # tokens that differ
+        labels = [_joined(_by_label(counted)) for counted in texts]
         table = _mean_table(columns, nodes, labels, self.n_graphs)
 
         target, source = row[edges.keys >> 32], row[edges.keys & (2**32 - 1)]
@@ -161,6 +166,13 @@ def _mean_table(columns: dict[str, np.ndarray], nodes: Moments, labels: Sequence
     figures = {**of_all, "activation": mean["activation"], "expanded": expanded}
     table = {name: (columns | figures)[name].astype(dtype) for name, dtype in COLUMNS.items()}
     return NodeTable(**table, label=tuple(labels))
+
+
+def _by_label(counted: Counter[tuple[int, str]]) -> Counter[str]:
+    labels: Counter[str] = Counter()
+    for (_, label), count in counted.items():
+        labels[label] += count
+    return labels
 
 
 def _joined(texts: Counter[str]) -> str:

@@ -18,13 +18,12 @@ from pathlib import Path
 from starlette.concurrency import run_in_threadpool
 
 from circuits.graph.circuit_graph import CircuitGraph
+from circuits.graph.graph_files import CIRCUIT_FILE, GRAPH_FILE
 from circuits.graph.text import shorten
-from circuits.trace_options import GRAPH_FILE, files_of
 from replacement.files import check_folder
 
 SUFFIXES = (".safetensors", ".json", ".pt")
 STATE_SUFFIX = ".state.json"
-CIRCUIT_FILE = files_of(["safetensors"])["safetensors"]
 UPLOAD_BYTES = 2**28
 """Most bytes of a file that is uploaded."""
 _UPLOADED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
