@@ -14,8 +14,10 @@ import numpy as np
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import GraphData
 from circuits.graph.feature_labels import FEATURE_LABELS
+from circuits.graph.groups import GROUPS, Grouping
 from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
+from circuits.graph.outputs import group_name, output_groups
 from circuits.graph.rows import node_rows
 from circuits.graph.scores import scores
 from circuits.graph.text import printable, short_name
@@ -28,7 +30,7 @@ HEADS = (3, 8)
 MOST_HEADS = 60_000
 """Heads of all edges, above which an edge has fewer: a page must stay small enough to open."""
 _WHOLE = ("u1", "i1", "u2", "i2", "i4")
-_ALONE = (FEATURE_LABELS, "prompt", "tokens", "token_ids")
+_ALONE = (FEATURE_LABELS, GROUPS, "prompt", "tokens", "token_ids")
 """Metadata that is elsewhere in the payload or in the evidence."""
 
 
@@ -42,6 +44,7 @@ def payload(graph: GraphData) -> dict[str, Any]:
         "nLayers": facts["n_layers"],
         "scores": asdict(scores(graph)),
         "metadata": {name: fact for name, fact in facts.items() if name not in _ALONE},
+        "groups": _groups(graph),
         "nodes": _nodes(graph),
         "edges": {
             "rowStart": column(graph.edges.indptr),
@@ -85,6 +88,19 @@ def _nodes(graph: GraphData) -> dict[str, Any]:
         **{name: column(values.astype(np.float32)) for name, values in rounded.items()},
         **{name: column(values) for name, values in exact.items()},
     }
+
+
+def _groups(graph: GraphData) -> list[dict[str, Any]]:
+    """The groups that a graph carries, by numbers of nodes; of one that carries none, the outputs that read as one answer."""
+    if GROUPS in graph.metadata:
+        return [
+            {"name": printable(group.name), "kind": group.kind, "members": list(group.members)}
+            for group in Grouping.of(graph).groups
+        ]
+    return [
+        {"name": group_name(graph.nodes, members), "kind": "outputs", "members": list(members)}
+        for members in output_groups(graph.nodes)
+    ]
 
 
 def _label(nodes: NodeTable, row: int) -> str:

@@ -16,8 +16,7 @@ function createStore(data, saved = {}) {
   const initial = {
     selected: null,
     hovered: null,
-    pinned: new Set(),
-    groups: [],
+    ...groupsOfGraph(data),
     direction: "both",
     topLinks: 15,
     minInfluence: defaultMinInfluence(data),
@@ -76,7 +75,7 @@ function createStore(data, saved = {}) {
     return true;
   }
 
-  function toJSON() {
+  function toJSON(state) {
     const id = (node) => data.nodes.id[node];
     return {
       version: STATE_VERSION,
@@ -102,6 +101,7 @@ function createStore(data, saved = {}) {
   const store = {
     get state() { return state; },
     initial,
+    usual: toJSON(initial),
     update,
     /** Calls `listener(state, changedKeys)` after changes of any of `keys`; returns a function that ends this. */
     subscribe(keys, listener) {
@@ -116,11 +116,25 @@ function createStore(data, saved = {}) {
     can: () => ({
       undo: steps.undo.length > 0, redo: steps.redo.length > 0, back: walk.at > 0, forward: walk.at < walk.nodes.length - 1,
     }),
-    toJSON,
+    toJSON: () => toJSON(state),
     load,
   };
   load({version: STATE_VERSION, ...saved}, {undo: false});
   return store;
+}
+
+/**
+ * The groups that the page begins with: those of several features or outputs that the graph carries. The features of its most influential
+ * groups, single ones too, are pinned, so that the subgraph shows the graph among them.
+ */
+function groupsOfGraph(data) {
+  const most = 12;
+  const influenceOf = ({members}) => sum(members.map((node) => data.nodes.influence[node]));
+  const ofFeatures = data.groups.filter(({kind}) => kind === "features").sort((a, b) => influenceOf(b) - influenceOf(a));
+  return {
+    groups: data.groups.filter(({kind, members}) => members.length > 1 && kind !== "tokens" && kind !== "errors").map(({name, members}, number) => ({id: `graph-${number}`, name, members})),
+    pinned: new Set(ofFeatures.slice(0, most).flatMap(({members}) => members)),
+  };
 }
 
 /** At first the most influential nodes of a large graph are shown, and how many are hidden is said. */
@@ -189,8 +203,7 @@ function parseState(data, initial, json) {
 /** What differs from the initial state, as the part of an address after `#`; `leftOut` names what had no room. */
 function encodeHash(store) {
   const {version, prompt, ...json} = store.toJSON();
-  const usual = {...createPlain(store.initial), selected: null};
-  const different = Object.entries(json).filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(usual[key]));
+  const different = Object.entries(json).filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(store.usual[key]));
   const write = (entries) => new URLSearchParams(entries.map(([key, value]) => [key, JSON.stringify(value)])).toString();
   const leftOut = [];
   let entries = different;
@@ -205,12 +218,6 @@ function encodeHash(store) {
 function decodeHash(hash) {
   const entries = [...new URLSearchParams(hash.replace(/^#/, ""))];
   return Object.fromEntries(entries.map(([key, value]) => [key, JSON.parse(value)]));
-}
-
-/** Sets and maps as lists and objects, as `toJSON` writes them. */
-function createPlain(state) {
-  const plain = (value) => (value instanceof Set ? [...value] : value instanceof Map ? Object.fromEntries(value) : value);
-  return Object.fromEntries(Object.entries(state).map(([key, value]) => [key, plain(value)]));
 }
 
 function pick(object, keys) {

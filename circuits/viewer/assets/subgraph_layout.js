@@ -1,6 +1,6 @@
 /** Places of the subgraph's boxes: one row for each layer in use, inside a row near what a box is linked to. */
 
-const BOX = {least: 62, widest: 186, height: 32, member: 15, most: 12};
+const BOX = {least: 62, widest: 220, height: 32, member: 15, most: 12};
 const GAP = {x: 12, y: [22, 96], line: 8};
 
 /** As wide as its texts need; an open group is as wide as can be. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from viewer_page import ViewerPage
 
-from circuits import CircuitGraph
+from circuits import CircuitGraph, NodeKind
 
 PINNED = ("0_11_3", "1_5_3", "1_6_3", "A2_3_4", "2_9_4", "3_21_4")
 VIEW = """() => {
@@ -178,3 +179,25 @@ def test_a_first_subgraph_is_offered(capital: CircuitGraph, show: Callable[..., 
     viewer = show(capital)
     viewer.pane("subgraph").locator("[data-action=pin-top]").click()
     assert len(viewer.state["pinned"]) == 7, "all features of this graph"
+
+
+def test_groups_of_the_graph_are_there_at_first(capital: CircuitGraph, show: Callable[..., ViewerPage]) -> None:
+    ids = capital.nodes.ids()
+    parts = [("Dallas, then Texas", ["0_11_3", "1_5_3"]), ("say Austin", ["3_21_4"]), ("cities", ["5_1_4", "5_2_4"])]
+    groups = [{"name": name, "members": members, "f1": None} for name, members in parts]
+    grouped = dataclasses.replace(capital, metadata={**capital.metadata, "groups": groups})
+    viewer = show(grouped)
+    state = viewer.state
+    assert [(group["name"], set(group["members"])) for group in state["groups"]] == [
+        (name, set(members)) for name, members in (parts[0], parts[2])
+    ]
+    features = {name for name, kind in zip(ids, capital.nodes.kind.tolist(), strict=True) if kind == NodeKind.FEATURE}
+    assert set(state["pinned"]) == features, "single features are groups of their own"
+    assert viewer.page.evaluate("location.hash") == "", "the address holds what differs from the page's beginning"
+    link = next(
+        link for link in drawn(viewer)["links"] if (link["from"], link["to"]) == ("group:graph-0", "group:graph-1")
+    )
+    weight = weights(capital)
+    between = [weight.get((source, target), 0.0) for source in parts[0][1] for target in parts[2][1]]
+    assert sum(between)
+    assert link["weight"] == pytest.approx(sum(between))
