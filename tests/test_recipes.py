@@ -255,7 +255,7 @@ def test_model_diffing(example: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(losses) == 2
     assert all(map(math.isfinite, losses))
     models = load_models(["demo", str(tmp_path / "fine_tuned")])
-    assert models.first.fingerprint != models.second.fingerprint
+    assert models.first.fingerprint != models.all[1].fingerprint
     rows = []
     for name in module.METHODS:
         crosscoder = module.train(name, tmp_path, n_tokens=1024, n_features=24, held_out_rows=2)

@@ -299,7 +299,12 @@ class Crosscoder(CrosscoderWeights):
             order = {site: n for n, site in enumerate(self.wiring.write_sites)}
             shared = {pair: (order[self.wiring.writes[groups[pair[0]]][pair[1]]], 0) for pair in sites}
             return _StoredDecoders([w_FD[:, None] for w_FD in self.W_dec], shared)
-        return _StoredDecoders([self.W_dec[group] for group in groups], {pair: pair for pair in sites})
+        stored = {
+            pair: self._stored_places[groups[pair[0]], self.wiring.writes[groups[pair[0]]][pair[1]]] for pair in sites
+        }
+        numbers = list(dict.fromkeys(number for number, _ in stored.values()))
+        places = {pair: (numbers.index(number), place) for pair, (number, place) in stored.items()}
+        return _StoredDecoders([self.W_dec[number] for number in numbers], places)
 
     def skip_contribution(
         self, inputs: Mapping[Site, Tensor], *, groups: Iterable[int] | None = None

@@ -1,4 +1,4 @@
-"""Sites: named places in a transformer, and the shape of the model that holds them.
+"""Sites: named places in a transformer, or in one of several, and the shape of the model that holds them.
 
 One layer, in the order of the residual timeline (a parallel layer has no `resid_mid`: both branches read `resid_pre`):
 
@@ -22,7 +22,7 @@ SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "mlp_normalized", "mlp_in"
 _IN_ORDER = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_normalized", "mlp_in", "mlp_out", "resid_post")
 _POINT = {kind: point for point, kind in enumerate(_IN_ORDER)}
 _POINTS_PER_LAYER = _POINT["resid_post"]
-_SITE_TEXT = re.compile(r"([a-z_]+)\.(\d{1,18})(?:@(\d))?", re.ASCII)
+_SITE_TEXT = re.compile(r"([a-z_]+)\.(\d{1,18})(?:@(\d{1,9}))?", re.ASCII)
 
 
 @total_ordering
@@ -34,7 +34,7 @@ class Site:
     ('resid_mid.3', 'resid_mid.3@1')
 
     Raises:
-        ValueError: unknown kind, negative layer, or a model other than 0 and 1.
+        ValueError: unknown kind, negative layer or negative model.
     """
 
     layer: int
@@ -42,13 +42,12 @@ class Site:
     kind: str
     """One of `SITE_KINDS`."""
     model: int = 0
-    """0, or 1 for the second model of a model-diffing crosscoder."""
+    """0, or the number of the model where a crosscoder spans several."""
 
     def __post_init__(self) -> None:
         _check_kind(self.kind)
         whole_number("the layer of a site", self.layer)
-        if self.model not in (0, 1):
-            raise ValueError(f"the model of a site must be 0 or 1, got {self.model!r:.50}")
+        whole_number("the model of a site", self.model)
 
     @property
     def point(self) -> int:

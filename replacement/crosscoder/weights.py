@@ -35,9 +35,10 @@ class CrosscoderWeights(WeightsBySite):
             unusual MLP outputs); their output is left to the error term.
         seed: seed of the initial weights; None draws from torch's global generator.
 
-    Parameters (`x @ W.T` maps rows): `W_enc[n]` `[F, D_r]`, `b_enc[g]` `[F]`, `W_dec[g]` `[F, W, D_w]` or, tied,
+    Parameters (`x @ W.T` maps rows): `W_enc[n]` `[F, D_r]`, `b_enc[g]` `[F]`, `W_dec[p]` `[F, W, D_w]` or, tied,
     `W_dec[w]` `[F, D_w]`, `b_dec[w]` `[D_w]`, `W_skip[m]` `[D_w, D_r]`; n counts (group,
-    read) pairs, m (group, read, write) triples, w `wiring.write_sites`. Where the activation has them: `threshold`, and the
+    read) pairs, m (group, read, write) triples, p `wiring.write_blocks` (one per group where all it writes has one width), w
+    `wiring.write_sites`. Where the activation has them: `threshold`, and the
     buffers `score_factor`, `post_scale` and `post_offset`, `[G, F]`.
 
     Raises:
@@ -103,7 +104,8 @@ class CrosscoderWeights(WeightsBySite):
         if self.tied:
             self.W_dec = weights(*((n_features, d) for d in target_widths))
         else:
-            self.W_dec = weights(*((n_features, len(widths), widths[0]) for widths in writes))
+            blocks = wiring.write_blocks
+            self.W_dec = weights(*((n_features, len(sites), wiring.width(sites[0])) for _, sites in blocks))
         self.b_dec = weights(*((d,) for d in target_widths))
         if self.skip:
             self.W_skip = weights(*((d_w, d_r) for r, w in zip(reads, writes, strict=True) for d_r in r for d_w in w))

@@ -7,7 +7,7 @@ them through these methods need not know.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float, Int
@@ -101,7 +101,16 @@ class WeightsBySite(nn.Module):
         place = self._place(group, "write", site)
         if self.in_file is not None and (group, place) in self.in_file.decoders:
             return self.in_file.decoders[group, place]
-        return self.W_dec[self.wiring.write_sites.index(site)] if self.tied else self.W_dec[group][:, place]
+        if self.tied:
+            return self.W_dec[self.wiring.write_sites.index(site)]
+        number, place = self._stored_places[group, site]
+        return self.W_dec[number][:, place]
+
+    @cached_property
+    def _stored_places(self) -> dict[tuple[int, Site], tuple[int, int]]:
+        """Where the decoder of a group to a site is: number of its tensor in `W_dec`, place in it."""
+        blocks = enumerate(self.wiring.write_blocks)
+        return {(group, site): (number, place) for number, (group, sites) in blocks for place, site in enumerate(sites)}
 
     def decoder_vectors(self, group: int, index_S: Int[Tensor, " S"], site: Site) -> Float[Tensor, "S D"]:
         """Decoder vectors `[S, D]` of chosen features to one written site; reads these rows only.
@@ -156,8 +165,8 @@ class WeightsBySite(nn.Module):
             for n, site in enumerate(self.wiring.write_sites):
                 yield f"W_dec.{n}", partial(self.decoder, self.wiring.writers(site)[0], site)
         else:
-            for group, sites in enumerate(self.wiring.writes):
-                yield f"W_dec.{group}", partial(self._joined_decoder, group, sites)
+            for n, (group, sites) in enumerate(self.wiring.write_blocks):
+                yield f"W_dec.{n}", partial(self._joined_decoder, group, sites)
         if self.skip:
             triples = (
                 (group, read, write)

@@ -11,7 +11,7 @@ Every published family is a wiring of one `Crosscoder` class:
 | `weakly_causal` | L | a site at layer g | the same kind of site at layers >= g |
 | `attention` | L | the heads' outputs `attn_z` of layer g | attention outputs of layers >= g |
 | `acausal` | 1 | a site at every layer | the same sites |
-| `model_diffing` | 1 | a site in two models | the same two sites |
+| `model_diffing` | 1 | a site in each of N models | the same sites |
 
 Cross-layer transcoders: Ameisen et al. 2025, "Circuit Tracing". Weakly causal and acausal crosscoders and model
 diffing: Lindsey et al. 2024, "Sparse Crosscoders". Transcoders: Dunefsky et al. 2024.
@@ -48,7 +48,7 @@ class Wiring:
 
     Raises:
         ValueError: no groups, a group without reads or writes, a site twice in one group, a site kind without a width,
-            a width below 1, or written sites of different widths in one group.
+            or a width below 1.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Wiring:
     writes: tuple[tuple[Site, ...], ...]
     """Sites each group writes, one tuple per group."""
     widths: Mapping[str, int] = field(hash=False)
-    """Vector width of every site kind in use."""
+    """Vector width of every site kind in use; `kind@model` where that of a later model is another."""
 
     def __post_init__(self) -> None:
         if not self.reads or len(self.reads) != len(self.writes):
@@ -76,12 +76,9 @@ class Wiring:
                     raise ValueError(f"group {group} {role} no site: expected at least one")
                 if len(set(sites)) != len(sites):
                     raise ValueError(f"group {group} {role} a site twice: {', '.join(map(str, sites))}")
-                missing = sorted({site.kind for site in sites} - set(self.widths))
+                missing = sorted(site.kind for site in sites if not {site.kind, _in_model(site)} & set(self.widths))
                 if missing:
                     raise ValueError(f"no width given for site kind {missing[0]!r}, which group {group} {role}")
-            if len({self.widths[site.kind] for site in writes}) > 1:
-                given = ", ".join(f"{site} {self.widths[site.kind]}" for site in writes)
-                raise ValueError(f"the sites one group writes must have one width; group {group} has {given}")
 
     @property
     def n_groups(self) -> int:
@@ -99,6 +96,20 @@ class Wiring:
         return tuple(sorted({site for sites in self.writes for site in sites}))
 
     @property
+    def write_blocks(self) -> tuple[tuple[int, tuple[Site, ...]], ...]:
+        """The (group, sites) whose decoders are stored together: what a group writes, parted by width."""
+        blocks: dict[tuple[int, int], list[Site]] = {}
+        for group, sites in enumerate(self.writes):
+            for site in sites:
+                blocks.setdefault((group, self.width(site)), []).append(site)
+        return tuple((group, tuple(sites)) for (group, _), sites in blocks.items())
+
+    @property
+    def n_models(self) -> int:
+        """Number of models that sites belong to: one more than the largest."""
+        return 1 + max(site.model for site in (*self.read_sites, *self.write_sites))
+
+    @property
     def is_causal(self) -> bool:
         """Whether every write lies at or after every read of its group on the residual timeline."""
         return all(
@@ -108,7 +119,7 @@ class Wiring:
 
     def width(self, site: Site) -> int:
         """Vector width at a site."""
-        return self.widths[site.kind]
+        return self.widths.get(_in_model(site)) or self.widths[site.kind]
 
     def group_layer(self, group: int) -> int:
         """Layer a group belongs to: the lowest layer it reads."""
@@ -134,19 +145,22 @@ class Wiring:
         """Groups that write a site, in order."""
         return tuple(group for group, sites in enumerate(self.writes) if site in sites)
 
-    def check_fits(self, model: ModelShape | HasShape) -> None:
+    def check_fits(self, model: ModelShape | HasShape, *, number: int = 0) -> None:
         """Check that this wiring belongs to a model of these sizes.
+
+        Args:
+            number: which of the models that the wiring spans.
 
         Raises:
             ValueError: another vector width, a layer the model lacks, layers left out by a family that covers the whole
                 depth, or `resid_mid` in a parallel model.
         """
         shape = _shape_of(model)
-        for kind, width in self.widths.items():
+        sites = [site for site in (*self.read_sites, *self.write_sites) if site.model == number]
+        for kind, width in sorted({(site.kind, self.width(site)) for site in sites}):
             if width != shape.width(kind):
                 raise ValueError(f"this crosscoder has width {width} at {kind}, the model has {shape.width(kind)}")
-        sites = (*self.read_sites, *self.write_sites)
-        depth = 1 + max(site.layer for site in sites)
+        depth = 1 + max((site.layer for site in sites), default=-1)
         if depth > shape.n_layers or (self.name in WHOLE_DEPTH and depth != shape.n_layers):
             raise ValueError(f"this {self.name} crosscoder spans {depth} layers, the model has {shape.n_layers}")
         if shape.parallel and any(site.kind == "resid_mid" for site in sites):
@@ -228,14 +242,31 @@ class Wiring:
     ) -> Wiring:
         """An acausal crosscoder: one group reads and writes a site at all layers (or the layers named)."""
         sites = tuple(Site(layer, site) for layer in _layers_of(model, layers))
-        return _wire("acausal", model, (sites,), (sites,))
+        return _wire("acausal", (model,), (sites,), (sites,))
 
     @classmethod
-    def model_diffing(cls, model: ModelShape | HasShape, *, layer: int, site: str = "resid_post") -> Wiring:
-        """A model-diffing crosscoder: one group reads and writes one site in two models of this shape."""
-        (layer,) = _layers_of(model, layer)
-        sites = (Site(layer, site, 0), Site(layer, site, 1))
-        return _wire("model_diffing", model, (sites,), (sites,))
+    def model_diffing(
+        cls,
+        models: ModelShape | HasShape | Sequence[ModelShape | HasShape],
+        *,
+        layer: int | Sequence[int],
+        site: str = "resid_post",
+    ) -> Wiring:
+        """A model-diffing crosscoder: one group reads and writes one site in each of N models.
+
+        Args:
+            models: of any depths and widths; one stands for two of its shape.
+            layer: of the site, the same in all models or one for each.
+        """
+        shapes = tuple(models) if isinstance(models, Sequence) else (models, models)
+        layers = tuple(layer) if isinstance(layer, Sequence) else (layer,) * len(shapes)
+        if len(layers) != len(shapes):
+            raise ValueError(f"expected one layer, or one for each of {len(shapes)} models; got {list(layers)}")
+        if len(shapes) < 2:
+            raise ValueError(f"model diffing needs two models or more, got {len(shapes)}")
+        chosen = [_layers_of(model, number)[0] for model, number in zip(shapes, layers, strict=True)]
+        sites = tuple(Site(number, site, model) for model, number in enumerate(chosen))
+        return _wire("model_diffing", shapes, (sites,), (sites,))
 
 
 def _by_layer(
@@ -252,17 +283,29 @@ def _by_layer(
     reads = tuple((Site(layer, read),) for layer in chosen)
     last = _shape_of(model).n_layers if writes_above else 0
     writes = tuple(tuple(Site(layer, write) for layer in range(first, max(last, first + 1))) for first in chosen)
-    return _wire(name, model, reads, writes)
+    return _wire(name, (model,), reads, writes)
 
 
 def _wire(
-    name: str, model: ModelShape | HasShape, reads: tuple[tuple[Site, ...], ...], writes: tuple[tuple[Site, ...], ...]
+    name: str,
+    models: Sequence[ModelShape | HasShape],
+    reads: tuple[tuple[Site, ...], ...],
+    writes: tuple[tuple[Site, ...], ...],
 ) -> Wiring:
-    shape = _shape_of(model)
-    kinds = {site.kind for site in itertools.chain(*reads, *writes)}
-    if shape.parallel and "resid_mid" in kinds:
-        raise ValueError("a model with parallel attention has no resid_mid: use resid_pre or mlp_in")
-    return Wiring(name, reads, writes, {kind: shape.width(kind) for kind in sorted(kinds)})
+    widths: dict[str, int] = {}
+    for site in sorted({*itertools.chain(*reads, *writes)}, key=lambda site: (site.model, site.kind)):
+        shape = _shape_of(models[site.model])
+        if shape.parallel and site.kind == "resid_mid":
+            raise ValueError("a model with parallel attention has no resid_mid: use resid_pre or mlp_in")
+        width = shape.width(site.kind)
+        if widths.setdefault(site.kind, width) != width:
+            widths[_in_model(site)] = width
+    return Wiring(name, reads, writes, widths)
+
+
+def _in_model(site: Site) -> str:
+    """The kind of a site in its own model, a key of `Wiring.widths`."""
+    return f"{site.kind}@{site.model}"
 
 
 def _mlp_read(model: ModelShape | HasShape, read: str | None) -> str:

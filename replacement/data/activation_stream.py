@@ -25,7 +25,7 @@ from replacement.data.token_sources import Rows, TokenSource
 _SHUFFLE_STREAM = 1  # first word of the random seeds of shuffles; the row orders use another
 
 ReadActivations = Callable[[Tensor], dict[Site, Tensor]]
-"""Maps tokens `[B, T]` to activations `{site: [B, T, D]}`, such as a forward pass with hooks."""
+"""Maps rows of a source, such as tokens `[B, T]`, to activations `{site: [B, T, D]}`, such as a forward pass with hooks."""
 
 
 class RowBatch(NamedTuple):
@@ -46,6 +46,8 @@ class ActivationStream:
 
     Attributes:
         epoch: passes over the source completed when the last block was begun; 0 before.
+        counts: tokens of text that each tokenizer of the source made up to the end of the last block, and how many of them
+            are aligned; None where there is one tokenizer.
         rows_per_block: rows whose tokens are mixed with each other.
     """
 
@@ -97,6 +99,7 @@ class ActivationStream:
                 f"expected at least one for each of {shards} shards"
             )
         self.epoch = 0
+        self.counts: tuple[list[int], int] | None = None
 
     def batches(self, *, start: int = 0) -> Iterator[dict[Site, Tensor]]:
         """Endless batches `{site: [batch_tokens * len(my_shards) / shards, D]}`, from step `start`.
@@ -113,7 +116,9 @@ class ActivationStream:
         n_mine = self.rows_per_block // self.shards * len(self.my_shards)
         buffer = _Buffer(n_mine * (self.source.context - self.undecomposed_positions))
         blocks = self.source.blocks(self.rows_per_block, first=block * self.rows_per_block, seed=self.seed)
+        self.counts = None
         for number, rows in enumerate(blocks, start=block):
+            self._count(rows.tokens_RT)
             kept_RT = self.kept(rows.tokens_RT)
             n_batches = self._n_batches(kept_RT)
             if left < n_batches:
@@ -145,20 +150,28 @@ class ActivationStream:
             tokens_RT = torch.cat([rows.tokens_RT[shard :: self.shards] for shard in self.my_shards])
             yield RowBatch(tokens_RT, self.kept(tokens_RT))
 
-    def kept(self, tokens_RT: Int[Tensor, "R T"]) -> Bool[Tensor, "R T"]:
-        """Which tokens count; see `RowBatch`."""
+    def kept(self, rows_RT: Int[Tensor, "R _"]) -> Bool[Tensor, "R T"]:
+        """Which tokens (of the first tokenizer) count; see `RowBatch`. Those that are not aligned with all others do not."""
+        tokens_RT, place_RT = self.source.by_tokenizer(rows_RT)[0]
         kept_RT = ~torch.isin(tokens_RT, self.excluded_ids)
         if self.undecomposed_positions:
             kept_RT[:, : self.undecomposed_positions] = False
         elif self.source.bos_id is not None:
             kept_RT[:, 0] |= tokens_RT[:, 0] == self.source.bos_id
-        return kept_RT
+        return kept_RT if place_RT is None else kept_RT & (place_RT >= 0)
+
+    def _count(self, rows_RT: Tensor) -> None:
+        if self.source.layout is None:
+            return
+        n_text, n_aligned = self.source.layout.counts(rows_RT)
+        before, aligned_before = self.counts or ([0] * len(n_text), 0)
+        self.counts = [sum(pair) for pair in zip(before, n_text, strict=True)], aligned_before + n_aligned
 
     # Counting ---------------------------------------------------------------------------------------------------
 
     def _first_block(self, start: int) -> tuple[int, int]:
         """Where every token of a block is known to count: the block that holds step `start`, and the step within it."""
-        if len(self.excluded_ids):
+        if len(self.excluded_ids) or self.source.layout is not None:
             return 0, start
         n_kept = self.rows_per_block // self.shards * (self.source.context - self.undecomposed_positions)
         n_batches = n_kept // (self.batch_tokens // self.shards)

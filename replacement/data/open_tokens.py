@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
 
+from replacement.data.aligned_texts import RowLayout, TextReader, no_common_text, pack_aligned, same_tokenizer
 from replacement.data.documents import (
     HUB_PREFIX,
     Piece,
@@ -40,6 +42,7 @@ def open_source(
     text_field: str = "text",
     split: str = "train",
     tensor: str | None = None,
+    others: Sequence[LanguageModel] = (),
 ) -> TokenSource:
     """Rows of token ids for a model, from whatever `source` names.
 
@@ -64,13 +67,15 @@ def open_source(
         text_field: field of the texts in `.jsonl`, `.parquet` and datasets; a dataset's field of token ids gives rows.
         split: split of a dataset that has several.
         tensor: name of the tensor in a `.safetensors` file; by default its first integer tensor.
+        others: models that read the same text. Those with other tokenizers get rows of their own beside the first model's,
+            aligned by characters (see `aligned_texts`).
 
     Raises:
         ValueError: names the source, with what was expected and what was found: missing or damaged files, an unknown
-            kind of file, text for a model without a tokenizer, rows longer than the model's context or of several
-            lengths, ids outside its vocabulary, or too few rows.
+            kind of file, text for a model without a tokenizer, token ids for models of several tokenizers, no common text,
+            rows longer than the model's context or of several lengths, ids outside its vocabulary, or too few rows.
     """
-    opener = _Opener(lm, context, default_context, n_held_out)
+    opener = _Opener(lm, context, default_context, n_held_out, tuple(others))
     if isinstance(source, np.ndarray | Tensor):
         return opener.stored({"the token array": source}, "the token array")
     if callable(source):
@@ -98,12 +103,14 @@ def store_rows(source: TokenSource, path: str | Path, *, n_rows: int | None = No
         n_rows: most training rows to write; all of one epoch by default, and needed for a source without an end.
 
     Raises:
-        ValueError: another suffix than `.npy`, or an endless source without `n_rows`, less than one row, or a file that
-            cannot be written.
+        ValueError: another suffix than `.npy`, texts of several tokenizers, an endless source without `n_rows`, less than one
+            row, or a file that cannot be written.
     """
     target = Path(path)
     if target.suffix != ".npy":
         raise ValueError(f"{path}: expected a file name that ends in .npy")
+    if source.layout is not None:
+        raise ValueError(f"{source.name} is read by several tokenizers: only rows of one are stored")
     if n_rows is None and isinstance(source, DemoRows):
         raise ValueError(f"{source.name} has no end: give n_rows, the rows to write")
     if n_rows is not None and n_rows < 1:
@@ -134,10 +141,21 @@ class _Opener:
     context: int | None
     default_context: int
     n_held_out: int
+    others: tuple[LanguageModel, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.context is not None and self.context > self.lm.context_length:
-            raise ValueError(f"rows of {self.context} tokens: {self.lm.name} reads at most {self.lm.context_length}")
+        for lm in self.readers[0]:
+            if self.context is not None and self.context > lm.context_length:
+                raise ValueError(f"rows of {self.context} tokens: {lm.name} reads at most {lm.context_length}")
+
+    @cached_property
+    def readers(self) -> list[list[LanguageModel]]:
+        """The models, parted by tokenizer."""
+        parts: list[list[LanguageModel]] = []
+        for lm in (self.lm, *self.others):
+            same = next((part for part in parts if same_tokenizer(part[0], lm)), None)
+            parts.append([lm]) if same is None else same.append(lm)
+        return parts
 
     def stored(self, arrays: Mapping[str, np.ndarray | Tensor], name: str) -> TokenSource:
         """Token ids that can be read in any order; rows keep their width, and flat ids are cut to the same.
@@ -148,10 +166,11 @@ class _Opener:
         ids = {file: x.detach().cpu().numpy() if isinstance(x, Tensor) else x for file, x in arrays.items()}
         widths = {file: array.shape[1] for file, array in ids.items() if array.ndim == 2}
         for file, width in widths.items():
-            if width > self.lm.context_length:
-                raise ValueError(
-                    f"{file} holds rows of {width} tokens: {self.lm.name} reads at most {self.lm.context_length}"
-                )
+            for lm in self.readers[0]:
+                if width > lm.context_length:
+                    raise ValueError(
+                        f"{file} holds rows of {width} tokens: {lm.name} reads at most {lm.context_length}"
+                    )
             first, expected = next(iter(widths.items()))
             if self.context is None and width != expected:
                 raise ValueError(f"{file} holds rows of {width} tokens, expected {expected} as in {first}")
@@ -166,7 +185,7 @@ class _Opener:
 
     def packed(self, pieces: Callable[[], Iterable[Piece]], name: str) -> TokenSource:
         """Texts, tokenised on the way."""
-        tokenizer, options = self._tokenizer(name), self._options(name)
+        tokenizer, options = self._tokenizer(name), self._options(name, texts=True)
         bos = options["bos_id"]
         eos = special_id(tokenizer, "eos", vocabulary_size=self.lm.vocabulary_size)
         head = bos if self.lm.parts.bridge.cfg.default_prepend_bos else None
@@ -175,7 +194,24 @@ class _Opener:
             separator = bos if eos is None else eos
             return pack(pieces(), tokenizer, context=self.width, bos=head, separator=separator)
 
-        return StreamedRows(start, context=self.width, **options)
+        return (
+            StreamedRows(start, context=self.width, **options) if len(self.readers) == 1 else self.aligned(pieces, name)
+        )
+
+    def aligned(self, pieces: Callable[[], Iterable[Piece]], name: str) -> TokenSource:
+        """Texts in the tokens of several tokenizers."""
+        contexts = [min([self.width, *(lm.context_length for lm in part)]) for part in self.readers]
+        readers = [TextReader.of(part[0], context) for part, context in zip(self.readers, contexts, strict=True)]
+        layout = RowLayout(tuple(contexts))
+        options = self._options(name, texts=True) | {
+            "vocabulary_size": None,
+            "bos_id": readers[0].bos,
+            "layout": layout,
+        }
+        source = StreamedRows(lambda: pack_aligned(pieces(), readers), context=contexts[0], **options)
+        if self.n_held_out and not layout.counts(source.held_out())[1]:
+            raise ValueError(no_common_text(readers))
+        return source
 
     def items(self, start: Callable[[], Iterable[Any]], name: str) -> TokenSource:
         """Texts or rows of token ids, whichever the first item is."""
@@ -194,10 +230,17 @@ class _Opener:
     @property
     def width(self) -> int:
         """Tokens per row where the source has none of its own."""
-        return min(self.lm.context_length, self.default_context) if self.context is None else self.context
+        if self.context is not None:
+            return self.context
+        return min([self.default_context, *(lm.context_length for lm in self.readers[0])])
 
-    def _options(self, name: str) -> dict[str, Any]:
-        tokenizer, size = self.lm.tokenizer, self.lm.vocabulary_size
+    def _options(self, name: str, *, texts: bool = False) -> dict[str, Any]:
+        if len(self.readers) > 1 and not texts:
+            names = " and ".join(part[0].name for part in self.readers)
+            raise ValueError(
+                f"{name} gives token ids of one tokenizer, {names} have several: expected text, which is aligned"
+            )
+        tokenizer, size = self.lm.tokenizer, min(lm.vocabulary_size for lm in self.readers[0])
         bos = None if tokenizer is None else special_id(tokenizer, "bos", vocabulary_size=size)
         return {"name": name, "n_held_out": self.n_held_out, "vocabulary_size": size, "bos_id": bos}
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from replacement.data.aligned_texts import Aligned, RowLayout
 from replacement.data.token_files import JoinedRows, as_rows
 from replacement.demo.corpus import held_out_rows, sample_rows, vocabulary
 
@@ -56,6 +57,8 @@ class TokenSource(ABC):
     """Token ids lie below it; None if that is not to be checked."""
     bos_id: int | None = None
     """The beginning-of-sequence token, if there is one."""
+    layout: RowLayout | None = None
+    """Where the parts of a row are that holds one text in the tokens of several tokenizers; the first part has T tokens."""
     n_rows: int | None = field(default=None, init=False)
     """Training rows of one epoch (held-out rows not counted); None where that is unknown or endless."""
 
@@ -64,6 +67,10 @@ class TokenSource(ABC):
             raise ValueError(f"{self.name}: the context must be 1 token or more, got {self.context}")
         if self.n_held_out < 0:
             raise ValueError(f"n_held_out must be 0 or more, got {self.n_held_out}")
+
+    def by_tokenizer(self, rows_RT: Int[Tensor, "R _"]) -> list[Aligned]:
+        """The rows in the tokens of each tokenizer."""
+        return [Aligned(rows_RT)] if self.layout is None else self.layout.split(rows_RT)
 
     @abstractmethod
     def held_out(self) -> Int[Tensor, "R T"]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import WHOLE_DEPTH, Wiring
+from replacement.data.aligned_texts import Aligned, TextReader, same_tokenizer
 from replacement.data.documents import special_ids
 from replacement.data.open_tokens import MAX_CONTEXT, open_source
 from replacement.data.token_sources import TokenSource
@@ -23,52 +26,79 @@ FEATURES_PER_DIMENSION = 16
 
 @dataclass(slots=True)
 class Models:
-    """The language model of a run; two of them, of one shape and vocabulary, for model diffing."""
+    """The language models of a run: one, or those that a model-diffing crosscoder spans, of any shapes and tokenizers."""
 
-    first: LanguageModel
-    second: LanguageModel | None = None
+    all: tuple[LanguageModel, ...]
+    tokenizers: tuple[int, ...] = ()
+    """Which tokenizer each model reads text with, counted from 0 as they appear."""
+
+    def __post_init__(self) -> None:
+        firsts: list[LanguageModel] = []
+        for lm in self.all:
+            same = next((number for number, other in enumerate(firsts) if same_tokenizer(other, lm)), len(firsts))
+            self.tokenizers += (same,)
+            firsts += [lm] if same == len(firsts) else []
 
     @property
-    def all(self) -> tuple[LanguageModel, ...]:
-        """Both models, or the only one, in order."""
-        return (self.first,) if self.second is None else (self.first, self.second)
+    def first(self) -> LanguageModel:
+        """The model whose tokens positions are counted in."""
+        return self.all[0]
 
     @property
     def only(self) -> LanguageModel | None:
-        """The model into which a crosscoder can be spliced; None for two."""
-        return self.first if self.second is None else None
+        """The model into which a crosscoder can be spliced; None for several."""
+        return self.first if len(self.all) == 1 else None
+
+    @property
+    def shapes(self) -> tuple[ModelShape, ...]:
+        """Sizes of every model."""
+        return tuple(lm.shape for lm in self.all)
 
     @property
     def fingerprint(self) -> str:
         """Digest of the weights of every model."""
         return "+".join(model.fingerprint for model in self.all)
 
-    def read(self, tokens_RT: Tensor, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """Activations `[R, T, D]` at sites, from one forward pass of each model."""
+    def read(self, rows: Tensor | Sequence[Aligned], sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Activations `[R, T, D]` at sites, from one forward pass of each model.
+
+        Args:
+            rows: tokens `[R, T]`, or the same texts in the tokens of each tokenizer. T counts those of the first; what is read
+                of another tokenizer's model is the activation of the token's counterpart, of any token where it has none.
+        """
+        parts = [Aligned(rows)] if isinstance(rows, Tensor) else rows
         acts: dict[Site, Tensor] = {}
         for number in sorted({site.model for site in sites}):
             wanted = {Site(site.layer, site.kind): site for site in sites if site.model == number}
             if number >= len(self.all):
-                raise ValueError(f"a second model is needed to read {next(iter(wanted.values()))}")
-            model = self.all[number]
+                raise ValueError(f"{len(self.all)} models are too few to read {next(iter(wanted.values()))}")
+            model, (tokens_RT, place_RT) = self.all[number], parts[self.tokenizers[number]]
             read = model.read(tokens_RT.to(model.device), list(wanted))
+            if place_RT is not None and self.tokenizers[number]:
+                row_R1 = torch.arange(len(place_RT), device=model.device)[:, None]
+                place_RT = place_RT.clamp(min=0).to(model.device)
+                read = {site: x_RTD[row_R1, place_RT] for site, x_RTD in read.items()}
             acts |= {wanted[site]: x_RTD for site, x_RTD in read.items()}
         return acts
 
 
 def load_models(names: str | Sequence[str], *, device: str = "cpu") -> Models:
-    """Load one model, or two for model diffing; `demo` is the one that ships with the project.
+    """Load one model, or several for model diffing; `demo` is the one that ships with the project.
 
     Raises:
-        ValueError: a model that cannot be loaded, more than two, or two that differ in shape or vocabulary.
+        ValueError: no model, one that cannot be loaded or is named twice, or models whose texts cannot be aligned: with
+            several tokenizers, each must say where in a text its tokens end.
     """
     given = [names] if isinstance(names, str) else list(names)
-    if not 1 <= len(given) <= 2:
-        raise ValueError(f"expected one model, or two for model diffing; got {len(given)}")
-    models = Models(*(_load(name, device) for name in given))
-    sizes = [(lm.shape, lm.vocabulary_size) for lm in models.all]
-    if sizes[0] != sizes[-1]:
-        raise ValueError(f"two models must have one shape and vocabulary to be compared; got {sizes[0]} and {sizes[1]}")
+    if not given:
+        raise ValueError("expected one model, or several for model diffing; got none")
+    places = [name if name == "demo" else os.path.realpath(name) for name in given]
+    if twice := [name for name, place in zip(given, places, strict=True) if places.count(place) > 1]:
+        raise ValueError(f"the model {twice[0]} is named twice: expected different models")
+    models = Models(tuple(_load(name, device) for name in given))
+    if max(models.tokenizers):
+        for lm in models.all:
+            TextReader.of(lm, lm.context_length)
     return models
 
 
@@ -80,11 +110,12 @@ def _load(name: str, device: str) -> LanguageModel:
     return lm
 
 
-def open_tokens(config: DataConfig, lm: LanguageModel, *, default_context: int = MAX_CONTEXT) -> TokenSource:
+def open_tokens(config: DataConfig, models: Models, *, default_context: int = MAX_CONTEXT) -> TokenSource:
     """The source of tokens that the settings name; see `open_source`."""
     return open_source(
         config.source,
-        lm,
+        models.first,
+        others=models.all[1:],
         context=config.context,
         default_context=default_context,
         n_held_out=config.held_out_rows,
@@ -102,18 +133,14 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
         ValueError: an unknown wiring or site, a layer the model does not have, or options that do not go together.
     """
     lm = models.first
-    wiring = build_wiring(config, lm.shape)
-    if wiring.name == "model_diffing" and models.second is None:
-        raise ValueError('model diffing needs two models: model = ["first", "second"]')
-    if wiring.name != "model_diffing" and models.second is not None:
-        raise ValueError(f"the wiring {wiring.name} takes one model, two were given")
+    wiring = build_wiring(config, models.shapes)
     undecomposed = config.undecomposed_positions
     if undecomposed is None:
         special = special_ids(lm)
         undecomposed = int(all(int(token) in special for token in rows_RT[:, 0]))
     return Crosscoder(
         wiring,
-        n_features=config.n_features or FEATURES_PER_DIMENSION * lm.shape.d_model,
+        n_features=config.n_features or FEATURES_PER_DIMENSION * max(shape.d_model for shape in models.shapes),
         activation=config.activation,
         tied=config.tied,
         skip=config.skip,
@@ -124,12 +151,17 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
     )
 
 
-def build_wiring(config: CrosscoderConfig, shape: ModelShape) -> Wiring:
+def build_wiring(config: CrosscoderConfig, shapes: Sequence[ModelShape]) -> Wiring:
     """The wiring that the settings name.
 
+    Args:
+        shapes: of every model of the run.
+
     Raises:
-        ValueError: an unknown family or site, or layers that are missing, unwanted or not in the model.
+        ValueError: an unknown family or site, layers that are missing, unwanted or not in the model, or a family that takes
+            another number of models.
     """
+    shape = shapes[0]
     site, read, layers = config.read or "resid_post", config.read, config.layers
     makers: dict[str, Callable[[], Wiring]] = {
         "autoencoder": lambda: Wiring.autoencoder(shape, layers=layers, site=site),
@@ -139,13 +171,22 @@ def build_wiring(config: CrosscoderConfig, shape: ModelShape) -> Wiring:
         "weakly_causal": lambda: Wiring.weakly_causal(shape, site=site),
         "attention": lambda: _attention(config, shape),
         "acausal": lambda: Wiring.acausal(shape, site=site, layers=layers),
-        "model_diffing": lambda: Wiring.model_diffing(shape, layer=_only_layer(config, shape), site=site),
+        "model_diffing": lambda: _model_diffing(config, shapes, site),
     }
     if config.wiring not in makers:
         raise ValueError(f"unknown wiring {config.wiring!r}: expected one of {', '.join(makers)}")
     if config.layers is not None and config.wiring in WHOLE_DEPTH:
         raise ValueError(f"the wiring {config.wiring} covers every layer; layers={config.layers} does not apply")
+    if config.wiring != "model_diffing" and len(shapes) > 1:
+        raise ValueError(f"the wiring {config.wiring} takes one model, {len(shapes)} were given")
     return makers[config.wiring]()
+
+
+def _model_diffing(config: CrosscoderConfig, shapes: Sequence[ModelShape], site: str) -> Wiring:
+    if len(shapes) < 2:
+        raise ValueError('model diffing needs two models or more: model = ["first", "second"]')
+    layers = config.layers or [shape.n_layers // 2 for shape in shapes]
+    return Wiring.model_diffing(shapes, layer=layers[0] if len(layers) == 1 else layers, site=site)
 
 
 def _attention(config: CrosscoderConfig, shape: ModelShape) -> Wiring:

@@ -66,7 +66,8 @@ class CrosscoderConfig:
     read: Annotated[str | None, "site"] = None
     """Kind of site that is read; by default what suits the family. Families that read what they write also write it."""
     layers: Annotated[list[int] | None, "layers"] = None
-    """Layers of an autoencoder, transcoder, acausal or model-diffing crosscoder; by default all, or the middle one."""
+    """Layers of an autoencoder, transcoder or acausal crosscoder, or one for each model of a model-diffing crosscoder; by
+    default all, or the middle one."""
     n_features: Annotated[int | None, "features"] = None
     """Features per group F; by default 16 times the width of the residual stream."""
     activation: Annotated[Activation, "table"] = field(default_factory=lambda: TopK(16))
@@ -191,7 +192,7 @@ class RunConfig:
     """Everything that decides a run: the sections `data`, `crosscoder` and `training`, and two settings of no section."""
 
     model: Annotated[str | list[str], "text"] = "demo"
-    """Hub name or Hugging Face folder of the language model, or `demo`; a list of two for model diffing."""
+    """Hub name or Hugging Face folder of the language model, or `demo`; a list of several for model diffing."""
     data: DataConfig = field(default_factory=DataConfig)
     crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
     training: TrainingConfig

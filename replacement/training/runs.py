@@ -120,14 +120,13 @@ class _Run:
     def __init__(self, config: RunConfig, out: Path, parallel: Parallel, *, device: str, is_new: bool) -> None:
         self.out, self.parallel, self.device = out, parallel, device
         self.models = load_models(config.model, device=device)
-        lm = self.models.first
-        fit_threads(lm.shape.d_model)
-        self.reads = choose_reads(config.training, build_wiring(config.crosscoder, lm.shape), self.models)
+        fit_threads(max(shape.d_model for shape in self.models.shapes))
+        self.reads = choose_reads(config.training, build_wiring(config.crosscoder, self.models.shapes), self.models)
         if is_new:
-            self.source = open_tokens(config.data, lm, default_context=default_context(config))
+            self.source = open_tokens(config.data, self.models, default_context=default_context(config))
             config = fill_batches(config, self.source.context, whole_rows=not self._shuffles(config))
         else:
-            self.source = open_tokens(config.data, lm)
+            self.source = open_tokens(config.data, self.models)
         self.held_out_RT = self.source.held_out()
         n_rows = -(-SCALE_TOKENS // self.source.context)
         self.first_rows_RT = next(self.source.blocks(n_rows, seed=config.training.seed)).tokens_RT
@@ -163,7 +162,7 @@ class _Run:
             f"the model {name}": run_folder.Input(lm.fingerprint, lm.has_fingerprint)
             for name, lm in zip(names, self.models.all, strict=True)
         }
-        data = run_folder.digest(self.held_out_RT, self.first_rows_RT)
+        data = run_folder.digest(self.held_out_RT, self.first_rows_RT)  # counterparts of several tokenizers included
         return {**inputs, f"the data {config.data.source}": run_folder.Input(data, data.__eq__)}
 
     def start(self, step: int | None) -> None:
@@ -191,9 +190,10 @@ class _Run:
         """Whether steps take shuffled tokens; otherwise whole rows, to run the model on them."""
         return self.reads == "clean" and not any(loss.needs_rows for loss in config.training.losses)
 
-    def _read(self, tokens_RT: Tensor) -> dict[Site, Tensor]:
+    def _read(self, rows_RT: Tensor, *, first_model: int = 0) -> dict[Site, Tensor]:
+        sites = [site for site in self.sites if site.model >= first_model]
         with torch.no_grad():
-            return self.models.read(tokens_RT, self.sites)
+            return self.models.read(self.source.by_tokenizer(rows_RT), sites)
 
     def _open_stream(self, undecomposed_positions: int) -> ActivationStream:
         data, training, n_data = self.config.data, self.config.training, self.parallel.n_data
@@ -221,11 +221,12 @@ class _Run:
         """Refuse text of unknown words only: a crosscoder would learn a constant, or nothing at all."""
         lm = self.models.first
         unknown = getattr(lm.tokenizer, "unk_token_id", None)
-        tokens_N = self.first_rows_RT[self.stream.kept(self.first_rows_RT)].tolist()
+        tokens_RT = self.source.by_tokenizer(self.first_rows_RT)[0].tokens_RT
+        tokens_N = tokens_RT[self.stream.kept(self.first_rows_RT)].tolist()
         if set(tokens_N) - {unknown}:
             return
         raise ValueError(
-            f"{self.source.name}: none of the first {self.first_rows_RT.numel():,} tokens is a word that {lm.name} knows; all "
+            f"{self.source.name}: none of the first {tokens_RT.numel():,} tokens is a word that {lm.name} knows; all "
             "are special, padding or unknown tokens: is the text in a language and spelling that the model was made for?"
         )
 
@@ -302,6 +303,18 @@ class _Run:
             "learning_rate": self.trainer.learning_rate_at(report.step - 1),
             "gradient_norm": report.gradient_norm,
             "tokens_per_second": tokens_per_second,
+            **self._aligned(self.stream.counts),
+        }
+
+    def _aligned(self, counts: tuple[list[int], int] | None) -> dict[str, Any]:
+        """Tokens of text that each tokenizer made, and which of them no other tokenizer ends at the same character."""
+        if counts is None:
+            return {}
+        n_text, n_aligned = counts
+        names = [self.models.all[self.models.tokenizers.index(number)].name for number in range(len(n_text))]
+        return {
+            "text_tokens": dict(zip(names, n_text, strict=True)),
+            "not_aligned": {name: n - n_aligned for name, n in zip(names, n_text, strict=True)},
         }
 
     def _held_out_record(self, measuring: Callable[[int, int], None] | None) -> dict[str, Any]:
@@ -319,12 +332,13 @@ class _Run:
         fidelity = measure_fidelity(
             lm,
             crosscoder,
-            self.held_out_RT.to(lm.device),
+            self.source.by_tokenizer(self.held_out_RT)[0].tokens_RT.to(lm.device),
             keep_RT=self.stream.kept(self.held_out_RT).to(lm.device),
             scales=self.trainer.statistics.scales,
-            second_model=self.models.second,
+            others=None if self.models.only else lambda rows: self._read(self.held_out_RT[rows], first_model=1),
             progress=measuring,
         )
+        layout = self.source.layout
         sites = crosscoder.wiring.write_sites
         measured = (
             "kl",
@@ -339,6 +353,7 @@ class _Run:
             "l0": list(fidelity.l0),
             "l0_total": fidelity.total_l0,
             **{name: getattr(fidelity, name) for name in measured},
+            **self._aligned(None if layout is None else layout.counts(self.held_out_RT)),
         }
 
     def _calibrate(self, crosscoder: Crosscoder | None) -> None:

@@ -52,7 +52,7 @@ def start_at_samples(crosscoder: Crosscoder, statistics: Statistics, batches: It
         mean_X = torch.cat([statistics.means[site] for site in reads])
         crosscoder.b_enc[group].copy_(-THRESHOLD * scale - weights_FX @ mean_X)
         y_FD = _from_mean(rows, statistics, writes[0])[chosen_F]
-        crosscoder.W_dec[group][:, 0] = y_FD / ((1 - THRESHOLD) * scale)
+        crosscoder.decoder(group, writes[0]).copy_(y_FD / ((1 - THRESHOLD) * scale))
 
 
 def _from_mean(rows: dict[Site, Tensor], statistics: Statistics, site: Site) -> Tensor:

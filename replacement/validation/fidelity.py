@@ -98,17 +98,18 @@ def measure_fidelity(
     *,
     keep_RT: Tensor | None = None,
     scales: Mapping[Site, float] | None = None,
-    second_model: LanguageModel | None = None,
+    others: Callable[[slice], Mapping[Site, Tensor]] | None = None,
     rows_per_pass: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Fidelity:
     """Compare the original model with the spliced one, in which every written site is replaced and errors propagate.
 
     Args:
-        crosscoder, scales, second_model: as for `measure`.
+        crosscoder, scales: as for `measure`.
         rows_RT: token ids `[R, T]`, best held out from training.
         keep_RT: bool mask `[R, T]` of the tokens measured and replaced, all by default; the others (padding, special tokens)
             keep their own output. A loss counts where the next token is kept too.
+        others: for a model-diffing crosscoder, activations `[B, T, D]` of the other models' sites at some of the rows.
         rows_per_pass: rows per forward pass, which bounds memory; by default few enough for their logits to stay small.
         progress: called after each forward pass with the tokens run so far and in all.
 
@@ -123,7 +124,7 @@ def measure_fidelity(
         check_fits(item, language_model)
     has_output = not any(site.model for item in crosscoders for site in item.wiring.read_sites)
     chosen = [protocols(crosscoders)[name] for name in (PROPAGATED, ZERO)] if has_output else []
-    batches = batches_of(rows_RT, language_model, keep_RT=keep_RT, rows_per_pass=rows_per_pass)
+    batches = batches_of(rows_RT, language_model, keep_RT=keep_RT, rows_per_pass=rows_per_pass, others=others)
     n_run = 0
 
     def count(n_tokens: int) -> None:
@@ -132,9 +133,7 @@ def measure_fidelity(
         if progress is not None:
             progress(n_run, rows_RT.numel() * (1 + len(chosen)))
 
-    measured = measure(
-        language_model, crosscoders, batches, chosen, scales=scales, second_model=second_model, progress=count
-    )
+    measured = measure(language_model, crosscoders, batches, chosen, scales=scales, progress=count)
     unexplained = [error.unexplained for error in measured.errors.values()]
     if None in unexplained:
         raise ValueError("a written site does not vary over the rows: its unexplained variance is not defined")

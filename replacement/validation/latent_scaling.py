@@ -1,4 +1,4 @@
-"""Latent scaling: is a feature of a model-diffing crosscoder really absent from the first model?
+"""Latent scaling: is a feature of a model-diffing crosscoder really absent from one of its models?
 
 A decoder vector near zero in one model says that the crosscoder does not write the feature there, not that the model lacks
 it: an L1 penalty shrinks what is weaker in one model, or splits it over other features. The check of Minder et al. 2025,
@@ -8,7 +8,8 @@ f_j(r) at token r and the second model's decoder vector d_j, the least-squares s
     beta_j(y) = argmin_b sum_r ||y_r - b f_j(r) d_j||^2 = sum_r f_j(r) <y_r, d_j> / (||d_j||^2 sum_r f_j(r)^2)
 
 and the targets are, for each model, what the features other than j leave over (the error), and what all features write (the
-reconstruction). If the ratio of the first model's scale to the second's is near 0 for both, the feature is new.
+reconstruction). If the ratio of the first model's scale to the second's is near 0 for both, the feature is new. In a crosscoder
+over many models any two of one width can be the first and the second.
 """
 
 from __future__ import annotations
@@ -56,27 +57,37 @@ class LatentScaling(NamedTuple):
         return (self.nu_error < max_nu_error) & (self.nu_reconstruction < max_nu_reconstruction)
 
 
-def relative_decoder_norms(crosscoder: Crosscoder) -> Float[Tensor, " F"]:
+def relative_decoder_norms(crosscoder: Crosscoder, *, models: tuple[int, int] = (0, 1)) -> Float[Tensor, " F"]:
     """`||d_1|| / (||d_0|| + ||d_1||)` of every feature: 0 for the first model's own, 1 for the second's, NaN if both are 0.
 
+    Args:
+        models: numbers of the first and the second model.
+
     Raises:
-        ValueError: not a model-diffing crosscoder.
+        ValueError: not a model-diffing crosscoder, or one without these models.
     """
-    first, second = (crosscoder.decoder(0, site).detach().norm(dim=1) for site in _two_sites(crosscoder))
+    first, second = (crosscoder.decoder(0, site).detach().norm(dim=1) for site in _sites_of(crosscoder, models))
     return second / (first + second)
 
 
-def latent_scaling(crosscoder: Crosscoder, batches: Iterable[Mapping[Site, Tensor]]) -> LatentScaling:
+def latent_scaling(
+    crosscoder: Crosscoder, batches: Iterable[Mapping[Site, Tensor]], *, models: tuple[int, int] = (0, 1)
+) -> LatentScaling:
     """Scales of all features of a model-diffing crosscoder at once, in float64.
 
     Args:
         crosscoder: measured in evaluation mode and left in the mode it came in.
-        batches: activations `{site: [N, D]}` of both models on tokens that are decomposed; best held out from training.
+        batches: activations `{site: [N, D]}` of all models on tokens that are decomposed; best held out from training.
+        models: numbers of the first and the second model.
 
     Raises:
-        ValueError: not a model-diffing crosscoder, a site that is missing, or no tokens.
+        ValueError: not a model-diffing crosscoder, one without these models, models of different widths, a site that is
+            missing, or no tokens.
     """
-    sites = _two_sites(crosscoder)
+    sites, wiring = _sites_of(crosscoder, models), crosscoder.wiring
+    if wiring.width(sites[0]) != wiring.width(sites[1]):
+        widths = " and ".join(f"{site} {wiring.width(site)}" for site in sites)
+        raise ValueError(f"latent scaling compares models of one width, got {widths}")
     decoders = [crosscoder.decoder(0, site).detach().double() for site in sites]
     d_FD = decoders[1]
     errors, written = ([torch.zeros_like(d_FD) for _ in sites] for _ in range(2))
@@ -84,7 +95,9 @@ def latent_scaling(crosscoder: Crosscoder, batches: Iterable[Mapping[Site, Tenso
     n_tokens = 0
     with evaluating(crosscoder):
         for batch in batches:
-            reads = {site: batch[site].to(crosscoder.device, crosscoder.dtype) for site in sites if site in batch}
+            reads = {
+                site: batch[site].to(crosscoder.device, crosscoder.dtype) for site in wiring.read_sites if site in batch
+            }
             n_rows = len(next(iter(reads.values()), torch.empty(0)))
             # None of these tokens is among the first positions of a prompt.
             positions_R = torch.full((n_rows,), crosscoder.undecomposed_positions, device=crosscoder.device)
@@ -117,10 +130,12 @@ def _activity_times(features: Features, y_RD: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(places, features.activation.double(), size, check_invariants=False) @ y_RD
 
 
-def _two_sites(crosscoder: Crosscoder) -> tuple[Site, Site]:
-    """The site in the first model and the same in the second."""
+def _sites_of(crosscoder: Crosscoder, models: tuple[int, int]) -> list[Site]:
+    """The written site of each of two models."""
     wiring = crosscoder.wiring
-    sites = wiring.write_sites
-    if wiring.n_groups != 1 or [site.model for site in sites] != [0, 1]:
+    by_model = {site.model: site for site in wiring.writes[0]}
+    if wiring.n_groups != 1 or len(by_model) < max(2, len(wiring.writes[0])):
         raise ValueError(f"expected a model-diffing crosscoder, got one of wiring {wiring.name}")
-    return sites[0], sites[1]
+    if missing := [number for number in models if number not in by_model]:
+        raise ValueError(f"the crosscoder has no model {missing[0]}: it has {', '.join(map(str, sorted(by_model)))}")
+    return [by_model[number] for number in models]

@@ -152,7 +152,6 @@ def measure(
     *,
     means: Mapping[Site, Tensor] | None = None,
     scales: Mapping[Site, float] | None = None,
-    second_model: LanguageModel | None = None,
     n_worst: int = 0,
     progress: Progress = no_progress,
 ) -> Measured:
@@ -161,17 +160,17 @@ def measure(
     Args:
         crosscoders: of any wiring; measured in evaluation mode and left in the mode they came in. Several are spliced into
             one pass: reconstruction is measured on the tokens that each decomposes, outputs on all that some crosscoder does.
+            What one over several models reads of the others is part of the batches.
         batches: best held out from training.
         protocols: such as some of `protocols(crosscoders)`; none for a model-diffing crosscoder, which no one model can hold.
         means: of every written site, for the protocol `mean`; such as the `means` of an earlier measurement.
         scales: scale of each site, for a crosscoder that lives in scaled activations, as while training: it reads
             `scale * x`, and what it writes is divided by the site's scale. 1 where absent.
-        second_model: the second model of a model-diffing crosscoder.
         n_worst: number of tokens of largest KL to keep, with errors propagating.
 
     Raises:
         ValueError: crosscoders that share a site, rows or masks of a wrong shape, mean ablation without means, a model-diffing
-            crosscoder without its second model, or no token to measure.
+            crosscoder without activations of its other models, or no token to measure.
     """
     protocols = tuple(protocols)
     _check(crosscoders, protocols, means)
@@ -179,7 +178,7 @@ def measure(
     n_positions = 0
     with evaluating(*crosscoders):
         for batch in batches:
-            run = BatchRun(language_model, crosscoders, batch, scales=scales, second_model=second_model)
+            run = BatchRun(language_model, crosscoders, batch, scales=scales)
             n_positions = max(n_positions, run.tokens_BT.shape[1])
             progress(run.tokens_BT.numel())
             if bool(run.measured_BT.any()):
@@ -198,7 +197,7 @@ def _check(crosscoders: Sequence[Crosscoder], protocols: Sequence[Protocol], mea
     check_together(crosscoders)
     for crosscoder in crosscoders:
         if not possible_reads(crosscoder.wiring):
-            involved = f"a {crosscoder.wiring.name} crosscoder involves a second model"
+            involved = f"a {crosscoder.wiring.name} crosscoder involves several models"
             if len(crosscoders) > 1:
                 raise ValueError(f"{involved}: it cannot be measured with others")
             if protocols:

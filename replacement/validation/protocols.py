@@ -137,7 +137,6 @@ class BatchRun:
         batch: Batch,
         *,
         scales: Mapping[Site, float] | None = None,
-        second_model: LanguageModel | None = None,
     ) -> None:
         """Run the original model; see `measure` for the arguments."""
         self.language_model, self.crosscoders, self.scales = language_model, crosscoders, scales or {}
@@ -147,12 +146,12 @@ class BatchRun:
             s for crosscoder in crosscoders for s in (*crosscoder.wiring.read_sites, *crosscoder.wiring.write_sites)
         }
         self.logits_BTV, self.clean = read_rows(language_model, self.tokens_BT, {s for s in sites if s.model == 0})
-        second_sites = {Site(site.layer, site.kind): site for site in sites if site.model == 1}
-        if second_sites and second_model is None:
-            raise ValueError(f"this {crosscoders[0].wiring.name} crosscoder reads a second model: give second_model")
-        if second_sites and second_model is not None:
-            activations = read_rows(second_model, self.tokens_BT, second_sites)[1]
-            self.clean |= {second_sites[site]: x_RD.to(self.logits_BTV.device) for site, x_RD in activations.items()}
+        if missing := sorted(site for site in sites if site.model and site not in (batch.others or {})):
+            raise ValueError(
+                f"this {crosscoders[0].wiring.name} crosscoder reads {missing[0]} of another model: give others"
+            )
+        device = self.logits_BTV.device
+        self.clean |= {site: x_BTD.flatten(2).flatten(0, 1).to(device) for site, x_BTD in (batch.others or {}).items()}
         self.masks = [self._mask(crosscoder.undecomposed_positions) for crosscoder in crosscoders]
         self.replaced_BT = torch.stack(self.masks).any(dim=0) if self.masks else self._mask(0)
         self.measured_BT = self.replaced_BT

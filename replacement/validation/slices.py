@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from replacement.crosscoder.sites import Site
 from replacement.data.documents import special_ids
 from replacement.data.token_sources import DEMO_HELD_OUT_SEED, DemoRows, TokenSource, first_rows
 from replacement.demo.corpus import behaviours, cities_of, held_out_rows, states, two_hop_probe
@@ -38,6 +39,8 @@ class Batch(NamedTuple):
     """Tokens that are measured, of those replaced; None for all."""
     answers: Sequence[Sequence[int]] | None = None
     """For every row the token ids that are right after its one measured token; None where only the next token is."""
+    others: Mapping[Site, Float[Tensor, "B T D"]] | None = None
+    """What a crosscoder over several models reads of the others at these tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +62,17 @@ def rows_that_fit(lm: LanguageModel, context: int) -> int:
 
 
 def batches_of(
-    rows_RT: Tensor, lm: LanguageModel, *, keep_RT: Tensor | None = None, rows_per_pass: int | None = None
+    rows_RT: Tensor,
+    lm: LanguageModel,
+    *,
+    keep_RT: Tensor | None = None,
+    rows_per_pass: int | None = None,
+    others: Callable[[slice], Mapping[Site, Tensor]] | None = None,
 ) -> Iterator[Batch]:
     """Rows and the mask of their tokens that may be replaced, some rows at a time.
+
+    Args:
+        others: reads sites of other models, `[B, T, D]`, at some of the rows.
 
     Raises:
         ValueError: no token, or a mask of another shape or dtype.
@@ -74,7 +85,8 @@ def batches_of(
     size = rows_per_pass or rows_that_fit(lm, rows_RT.shape[1])
     for first in range(0, len(rows_RT), size):
         chosen = slice(first, first + size)
-        yield Batch(rows_RT[chosen], None if keep_RT is None else keep_RT[chosen])
+        acts = None if others is None else others(chosen)
+        yield Batch(rows_RT[chosen], None if keep_RT is None else keep_RT[chosen], others=acts)
 
 
 def stream(name: str, about: str, source: TokenSource, lm: LanguageModel, *, n_tokens: int) -> Slice:

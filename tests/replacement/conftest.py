@@ -19,6 +19,7 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 SHAPE = ModelShape(n_layers=3, d_model=8, n_heads=2, d_head=5)
+WIDER = ModelShape(n_layers=5, d_model=12, n_heads=2, d_head=6)
 FAMILIES = {
     "autoencoder": Wiring.autoencoder(SHAPE, layers=[0, 2], site="attn_z"),
     "transcoder": Wiring.transcoder(SHAPE, layer=1, read="mlp_in"),
@@ -28,6 +29,7 @@ FAMILIES = {
     "attention": Wiring.attention(SHAPE),
     "acausal": Wiring.acausal(SHAPE),
     "model_diffing": Wiring.model_diffing(SHAPE, layer=1),
+    "many_models": Wiring.model_diffing([SHAPE, WIDER, SHAPE, WIDER], layer=[1, 4, 0, 2]),
 }
 
 CrosscoderFactory = Callable[..., Crosscoder]

@@ -302,3 +302,29 @@ def test_check_fits_compares_shape_then_weights_then_names(shape: ModelShape) ->
         checkpoint.check_fits(crosscoder, Model(shape, "gpt2", "2:bb", legacy_fingerprint="cc"))
     with pytest.raises(ValueError, match="has width 8 at mlp_out, the model has 4"):
         checkpoint.check_fits(crosscoder, Model(ModelShape(3, 4, 2, 2), "gpt2"))
+
+
+def test_checkpoints_of_two_models_of_one_shape_load_as_they_were_written(tmp_path: Path) -> None:
+    """Before a crosscoder could span models of several widths: one width per kind of site, one decoder tensor per group."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    sites = ["resid_post.1", "resid_post.1@1"]
+    wiring = {"name": "model_diffing", "reads": [sites], "writes": [sites], "widths": {"resid_post": 3}}
+    config = {
+        "format": "crosstrace crosscoder", "version": 1, "model_name": "a", "model_fingerprint": "", "wiring": wiring,
+        "n_features": 2, "activation": {"name": "topk", "k": 1}, "tied": False, "skip": False, "undecomposed_positions": 0,
+        "dtype": "float32", "training": {},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    decoder_FWD = torch.arange(12.0).view(2, 2, 3)
+    tensors = {"W_dec.0": decoder_FWD, "b_enc.0": torch.zeros(2)}
+    tensors |= {
+        f"{name}.{n}": torch.ones(*shape) for name, shape in (("W_enc", (2, 3)), ("b_dec", (3,))) for n in (0, 1)
+    }
+    save_file(tensors, folder / "crosscoder.safetensors")
+    loaded = checkpoint.load(folder)
+    assert loaded.wiring == Wiring.model_diffing(ModelShape(3, 3, 1, 3), layer=1)
+    assert loaded.wiring.to_dict() == wiring
+    assert all(
+        torch.equal(loaded.decoder(0, site), decoder_FWD[:, n]) for n, site in enumerate(loaded.wiring.writes[0])
+    )

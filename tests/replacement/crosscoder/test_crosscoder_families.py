@@ -106,7 +106,8 @@ def test_the_order_of_features_does_not_matter(
             second.b_enc[group].copy_(second.b_enc[group][order_F])
             if isinstance(activation, JumpReLU):
                 second.threshold[group] = second.threshold[group, order_F]
-        for decoder, order_F in zip(second.W_dec, [orders[0]] * len(second.W_dec) if tied else orders, strict=True):
+        by_block = [orders[0]] * len(second.W_dec) if tied else [orders[group] for group, _ in wiring.write_blocks]
+        for decoder, order_F in zip(second.W_dec, by_block, strict=True):
             decoder.copy_(decoder[order_F])
     inputs = random_inputs(wiring)
     expected, found = first(inputs), second(inputs)

@@ -13,6 +13,7 @@ import replacement.crosscoder.fingerprint
 import replacement.crosscoder.weights
 from replacement.crosscoder import checkpoint
 from replacement.crosscoder.activation import BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape
 from replacement.crosscoder.wiring import Wiring
 
@@ -107,3 +108,25 @@ def test_the_legacy_form_is_that_of_earlier_versions(random_crosscoder: Any) -> 
         sample = flat[:: max(1, len(flat) // 4096)]
         digest.update(sample.to(torch.bfloat16).float().numpy().tobytes())
     assert crosscoder.legacy_fingerprint == digest.hexdigest()[:16]
+
+
+RECORDED = {
+    "autoencoder": "2:0ec44302670472b6",
+    "transcoder": "2:1982aba1448b7de5",
+    "per_layer": "2:c36dfc2b252be21d",
+    "strictly_causal": "2:a10dfe28caa56564",
+    "weakly_causal": "2:f72858794f6ffb19",
+    "attention": "2:11082d6e08da42a8",
+    "acausal": "2:ffa2d4e88792aab0",
+    "model_diffing": "2:30cefaa7ef19a753",
+    "many_models": "2:e3fc66da1beda7e0",
+}
+"""As graphs and checkpoints hold them."""
+
+
+def test_fingerprints_of_every_family_stay_what_they_are(wiring: Wiring, request: pytest.FixtureRequest) -> None:
+    crosscoder = Crosscoder(wiring, n_features=4, activation=TopK(2), dtype=torch.float64)
+    with torch.no_grad():
+        for value in crosscoder.state_dict().values():
+            value.copy_(torch.linspace(-1, 1, value.numel(), dtype=torch.float64).view(value.shape))
+    assert crosscoder.fingerprint == RECORDED[request.node.callspec.params["wiring"]]

@@ -23,7 +23,7 @@ from replacement.data.open_tokens import open_source, store_rows
 from replacement.data.token_sources import DemoRows, StoredRows, TokenSource
 from replacement.demo.corpus import held_out_rows, sample_rows
 from replacement.demo.tokenizer import build_tokenizer
-from replacement.training.build import open_tokens
+from replacement.training.build import Models, open_tokens
 from replacement.training.config import DataConfig
 
 BOS = 1
@@ -94,7 +94,7 @@ def test_the_default_context_is_bounded_alike_for_every_source_without_rows_of_i
         assert open_source(source, lm, context=7).context == 7
         if not isinstance(source, np.ndarray):
             config = DataConfig(source=str(source), held_out_rows=1)
-            assert open_tokens(config, lm, default_context=5).context == 5
+            assert open_tokens(config, Models((lm,)), default_context=5).context == 5
     assert open_source(IDS.reshape(5, 8), lm).context == 8
 
 
@@ -123,7 +123,7 @@ def test_files_of_token_ids_are_one_source(tmp_path: Path, lm: LanguageModel, fo
 
 
 def test_a_folder_of_one_array_keeps_its_width(tmp_path: Path, lm: LanguageModel) -> None:
-    source = open_tokens(DataConfig(source=str(several(tmp_path, IDS.reshape(10, 4))), held_out_rows=2), lm)
+    source = open_tokens(DataConfig(source=str(several(tmp_path, IDS.reshape(10, 4))), held_out_rows=2), Models((lm,)))
     assert (source.context, source.n_rows) == (4, 8)
 
 

@@ -83,8 +83,8 @@ def test_fidelity_of_an_attention_crosscoder(language_model: Any, architecture: 
 def test_training_settings_build_one(language_model: Any) -> None:
     lm = language_model("gpt2")
     for read in (None, "attn_z"):
-        assert build_wiring(CrosscoderConfig(wiring="attention", read=read), lm.shape) == Wiring.attention(lm)
-    models = Models(first=lm)
+        assert build_wiring(CrosscoderConfig(wiring="attention", read=read), [lm.shape]) == Wiring.attention(lm)
+    models = Models((lm,))
     crosscoder = build_crosscoder(
         CrosscoderConfig(wiring="attention"), models, torch.ones(1, 4, dtype=torch.int64), seed=0
     )
@@ -101,4 +101,4 @@ def test_training_settings_build_one(language_model: Any) -> None:
 )
 def test_settings_that_do_not_apply(language_model: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        build_wiring(CrosscoderConfig(wiring="attention", **options), language_model("gpt2").shape)
+        build_wiring(CrosscoderConfig(wiring="attention", **options), [language_model("gpt2").shape])

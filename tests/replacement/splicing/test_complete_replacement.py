@@ -312,8 +312,8 @@ def test_crosscoders_that_cannot_be_measured_together(language_model: Any) -> No
     lm = language_model("gpt2")
     diffing = tiny.crosscoder_for(lm, wiring=Wiring.model_diffing(lm, layer=1))
     with pytest.raises(
-        ValueError, match="a model_diffing crosscoder involves a second model: it cannot be measured with"
+        ValueError, match="a model_diffing crosscoder involves several models: it cannot be measured with"
     ):
-        measure_fidelity(lm, [tiny.crosscoder_for(lm), diffing], prompts(), second_model=lm)
+        measure_fidelity(lm, [tiny.crosscoder_for(lm), diffing], prompts())
     with pytest.raises(ValueError, match="expected at least one crosscoder to measure, got none"):
         measure_fidelity(lm, [], prompts())

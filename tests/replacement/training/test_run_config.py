@@ -287,7 +287,7 @@ def test_files_that_are_no_settings_are_refused(tmp_path: Path) -> None:
         ({"wiring": "autoencoder", "layers": [9]}, "layer 9 does not exist: the model has layers 0 to 2"),
         ({"wiring": "autoencoder", "read": "resid_high"}, "unknown site kind 'resid_high'"),
         ({"read": "mlp_out"}, "a transcoder reads one of resid_mid, resid_pre, mlp_in, mlp_normalized; got 'mlp_out'"),
-        ({"wiring": "model_diffing"}, "model diffing needs two models"),
+        ({"wiring": "model_diffing"}, 'model diffing needs two models or more: model = ["first", "second"]'),
     ],
 )
 def test_crosscoders_that_do_not_fit_are_refused(
@@ -300,10 +300,12 @@ def test_crosscoders_that_do_not_fit_are_refused(
 
 def test_models_that_cannot_be_compared_are_refused(model_folder: Callable[[str], Path]) -> None:
     folders = [str(model_folder(name)) for name in ("gpt2", "gemma2")]
-    with pytest.raises(ValueError, match="expected one model, or two for model diffing; got 3"):
-        load_models([folders[0]] * 3)
-    two = load_models([folders[0]] * 2)
-    with pytest.raises(ValueError, match="the wiring strictly_causal takes one model, two were given"):
+    with pytest.raises(ValueError, match="expected one model, or several for model diffing; got none"):
+        load_models([])
+    with pytest.raises(ValueError, match=re.escape(f"the model {folders[0]}/. is named twice")):
+        load_models([f"{folders[0]}/.", *folders])
+    two = load_models(folders)
+    with pytest.raises(ValueError, match="the wiring strictly_causal takes one model, 2 were given"):
         build_crosscoder(CrosscoderConfig(), two, torch.ones(2, 4, dtype=torch.int64), seed=0)
 
 
@@ -335,10 +337,11 @@ def test_every_family_is_built_by_name(model_folder: Callable[[str], Path]) -> N
         "strictly_causal": Wiring.strictly_causal(shape),
         "weakly_causal": Wiring.weakly_causal(shape),
         "acausal": Wiring.acausal(shape),
-        "model_diffing": Wiring.model_diffing(shape, layer=1),
+        "model_diffing": Wiring.model_diffing([shape, shape], layer=1),
     }
     for name, wiring in expected.items():
-        assert build_wiring(CrosscoderConfig(wiring=name), shape) == wiring
+        shapes = [shape] * wiring.n_models
+        assert build_wiring(CrosscoderConfig(wiring=name), shapes) == wiring
 
 
 @pytest.mark.parametrize(
@@ -386,7 +389,7 @@ def test_position_0_is_not_decomposed_where_it_is_special(model_folder: Callable
     """The first token of every row is special, so it has an error term; the user may decide otherwise."""
     models = load_models(str(model_folder("gpt2")))
     rows_RT = open_tokens(
-        DataConfig(source=str(training_runs.write_tokens(tmp_path / "t.npy")), held_out_rows=4), models.first
+        DataConfig(source=str(training_runs.write_tokens(tmp_path / "t.npy")), held_out_rows=4), models
     ).held_out()
     assert 1 in special_ids(models.first)
     undecomposed = [

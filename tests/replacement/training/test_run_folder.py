@@ -381,5 +381,5 @@ def test_crosscoders_that_no_replacement_model_can_hold_are_trained(
     changes: dict[str, Any] = {"crosscoder": {"wiring": wiring}}
     value = training_runs.settings(model_folder("gpt2"), tokens, n_steps=2, **changes)
     if wiring == "model_diffing":
-        value["model"] = [value["model"]] * 2
+        value["model"] = [value["model"], str(model_folder("gemma2"))]
     assert run(run_config(value), tmp_path / "run").wiring.name == wiring

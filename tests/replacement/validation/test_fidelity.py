@@ -55,7 +55,11 @@ def mean_loss(logits_BTV: Tensor, tokens_BT: Tensor) -> float:
 @pytest.mark.parametrize("name", WIRINGS)
 def test_a_perfect_crosscoder_loses_nothing(language_model: Any, name: str) -> None:
     lm = language_model("gpt2", torch.float64)
-    fidelity = measure_fidelity(lm, identity_crosscoder(WIRINGS[name](lm)), prompts(), rows_per_pass=2, second_model=lm)
+
+    def others(rows: slice) -> dict[Site, Tensor]:
+        return {Site(1, "resid_post", 1): lm.read(prompts()[rows], [Site(1, "resid_post")])[Site(1, "resid_post")]}
+
+    fidelity = measure_fidelity(lm, identity_crosscoder(WIRINGS[name](lm)), prompts(), rows_per_pass=2, others=others)
     assert fidelity.mean_unexplained < 1e-20
     assert fidelity.n_tokens == 40
     if name == "model_diffing":
@@ -202,9 +206,11 @@ def test_bad_rows_and_masks(language_model: Any, options: dict[str, Any], messag
 def test_crosscoders_of_other_models(language_model: Any) -> None:
     lm = language_model("gpt2")
     diffing = Crosscoder(Wiring.model_diffing(lm, layer=1), n_features=16, activation=TopK(2))
-    with pytest.raises(ValueError, match="model_diffing crosscoder reads a second model: give second_model"):
+    with pytest.raises(
+        ValueError, match=r"model_diffing crosscoder reads resid_post\.1@1 of another model: give others"
+    ):
         measure_fidelity(lm, diffing, prompts())
-    with pytest.raises(ValueError, match="involves a second model: it has no spliced output"):
-        measure(lm, [diffing], batches_of(prompts(), lm), protocols([diffing]).values(), second_model=lm)
+    with pytest.raises(ValueError, match="involves several models: it has no spliced output"):
+        measure(lm, [diffing], batches_of(prompts(), lm), protocols([diffing]).values())
     with pytest.raises(ValueError, match="trained on another model: on 'tiny-gpt2'"):
         measure_fidelity(language_model("llama"), tiny.crosscoder_for(lm), prompts())

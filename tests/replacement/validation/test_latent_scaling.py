@@ -100,3 +100,32 @@ def test_other_wirings_and_no_tokens_are_refused(random_crosscoder: Callable[...
         latent_scaling(random_crosscoder(WIRING), [])
     with pytest.raises(ValueError, match="reads"):
         latent_scaling(random_crosscoder(WIRING), [{FIRST: torch.zeros(2, 8, dtype=torch.float64)}])
+
+
+def test_any_two_of_many_models_of_one_width_are_compared(
+    random_crosscoder: Callable[..., Crosscoder], random_inputs: Callable[..., Any]
+) -> None:
+    """A crosscoder that reads as before, and writes to a wider model besides, has the same scales."""
+    wide = ModelShape(n_layers=3, d_model=12, n_heads=2, d_head=6)
+    three = Wiring.model_diffing([SHAPE, wide, SHAPE], layer=1)
+    crosscoder, inputs = random_crosscoder(three, activation=TopK(5)), random_inputs(three)
+    two = random_crosscoder(WIRING, activation=TopK(5))
+    first, middle, last = three.writes[0]
+    with torch.no_grad():
+        crosscoder.encoder(0, middle).zero_()
+        for mine, old in ((first, FIRST), (last, SECOND)):
+            two.encoder(0, old).copy_(crosscoder.encoder(0, mine))
+            two.decoder(0, old).copy_(crosscoder.decoder(0, mine))
+            two.decoder_bias(old).copy_(crosscoder.decoder_bias(mine))
+        two.b_enc[0].copy_(crosscoder.b_enc[0])
+    found = latent_scaling(crosscoder, [inputs], models=(0, 2))
+    expected = latent_scaling(two, [{FIRST: inputs[first], SECOND: inputs[last]}])
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    swapped = latent_scaling(crosscoder, [inputs], models=(2, 0))
+    assert not torch.equal(swapped.nu_error, found.nu_error)
+    norms = relative_decoder_norms(crosscoder, models=(0, 2))
+    torch.testing.assert_close(norms, relative_decoder_norms(two))
+    with pytest.raises(ValueError, match=r"models of one width, got resid_post\.1 8 and resid_post\.1@1 12"):
+        latent_scaling(crosscoder, [inputs], models=(0, 1))
+    with pytest.raises(ValueError, match="the crosscoder has no model 3: it has 0, 1, 2"):
+        relative_decoder_norms(crosscoder, models=(0, 3))
