@@ -13,7 +13,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from replacement.demo.tokenizer import build_tokenizer
 
 ROWS_PER_SEED = 4096  # training rows drawn from one corpus seed before the next one is used
 PROBE_SEED = 0
+N_SNAPSHOTS = 10
 
 
 @dataclass(kw_only=True, slots=True)
@@ -194,8 +195,13 @@ def train_language_model(
     checkpoints: Path | None,
     every: int,
     start: GPT2LMHeadModel | None = None,
+    *,
+    snapshots: Mapping[int, Path] | None = None,
 ) -> tuple[GPT2LMHeadModel, list[tuple[int, float]]]:
     """Train, and every `every` steps report the accuracies and leave a checkpoint (in a scratch folder, if given).
+
+    Args:
+        snapshots: folders that keep the model as it is after so many steps, 0 for before the first.
 
     Returns:
         The model, and its training curve: (tokens, loss on held-out rows).
@@ -208,7 +214,9 @@ def train_language_model(
     optimizer = build_optimizer(run, model)
     batches = training_batches(run, tokenizer)
     loss_of = torch.compile(next_token_loss) if run.compile else next_token_loss
-    curve, measured = [], curve_steps(run.steps)
+    curve, measured, snapshots = [], curve_steps(run.steps), snapshots or {}
+    if 0 in snapshots:
+        save_language_model(model, tokenizer, snapshots[0])
     progress = tqdm(range(run.steps), desc="language model", unit="step")
     for step in progress:
         for group in optimizer.param_groups:
@@ -225,6 +233,8 @@ def train_language_model(
         if step + 1 in measured:
             n_tokens = (step + 1) * run.batch_rows * run.context
             curve.append((n_tokens, held_out_loss(model, tokenizer, run.context)))
+        if step + 1 in snapshots:
+            save_language_model(model, tokenizer, snapshots[step + 1])
         if (step + 1) % every == 0:
             summary = "  ".join(f"{row.name} {row.top1:.3f}" for row in evaluate(model, tokenizer))
             progress.write(f"step {step + 1}  loss {held_out_loss(model, tokenizer, run.context):.4f}  {summary}")
@@ -257,13 +267,38 @@ def save_language_model(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFa
     partial.rename(folder)
 
 
-def language_model_stage(phases: Sequence[LanguageModelRun], out: Path, checkpoints: Path | None, every: int) -> None:
-    """Train the language model, measure it after rounding, and save it under `out`."""
+def snapshot_steps(n_steps: int, n_snapshots: int) -> list[int]:
+    """0, and steps that double up to the last one.
+
+    Raises:
+        ValueError: too few steps.
+    """
+    steps = [0, *(round(n_steps / 2**halvings) for halvings in reversed(range(n_snapshots - 1)))]
+    if len(set(steps)) < n_snapshots:
+        raise ValueError(f"{n_steps} steps are too few for {n_snapshots} snapshots: expected {2 ** (n_snapshots - 2)}")
+    return steps
+
+
+def snapshot_folders(folder: Path, n_steps: int, n_snapshots: int) -> dict[int, Path]:
+    """Where snapshots of a run are kept, by step."""
+    return {step: folder / f"step-{step:06d}" for step in snapshot_steps(n_steps, n_snapshots)}
+
+
+def language_model_stage(
+    phases: Sequence[LanguageModelRun],
+    out: Path,
+    checkpoints: Path | None,
+    every: int,
+    *,
+    snapshots: Mapping[int, Path] | None = None,
+) -> None:
+    """Train the language model, measure it after rounding, and save it under `out`; `snapshots` are of the first phase."""
     started = time.monotonic()
     tokenizer = build_tokenizer(phases[0].context)
     model, curves = None, []
     for run in phases:
-        model, curve = train_language_model(run, tokenizer, checkpoints, every, start=model)
+        kept = snapshots if run is phases[0] else None
+        model, curve = train_language_model(run, tokenizer, checkpoints, every, start=model, snapshots=kept)
         round_to_bfloat16(model)
         curves.append(curve)
     rows = evaluate(model, tokenizer)
@@ -293,10 +328,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="language model training steps of every phase, for a try")
     parser.add_argument("--checkpoints", type=Path, help="scratch folder for the latest unfinished model")
     parser.add_argument("--every", type=int, default=500, help="steps between two evaluations")
+    parser.add_argument(
+        "--snapshots", type=Path, help="folder that keeps ten snapshots of the first phase, each after twice the steps"
+    )
     arguments = parser.parse_args()
     if arguments.stage in ("language-model", "all"):
         phases = [run if arguments.steps is None else dataclasses.replace(run, steps=arguments.steps) for run in PHASES]
-        language_model_stage(phases, arguments.out, arguments.checkpoints, arguments.every)
+        snapshots = arguments.snapshots and snapshot_folders(arguments.snapshots, phases[0].steps, N_SNAPSHOTS)
+        language_model_stage(phases, arguments.out, arguments.checkpoints, arguments.every, snapshots=snapshots)
     if arguments.stage in ("crosscoder", "all"):
         crosscoder_stage(arguments.out)
         crosscoder_stage(arguments.out, recipe="attention")

@@ -56,7 +56,7 @@ def data(example: Any, demo: Models, tmp_path: Path) -> Any:
 def test_there_are_recipes_of_every_family() -> None:
     wirings = {read_config(path).crosscoder.wiring for path in RECIPES}
     families = {"autoencoder", "transcoder", "per_layer", "strictly_causal", "weakly_causal", "acausal", "attention"}
-    assert wirings == families
+    assert wirings == families | {"model_diffing"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -65,7 +65,9 @@ def test_recipes_fit_the_demo(path: Path, demo: Models) -> None:
     assert lines[0].startswith("# ")
     assert len(lines) < 25
     config = read_config(path)
-    crosscoder = build_crosscoder(config.crosscoder, demo, torch.zeros(1, 4, dtype=torch.int64), seed=0)
+    models = demo if isinstance(config.model, str) else Models(demo.all * len(config.model))
+    crosscoder = build_crosscoder(config.crosscoder, models, torch.zeros(1, 4, dtype=torch.int64), seed=0)
+    assert crosscoder.wiring.n_models == len(models.all)
     crosscoder.wiring.check_fits(demo.first)
     assert crosscoder.undecomposed_positions == 0
 
