@@ -9,6 +9,7 @@ import typer
 
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.metadata import check_traced_here
+from circuits.validation.survival import explains_the_answer
 from replacement import console
 from replacement.command_line import AsJson, ModelOptions, model_options
 from replacement.files import read_text
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 OTHERS = 8
 """Prompts that features are resampled from."""
+VARIANTS = 6
+"""Prompts of each kind that a demo prompt is compared with."""
 MOST = 2**63 - 1
+_LINES = "a text file with one prompt per line"
 
 
 @model_options
@@ -37,13 +41,31 @@ def validate(
             "then have no resampled ablation."
         ),
     ] = None,
+    paraphrases: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file with one prompt per line: prompts that should have the same circuit. By default the prompt's own "
+            "template with other names, for prompts of the demo."
+        ),
+    ] = None,
+    other_crosscoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Another crosscoder of the same model, named as for --crosscoder: does it give the same circuit?"
+        ),
+    ] = None,
     options: ModelOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how far a graph predicts interventions, and whether its circuit is sufficient and necessary."""
+    """Measure how far a graph predicts interventions, whether its circuit is sufficient and necessary, and how robust it is."""
     lines = None
     if resample is not None:
-        lines = read_text(resample, expected="a text file with one prompt per line").splitlines()
+        lines = read_text(resample, expected=_LINES).splitlines()
+    given = None
+    if paraphrases is not None:
+        given = [line for line in read_text(paraphrases, expected=_LINES).splitlines() if line.strip()]
+        if not given:
+            raise ValueError(f"paraphrases: expected at least one prompt in {paraphrases}, one per line; given none")
     graph = CircuitGraph.load(file)
     check_traced_here(graph.metadata)
     options = options.for_graph(graph.metadata)
@@ -52,7 +74,22 @@ def validate(
         from circuits.validation.validate import validate as run
 
         others = other_prompts(loaded, graph, lines, is_demo=options.is_demo)
-        return run(loaded, graph, others=others, n_features=features, seed=seed)
+        prompts = prompts_to_compare(graph, given, is_demo=options.is_demo)
+        crosscoder = None
+        if other_crosscoder is not None:
+            from replacement import checkpoint
+            from replacement.loading import crosscoder_folder
+
+            crosscoder = checkpoint.load(crosscoder_folder(other_crosscoder), device=options.device)
+        return run(
+            loaded,
+            graph,
+            others=others,
+            prompts=prompts,
+            other_crosscoder=crosscoder,
+            n_features=features,
+            seed=seed,
+        )
 
     facts = options.use(work)
     if as_json:
@@ -61,6 +98,17 @@ def validate(
         from circuits.validation.report import page
 
         console.show(page(facts))
+
+
+def prompts_to_compare(graph: CircuitGraph, given: list[str] | None, *, is_demo: bool) -> dict[str, tuple[str, ...]]:
+    """Kind -> prompts that should have the same circuit: those given, or variants of a prompt of the demo, or none."""
+    if given is not None:
+        return {"paraphrase": tuple(given)}
+    if not is_demo or not explains_the_answer(graph):
+        return {}
+    from replacement.demo.corpus.variants import variants
+
+    return variants(graph.metadata["prompt"], VARIANTS)
 
 
 def other_prompts(

@@ -4,8 +4,8 @@ Up to its threshold a feature is a map of rank one, from what it reads to what i
 cosine of these maps, which is the cosine of their encoders times that of their decoders (all sites joined); it does not depend
 on how a feature's size is divided among encoder and decoder. Where one of the two cosines is negative the likeness is 0: such
 features fire on opposite sides. Two features match if each is the other's best match, and their likeness is at least `LEAST`.
-0.5 is about 0.7 for each of the two cosines. Crosscoders trained with other seeds share only a part of their features (Paulo and
-Belrose 2025, "Sparse Autoencoders Trained on the Same Data Learn Different Features").
+0.5 is about 0.7 for each of the two cosines. Crosscoders of other seeds share only a part of their features (Paulo and Belrose
+2025, "Sparse Autoencoders Trained on the Same Data Learn Different Features").
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from circuits.graph.text import printable
 from replacement import console
 
 _ERRORS = {"keep": "error terms kept", "resample": "error terms resampled too"}
-_TEXTS = ("patching", "patterns", "norms", "change", "kind")
+_TEXTS = ("patching", "patterns", "norms", "change", "kind", "class", "place")
 _HEADS = {
     "distance": "layers",
     "spearman": "Spearman",
@@ -22,6 +22,18 @@ _HEADS = {
     "cosine_added": "cosine of what layers add",
     "larger_half": "larger half",
     "all_features": "all of the layer",
+    "circuit_nodes": "in circuit",
+    "circuit_edges": "in circuit",
+    "nodes_influence": "influence",
+    "edges_influence": "influence",
+    "same_answers": "same answer",
+    "equal_tokens": "equal tokens",
+    "influence_kept": "influence",
+    "influence_active": "influence",
+    "influence_matched": "influence",
+    "edges_kept": "edges kept",
+    "edge_influence_kept": "influence",
+    "share": "influence kept",
 }
 """Heads of columns that are not called as their key is."""
 _SECTIONS = {
@@ -69,8 +81,48 @@ def page(facts: Mapping[str, Any]) -> Group:
     for errors, circuit in (facts["circuit"] or {}).items():
         title = f"Circuit alone and model without it, {circuit['other_prompts']} prompts resampled, {_ERRORS[errors]}"
         sections.append((title, _circuit(circuit)))
+    sections += _robustness(facts["robustness"])
     sections.append(("Paths", Text(shape)))
     return Group(*parts, *(console.section(title, body) for title, body in sections))
+
+
+def _robustness(facts: Mapping[str, Any]) -> list[tuple[str, RenderableType]]:
+    """What of the circuit survives other thresholds, prompts and crosscoders; the latter two where they were given."""
+    grid, kinds, crosscoder = facts["thresholds"], facts["prompts"], facts["crosscoder"]
+    tried = "; ".join(f"{name} {', '.join(f'{share:g}' for share in grid[name])}" for name in ("nodes", "edges"))
+    rarely = f"at {100 * grid['noise']:.0f} % of the pairs or fewer"
+    meaning = f"core: kept at every pair of thresholds; noise: {rarely}. Tried: {tried}"
+    shares = "kept influence_kept active influence_active edges_kept edge_influence_kept overlap"
+    sections: list[tuple[str, RenderableType]] = [
+        (
+            "Robustness: pruning thresholds",
+            Group(
+                _rows(grid["classes"], "class nodes circuit_nodes nodes_influence edges circuit_edges edges_influence"),
+                Text(meaning),
+            ),
+        )
+    ]
+    if kinds:
+        places = [
+            row
+            | {"kind": kind["kind"], "share": row["influence_kept"] / row["influence"] if row["influence"] else None}
+            for kind in kinds
+            for row in kind["places"]
+        ]
+        sections += [
+            (
+                "Robustness: share of the circuit that is in the circuits of other prompts",
+                _rows(kinds, f"kind prompts same_answers equal_tokens {shares}"),
+            ),
+            (
+                "The same by place, relative to the words that differ (sums over the prompts)",
+                _rows(places, "kind place layer features active kept share"),
+            ),
+        ]
+    if crosscoder:
+        title = "Robustness: share of the circuit that another crosscoder's has, by features that are alike"
+        sections.append((title, _rows([crosscoder], f"features likeness matched influence_matched {shares}")))
+    return sections
 
 
 def _rows(rows: list[dict[str, Any]], keys: str) -> Table:

@@ -14,11 +14,18 @@ from circuits.attribution.trace import trace
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.inclusion import CLASSES, EDGES, NODES, NOISE, classes, inclusion
 from circuits.graph.influence import edge_influence, node_influence
-from circuits.graph.nodes import NodeKind
 from circuits.graph.pruning import always_kept, prune
 from circuits.validation.agreement import mean_of_known
 from circuits.validation.feature_matching import LEAST, check_comparable, paired_nodes
-from circuits.validation.survival import Facts, prompt_survival, share, summed_places, survival, thresholds_of
+from circuits.validation.survival import (
+    Facts,
+    explains_the_answer,
+    prompt_survival,
+    share,
+    summed_places,
+    survival,
+    thresholds_of,
+)
 from replacement import Crosscoder, ReplacementModel
 from replacement.language_model.language_model import Prompt
 
@@ -48,15 +55,6 @@ def robustness(
     by_kind = [_kind_facts(model, graph, kind, texts) for kind, texts in (prompts or {}).items()]
     crosscoder = None if other_crosscoder is None else _crosscoder_facts(model, graph, other_crosscoder)
     return {"thresholds": threshold_facts(graph), "prompts": by_kind, "crosscoder": crosscoder}
-
-
-def explains_the_answer(graph: CircuitGraph) -> bool:
-    """Whether a graph is of the most likely tokens at the end of its prompt, as by default."""
-    nodes, facts = graph.nodes, graph.metadata
-    outputs = nodes.mask(NodeKind.LOGIT)
-    at_end = outputs.any() and (nodes.position[outputs] == len(facts["tokens"]) - 1).all()
-    likely = [fact.get("token") for fact in facts.get("top_tokens", [])[:1]]
-    return bool(at_end and likely == [fact.get("token") for fact in facts.get("targets", [])[:1]])
 
 
 def threshold_facts(graph: CircuitGraph) -> Facts:

@@ -37,6 +37,15 @@ def thresholds_of(graph: GraphData) -> dict[str, float]:
     return {name: pruning[name] for name in THRESHOLDS}
 
 
+def explains_the_answer(graph: GraphData) -> bool:
+    """Whether a graph is of the most likely tokens at the end of its prompt, as by default."""
+    nodes, facts = graph.nodes, graph.metadata
+    outputs = nodes.mask(NodeKind.LOGIT)
+    at_end = outputs.any() and (nodes.position[outputs] == len(facts["tokens"]) - 1).all()
+    likely = [fact.get("token") for fact in facts.get("top_tokens", [])[:1]]
+    return bool(at_end and likely == [fact.get("token") for fact in facts.get("targets", [])[:1]])
+
+
 def survival(graph: GraphData, other: GraphData, pairing: np.ndarray, place_T: Sequence[str]) -> Facts:
     """Shares of a circuit that are found again.
 

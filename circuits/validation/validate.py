@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from circuits.validation.hops import hop_fidelity
 from circuits.validation.perturbations import compare_perturbations
 from circuits.validation.prediction import influence_among, predicted_changes, scaled_alone
 from circuits.validation.report import page
+from circuits.validation.robustness import robustness
 from circuits.validation.sufficiency import sufficiency
-from replacement import ReplacementModel
+from replacement import Crosscoder, ReplacementModel
 from replacement.console import finite
 from replacement.notebook import Report
 
@@ -35,6 +36,8 @@ def validate(
     graph: CircuitGraph,
     *,
     others: Sequence[Tensor] = (),
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    other_crosscoder: Crosscoder | None = None,
     n_features: int = 64,
     seed: int = 0,
 ) -> Report:
@@ -47,13 +50,14 @@ def validate(
         model: the model the graph was traced in.
         graph: a graph; a pruned one predicts less, as what was removed counts as no effect.
         others: token ids of other prompts of the same length, for resampled ablation; without them it is left out.
+        prompts, other_crosscoder: what the circuit is to survive, see `circuits.validation.robustness`.
         n_features: features drawn.
         seed: of the draw.
 
     Returns:
         `features`, `seed`, `sampling`; `self_check`; `effects`, one row per patching, attention patterns, change and distance
         in layers (or `logits`); `one_layer_cosine`; `influence_against_ablation`; `influence_among_features`;
-        `perturbations`; `circuit` by treatment of error terms; `average_path_length`, `hop_fidelity`.
+        `perturbations`; `circuit` by treatment of error terms; `robustness`; `average_path_length`, `hop_fidelity`.
 
     Raises:
         ValueError: a graph of another model or without features, other prompts of another length, or features that cannot be
@@ -85,6 +89,7 @@ def validate(
         "one_layer_cosine": one_layer,
         "effects": rows,
         "circuit": circuit,
+        "robustness": robustness(model, graph, prompts=prompts, other_crosscoder=other_crosscoder),
         "average_path_length": average_path_length(graph),
         "hop_fidelity": hop_fidelity(graph),
     }

@@ -277,7 +277,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command(saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate_command, "OTHERS", 3)
-    assert main(["validate", str(saved), "--features", "16", "--json"]) == 0
+    assert main(["validate", str(saved), "--features", "16", "--other-crosscoder", "demo", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["prompt"] == PROMPT
     assert facts["features"] == 16
@@ -289,9 +289,27 @@ def test_the_command(saved: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert {row["distance"] for row in facts["effects"]} == {"1", "2", "3", "logits"}
     assert set(facts["circuit"]) == {"keep", "resample"}
     assert facts["circuit"]["keep"]["sizes"][-1]["faithfulness"] == pytest.approx(1, abs=1e-3)
+    robustness = facts["robustness"]
+    assert [row["class"] for row in robustness["thresholds"]["classes"]] == ["core", "contingent", "noise"]
+    same, other = robustness["prompts"]
+    assert (same["kind"], same["same_answers"], other["kind"]) == ("same answer", same["prompts"], "other answer")
+    assert same["influence_kept"] > 0.8 > other["influence_kept"]
+    itself = robustness["crosscoder"]
+    assert (itself["matched"], itself["kept"], itself["edges_kept"]) == (1, 1, 1)
+    assert itself["overlap"] == pytest.approx(1, abs=1e-6)
     Console(width=120).print(page(facts))
     shown = capsys.readouterr().out
-    for text in (PROMPT, "Self-check", "Spearman", "3 prompts resampled", "CPR", "hop fidelity"):
+    for text in (
+        PROMPT,
+        "Self-check",
+        "Spearman",
+        "3 prompts resampled",
+        "CPR",
+        "hop fidelity",
+        "contingent",
+        "other answer",
+        "another crosscoder",
+    ):
         assert text in shown
 
 
@@ -309,6 +327,9 @@ def test_other_prompts(language_model: Any) -> None:
         (["--features", "0"], "'--features': Input should be greater than or equal to 1"),
         (["--seed", "-1"], "'--seed': Input should be greater than or equal to 0"),
         (["--resample", "SHORT"], "resample: expected a prompt of at least 9 tokens, the graph's number; given none"),
+        (["--paraphrases", "EMPTY"], "paraphrases: expected at least one prompt in "),
+        (["--paraphrases", "/nowhere"], "/nowhere does not exist: expected a text file with one prompt per line"),
+        (["--paraphrases", "SHORT", "--other-crosscoder", "/nowhere"], "/nowhere"),
         (["--resample", "/nowhere"], "/nowhere does not exist: expected a text file with one prompt per line"),
         (["--model", "/nowhere"], "no language model folder at /nowhere"),
     ],
@@ -316,9 +337,11 @@ def test_other_prompts(language_model: Any) -> None:
 def test_mistakes_on_the_command_line(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    short = tmp_path / "short.txt"
+    short, empty = tmp_path / "short.txt", tmp_path / "empty.txt"
     short.write_text("the capital\n", encoding="utf-8")
-    assert main(["validate", str(saved), *(str(short) if one == "SHORT" else one for one in arguments)]) == 2
+    empty.write_text("\n  \n", encoding="utf-8")
+    files = {"SHORT": str(short), "EMPTY": str(empty)}
+    assert main(["validate", str(saved), *(files.get(one, one) for one in arguments)]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
