@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from circuits.attribution.labels import with_labels
     from circuits.attribution.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.attribution.trace import trace
+    from circuits.explain.story import explain_graph
     from circuits.graph.circuit_graph import CircuitGraph
     from circuits.graph.nodes import NodeKind, NodeTable
     from circuits.graph.scores import Scores
@@ -42,6 +43,7 @@ __all__ = [
     "TokenTarget",
     "TraceOptions",
     "attribute_score",
+    "explain_graph",
     "head_view",
     "plot_heads",
     "read_prompts",
@@ -69,6 +71,7 @@ _LAZY = {
     "TokenTarget": "circuits.attribution.targets",
     "TraceOptions": "circuits.trace_options",
     "attribute_score": "circuits.heads.qk_attribution",
+    "explain_graph": "circuits.explain.story",
     "head_view": "circuits.heads.feature_heads",
     "plot_heads": "circuits.heads.heat_map",
     "read_prompts": "circuits.many_prompts",

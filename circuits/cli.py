@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from circuits.explain.command import explain as explain_command
 from circuits.explain.compare_command import compare as compare_command
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.exporters import exporter, file_formats
@@ -111,6 +112,7 @@ def show(
 
 app.command("heads")(heads_command)
 app.command("validate")(validate_command)
+app.command("explain")(explain_command)
 app.command("compare")(compare_command)
 app.command("serve")(serve_command)
 

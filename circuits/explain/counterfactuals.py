@@ -1,0 +1,27 @@
+"""Other prompts to set groups to, for prompts of the demo: held-out probes of its corpus with another answer."""
+
+from __future__ import annotations
+
+from circuits.graph.circuit_graph import CircuitGraph
+from replacement import LanguageModel
+from replacement.demo.corpus import behaviours
+
+OTHERS = 8
+"""Other prompts: from five on, a median has an interval of 90 %."""
+
+
+def demo_counterfactuals(lm: LanguageModel, graph: CircuitGraph, *, most: int = OTHERS) -> list[str]:
+    """The probes that share most tokens with a graph's prompt, place by place, among those of its length with other answers.
+
+    Equally close ones are taken in the order of the corpus. At least half of the tokens must be shared.
+    """
+    tokens = graph.metadata["token_ids"]
+    answers = {str(target.get("token")).strip() for target in graph.metadata.get("targets", [])}
+    found = []
+    for probe in (probe for behaviour in behaviours() for probe in behaviour.probes):
+        others = lm.tokens(probe.prompt).tolist()
+        shared = sum(token == other for token, other in zip(tokens, others, strict=False))
+        if len(others) == len(tokens) and shared >= len(tokens) / 2 and not answers & set(probe.answers):
+            found.append((-shared, probe.prompt))
+    ranked = dict.fromkeys(prompt for _, prompt in sorted(found, key=lambda pair: pair[0]))
+    return list(ranked)[:most]

@@ -1,0 +1,122 @@
+"""Does a claim hold? What a trial did to a group, with an interval, against the sign that the claim gives it.
+
+Effects are medians over the variants of a trial (other prompts, random tokens). Their interval is one of 90 %, as a claim says
+a direction: 5 % are left on its side. It assumes nothing about how effects are distributed:
+
+- of features, the effect in excess of controls, `effect - quantiles of the controls' effects`: if the group were but another
+  random direction of its size, the interval would lie on the claim's side of 0 in 5 % of cases. That is stricter than a test
+  against 0, as any large change lowers the answer's logit;
+- of tokens, the order statistics of the variants that hold the population's median with at least 90 %. Fewer than five variants
+  have no such interval, and the sign of the median alone counts.
+
+A claim holds in a trial if the effect has its sign, and the interval (if there is one) lies on the same side of 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from circuits.explain.claims import Claim
+from circuits.explain.trials import OtherPrompt, Trial, Trials
+
+CONFIDENCE = 0.9
+LEAST_PREDICTED = 0.5
+"""Another prompt is no trial of a claim where the graph predicts less than this share of what it predicts of ablation: the
+group keeps too much of its value there."""
+CONDITIONS = {"constrained": "constrained", "live": "original"}
+"""Condition -> patching of `circuits.validation.effects`: all outputs held but for what the group writes, or the original
+model running on behind it. Attention patterns and norms are live in both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The outcome of one trial of one claim under one condition; effects as in `circuits.explain.claims.readings`."""
+
+    trial: str
+    """`ablated` or `set`."""
+    condition: str
+    """`constrained` or `live`."""
+    predicted: float
+    """By the graph: direct edges where constrained, all paths where live; no activation falls below 0."""
+    measured: float
+    """Median over the variants."""
+    interval: tuple[float, float] | None
+    variants: int
+    outcome: str
+    """`held`, `wrong sign`, or `absent`: within the noise, which is what controls do or how variants differ."""
+
+
+def try_claims(trials: Trials, claims: Sequence[Claim], others: Sequence[OtherPrompt]) -> list[list[Result]]:
+    """The results of every claim; none for claims about sources that cannot be changed."""
+    results: list[list[Result]] = [[] for _ in claims]
+    by_source = defaultdict(list)
+    for number, claim in enumerate(claims):
+        by_source[claim.edge.source].append(number)
+    for source, numbers in by_source.items():
+        ablated = trials.ablated(source)
+        if ablated is None:
+            continue
+        of_ablation_G = trials.predicted(ablated, total=False)[0]
+        for trial in filter(None, (ablated, trials.set_to(source, others))):
+            direct_BG = trials.predicted(trial, total=False)
+            is_test_BG = direct_BG * np.sign(of_ablation_G) >= LEAST_PREDICTED * np.abs(of_ablation_G)
+            for condition, patching in CONDITIONS.items():
+                predicted_BG = trials.predicted(trial, total=condition == "live")
+                measured_BG = trials.measured(trial, patching)
+                for number in numbers:
+                    target = claims[number].edge.target
+                    chosen = is_test_BG[:, target]
+                    if chosen.any():
+                        columns = predicted_BG[chosen, target], measured_BG[:, target]
+                        results[number].append(_judge(claims[number], trial, condition, chosen, *columns))
+    return results
+
+
+def _judge(
+    claim: Claim, trial: Trial, condition: str, chosen_B: np.ndarray, predicted_B: np.ndarray, measured_B: np.ndarray
+) -> Result:
+    """One result; `chosen_B` are the variants that count, and `measured_B` has the controls behind the variants."""
+    variants, controls = np.split(measured_B, [len(trial.edits)])
+    variants, controls = variants[chosen_B], controls[chosen_B[np.arange(len(controls)) % len(chosen_B)]]
+    measured = float(np.median(variants))
+    interval = excess_interval(measured, controls) if len(controls) else median_interval(variants)
+    found = outcome(-claim.sign, measured, interval)
+    return Result(trial.name, condition, float(np.median(predicted_B)), measured, interval, len(variants), found)
+
+
+def verdict(results: Sequence[Result]) -> str:
+    """`held` if a claim held in all of its tests, `refuted` if it did not in one, `untested` without any."""
+    if not results:
+        return "untested"
+    return "held" if all(result.outcome == "held" for result in results) else "refuted"
+
+
+def outcome(sign: int, measured: float, interval: tuple[float, float] | None) -> str:
+    """`held` where measured and interval have the expected sign, `wrong sign` where both have the other, else `absent`."""
+    signs = {float(np.sign(value)) for value in (measured, *(interval or ()))}
+    return {(sign,): "held", (-sign,): "wrong sign"}.get(tuple(signs), "absent")  # type: ignore[arg-type]
+
+
+def excess_interval(effect: float, controls: np.ndarray) -> tuple[float, float]:
+    """The effect minus what controls do."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(controls, [tail, 1 - tail])
+    return effect - float(high), effect - float(low)
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """Order statistics between which the median of the population lies with the confidence; None for fewer than five values.
+
+    `P(x_(k) <= median <= x_(n+1-k)) >= 1 - 2 P(Binomial(n, 1/2) < k)`.
+    """
+    n, below, rank = len(values), 0.0, 0
+    while rank < n and 2 * (below + math.comb(n, rank) / 2**n) <= 1 - CONFIDENCE:
+        below += math.comb(n, rank) / 2**n
+        rank += 1
+    ordered = np.sort(values)
+    return (float(ordered[rank - 1]), float(ordered[n - rank])) if rank else None

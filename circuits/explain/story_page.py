@@ -1,0 +1,99 @@
+"""The page of a tested story for terminals and notebooks; takes the facts of `circuits.explain.story`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from circuits.graph.text import printable, shorten
+from replacement import console
+
+STYLES = {"held": "bold", "refuted": "bold red", "untested": "dim"}
+LONGEST_NAME = 30
+
+
+def page(facts: Mapping[str, Any]) -> Group:
+    """The overall figure, the groups, and every sentence with what was measured under it."""
+    parts: list[RenderableType] = [Text(printable(facts["prompt"]), style="bold"), Text(headline(facts)), Text()]
+    parts.append(console.section(f"Groups ({len(facts['groups'])})", _groups(facts)))
+    for sentence in facts["sentences"]:
+        parts += [_sentence(sentence), *_tests(facts, sentence), Text()]
+    parts.append(Text(legend(facts), style="dim"))
+    return Group(*parts)
+
+
+def headline(facts: Mapping[str, Any]) -> str:
+    """How many claims held, were refuted, and could not be tested; and how much of the graph they tell."""
+    tested, share = facts["held"] + facts["refuted"], facts["share_held"]
+    held = (
+        "no claim could be tested" if share is None else f"{facts['held']} of {tested} tested claims held ({share:.0%})"
+    )
+    rest = f", {facts['untested']} of {len(facts['claims'])} could not be tested" if facts["untested"] else ""
+    return f"{held}{rest}; the story tells {facts['told']:.0%} of what flows into its groups"
+
+
+def legend(facts: Mapping[str, Any]) -> str:
+    """What the figures mean."""
+    n_controls, n_others = facts["controls"], len(facts["against"])
+    return (
+        "A group changes by % of its activation (members weighted by influence), outputs by logits. graph: what is predicted, "
+        "from edges (constrained) or all paths (live). constrained: all other outputs are held; live: the original model runs "
+        f"on. Brackets, 90 %: of features, the effect in excess of {n_controls} random changes of that size; of tokens, the "
+        f"median over {n_controls} random tokens (ablated) or {n_others} other prompts (set). A claim is refuted if a test is."
+    )
+
+
+def change(value: float | None, unit: str) -> str:
+    """A change of a reading: in % of the activation, or in logits."""
+    if value is None:
+        return "–"
+    return f"{value:+.1f}" if unit == "logits" else f"{100 * value:+.0f} %"
+
+
+def measured(test: Mapping[str, Any], unit: str) -> str:
+    """What was measured, with its interval."""
+    interval = test["interval"] and f" [{change(test['interval'][0], unit)}, {change(test['interval'][1], unit)}]"
+    return change(test["measured"], unit) + (interval or "").replace(" %", "")
+
+
+def _groups(facts: Mapping[str, Any]) -> RenderableType:
+    rows = (
+        (
+            shorten(group["name"], 44),
+            group["kind"],
+            f"{group['influence']:.0%}",
+            len(group["members"]),
+            "" if group["f1"] is None else f"{group['f1']:.2f}",
+        )
+        for group in facts["groups"]
+    )
+    return console.table("group", "kind", "influence", "nodes", "F1 of name", rows=rows, texts=("kind",))
+
+
+def _sentence(sentence: Mapping[str, Any]) -> Text:
+    mark = {"held": "held", "refuted": "REFUTED", "untested": "not tested"}[sentence["verdict"]]
+    return Text(f"{sentence['text']}  –  {mark}", style=STYLES[sentence["verdict"]])
+
+
+def _tests(facts: Mapping[str, Any], sentence: Mapping[str, Any]) -> list[RenderableType]:
+    """A row for every trial of every claim of the sentence, and what refutes it."""
+    rows, refuted = [], []
+    for claim in (facts["claims"][number] for number in sentence["claims"]):
+        by_trial: dict[str, list[Mapping[str, Any]]] = {}
+        for test in claim["tests"]:
+            by_trial.setdefault(test["trial"], []).append(test)
+        for trial, tests in by_trial.items():
+            row: list[Text | str] = [shorten(claim["source"], LONGEST_NAME), trial]
+            for test in tests:
+                style = "" if test["outcome"] == "held" else "bold red"
+                row += [change(test["predicted"], claim["unit"]), Text(measured(test, claim["unit"]), style=style)]
+            rows.append(row)
+            failed = [f"{test['outcome']} ({test['condition']})" for test in tests if test["outcome"] != "held"]
+            if failed:
+                refuted.append(Text(f"{claim['source']} {trial}: effect {', '.join(failed)}", style="red"))
+    heads = ("", "", "graph", "constrained", "graph", "live")
+    return [Padding(Group(console.table(*heads, rows=rows, texts=("",)), *refuted), (0, 0, 0, 2))] if rows else []
