@@ -2,13 +2,15 @@
 
 - thresholded neurons: the MLPs' neurons, all but the k largest contributions set to 0 (Ameisen et al. 2025, "Circuit
   Tracing", compare the same way);
-- random dictionary: k of as many random unit vectors as the crosscoder has features (4,096 at most), never trained. Its codes
-  are found by matching pursuit on the very output that is replaced, which the crosscoder never sees;
+- random encoder: k of as many random features as the crosscoder has, which read what the crosscoder reads; only their decoder
+  is fitted (`random_dictionaries.py`);
+- oracle dictionary: k of as many random vectors, chosen while seeing the very output that is replaced. No crosscoder sees that,
+  so it is shown for comparison and a crosscoder need not beat it;
 - random weights: the same crosscoder in a model whose matrices are drawn anew with the mean and spread they had (Heap et al.
   2025, "Sparse autoencoders can interpret randomly initialized transformers"). If it were as good there, it would have learnt
   the data and not the model.
 
-k is the crosscoder's mean number of active features in every layer, rounded. F dictionary vectors, M neurons, P tokens.
+k is the crosscoder's mean number of active features in every layer, rounded. M neurons, P tokens.
 """
 
 from __future__ import annotations
@@ -28,13 +30,10 @@ from replacement.validation.measure import Measured, Progress, measure, no_progr
 from replacement.validation.metrics import ReconstructionError
 from replacement.validation.outputs import OutputSums
 from replacement.validation.protocols import MEAN, PROPAGATED, ZERO, BatchRun, Protocol, protocols
+from replacement.validation.random_dictionaries import ORACLE, OracleDictionary, RandomEncoder
 from replacement.validation.slices import Slice
 
 Errors = Mapping[Site, ReconstructionError]
-
-MAX_DICTIONARY = 4096
-"""Most vectors of the random dictionary; more would need too large a table of their products."""
-_ROWS_AT_ONCE = 128  # their products with every vector stay in a cache
 
 
 def keep_largest(acts: Float[Tensor, "*P M"], output_norms_M: Float[Tensor, " M"], k: int) -> Float[Tensor, "*P M"]:
@@ -90,55 +89,6 @@ class ThresholdedNeurons(Protocol):
         return y_RD if bias_D is None else y_RD + bias_D.detach()
 
 
-class RandomDictionary(Protocol):
-    """A protocol that sets every site to its mean plus k of F random unit vectors with non-negative coefficients."""
-
-    def __init__(self, k: Mapping[Site, int], means: Mapping[Site, Tensor], n_features: int, *, seed: int = 0) -> None:
-        about = "random vectors, never trained, codes by matching pursuit on the replaced output itself"
-        super().__init__(name="random dictionary", about=about, sites=frozenset(k))
-        self._k, self._means = k, {site: mean_D.float() for site, mean_D in means.items()}
-        generator = torch.Generator().manual_seed(seed)
-        self._vectors: dict[Site, Tensor] = {}
-        for site in k:
-            w_FD = torch.randn(min(n_features, MAX_DICTIONARY), len(means[site]), generator=generator)
-            self._vectors[site] = (w_FD / w_FD.norm(dim=1, keepdim=True)).to(means[site].device)
-
-    def logits(self, run: BatchRun, means: Mapping[Site, Tensor]) -> Tensor:
-        """Logits with every MLP output replaced by its sparse code, layer after layer."""
-        mask_BT1 = run.replaced_BT[..., None]
-
-        def hook(site: Site) -> Callable[[Tensor], Tensor]:
-            return lambda x_BTD: torch.where(mask_BT1, self._coded(site, x_BTD.flatten(0, 1)).view_as(x_BTD), x_BTD)
-
-        return run.language_model.run(run.tokens_BT, {site: hook(site) for site in self._k})
-
-    def stand_ins(self, run: BatchRun) -> dict[Site, tuple[Tensor, Tensor]]:
-        """Clean outputs and their codes."""
-        return {site: (run.clean[site], self._coded(site, run.clean[site])) for site in self._k}
-
-    def _coded(self, site: Site, y_RD: Tensor) -> Tensor:
-        centred_RD = y_RD.float() - self._means[site]
-        return (matching_pursuit(centred_RD, self._vectors[site], self._k[site]) + self._means[site]).to(y_RD)
-
-
-def matching_pursuit(y_PD: Float[Tensor, "P D"], w_FD: Float[Tensor, "F D"], k: int) -> Float[Tensor, "P D"]:
-    """Greedy sparse code with unit vectors: k times, take the largest positive product with what is left over.
-
-    Mallat and Zhang 1993, "Matching pursuits with time-frequency dictionaries", without negative coefficients.
-    """
-    gram_FF = w_FD @ w_FD.T
-    parts = []
-    for some_PD in y_PD.split(_ROWS_AT_ONCE):
-        product_PF, coefficient_PF = some_PD @ w_FD.T, torch.zeros(len(some_PD), len(w_FD), device=y_PD.device)
-        for _ in range(k):
-            best_P1, index_P1 = product_PF.max(dim=1, keepdim=True)
-            best_P1 = best_P1.clamp(min=0)
-            coefficient_PF.scatter_add_(1, index_P1, best_P1)
-            product_PF -= best_P1 * gram_FF[index_P1[:, 0]]
-        parts.append(coefficient_PF @ w_FD)
-    return torch.cat(parts) if parts else torch.zeros_like(y_PD)
-
-
 def random_weights(lm: LanguageModel, *, seed: int = 0) -> LanguageModel:
     """A model of the same shape whose matrices are drawn anew, normal with the mean and spread each had; vectors stay."""
     bridge = copy.deepcopy(lm.parts.bridge)
@@ -168,14 +118,24 @@ def measure_controls(
     sample: Slice,
     means: Mapping[Site, Tensor],
     *,
+    fitted_on: Slice,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """The crosscoder of MLP outputs and every control on the same tokens, as plain JSON values."""
+    """The crosscoder of MLP outputs and every control on the same tokens, as plain JSON values.
+
+    Args:
+        sample: what is measured.
+        means: of every written site.
+        fitted_on: other rows of the same kind, for the decoder of the random encoder; without any that control is left out.
+    """
     known = protocols([crosscoder])
     chosen = [known[name] for name in (PROPAGATED, ZERO, MEAN)]
     measured = measure(lm, [crosscoder], sample.batches(), chosen, means=means, progress=progress)
     k = matched_counts(crosscoder, measured.activity[0].l0)
-    controls = [ThresholdedNeurons(lm, k), RandomDictionary(k, means, crosscoder.n_features)]
+    controls: list[Protocol] = [ThresholdedNeurons(lm, k)]
+    if rows := list(fitted_on.batches()):
+        controls.append(RandomEncoder(lm, crosscoder, k, rows))
+    controls.append(OracleDictionary(k, means, crosscoder.n_features))
     others = measure(lm, [crosscoder], sample.batches(), controls, progress=progress)
     other_lm = random_weights(lm)
     other_means = measure(other_lm, [crosscoder], sample.batches(), [], progress=progress).means
@@ -187,6 +147,7 @@ def measure_controls(
         return {
             "name": name,
             "about": about,
+            "is_oracle": name == ORACLE,
             "n_tokens": facts["n_tokens"],
             "l0": l0,
             "unexplained": reconstruction["unexplained"],

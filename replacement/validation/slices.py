@@ -55,6 +55,21 @@ class Slice:
     n_tokens: int
     """About how many tokens an iteration runs, for a progress bar."""
 
+    def after(self, start: Slice) -> Slice:
+        """Without the rows that another slice begins this one with."""
+
+        def batches() -> Iterator[Batch]:
+            left = sum(len(batch.tokens_BT) for batch in start.batches())
+            for batch in self.batches():
+                skipped = min(left, len(batch.tokens_BT))
+                left -= skipped
+                if skipped < len(batch.tokens_BT):
+                    keep_BT = None if batch.keep_BT is None else batch.keep_BT[skipped:]
+                    yield Batch(batch.tokens_BT[skipped:], keep_BT)
+
+        about, n_tokens = f"{self.about}, after the first rows", self.n_tokens - start.n_tokens
+        return Slice(name=self.name, about=about, batches=batches, n_tokens=n_tokens)
+
 
 def rows_that_fit(lm: LanguageModel, context: int) -> int:
     """Rows of one forward pass, few enough for their logits to stay small."""

@@ -31,7 +31,7 @@ FORMAT = "crosstrace validation"
 VERSION = 1
 WITHIN = 0.05
 """Nats within which `clean`, `propagated` and `single` are said to agree."""
-_PASSES_OF_CONTROLS = 12
+_PASSES_OF_CONTROLS = 14
 WHOLE = "whole"
 
 
@@ -82,7 +82,7 @@ def validate(
     lm, crosscoders = model.language_model, list(model.crosscoders.values())
     known = protocols(crosscoders)
     basic = [known[name] for name in BASIC]
-    whole, sample, others = _slices(lm, config)
+    whole, sample, rest, others = _slices(lm, config)
     with _naming(f"data {config.data}"):
         means = measure(lm, crosscoders, whole.batches(), [], progress=progress).means
         measure_rows = partial(measure, lm, crosscoders, means=means, progress=progress)
@@ -94,7 +94,7 @@ def validate(
             slices.append(_slice_facts(other, measure_rows(other.batches(), basic).facts(), facts))
     controls = []
     if config.controls:
-        controls = measure_controls(lm, model.crosscoder, sample, means, progress=progress)
+        controls = measure_controls(lm, model.crosscoder, sample, means, fitted_on=rest, progress=progress)
     increase, equivalent = facts["protocols"][PROPAGATED]["cross_entropy_increase"], None
     if config.curve and increase is not None:
         equivalent = compute_equivalent(list(config.curve), increase) | {"curve": list(map(list, config.curve))}
@@ -120,27 +120,28 @@ def expected_tokens(model: ReplacementModel, config: ValidationConfig) -> int:
     Raises:
         ValueError: a source that cannot be opened.
     """
-    whole, sample, others = _slices(model.language_model, config)
+    whole, sample, _, others = _slices(model.language_model, config)
     n = whole.n_tokens * (len(protocols(list(model.crosscoders.values()))) + 2)
     n += sum(other.n_tokens for other in others) * (len(BASIC) + 1)
     return n + _PASSES_OF_CONTROLS * sample.n_tokens * config.controls
 
 
-def _slices(lm: LanguageModel, config: ValidationConfig) -> tuple[Slice, Slice, list[Slice]]:
-    """The whole stream, its start as a sample for the controls, and everything that the whole is compared with."""
+def _slices(lm: LanguageModel, config: ValidationConfig) -> tuple[Slice, Slice, Slice, list[Slice]]:
+    """The whole stream, its start as a sample for the controls, its rest, and everything that the whole is compared with."""
 
     def opened(source: TokenSource, name: str, n_tokens: int) -> Slice:
         return stream(name, f"{source.name}, every token", source, lm, n_tokens=n_tokens)
 
     source = open_source(config.data, lm, context=config.context)
-    sample = opened(source, WHOLE, min(config.n_tokens, config.slice_tokens))
+    whole = opened(source, WHOLE, config.n_tokens)
+    sample = opened(source, WHOLE, min(whole.n_tokens // 2, config.slice_tokens))
     others = demo_slices(lm, n_probes=config.n_probes) if isinstance(source, DemoRows) else []
     others.append(shuffled(sample))
     for name, data in config.slices:
         with _naming(f"slice {name}"):
             others.append(opened(open_source(data, lm, context=config.context), name, config.slice_tokens))
     _check_names([WHOLE, *(other.name for other in others)])
-    return opened(source, WHOLE, config.n_tokens), sample, others
+    return whole, sample, whole.after(sample), others
 
 
 def _check_names(names: Sequence[str]) -> None:

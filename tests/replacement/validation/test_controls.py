@@ -13,16 +13,15 @@ import torch
 from replacement import ReplacementModel, Site, TopK, Wiring
 from replacement.validation import compute_equivalent, read_curve
 from replacement.validation.controls import (
-    RandomDictionary,
     ThresholdedNeurons,
     keep_largest,
     matched_counts,
-    matching_pursuit,
     measure_controls,
     random_weights,
 )
 from replacement.validation.measure import measure
 from replacement.validation.protocols import BatchRun
+from replacement.validation.random_dictionaries import RIDGE, OracleDictionary, RandomEncoder, matching_pursuit
 from replacement.validation.slices import Batch, Slice
 
 
@@ -78,16 +77,72 @@ def test_all_neurons_are_the_model_and_none_but_one_is_not(language_model: Any, 
     assert not torch.allclose(one.logits(run, {}), run.logits_BTV)
 
 
-def test_random_dictionary_replaces_only_what_it_may(language_model: Any) -> None:
+def test_the_oracle_replaces_only_what_it_may(language_model: Any) -> None:
     lm = language_model("gpt2", torch.float64)
     crosscoder = tiny.crosscoder_for(lm, undecomposed_positions=8)
     means = {site: torch.zeros(32, dtype=torch.float64) for site in crosscoder.wiring.write_sites}
-    control = RandomDictionary(dict.fromkeys(means, 2), means, 16)
+    control = OracleDictionary(dict.fromkeys(means, 2), means, 16)
     crosscoder.undecomposed_positions = 7
     run = BatchRun(lm, [crosscoder], Batch(tokens()))
     logits = control.logits(run, {})
     torch.testing.assert_close(logits[:, :7], run.logits_BTV[:, :7])
     assert not torch.allclose(logits[:, 7], run.logits_BTV[:, 7])
+
+
+@pytest.mark.parametrize(
+    ("wiring", "read"), [("strictly_causal", "mlp_in"), ("per_layer", "mlp_in"), ("acausal", None)]
+)
+def test_the_random_encoder_reads_what_the_crosscoder_reads(language_model: Any, wiring: str, read: str | None) -> None:
+    """Its codes are of the inputs alone, its decoder is the ridge regression on them, and the mask is respected."""
+    lm = language_model("gpt2", torch.float32)
+    options = {} if read is None else {"read": read}
+    crosscoder = tiny.crosscoder_for(lm, wiring=getattr(Wiring, wiring)(lm, **options))
+    run = BatchRun(lm, [crosscoder], Batch(tokens()))
+    site, k = crosscoder.wiring.write_sites[1], 3
+    control = RandomEncoder(lm, crosscoder, dict.fromkeys(crosscoder.wiring.write_sites, k), [Batch(tokens())])
+    reads = crosscoder.wiring.reads[min(1, crosscoder.n_groups - 1)]
+
+    layer = control.layers[site]
+    assert layer.reads == tuple(reads)
+    x_RC = torch.cat([run.clean[read] for read in reads], -1)
+    codes_RF = (x_RC - x_RC.mean(0)) @ layer.encoder_FC.T
+    kth_R1 = codes_RF.topk(k, dim=1).values[:, -1:]
+    codes_RF = torch.where(codes_RF >= kth_R1, codes_RF, 0.0).clamp(min=0)
+    y_RD, squares = run.clean[site], codes_RF.square().sum(0).mean()
+    ridge_FF = codes_RF.T @ codes_RF + RIDGE * squares * torch.eye(codes_RF.shape[1])
+    expected_RD = codes_RF @ torch.linalg.solve(ridge_FF, codes_RF.T @ (y_RD - y_RD.mean(0))) + y_RD.mean(0)
+    target, output = control.stand_ins(run)[site]
+    torch.testing.assert_close(target, y_RD)
+    torch.testing.assert_close(output, expected_RD, atol=1e-4, rtol=1e-3)
+
+    if site not in reads:
+        run.clean[site] = run.clean[site] + 1.0  # what it replaces is not seen
+        torch.testing.assert_close(control.stand_ins(run)[site][1], output)
+    assert not torch.allclose(control.logits(run, {}), run.logits_BTV)
+    keep_BT = torch.zeros(run.tokens_BT.shape, dtype=torch.bool)
+    nothing = BatchRun(lm, [crosscoder], Batch(tokens(), keep_BT))
+    torch.testing.assert_close(control.logits(nothing, {}), nothing.logits_BTV)
+
+
+def test_a_random_encoder_needs_rows(language_model: Any) -> None:
+    lm = language_model("gpt2", torch.float32)
+    crosscoder = tiny.crosscoder_for(lm)
+    with pytest.raises(ValueError, match="random encoder: expected rows to fit its decoder on, given none"):
+        RandomEncoder(lm, crosscoder, dict.fromkeys(crosscoder.wiring.write_sites, 2), [])
+
+
+def test_the_rest_of_a_slice_begins_where_its_start_ends(language_model: Any) -> None:
+    rows_RT = torch.arange(40).view(10, 4)
+    keep_RT = rows_RT % 3 > 0
+    whole = Slice(
+        name="rows", about="", n_tokens=40,
+        batches=lambda: [Batch(rows_RT[i : i + 4], keep_RT[i : i + 4]) for i in (0, 4, 8)],
+    )  # fmt: skip
+    start = Slice(name="rows", about="", n_tokens=20, batches=lambda: [Batch(rows_RT[:5])])
+    rest = whole.after(start)
+    assert rest.n_tokens == 20
+    assert torch.cat([batch.tokens_BT for batch in rest.batches()]).tolist() == rows_RT[5:].tolist()
+    assert torch.cat([batch.keep_BT for batch in rest.batches()]).tolist() == keep_RT[5:].tolist()
 
 
 def test_random_weights_keep_shape_and_scale_and_leave_the_original(language_model: Any) -> None:
@@ -111,13 +166,16 @@ def test_controls_are_matched_and_measured_on_the_same_tokens(language_model: An
     crosscoder = tiny.crosscoder_for(lm, wiring=Wiring.strictly_causal(lm, read="mlp_in"), activation=TopK((7, 2, 4)))
     model = ReplacementModel(lm, crosscoder)
     means = measure(lm, [crosscoder], part().batches(), []).means
-    rows = {row["name"]: row for row in measure_controls(lm, model.crosscoder, part(), means)}
-    assert list(rows) == ["this crosscoder", "thresholded neurons", "random dictionary", "random weights"]
+    rows = {row["name"]: row for row in measure_controls(lm, model.crosscoder, part(), means, fitted_on=part())}
+    names = ["this crosscoder", "thresholded neurons", "random encoder", "oracle dictionary", "random weights"]
+    assert list(rows) == names
+    assert [name for name in names if rows[name]["is_oracle"]] == ["oracle dictionary"]
     assert all(row["n_tokens"] == 32 for row in rows.values())
-    assert rows["random dictionary"]["l0"] == rows["thresholded neurons"]["l0"] == 13
+    assert rows["random encoder"]["l0"] == rows["thresholded neurons"]["l0"] == 13
     assert rows["this crosscoder"]["l0"] == pytest.approx(13, abs=1)
     assert rows["random weights"]["cross_entropy_increase"] is None
-    assert rows["random dictionary"]["unexplained"] < 1
+    assert rows["oracle dictionary"]["unexplained"] < 1
+    assert rows["random encoder"]["unexplained"] < 1
 
 
 def test_matched_counts_go_to_the_layer_of_the_group(language_model: Any) -> None:

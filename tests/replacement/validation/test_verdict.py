@@ -31,7 +31,12 @@ def facts() -> dict[str, Any]:
             {"name": "code", "kl": {"mean": 0.09}},
             {"name": "poems", "kl": {"mean": 0.02}},
         ],
-        "controls": [{"kl": 0.01}, {"kl": 4.0}, {"kl": 0.5}],
+        "controls": [
+            {"kl": 0.01, "is_oracle": False},
+            {"kl": 4.0, "is_oracle": False},
+            {"kl": 0.5, "is_oracle": False},
+            {"kl": 0.001, "is_oracle": True},  # sees the output that it replaces: no yardstick
+        ],
     }
 
 
