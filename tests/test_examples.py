@@ -228,3 +228,21 @@ def test_features_beside_the_linearised_mlp(
         cosine = torch.nn.functional.cosine_similarity(difference_D, W_dec_D.double(), dim=0)
         assert rows[feature.name][0] == pytest.approx(float(cosine), abs=0.01)
         assert rows[feature.name][1] == pytest.approx(float(difference_D.norm() / W_dec_D.norm()), rel=0.02)
+
+
+def test_robustness_over_a_prompt_of_every_behaviour(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The demo's own crosscoder as the other one: everything survives it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr("circuits.validation.command.VARIANTS", 1)
+    arguments = ["--prompts", "1", "--other-crosscoder", "demo", "--json", str(tmp_path / "facts.json")]
+    monkeypatch.setattr("sys.argv", ["robustness.py", *arguments])
+    importlib.import_module("robustness").main()
+    shown = capsys.readouterr().out
+    for title in ("9 prompts", "same answer: 6 prompts", "other answer: 8 prompts", "paraphrase: 2 prompts"):
+        assert title in shown
+    facts = json.loads((tmp_path / "facts.json").read_text(encoding="utf-8"))
+    rows = dict(line.rsplit(maxsplit=5)[::5] for line in shown.splitlines() if line.split("  ")[0] in facts)
+    assert len(rows) == len(facts) == 9
+    assert set(rows.values()) == {"1.000"}

@@ -55,6 +55,21 @@ def test_pairs_come_in_falling_order_and_thresholds_in_any(
         assert (kept.edges == alone.edges).all()
 
 
+@given(st.data(), thresholds, st.sampled_from([0.3, 0.8, 1.0]))
+def test_generous_thresholds_keep_what_strict_ones_keep(draw_circuit: Any, data: Any, edges: Any, node: float) -> None:
+    """Raising thresholds of edges only adds, raising those of nodes likewise where no edge is dropped: so do frequencies."""
+    graph = draw_circuit(data)
+    strict, generous = (inclusion(graph, nodes=[node], edges=[choose(edges)]) for choose in (min, max))
+    between = inclusion(graph, nodes=[node], edges=edges)
+    for name in ("nodes", "edges"):
+        assert (getattr(strict, name) <= getattr(between, name)).all()
+        assert (getattr(between, name) <= getattr(generous, name)).all()
+    few, many = (inclusion(graph, nodes=grid, edges=[1.0]) for grid in ([0.1, node], [node, 0.99]))
+    if node < 0.99:
+        assert (few.nodes <= many.nodes).all()
+        assert (few.edges <= many.edges).all()
+
+
 def test_by_hand(build_graph: Any) -> None:
     """A strong feature that is always kept, a weaker one that half of the thresholds keep, and one that none does."""
     feature, token = {"kind": 3, "layer": 0, "expanded": True}, {"kind": 0, "index": 1}
