@@ -80,7 +80,7 @@ def validate(
             from replacement import checkpoint
             from replacement.loading import crosscoder_folder
 
-            crosscoder = checkpoint.load(crosscoder_folder(other_crosscoder), device=options.device)
+            crosscoder = checkpoint.load(crosscoder_folder(other_crosscoder), device=loaded.language_model.device)
         return run(
             loaded,
             graph,

@@ -49,9 +49,14 @@ def robustness(
         other_crosscoder: another crosscoder of the model's MLPs, such as one trained with another seed.
 
     Raises:
-        ValueError: prompts for a graph of other targets than the answer, a prompt that cannot be aligned with the graph's, or a
-            crosscoder of another model or with other reads and writes.
+        ValueError: prompts or a crosscoder for a graph of other targets than the answer, a prompt that cannot be aligned with
+            the graph's, or a crosscoder of another model or with other reads and writes.
     """
+    if (prompts or other_crosscoder is not None) and not explains_the_answer(graph):
+        raise ValueError(
+            "expected a graph of the model's answer to compare with other prompts or another crosscoder, given one of other "
+            "targets"
+        )
     by_kind = [_kind_facts(model, graph, kind, texts) for kind, texts in (prompts or {}).items()]
     crosscoder = None if other_crosscoder is None else _crosscoder_facts(model, graph, other_crosscoder)
     return {"thresholds": threshold_facts(graph), "prompts": by_kind, "crosscoder": crosscoder}
@@ -75,20 +80,16 @@ def threshold_facts(graph: CircuitGraph) -> Facts:
 
 
 def _kind_facts(model: ReplacementModel, graph: CircuitGraph, kind: str, prompts: Sequence[str]) -> Facts:
-    if not explains_the_answer(graph):
-        raise ValueError(
-            f"{kind}: expected a graph of the model's answer to compare prompts, given one of other targets"
-        )
-    every = []
+    answer, every = _answer(graph), []
     for prompt in prompts:
         other = _traced_alike(model, graph, prompt)
         try:
             facts = prompt_survival(graph, other)
         except ValueError as error:
             raise ValueError(f"{kind}: {prompt!r:.80}: {error}") from error
-        every.append(
-            {"prompt": prompt, "answer": _answer(other), "same_answer": _answer(graph) == _answer(other), **facts}
-        )
+        other_answer = _answer(other)
+        same = bool(graph.nodes.index[answer] == other.nodes.index[other_answer])
+        every.append({"prompt": prompt, "answer": other.nodes.label[other_answer], "same_answer": same, **facts})
     return {
         "kind": kind,
         "prompts": len(every),
@@ -128,5 +129,6 @@ def _traced_alike(model: ReplacementModel, graph: CircuitGraph, prompt: Prompt) 
     )
 
 
-def _answer(graph: CircuitGraph) -> str:
-    return graph.nodes.label[int(np.argmax(graph.nodes.output_weight))]
+def _answer(graph: CircuitGraph) -> int:
+    """Row of the most likely output."""
+    return int(np.argmax(graph.nodes.output_weight))

@@ -67,6 +67,7 @@ def survival(graph: GraphData, other: GraphData, pairing: np.ndarray, place_T: S
     again = active & other_kept.nodes[pairing]
     common = np.minimum(influence[again], other_influence[pairing[again]]).sum()
     union = influence[features].sum() + other_influence[other_features].sum() - common
+    n_union = features.sum() + other_features.sum() - again.sum()
     edge_again, crossing = _edges_again(graph, other, kept, other_kept, pairing)
     return {
         "features": int(features.sum()),
@@ -77,7 +78,7 @@ def survival(graph: GraphData, other: GraphData, pairing: np.ndarray, place_T: S
         "edges": int(kept.edges.sum()),
         "edges_kept": share(edge_again, np.ones_like(edge_again)),
         "edge_influence_kept": share(edge_again, np.ones_like(edge_again), crossing),
-        "jaccard": float(again.sum() / max(features.sum() + other_features.sum() - again.sum(), 1)),
+        "jaccard": float(again.sum() / n_union) if n_union else float("nan"),
         "overlap": float(common / union) if union else float("nan"),
         "places": _by_place(graph.nodes, place_T, influence, features, active, again),
     }

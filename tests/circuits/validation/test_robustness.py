@@ -219,8 +219,10 @@ def test_mistakes(language_model: Any, build_graph: Callable[..., CircuitGraph],
     with pytest.raises(ValueError, match="expected another crosscoder with the same reads and writes"):
         robustness(model, graph, other_crosscoder=per_layer)
     aimed = circuits.trace(model, PROMPT, targets="w40")
-    with pytest.raises(ValueError, match="names: expected a graph of the model's answer to compare prompts"):
-        robustness(model, aimed, prompts={"names": ["w5"]})
+    for options in ({"prompts": {"names": ["w5"]}}, {"other_crosscoder": model.crosscoder}):
+        with pytest.raises(ValueError, match="expected a graph of the model's answer to compare with other prompts or"):
+            robustness(model, aimed, **options)
+    assert robustness(model, aimed)["prompts"] == []
     long, short = (
         two_graphs(build_graph)[0],
         build_graph(
