@@ -108,7 +108,7 @@ def _chances(facts: Mapping[str, Any]) -> list[tuple[str, float]]:
     ]
 
 
-def _sizes(graph: GraphData) -> dict[str, float]:
+def _sizes(graph: GraphData) -> dict[str, int | float]:
     nodes = graph.nodes
     features = nodes.mask(NodeKind.FEATURE)
     return {
@@ -122,7 +122,7 @@ def _sizes(graph: GraphData) -> dict[str, float]:
     }
 
 
-def _shape(graph: GraphData, influence: np.ndarray) -> dict[str, float]:
+def _shape(graph: GraphData, influence: np.ndarray) -> dict[str, int | float]:
     edges = graph.edges
     into, out = np.diff(edges.indptr), np.zeros(edges.n_nodes, dtype=np.int64)
     for block in edges.row_blocks():
@@ -142,7 +142,7 @@ def _shape(graph: GraphData, influence: np.ndarray) -> dict[str, float]:
     }
 
 
-def _shares(graph: GraphData) -> dict[str, float]:
+def _shares(graph: GraphData) -> dict[str, int | float]:
     nodes, crossing = graph.nodes, edge_influence(graph)
     score, balance = scores(graph), mass_balance(graph)
     inputs, total = nodes.mask(NodeKind.TOKEN, NodeKind.POSITION), crossing.sum()
@@ -161,7 +161,7 @@ def _shares(graph: GraphData) -> dict[str, float]:
     }
 
 
-def _features(graph: GraphData, influence: np.ndarray) -> dict[str, float]:
+def _features(graph: GraphData, influence: np.ndarray) -> dict[str, int | float]:
     nodes, n_layers = graph.nodes, graph.metadata["n_layers"]
     features, errors = nodes.mask(NodeKind.FEATURE), nodes.mask(NodeKind.ERROR)
     ranked = np.sort(influence[features])[::-1]
@@ -182,7 +182,7 @@ def _features(graph: GraphData, influence: np.ndarray) -> dict[str, float]:
     }
 
 
-def _inputs(graph: GraphData, influence: np.ndarray) -> dict[str, float]:
+def _inputs(graph: GraphData, influence: np.ndarray) -> dict[str, int | float]:
     inputs = graph.nodes.mask(NodeKind.TOKEN, NodeKind.POSITION)
     of_position = np.bincount(graph.nodes.position[inputs], influence[inputs], minlength=len(graph.metadata["tokens"]))
     total = of_position.sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,24 +59,22 @@ def write_statistics(files: GraphFiles, out: Path | None = None) -> dict[str, An
         ValueError: a file that is no graph, of another model or crosscoder than the first, or that cannot be written.
     """
     from circuits.explain.statistics import columns, graph_statistics
-    from circuits.explain.statistics_file import Summary, row_writer, write_all
+    from circuits.explain.statistics_file import Summary, row_writer
 
     [n_layers] = {facts["n_layers"] for _, facts in files.metadata()}
     named = columns(n_layers)
-    summary = Summary(list(named))
+    summary, write = Summary(list(named)), None
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(files), desc="statistics", unit="graph", disable=None))
-
-        def rows() -> Iterator[dict[str, Any]]:
-            for file, graph in files.graphs():
-                yield graph_statistics(graph, name=file.name)
-                bar.update()
-
-        writers: list[Any] = [summary]
         if out is not None:
             scratch = stack.enter_context(atomic_file(out))
-            writers.append(stack.enter_context(row_writer(scratch, named, suffix=out.suffix)))
-        write_all(rows(), writers)
+            write = stack.enter_context(row_writer(scratch, named, suffix=out.suffix))
+        for file, graph in files.graphs():
+            row = graph_statistics(graph, name=file.name)
+            summary.add(row)
+            if write is not None:
+                write(row)
+            bar.update()
     return {
         "graphs": len(files),
         "without_graph": list(files.without),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,15 +14,8 @@ from circuits.explain.moments import MomentsOfMany
 from circuits.explain.statistics import TEXTS
 
 Row = Mapping[str, Any]
-_ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 1000
 """Rows of a group of a Parquet file, which are kept until it is written."""
-
-
-class RowWriter(Protocol):
-    """Takes rows one after the other."""
-
-    def write(self, row: Row) -> None:
-        """Take a row."""
 
 
 class Summary:
@@ -32,7 +25,7 @@ class Summary:
         self._names, self._moments = names, MomentsOfMany(1)
         self._least, self._most = np.full(len(names), np.inf), np.full(len(names), -np.inf)
 
-    def write(self, row: Row) -> None:
+    def add(self, row: Row) -> None:
         """Take a row."""
         values = np.array([row[name] for name in self._names], dtype=np.float64)
         known = np.flatnonzero(~np.isnan(values))
@@ -54,32 +47,6 @@ class Summary:
         }
 
 
-class _Csv:
-    def __init__(self, file: Any, names: Sequence[str]) -> None:
-        self._writer = csv.writer(file, lineterminator="\n")
-        self._writer.writerow(names)
-
-    def write(self, row: Row) -> None:
-        self._writer.writerow("" if value != value else value for value in row.values())  # NaN is an empty cell
-
-
-class _Parquet:
-    def __init__(self, file: Any, schema: Any) -> None:
-        self._file, self._schema, self._rows = file, schema, list[Row]()
-
-    def write(self, row: Row) -> None:
-        self._rows.append({name: None if value != value else value for name, value in row.items()})
-        if len(self._rows) == _ROWS_AT_ONCE:
-            self.flush()
-
-    def flush(self) -> None:
-        import pyarrow
-
-        if self._rows:
-            self._file.write_table(pyarrow.Table.from_pylist(self._rows, schema=self._schema))
-        self._rows = []
-
-
 def check_suffix(path: Path) -> None:
     """Refuse a file that is neither CSV nor Parquet, and Parquet where it cannot be written.
 
@@ -96,12 +63,21 @@ def check_suffix(path: Path) -> None:
 
 
 @contextmanager
-def row_writer(path: Path, columns: Mapping[str, tuple[str, str]], *, suffix: str) -> Iterator[RowWriter]:
-    """A writer of rows of the columns of `TEXTS` and these (unit and text of each), by the suffix."""
-    if suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            yield _Csv(file, [*TEXTS, *columns])
+def row_writer(path: Path, columns: Mapping[str, tuple[str, str]], *, suffix: str) -> Iterator[Callable[[Row], None]]:
+    """Writes rows of the columns of `TEXTS` and these (unit and text of each), as CSV or Parquet by the suffix."""
+    if suffix == ".parquet":
+        with _parquet_writer(path, columns) as write:
+            yield write
         return
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*TEXTS, *columns])
+        # NaN, which does not equal itself, is an empty cell.
+        yield lambda row: writer.writerow("" if value != value else value for value in row.values())
+
+
+@contextmanager
+def _parquet_writer(path: Path, columns: Mapping[str, tuple[str, str]]) -> Iterator[Callable[[Row], None]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -109,15 +85,18 @@ def row_writer(path: Path, columns: Mapping[str, tuple[str, str]], *, suffix: st
     for name, (unit, text) in columns.items():
         kind = pyarrow.int64() if unit == "count" else pyarrow.float64()
         fields.append(pyarrow.field(name, kind, metadata={"unit": unit, "description": text}))
-    schema = pyarrow.schema(fields)
+    schema, waiting = pyarrow.schema(fields), list[Row]()
     with parquet.ParquetWriter(path, schema) as file:
-        writer = _Parquet(file, schema)
-        yield writer
-        writer.flush()
 
+        def write(row: Row) -> None:
+            waiting.append({name: None if value != value else value for name, value in row.items()})
+            if len(waiting) == ROWS_AT_ONCE:
+                flush()
 
-def write_all(rows: Iterable[Row], writers: Sequence[RowWriter]) -> None:
-    """Give every row to every writer."""
-    for row in rows:
-        for writer in writers:
-            writer.write(row)
+        def flush() -> None:
+            if waiting:
+                file.write_table(pyarrow.Table.from_pylist(waiting, schema=schema))
+            waiting.clear()
+
+        yield write
+        flush()
