@@ -1,26 +1,30 @@
 """Which features are read as one: those that do the same, found by complete linkage and a loss that sets the number of groups.
 
 What a feature does is told by its profiles: what flows into it from every node, what flows out of it into every node (edge
-influences with the signs of their weights) and, where it is given, where it fires (its activations on probe prompts). Each
-is scaled to length 1; two features are as alike as the kind of profile in which they are least alike (its cosine).
+influences with the signs of their weights), and where it fires (activations on probe prompts) if that is given. Two features
+are as alike as the kind of profile in which they are least alike, by cosine. Labels are evidence besides: features whose labels
+begin with the same name are half as far apart, and features whose labels name different things are not joined.
 
-Loss. A reader who knows a group expects of each member what the others do: their mean profile, weighted by influence.
+Loss. A reader is told the features one by one, a group in order of influence I. The first member must be told in full. Of every
+further one it is expected to do what those before it do, on average; only the difference must be told:
 
-    e_i = max over kinds of |profile_i - mean of the other members' profiles|^2        1 for a feature on its own
-    L   = sum_i I_i e_i / sum_i I_i                                                     I: influence
+    L = sum_i I_i e_i / sum_i I_i
+    e_i = 1                                                               for the first member of a group
+    e_i = max over kinds of |profile_i - mean of those before|^2          for others; profiles have length 1
 
-L is the share of the features' influence whose course is still to be told when the groups are known: a feature on its own is to
-be told in full, a member as far as it differs from the others. Two features are joined if this says more than telling both
-apart (a cosine above 1/2), whatever their number. Of all partitions that cut the tree of complete linkage the one of the least
-L is found exactly, from the leaves upwards.
+So L is the share of the features' influence that is still to be told by a reader of the groups, who pays for every group (its
+strongest member in full) and for every difference inside one. A feature joins a group if that says more of it than nothing: for
+two of them, if their cosine is above 1/2. Of all partitions that cut the tree of complete linkage the one of the least L is
+found exactly, from the leaves upwards.
 
-Then profiles are taken over groups instead of nodes, and the features are grouped again, until their number stays.
+Then profiles are taken over groups instead of nodes and the features are grouped again, until their number stays: features that
+act on different members of one group do the same.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +33,7 @@ from circuits.graph.edges import GraphData
 from circuits.graph.feature_labels import HINT, label_facts, split_heading
 from circuits.graph.groups import Grouping, distinct_names
 from circuits.graph.influence import edge_influence, node_influence
-from circuits.graph.nodes import NodeKind
+from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.outputs import group_name, output_groups
 from circuits.graph.text import printable, short_name, shorten
 from replacement.number_checks import whole_number
@@ -37,7 +41,7 @@ from replacement.token_texts import SPACE
 
 ROUNDS = 10
 """Rounds of grouping at most; each has fewer groups than the one before."""
-DIGITS = 9
+DIGITS = 5
 """Decimals of cosines that count, so that the order of a sum decides nothing."""
 LONGEST_NAME = 40
 
@@ -65,9 +69,8 @@ def group(
         coordinate[members] = members[0]
     parts = [[node] for node in features.tolist()]
     for _ in range(ROUNDS if len(features) else 0):
-        evidence = _evidence(graph, features, coordinate, signatures)
-        alike = _alike(evidence, nodes.position[features], neighbours)
-        chosen = _least_loss(evidence, alike, np.maximum(influence[features], 1e-12))
+        evidence = _evidence(graph, features, coordinate, neighbours, signatures)
+        chosen = _least_loss(evidence, _alike(evidence), np.maximum(influence[features], 1e-12))
         found = [features[numbers].tolist() for numbers in chosen]
         settled = len(found) == len(parts)
         parts = found
@@ -123,58 +126,97 @@ def _canonical_order(graph: GraphData, features: np.ndarray, influence: np.ndarr
 
 @dataclass(frozen=True)
 class _Evidence:
-    """Cosines of F features, by kind of profile: float32[F, F] and, of each feature, whether its profile is known."""
+    """What F features, ordered by position, have in common."""
 
     cosines: list[np.ndarray]
+    """float32[F, F] for each kind of profile; 0 between features too far apart."""
     known: list[np.ndarray]
-    heading: np.ndarray
-    """int64[F], a number for every name that labels begin with; -1 where there is none."""
+    """bool[F] for each, the features with a profile."""
+    same_name: np.ndarray
+    """bool[F, F], whether labels begin with the same name."""
+    against: np.ndarray
+    """bool[F, F], whether features are too far apart, or their labels speak of different things."""
 
 
 def _evidence(
-    graph: GraphData, features: np.ndarray, coordinate: np.ndarray, signatures: np.ndarray | None
+    graph: GraphData,
+    features: np.ndarray,
+    coordinate: np.ndarray,
+    neighbours: int | None,
+    signatures: np.ndarray | None,
 ) -> _Evidence:
-    edges, n_nodes = graph.edges, len(graph.nodes)
-    row = np.full(n_nodes, -1)
+    edges, position = graph.edges, graph.nodes.position[features]
+    row = np.full(len(graph.nodes), -1)
     row[features] = np.arange(len(features))
-    _, column = np.unique(coordinate, return_inverse=True)
     signed, target = edge_influence(graph) * np.sign(edges.weight), edges.target
     profiles = [
-        _profiles(row[target], column[edges.source], edges.weight, len(features)),
-        _profiles(row[edges.source], column[target], signed, len(features)),
+        _profiles(row[target], coordinate[edges.source], edges.weight, len(features)),
+        _profiles(row[edges.source], coordinate[target], signed, len(features)),
     ]
     if signatures is not None:
-        profiles.append(np.asarray(signatures, dtype=np.float64)[features])
-    cosines, known = [], []
-    for profile in profiles:
-        length = np.linalg.norm(profile, axis=1, keepdims=True)
-        unit = np.divide(profile, length, out=np.zeros_like(profile), where=length > 0)
-        cosines.append(np.round(unit @ unit.T, DIGITS))
-        known.append(length[:, 0] > 0)
-    names = [split_heading(printable(graph.nodes.label[node]))[0] for node in features.tolist()]
-    numbers = {name: number for number, name in enumerate(sorted(set(filter(None, names))))}
-    return _Evidence(cosines, known, np.array([numbers.get(name, -1) for name in names]))
+        fires = signatures[features].astype(np.float64)
+        profiles.append((fires - fires.mean(1, keepdims=True)).astype(np.float32))
+    last = len(position) if neighbours is None else neighbours
+    cosines = [_cosines(profile, position, last) for profile in profiles]
+    if signatures is not None:
+        # What fires together on the same inputs is one variable, also if a part of it takes back what another part writes.
+        np.abs(cosines[1], out=cosines[1])
+    same_name, against = _label_evidence(graph, features)
+    if neighbours is not None:
+        against |= np.abs(position[:, None] - position) > neighbours
+    return _Evidence(cosines, [np.any(profile, axis=1) for profile in profiles], same_name, against)
 
 
 def _profiles(row: np.ndarray, column: np.ndarray, weight: np.ndarray, n_rows: int) -> np.ndarray:
-    """float64[F, columns in use], sums of the weights of edges by row and column; a row of -1 is left out."""
+    """float32[F, columns in use], signed square roots of sums of weights by row and column; a row of -1 is left out.
+
+    The cosine of square roots is the overlap of two distributions (Bhattacharyya's), which one strong edge does not decide.
+    """
     chosen = row >= 0
-    used, place = np.unique(column[chosen], return_inverse=True)
-    cells = np.bincount(row[chosen] * len(used) + place, weight[chosen], minlength=n_rows * len(used))
-    return cells.reshape(n_rows, len(used))
+    row, column = row[chosen], column[chosen]
+    used = np.bincount(column) > 0
+    cells = np.bincount(row * used.sum() + (np.cumsum(used) - 1)[column], weight[chosen], minlength=n_rows * used.sum())
+    roots = cells.astype(np.float32)
+    np.sqrt(np.abs(roots, out=roots), out=roots)
+    return np.copysign(roots, cells, out=roots).reshape(n_rows, used.sum())
 
 
-def _alike(evidence: _Evidence, position: np.ndarray, neighbours: int | None) -> np.ndarray:
-    """float64[F, F], how alike features are: -1 where they may not be joined."""
-    alike = np.full((len(position), len(position)), np.inf)
+def _cosines(profile: np.ndarray, position: np.ndarray, last: int) -> np.ndarray:
+    """float32[F, F], cosines of profiles at positions at most `last` apart; positions rise."""
+    length = np.linalg.norm(profile, axis=1, keepdims=True)
+    unit = np.divide(profile, length, out=np.zeros_like(profile), where=length > 0)
+    cosine = np.zeros((len(unit), len(unit)), dtype=np.float32)
+    for place in np.unique(position).tolist():
+        begin, end, reached = np.searchsorted(position, [place, place + 1, place + last + 1]).tolist()
+        block = np.round(unit[begin:end] @ unit[begin:reached].T, DIGITS)
+        cosine[begin:end, begin:reached], cosine[begin:reached, begin:end] = block, block.T
+    return cosine
+
+
+def _label_evidence(graph: GraphData, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether two features have labels that begin with the same name, and whether one of them has a label that begins with a
+    name which the other's label does not hold; guesses are no labels. bool[F, F] each."""
+    labels = [_whole_label(graph, node) for node in features.tolist()]
+    names = np.array([split_heading(label)[0] for label in labels])
+    heading, number = np.unique(names, return_inverse=True)
+    is_label = np.array([bool(label) and not label.startswith(HINT) for label in labels])
+    lacks = is_label & ~np.array([[name in label for label in labels] for name in heading.tolist()])
+    against = is_label[:, None] & lacks[number]
+    return (number[:, None] == number) & (names != ""), against | against.T
+
+
+def _whole_label(graph: GraphData, node: int) -> str:
+    return str(label_facts(graph, node).get("text", graph.nodes.label[node])).strip()
+
+
+def _alike(evidence: _Evidence) -> np.ndarray:
+    """float32[F, F], how alike features are: -1 where they may not be joined."""
+    alike = np.full(evidence.against.shape, np.inf, dtype=np.float32)
     for cosine, known in zip(evidence.cosines, evidence.known, strict=True):
-        np.minimum(alike, np.where(known[:, None] & known, cosine, np.inf), out=alike)
+        np.minimum(alike, cosine, out=alike, where=known[:, None] & known)
     alike[np.isinf(alike)] = 0.0
-    heading = evidence.heading
-    both = (heading[:, None] >= 0) & (heading >= 0)
-    alike = np.where(both, (alike + (heading[:, None] == heading)) / 2, alike)
-    if neighbours is not None:
-        alike[np.abs(position[:, None] - position) > neighbours] = -1.0
+    alike[evidence.same_name] = (alike[evidence.same_name] + 1) / 2
+    alike[evidence.against] = -1.0
     return alike
 
 
@@ -183,7 +225,6 @@ def _merges(alike: np.ndarray) -> Iterator[tuple[int, int]]:
 
     No clusters are joined that hold features with nothing in common.
     """
-    alike = alike.copy()
     np.fill_diagonal(alike, -1.0)
     active, chain = np.ones(len(alike), dtype=bool), list[int]()
     while active.any():
@@ -226,28 +267,25 @@ def _least_loss(evidence: _Evidence, alike: np.ndarray, weight: np.ndarray) -> l
 
 def _loss(evidence: _Evidence, members: np.ndarray, weight: np.ndarray) -> float:
     """Sum over the members of influence x e."""
+    members = members[np.lexsort((members, -weight[members]))]
     w = weight[members]
     worst = np.full(len(members), -np.inf)
     for cosine, known in zip(evidence.cosines, evidence.known, strict=True):
-        np.maximum(worst, _left_out(cosine[np.ix_(members, members)], known[members], w), out=worst)
+        np.maximum(worst, _untold(cosine[np.ix_(members, members)], np.where(known[members], w, 0.0)), out=worst)
     worst[np.isinf(worst)] = 1.0
-    heading = evidence.heading[members]
-    same = (heading[:, None] == heading).astype(np.float64)
-    named = _left_out(same, heading >= 0, w)
-    return float(w @ np.where(np.isinf(named), worst, (worst + named) / 2))
+    named_before = np.tril(evidence.same_name[np.ix_(members, members)], -1).any(1)
+    return float(w @ np.where(named_before, worst / 2, worst))
 
 
-def _left_out(cosine: np.ndarray, known: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """float64[m], |profile - mean of the others'|^2 of every member; -inf where it or all others are unknown."""
-    w = np.where(known, weight, 0.0)
-    total = w.sum() - w  # of the others
-    with_all = cosine @ w
-    own = w * np.where(known, 1.0, 0.0)
-    product = with_all - own  # profile . sum of the others
-    square = w @ with_all - 2 * w * with_all + w * own
+def _untold(cosine: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """float64[m], |profile - mean of those before|^2 of every member; -inf where it or all before are unknown (weight 0)."""
+    product = np.tril(cosine * weight, -1).sum(1)  # profile . sum of those before
+    total = np.cumsum(weight) - weight
+    steps = 2 * weight * product + weight**2
+    square = np.cumsum(steps) - steps
     with np.errstate(divide="ignore", invalid="ignore"):
         error = 1.0 - 2 * product / total + square / total**2
-    return np.where(known & (total > 0), error, -np.inf)
+    return np.where((weight > 0) & (total > 0), error, -np.inf)
 
 
 def _capped(parts: list[list[int]], influence: np.ndarray, max_groups: int | None) -> list[list[int]]:
@@ -260,54 +298,76 @@ def _capped(parts: list[list[int]], influence: np.ndarray, max_groups: int | Non
 
 
 def _named(graph: GraphData, parts: Sequence[Sequence[int]], influence: np.ndarray) -> Grouping:
-    nodes, ids = graph.nodes, graph.nodes.ids()
-    groups, further = [], []
-    for members in sorted(parts, key=lambda members: (nodes.kind[members[0]], nodes.position[members[0]], members[0])):
-        ordered = sorted(members, key=lambda node: (-influence[node], node))
-        kind = NodeKind(int(nodes.kind[ordered[0]]))
-        name, f1 = _name(graph, kind, ordered, influence)
-        groups.append((name, tuple(sorted(members)), kind, f1))
-        further.append((f"@{nodes.position[ordered[0]]}", f"({ids[ordered[0]]})"))
-    names = distinct_names([name for name, *_ in groups], further)
-    return Grouping.build(graph, names, [members for _, members, *_ in groups], [f1 for *_, f1 in groups])
+    nodes = graph.nodes
+    parts = sorted(parts, key=lambda members: (nodes.kind[members[0]], nodes.position[members[0]], members[0]))
+    outputs = _raised_outputs(graph)
+    names, further, scores = [], [], []
+    for members in parts:
+        first, *rest = sorted(members, key=lambda node: (-influence[node], node))
+        is_feature = nodes.kind[first] == NodeKind.FEATURE
+        name, f1 = (
+            _features_name(graph, [first, *rest], outputs, influence) if is_feature else (_name(nodes, members), None)
+        )
+        names.append(name)
+        scores.append(f1)
+        place = f"@{nodes.position[first]}"
+        further.append([place, f"({nodes.layer[first]}/{nodes.index[first]})"] if is_feature else [place])
+    return Grouping.build(graph, distinct_names(names, further), parts, scores)
 
 
-def _name(graph: GraphData, kind: NodeKind, ordered: list[int], influence: np.ndarray) -> tuple[str, float | None]:
-    """Name of a group, and the mean F1 of the labels that gave it, weighted by influence.
+def _name(nodes: NodeTable, members: Sequence[int]) -> str:
+    """Name of a group of tokens, errors or outputs."""
+    first = members[0]
+    if nodes.kind[first] == NodeKind.ERROR:
+        return "errors"
+    if len(members) > 1 and nodes.kind[first] == NodeKind.LOGIT:
+        return group_name(nodes, sorted(members, key=lambda node: (-nodes.output_weight[node], node)))
+    text = short_name(nodes, first)
+    return text.strip(SPACE) or text
+
+
+def _features_name(
+    graph: GraphData, ordered: Sequence[int], outputs: dict[int, set[str]], influence: np.ndarray
+) -> tuple[str, float | None]:
+    """Name of the most influential member, and how many members have another name; the mean F1 of the labels of that name.
 
     Args:
         ordered: the members, the most influential first.
+        outputs: see `_raised_outputs`.
     """
-    nodes = graph.nodes
-    if kind is NodeKind.ERROR:
-        return "errors", None
-    if kind is NodeKind.LOGIT and len(ordered) > 1:
-        return group_name(nodes, ordered), None
-    if kind is not NodeKind.FEATURE:
-        token = next((node for node in ordered if nodes.kind[node] != NodeKind.POSITION), ordered[0])
-        text = short_name(nodes, token)
-        return text.strip(SPACE) or text, None
-    names = [feature_name(graph, node) for node in ordered]
+    names = [feature_name(graph, node, outputs.get(node, set())) for node in ordered]
     same = [node for node, name in zip(ordered, names, strict=True) if name == names[0]]
-    scores = {node: label_facts(graph, node).get("f1") for node in same}
-    scored = [node for node in same if scores[node] is not None]
-    total = influence[scored].sum()
-    f1 = float(sum(influence[node] * scores[node] for node in scored) / total) if total > 0 else None
+    scores = {node: facts["f1"] for node in same if "f1" in (facts := label_facts(graph, node))}
+    total = sum(influence[node] for node in scores)
+    f1 = float(sum(influence[node] * score for node, score in scores.items()) / total) if total > 0 else None
     more = len(ordered) - len(same)
     return names[0] + (f" and {more} more" if more else ""), f1
 
 
-def feature_name(graph: GraphData, node: int) -> str:
-    """A feature's name from its label: `Texas` of `Texas: El Paso | Houston`, `say Austin` of one that promotes Austin, else
-    the label; `2/345` where it has none."""
-    nodes = graph.nodes
-    label = printable(nodes.label[node]).strip()
+def _raised_outputs(graph: GraphData) -> dict[int, set[str]]:
+    """Node -> texts of the outputs that it raises directly."""
+    raised: dict[int, set[str]] = defaultdict(set)
+    logits = np.flatnonzero(graph.nodes.mask(NodeKind.LOGIT))
+    for block in graph.edges.row_blocks(logits):
+        target = np.repeat(block.node, block.counts)
+        for node, output in zip(
+            block.source[block.weight > 0].tolist(), target[block.weight > 0].tolist(), strict=True
+        ):
+            raised[node].add(short_name(graph.nodes, output).strip(SPACE))
+    return raised
+
+
+def feature_name(graph: GraphData, node: int, outputs: Collection[str] = ()) -> str:
+    """A feature's name from its label.
+
+    `Texas` of `Texas: El Paso | Houston`; `say Austin` of one that promotes Austin, if that is one of `outputs`, the texts of
+    outputs that it raises; else what it fires on, shortened; `2/345` where it has no label. A guess keeps its mark, `~`.
+    """
+    nodes, label = graph.nodes, printable(graph.nodes.label[node]).strip()
     if not label:
         return f"{nodes.layer[node]}/{nodes.index[node]}"
-    heading, _ = split_heading(label)
-    if heading:
+    if heading := split_heading(label)[0]:
         return heading
-    fires, arrow, promoted = label.rpartition(" → ")
-    if arrow and not label.startswith(HINT):
-        return f"say {promoted}"
-    return shorten(fires or promoted, LONGEST_NAME)
+    fires, _, promoted = label.rpartition(" → ")
+    token = promoted.split(", ")[0] if label.startswith(HINT) else promoted
+    return f"say {token}" if fires and token in outputs else shorten(fires or promoted, LONGEST_NAME)
