@@ -111,7 +111,7 @@ def _fixed_groups(graph: GraphData) -> list[list[int]]:
 def _canonical_order(graph: GraphData, features: np.ndarray, influence: np.ndarray) -> np.ndarray:
     """An order that does not depend on numbers of features: of features that are equally alike, the first are joined first."""
     nodes = graph.nodes
-    exact = np.array([float(f"{value:.9e}") for value in influence[features]])
+    exact = np.array([_rounded(value) for value in influence[features]])
     label = np.array([nodes.label[node] for node in features.tolist()])
     keys = (
         nodes.activation[features],
@@ -289,17 +289,23 @@ def _untold(cosine: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _capped(parts: list[list[int]], influence: np.ndarray, max_groups: int | None) -> list[list[int]]:
-    """The groups, the most influential first; of more than `max_groups`, the least influential are put together."""
-    parts = sorted((sorted(members) for members in parts), key=lambda members: (-influence[members].sum(), members))
+    """The groups; of more than `max_groups` the least influential are put together, and those that are as influential."""
     if max_groups is None or len(parts) <= max_groups:
         return parts
-    rest = sorted(node for members in parts[max_groups - 1 :] for node in members)
-    return [*parts[: max_groups - 1], rest]
+    strength = [_rounded(influence[members].sum()) for members in parts]
+    most = sorted(strength)[-max_groups]
+    kept = [members for members, size in zip(parts, strength, strict=True) if size > most]
+    return [*kept, [node for members, size in zip(parts, strength, strict=True) if size <= most for node in members]]
+
+
+def _rounded(value: float) -> float:
+    """To the digits that do not depend on the order of a sum."""
+    return float(f"{value:.9e}")
 
 
 def _named(graph: GraphData, parts: Sequence[Sequence[int]], influence: np.ndarray) -> Grouping:
     nodes = graph.nodes
-    parts = sorted(parts, key=lambda members: (nodes.kind[members[0]], nodes.position[members[0]], members[0]))
+    parts = sorted(map(sorted, parts), key=lambda part: (nodes.kind[part[0]], nodes.position[part[0]], part[0]))
     outputs = _raised_outputs(graph)
     names, further, scores = [], [], []
     for members in parts:
