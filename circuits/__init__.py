@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from circuits.attribution.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.attribution.trace import trace
     from circuits.explain.story import explain_graph
+    from circuits.explain.global_circuits import GlobalCircuits
+    from circuits.explain.global_pass import global_circuits
     from circuits.graph.circuit_graph import CircuitGraph
     from circuits.graph.nodes import NodeKind, NodeTable
     from circuits.graph.scores import Scores
@@ -33,6 +35,7 @@ __all__ = [
     "DifferenceTarget",
     "Estimate",
     "FeatureTarget",
+    "GlobalCircuits",
     "HeadView",
     "NodeKind",
     "NodeTable",
@@ -44,6 +47,7 @@ __all__ = [
     "TraceOptions",
     "attribute_score",
     "explain_graph",
+    "global_circuits",
     "head_view",
     "plot_heads",
     "read_prompts",
@@ -61,6 +65,7 @@ _LAZY = {
     "DifferenceTarget": "circuits.attribution.targets",
     "Estimate": "circuits.attribution.estimate",
     "FeatureTarget": "circuits.attribution.targets",
+    "GlobalCircuits": "circuits.explain.global_circuits",
     "HeadView": "circuits.heads.feature_heads",
     "NodeKind": "circuits.graph.nodes",
     "NodeTable": "circuits.graph.nodes",
@@ -72,6 +77,7 @@ _LAZY = {
     "TraceOptions": "circuits.trace_options",
     "attribute_score": "circuits.heads.qk_attribution",
     "explain_graph": "circuits.explain.story",
+    "global_circuits": "circuits.explain.global_pass",
     "head_view": "circuits.heads.feature_heads",
     "plot_heads": "circuits.heads.heat_map",
     "read_prompts": "circuits.many_prompts",

@@ -15,6 +15,7 @@ import typer
 from circuits.explain.command import explain as explain_command
 from circuits.explain.compare_command import compare as compare_command
 from circuits.explain.statistics_command import statistics as statistics_command
+from circuits.explain.global_command import global_ as global_command
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.exporters import exporter, file_formats
 from circuits.graph.pruning import check_threshold
@@ -116,6 +117,7 @@ app.command("validate")(validate_command)
 app.command("explain")(explain_command)
 app.command("compare")(compare_command)
 app.command("statistics")(statistics_command)
+app.command("global")(global_command)
 app.command("serve")(serve_command)
 
 

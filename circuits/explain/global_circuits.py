@@ -19,6 +19,8 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.influence import edge_influence
 from circuits.graph.nodes import NodeKind
 
+NEIGHBOURS, MEMORY = 64, "2GB"
+"""Edges kept into each feature, and most memory for the table of pairs, where nothing else is asked for."""
 OF_FEATURES = ("firings", "pre_activation", "inflow", "tokens", "errors", "bias", "error", "omitted")
 OF_EDGES = ("direct", "attention", "together", "reach")
 
@@ -84,6 +86,11 @@ class GlobalCircuits:
     def share(self) -> np.ndarray:
         """float64[E], the same as a signed share of the target's mean inflow."""
         return self.effect * (self.features["firings"] / np.maximum(self.features["inflow"], 1e-30))[self.target]
+
+    @property
+    def largest_error(self) -> float:
+        """The most that an edge may be off because pairs were forgotten, as a share of its target's mean inflow; 0 if exact."""
+        return float((self.features["error"] / np.maximum(self.features["inflow"], 1e-30)).max(initial=0.0))
 
     def upstream(self, feature: str, *, top: int = 10) -> list[Neighbour]:
         """What drives a feature: the sources of the largest effects on it, largest first.

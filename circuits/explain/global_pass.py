@@ -19,7 +19,7 @@ from circuits.attribution.limits import memory_bytes
 from circuits.attribution.metadata import crosscoder_fingerprint
 from circuits.attribution.targets import check_model
 from circuits.explain.feature_numbers import FeatureNumbers
-from circuits.explain.global_circuits import OF_EDGES, GlobalCircuits
+from circuits.explain.global_circuits import MEMORY, NEIGHBOURS, OF_EDGES, GlobalCircuits
 from circuits.explain.global_edges import PromptEdges
 from circuits.explain.pair_sums import BYTES_PER_PAIR, PairSums
 from replacement import ReplacementModel
@@ -30,9 +30,6 @@ from replacement.memory import size_text
 from replacement.number_checks import whole_number
 
 PATHS = ("all", "direct")
-NEIGHBOURS = 64
-"""Edges kept into each feature."""
-MEMORY = "2GB"
 SAVE_EVERY_S = 60.0
 """Seconds between two savings of a pass that can be resumed."""
 _SUMMED = ("firings", "pre_activation", "inflow", "tokens", "errors", "bias")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-BYTES_PER_PAIR = 100
+BYTES_PER_PAIR = 120
 """Peak memory for every pair of the capacity, while new pairs are merged into the table: key, four sums and their copies."""
 
 
@@ -32,7 +32,7 @@ class PairSums:
         Args:
             n_features: F, of all parts and layers.
             n_sums: C.
-            capacity: most pairs in memory, those not yet merged included.
+            capacity: most pairs in memory, those not yet merged included, as long as half of it holds what is added at once.
         """
         self.n_features, self.capacity = n_features, capacity
         self.key_P = np.zeros(0, np.int64)
@@ -43,12 +43,12 @@ class PairSums:
 
     def add(self, key: np.ndarray, sums_CP: np.ndarray) -> None:
         """Add sums of some pairs; a pair may come again."""
-        self._waiting.append((key, sums_CP))
-        self._n_waiting += len(key)
-        if self._n_waiting + len(self.key_P) > self.capacity:
+        if self._n_waiting + len(self.key_P) + len(key) > self.capacity:
             self.merge()
             if len(self.key_P) > self.capacity // 2:
                 self.keep(self._most_that_fit(self.capacity // 2))
+        self._waiting.append((key, sums_CP))
+        self._n_waiting += len(key)
 
     def merge(self) -> None:
         """Bring everything into the table."""
@@ -56,11 +56,11 @@ class PairSums:
         order = np.argsort(key, kind="stable")
         key = key[order]
         starts = np.flatnonzero(np.diff(key, prepend=-1))
-        columns = (
-            np.concatenate([own, *(sums_CP[column] for _, sums_CP in self._waiting)])[order]
-            for column, own in enumerate(self.sums_CP)
-        )
-        self.sums_CP = np.stack([np.add.reduceat(column, starts) if len(key) else column for column in columns])
+        sums_CP = np.empty((len(self.sums_CP), len(starts)))
+        for column, own in enumerate(self.sums_CP if len(key) else ()):
+            values = np.concatenate([own, *(waiting_CP[column] for _, waiting_CP in self._waiting)])[order]
+            np.add.reduceat(values, starts, out=sums_CP[column])
+        self.sums_CP = sums_CP
         self.key_P = key[starts]
         self._waiting, self._n_waiting = [], 0
 
