@@ -234,5 +234,5 @@ def _label(label: str | None) -> str:
     return shorten(printable(label), _LONGEST_LABEL) if label else "(no clear label)"
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | int | None) -> str:
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
