@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from circuits.attribution.labels import with_labels
     from circuits.attribution.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.attribution.trace import trace
-    from circuits.explain.story import explain_graph
     from circuits.explain.global_circuits import GlobalCircuits
     from circuits.explain.global_pass import global_circuits
+    from circuits.explain.story import explain_graph
     from circuits.graph.circuit_graph import CircuitGraph
     from circuits.graph.nodes import NodeKind, NodeTable
     from circuits.graph.scores import Scores

@@ -14,8 +14,8 @@ import typer
 
 from circuits.explain.command import explain as explain_command
 from circuits.explain.compare_command import compare as compare_command
-from circuits.explain.statistics_command import statistics as statistics_command
 from circuits.explain.global_command import global_ as global_command
+from circuits.explain.statistics_command import statistics as statistics_command
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.exporters import exporter, file_formats
 from circuits.graph.pruning import check_threshold
