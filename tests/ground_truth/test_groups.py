@@ -1,8 +1,8 @@
 """Groups of features are the variables of the program, with one feature for each variable and with several.
 
 Features beyond the reach of rounding are compared: in a rotated model an edge that should be 0 is 1e-8. In `and-or` two inputs
-of one gate that are both on do the same on that prompt, so there only where features fire, on all tokens, can tell them apart; its
-ORs are two neurons, of which one takes back a part of what the other writes.
+of one gate that are both on do the same on that prompt, so there only where features fire, on all tokens, tells them apart;
+its ORs are two neurons, of which one takes back a part of what the other writes.
 """
 
 from __future__ import annotations

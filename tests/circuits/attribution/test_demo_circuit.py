@@ -21,6 +21,7 @@ from circuits.cli import main
 from circuits.graph.conventions import EXACT
 from circuits.trace_options import TraceOptions
 from replacement import Crosscoder, ModelShape, TopK, Wiring, checkpoint
+from replacement.demo.corpus.geography import state_of
 from replacement.demo.families import FAMILIES, JUDGE
 from replacement.demo.feature_families import layer_and_index, read_firings
 from replacement.loading import ARTIFACTS
@@ -34,6 +35,22 @@ PROMPT = "the capital of the state containing Dallas is"
 def model() -> replacement.ReplacementModel:
     """The shipped replacement model."""
     return replacement.load("demo")
+
+
+@pytest.mark.parametrize("city", ["Dallas", "Wasilla", "Tampa", "Baltimore"])
+def test_groups_of_a_two_hop_circuit(model: replacement.ReplacementModel, city: str) -> None:
+    """At most eight groups beside tokens and errors; the most influential one is the state's, as its name and its score say."""
+    circuit = circuits.trace(model, PROMPT.replace("Dallas", city)).prune()
+    grouping, influence = circuit.group(), circuit.influence()
+    groups = [group for group in grouping.groups if group.kind == "features"]
+    assert len(groups) + sum(group.kind == "outputs" for group in grouping.groups) <= 8
+    top = max(groups, key=lambda group: influence[list(group.members)].sum())
+    assert top.name.startswith(state_of(city))
+    assert top.f1 is not None
+    assert top.f1 > 0.8
+    to_answer = [edge for edge in grouping.edges() if grouping.groups[edge.target].kind == "outputs"]
+    assert grouping.groups[to_answer[0].source] == top
+    assert to_answer[0].weight > 0
 
 
 def test_dallas_circuit(model: replacement.ReplacementModel) -> None:
