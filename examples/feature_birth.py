@@ -27,15 +27,8 @@ from many_models import activations_on, held_out, load, train_crosscoder
 from matplotlib import pyplot
 from plot_style import STYLE, save
 from torch import Tensor
-from train_demo import (
-    N_SNAPSHOTS,
-    LanguageModelRun,
-    evaluate,
-    held_out_loss,
-    snapshot_folders,
-    train_language_model,
-)
-from train_demo_files import write_json
+from train_demo import LanguageModelRun, evaluate, held_out_loss, train_language_model
+from train_demo_files import N_SNAPSHOTS, snapshot_folders, write_json
 from transformers import GPT2LMHeadModel
 
 from replacement import Crosscoder

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from train_demo_crosscoder import crosscoder_stage
-from train_demo_files import write_json
+from train_demo_files import N_SNAPSHOTS, snapshot_folders, write_json
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from replacement.demo.accuracy import Accuracy, measure_accuracy
@@ -31,7 +31,6 @@ from replacement.demo.tokenizer import build_tokenizer
 
 ROWS_PER_SEED = 4096  # training rows drawn from one corpus seed before the next one is used
 PROBE_SEED = 0
-N_SNAPSHOTS = 10
 
 
 @dataclass(kw_only=True, slots=True)
@@ -265,23 +264,6 @@ def save_language_model(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFa
         file.chmod(0o644)  # safetensors writes files only their owner may read
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-def snapshot_steps(n_steps: int, n_snapshots: int) -> list[int]:
-    """0, and steps that double up to the last one.
-
-    Raises:
-        ValueError: too few steps.
-    """
-    steps = [0, *(round(n_steps / 2**halvings) for halvings in reversed(range(n_snapshots - 1)))]
-    if len(set(steps)) < n_snapshots:
-        raise ValueError(f"{n_steps} steps are too few for {n_snapshots} snapshots: expected {2 ** (n_snapshots - 2)}")
-    return steps
-
-
-def snapshot_folders(folder: Path, n_steps: int, n_snapshots: int) -> dict[int, Path]:
-    """Where snapshots of a run are kept, by step."""
-    return {step: folder / f"step-{step:06d}" for step in snapshot_steps(n_steps, n_snapshots)}
 
 
 def language_model_stage(

@@ -32,10 +32,10 @@ def small(example: Any) -> Any:
 def test_births_of_features_are_told_and_drawn(
     example: Any, small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, train_demo = example("feature_birth"), example("train_demo")
-    assert train_demo.snapshot_steps(3000, 10) == [0, 12, 23, 47, 94, 188, 375, 750, 1500, 3000]
+    module, files = example("feature_birth"), example("train_demo_files")
+    assert files.snapshot_steps(3000, 10) == [0, 12, 23, 47, 94, 188, 375, 750, 1500, 3000]
     with pytest.raises(ValueError, match="100 steps are too few for 10 snapshots: expected 256"):
-        train_demo.snapshot_steps(100, 10)
+        files.snapshot_steps(100, 10)
     result = module.run_all(small, tmp_path, **SIZES, n_snapshots=4)
     assert [row["step"] for row in result["rows"]] == [0, 2, 4, 8]
     # A feature is alive in a snapshot if it was born by then and has not died.

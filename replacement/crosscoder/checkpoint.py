@@ -12,8 +12,7 @@ from replacement.crosscoder.checks import float_dtype
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats import native
 from replacement.crosscoder.formats.layouts import open_published
-from replacement.crosscoder.sites import ModelShape
-from replacement.crosscoder.wiring import HasShape
+from replacement.crosscoder.sites import HasShape, ModelShape
 from replacement.files import atomic_folder
 
 

@@ -11,8 +11,10 @@ gain and offset, `mlp_in` after them; in a model without such a norm both are th
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import total_ordering
+from typing import Protocol, runtime_checkable
 
 from replacement.number_checks import whole_number
 
@@ -106,6 +108,42 @@ class ModelShape:
         """
         _check_kind(kind)
         return self.n_heads * self.d_head if kind == "attn_z" else self.d_model
+
+
+@runtime_checkable
+class HasShape(Protocol):
+    """Anything with a `.shape` of type `ModelShape`, such as a language model."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model."""
+        ...
+
+
+def layers_of(model: ModelShape | HasShape, layers: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Layers that are named, all by default.
+
+    Raises:
+        ValueError: a layer that the model does not have.
+    """
+    n_layers = shape_of(model).n_layers
+    chosen = range(n_layers) if layers is None else (layers,) if not isinstance(layers, Sequence) else layers
+    for layer in chosen:
+        if layer not in range(n_layers):
+            raise ValueError(f"layer {layer} does not exist: the model has layers 0 to {n_layers - 1}")
+    return tuple(chosen)
+
+
+def shape_of(model: ModelShape | HasShape) -> ModelShape:
+    """The sizes of a model, or these sizes themselves.
+
+    Raises:
+        ValueError: neither.
+    """
+    shape = model if isinstance(model, ModelShape) else getattr(model, "shape", None)
+    if not isinstance(shape, ModelShape):
+        raise ValueError(f"expected a ModelShape or an object whose .shape is one, got {type(model).__name__}")
+    return shape
 
 
 def _check_kind(kind: str) -> None:

@@ -22,24 +22,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.sites import HasShape, ModelShape, Site, layers_of, shape_of
 from replacement.number_checks import whole_number
 
 MLP_READS = ("resid_mid", "resid_pre", "mlp_in", "mlp_normalized")
 WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention")
 """Families with one group for every layer of the model."""
-
-
-@runtime_checkable
-class HasShape(Protocol):
-    """Anything with a `.shape` of type `ModelShape`, such as a language model."""
-
-    @property
-    def shape(self) -> ModelShape:
-        """Sizes of the model."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +145,7 @@ class Wiring:
             ValueError: another vector width, a layer the model lacks, layers left out by a family that covers the whole
                 depth, or `resid_mid` in a parallel model.
         """
-        shape = _shape_of(model)
+        shape = shape_of(model)
         sites = [site for site in (*self.read_sites, *self.write_sites) if site.model == number]
         for kind, width in sorted({(site.kind, self.width(site)) for site in sites}):
             if width != shape.width(kind):
@@ -241,7 +231,7 @@ class Wiring:
         cls, model: ModelShape | HasShape, *, site: str = "resid_post", layers: Sequence[int] | None = None
     ) -> Wiring:
         """An acausal crosscoder: one group reads and writes a site at all layers (or the layers named)."""
-        sites = tuple(Site(layer, site) for layer in _layers_of(model, layers))
+        sites = tuple(Site(layer, site) for layer in layers_of(model, layers))
         return _wire("acausal", (model,), (sites,), (sites,))
 
     @classmethod
@@ -264,7 +254,7 @@ class Wiring:
             raise ValueError(f"expected one layer, or one for each of {len(shapes)} models; got {list(layers)}")
         if len(shapes) < 2:
             raise ValueError(f"model diffing needs two models or more, got {len(shapes)}")
-        chosen = [_layers_of(model, number)[0] for model, number in zip(shapes, layers, strict=True)]
+        chosen = [layers_of(model, number)[0] for model, number in zip(shapes, layers, strict=True)]
         sites = tuple(Site(number, site, model) for model, number in enumerate(chosen))
         return _wire("model_diffing", shapes, (sites,), (sites,))
 
@@ -279,9 +269,9 @@ def _by_layer(
     writes_above: bool = False,
 ) -> Wiring:
     """One group for each layer, which reads a site there and writes one there or, with `writes_above`, from there on."""
-    chosen = _layers_of(model, layers)
+    chosen = layers_of(model, layers)
     reads = tuple((Site(layer, read),) for layer in chosen)
-    last = _shape_of(model).n_layers if writes_above else 0
+    last = shape_of(model).n_layers if writes_above else 0
     writes = tuple(tuple(Site(layer, write) for layer in range(first, max(last, first + 1))) for first in chosen)
     return _wire(name, (model,), reads, writes)
 
@@ -294,7 +284,7 @@ def _wire(
 ) -> Wiring:
     widths: dict[str, int] = {}
     for site in sorted({*itertools.chain(*reads, *writes)}, key=lambda site: (site.model, site.kind)):
-        shape = _shape_of(models[site.model])
+        shape = shape_of(models[site.model])
         if shape.parallel and site.kind == "resid_mid":
             raise ValueError("a model with parallel attention has no resid_mid: use resid_pre or mlp_in")
         width = shape.width(site.kind)
@@ -310,23 +300,7 @@ def _in_model(site: Site) -> str:
 
 def _mlp_read(model: ModelShape | HasShape, read: str | None) -> str:
     if read is None:
-        return "resid_pre" if _shape_of(model).parallel else "resid_mid"
+        return "resid_pre" if shape_of(model).parallel else "resid_mid"
     if read not in MLP_READS:
         raise ValueError(f"a transcoder reads one of {', '.join(MLP_READS)}; got {read!r:.50}")
     return read
-
-
-def _layers_of(model: ModelShape | HasShape, layers: int | Sequence[int] | None) -> tuple[int, ...]:
-    n_layers = _shape_of(model).n_layers
-    chosen = range(n_layers) if layers is None else (layers,) if not isinstance(layers, Sequence) else layers
-    for layer in chosen:
-        if layer not in range(n_layers):
-            raise ValueError(f"layer {layer} does not exist: the model has layers 0 to {n_layers - 1}")
-    return tuple(chosen)
-
-
-def _shape_of(model: ModelShape | HasShape) -> ModelShape:
-    shape = model if isinstance(model, ModelShape) else getattr(model, "shape", None)
-    if not isinstance(shape, ModelShape):
-        raise ValueError(f"expected a ModelShape or an object whose .shape is one, got {type(model).__name__}")
-    return shape

@@ -123,16 +123,23 @@ class TextReader:
         return list(zip(encoding["input_ids"], offsets, strict=True))
 
 
-def same_tokenizer(first: LanguageModel, second: LanguageModel) -> bool:
-    """Whether two models read every text as the same token ids, or have no tokenizers and equally many ids."""
-    if first.tokenizer is None or second.tokenizer is None:
-        return first.tokenizer is second.tokenizer and first.vocabulary_size == second.vocabulary_size
-    return _how_it_reads(first.tokenizer) == _how_it_reads(second.tokenizer)
+def tokenizer_numbers(models: Iterable[LanguageModel]) -> tuple[int, ...]:
+    """Which tokenizer each model reads text with, counted from 0 as they appear.
+
+    One that reads every text as the same token ids is the same; models without any share none, but equally many token ids.
+    """
+    known: list[object] = []
+    numbers = []
+    for lm in models:
+        reads = lm.vocabulary_size if lm.tokenizer is None else _how_it_reads(lm.tokenizer)
+        known += [] if reads in known else [reads]
+        numbers.append(known.index(reads))
+    return tuple(numbers)
 
 
-def _how_it_reads(tokenizer: Any) -> tuple[object, ...]:
+def _how_it_reads(tokenizer: Any) -> list[object]:
     parts = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    return tokenizer.get_vocab(), *(parts.get(name) for name in ("model", "normalizer", "pre_tokenizer"))
+    return [tokenizer.get_vocab(), *(parts.get(name) for name in ("model", "normalizer", "pre_tokenizer"))]
 
 
 def pack_aligned(pieces: Iterable[Piece], readers: Sequence[TextReader]) -> Iterator[np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from replacement.data.aligned_texts import RowLayout, TextReader, no_common_text, pack_aligned, same_tokenizer
+from replacement.data.aligned_texts import RowLayout, TextReader, no_common_text, pack_aligned, tokenizer_numbers
 from replacement.data.documents import (
     HUB_PREFIX,
     Piece,
@@ -151,11 +151,11 @@ class _Opener:
     @cached_property
     def readers(self) -> list[list[LanguageModel]]:
         """The models, parted by tokenizer."""
-        parts: list[list[LanguageModel]] = []
-        for lm in (self.lm, *self.others):
-            same = next((part for part in parts if same_tokenizer(part[0], lm)), None)
-            parts.append([lm]) if same is None else same.append(lm)
-        return parts
+        models = (self.lm, *self.others)
+        numbers = tokenizer_numbers(models)
+        return [
+            [lm for lm, n in zip(models, numbers, strict=True) if n == number] for number in range(max(numbers) + 1)
+        ]
 
     def stored(self, arrays: Mapping[str, np.ndarray | Tensor], name: str) -> TokenSource:
         """Token ids that can be read in any order; rows keep their width, and flat ids are cut to the same.

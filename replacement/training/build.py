@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import WHOLE_DEPTH, Wiring
-from replacement.data.aligned_texts import Aligned, TextReader, same_tokenizer
+from replacement.data.aligned_texts import Aligned, TextReader, tokenizer_numbers
 from replacement.data.documents import special_ids
 from replacement.data.open_tokens import MAX_CONTEXT, open_source
 from replacement.data.token_sources import TokenSource
@@ -29,15 +29,11 @@ class Models:
     """The language models of a run: one, or those that a model-diffing crosscoder spans, of any shapes and tokenizers."""
 
     all: tuple[LanguageModel, ...]
-    tokenizers: tuple[int, ...] = ()
+    tokenizers: tuple[int, ...] = field(init=False)
     """Which tokenizer each model reads text with, counted from 0 as they appear."""
 
     def __post_init__(self) -> None:
-        firsts: list[LanguageModel] = []
-        for lm in self.all:
-            same = next((number for number, other in enumerate(firsts) if same_tokenizer(other, lm)), len(firsts))
-            self.tokenizers += (same,)
-            firsts += [lm] if same == len(firsts) else []
+        self.tokenizers = tokenizer_numbers(self.all)
 
     @property
     def first(self) -> LanguageModel:
