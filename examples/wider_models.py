@@ -171,7 +171,8 @@ def run_all(
         unexplained = [next(iter(by_site.values())) for _, by_site in trained]
         models.append({"width": width, "loss": loss, "unexplained": unexplained})
         dictionaries[width] = [Dictionary(folder, crosscoder, n_rows=n_rows) for crosscoder, _ in trained]
-    together, by_site = train_crosscoder(list(folders.values()), out / "joint", **sizes)
+    name = "joint-" + "-".join(map(str, widths))
+    together, by_site = train_crosscoder(list(folders.values()), out / name, **sizes)
     result = {
         "models": models,
         "pairs": compare_pairs(dictionaries),
