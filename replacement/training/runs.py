@@ -219,16 +219,17 @@ class _Run:
 
     def _check_text(self) -> None:
         """Refuse text of unknown words only: a crosscoder would learn a constant, or nothing at all."""
-        lm = self.models.first
-        unknown = getattr(lm.tokenizer, "unk_token_id", None)
-        tokens_RT = self.source.by_tokenizer(self.first_rows_RT)[0].tokens_RT
-        tokens_N = tokens_RT[self.stream.kept(self.first_rows_RT)].tolist()
-        if set(tokens_N) - {unknown}:
-            return
-        raise ValueError(
-            f"{self.source.name}: none of the first {tokens_RT.numel():,} tokens is a word that {lm.name} knows; all "
-            "are special, padding or unknown tokens: is the text in a language and spelling that the model was made for?"
-        )
+        kept_RT = self.stream.kept(self.first_rows_RT)
+        for number, (tokens_RT, place_RT) in enumerate(self.source.by_tokenizer(self.first_rows_RT)):
+            lm = self.models.all[self.models.tokenizers.index(number)]
+            unknown = getattr(lm.tokenizer, "unk_token_id", None)
+            counterpart_RT = tokens_RT if place_RT is None else tokens_RT.gather(1, place_RT.clamp(min=0))
+            if not set(counterpart_RT[kept_RT].tolist()) - {unknown}:
+                raise ValueError(
+                    f"{self.source.name}: none of the first {tokens_RT.numel():,} tokens is a word that {lm.name} knows; all "
+                    "are special, padding or unknown tokens: is the text in a language and spelling that the model was made "
+                    "for?"
+                )
 
     def _cached(self) -> ActivationCache:
         """The activations of all rows on disk, computed by the first process if they are not there yet."""
@@ -311,7 +312,7 @@ class _Run:
         if counts is None:
             return {}
         n_text, n_aligned = counts
-        names = [self.models.all[self.models.tokenizers.index(number)].name for number in range(len(n_text))]
+        names = [self.config.model[self.models.tokenizers.index(number)] for number in range(len(n_text))]
         return {
             "text_tokens": dict(zip(names, n_text, strict=True)),
             "not_aligned": {name: n - n_aligned for name, n in zip(names, n_text, strict=True)},

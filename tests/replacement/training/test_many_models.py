@@ -95,7 +95,7 @@ def test_two_architectures_that_share_no_tokenizer_are_trained_and_resumed(
         records = read_metrics(tmp_path / "whole", kind=kind)
         assert records[-1].keys() >= {"text_tokens", "not_aligned"}
         text_tokens, not_aligned = records[-1]["text_tokens"], records[-1]["not_aligned"]
-        assert list(text_tokens) == list(not_aligned) == [Path(name).name for name in both]
+        assert list(text_tokens) == list(not_aligned) == both
         aligned = {n - not_aligned[name] for name, n in text_tokens.items()}
         assert len(aligned) == 1
         assert 0 < aligned.pop() < min(text_tokens.values())
