@@ -122,12 +122,12 @@ def test_rows_end_where_all_tokenizers_do_and_what_fits_no_row_is_counted() -> N
     rows = torch.from_numpy(np.concatenate(list(pack_aligned([Piece(text, False)] * 2, readers))))
     layout = RowLayout((3, 3))
     (first, first_place), (second, second_place) = layout.split(rows)
-    # A row ends where both do, at 4, then at 6 (four of the second would be too many up to 8), at 8, and at 14.
-    assert first.tolist()[:4] == [[3, 4, 0], [5, 0, 0], [6, 0, 0], [7, 8, 9]]
-    assert second.tolist()[:4] == [[3, 0, 0], [4, 5, 0], [6, 7, 0], [8, 9, 0]]
-    assert first_place.tolist()[:4] == [[-1, 1, -1], [0, -1, -1], [0, -1, -1], [-1, 1, 2]]
-    assert second_place.tolist()[:4] == [[-1, 0, -1], [1, -1, -1], [1, -1, -1], [-1, 0, 1]]
-    assert layout.counts(rows[:4]) == ([7, 7], 5)
+    # Tokens of both end at 4, 6, 8, 12 and 14, and in the next text at 18; with three tokens rows end at 6, 12 and 18.
+    assert first.tolist()[:3] == [[3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert second.tolist()[:3] == [[3, 4, 5], [6, 7, 8], [9, 10, 0]]
+    assert first_place.tolist()[:3] == [[-1, 1, 2], [0, -1, 2], [0, -1, 2]]
+    assert second_place.tolist()[:3] == [[-1, 0, 2], [1, -1, 2], [0, -1, 1]]
+    assert layout.counts(rows[:3]) == ([9, 8], 6)
     cuts = ([2, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 4, 4, 2])  # up to 2 and 4, and then as before
     readers = [TextReader(str(m), Cutter({text: cut}), 1, 99, None, None) for m, cut in enumerate(cuts)]
     rows = torch.from_numpy(np.concatenate(list(pack_aligned([Piece(text, False)] * 2, readers))))
