@@ -215,7 +215,6 @@ class _Tokens:
 
 def _cut_rows(pending: Sequence[_Tokens], readers: Sequence[TextReader], ends_C: np.ndarray) -> Iterator[np.ndarray]:
     """As many rows as pending tokens fill; `ends_C` are the characters at which a row may end, in order."""
-    begin = 0
     while True:
         fulls = [
             int(tokens.ends_N[reader.room])
@@ -224,16 +223,16 @@ def _cut_rows(pending: Sequence[_Tokens], readers: Sequence[TextReader], ends_C:
         ]
         if not fulls:
             return
-        place = int(np.searchsorted(ends_C, min(fulls)))  # the first end at which some part would be too long
+        next_end = min(int(tokens.ends_N[0]) for tokens in pending if len(tokens.ends_N))
+        # The first end behind a token that is left, and the first at which some part would be too long.
+        begin, place = (int(np.searchsorted(ends_C, end)) for end in (next_end, min(fulls)))
         if place > begin:
             yield _row([tokens.take(int(ends_C[place - 1])) for tokens in pending], pending, readers)
-            begin = place
-            continue
-        if place == len(ends_C):
+        elif place < len(ends_C):
+            for tokens in pending:  # no end fits: this stretch is in no row
+                tokens.take(int(ends_C[place]))
+        else:
             return
-        for tokens in pending:  # no end fits: this stretch is in no row
-            tokens.take(int(ends_C[place]))
-        begin = place + 1
 
 
 def _row(

@@ -78,10 +78,10 @@ def test_alignment_equals_brute_force(case: tuple[list[Piece], list[TextReader]]
     pieces, readers = case
     layout = RowLayout(tuple(reader.context for reader in readers))
     texts = [read_of(reader, pieces) for reader in readers]
-    rows: list[np.ndarray] = []
+    packed: list[np.ndarray] = []
     with contextlib.suppress(ValueError):  # where nothing is aligned: see below
-        rows.extend(pack_aligned(pieces, readers))
-    rows_RX = torch.from_numpy(np.concatenate([np.empty((0, sum(layout.sizes)), int), *rows]))
+        packed.extend(pack_aligned(pieces, readers))
+    rows_RX = torch.from_numpy(np.concatenate([np.empty((0, sum(layout.sizes)), int), *packed]))
     ends = [{number: end for number, end in tokens if number != END} for tokens in texts]
     taken: list[list[int]] = [[] for _ in readers]
     n_aligned = 0
@@ -107,12 +107,15 @@ def test_alignment_equals_brute_force(case: tuple[list[Piece], list[TextReader]]
         assert bool(((places >= 0).all(0) == (places >= 0).any(0)).all())
     n_text, counted = layout.counts(rows_RX)
     assert counted == n_aligned
-    for m, numbers in enumerate(taken if len(rows_RX) else ()):
+    for m, numbers in enumerate(taken):
         assert numbers == sorted(set(numbers))  # nothing twice, nothing out of order
         assert len(numbers) <= n_text[m]
-        # Up to the end of the last row every token is counted, in a row or left out.
-        last_end = max(ends[k][number[-1]] for k, number in enumerate(taken) if number)
-        assert n_text[m] == sum(end <= last_end for end in ends[m].values())
+    if len(rows_RX):
+        # Up to the end of the last row every token of text is counted, in a row or left out; if that row ends in text.
+        of_last = [end for m, chars in enumerate(ends) for number in rows[m] if (end := chars.get(number)) is not None]
+        assert of_last or END in rows[0] + rows[1] + rows[-1]  # no row is empty
+        for m, chars in enumerate(ends if of_last else ()):
+            assert n_text[m] == sum(end <= max(of_last) for end in chars.values())
 
 
 def test_rows_end_where_all_tokenizers_do_and_what_fits_no_row_is_counted() -> None:
