@@ -28,8 +28,8 @@ import replacement
 from replacement.demo.corpus.behaviours import behaviours
 
 MEASURE = (
-    "import sys, resource; from circuits.__main__ import main; code = main(sys.argv[1:]); "
-    "sys.stderr.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)); sys.exit(code)"
+    f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from machine import peak_bytes; "
+    "from circuits.cli import main; code = main(sys.argv[1:]); sys.stderr.write(str(peak_bytes())); sys.exit(code)"
 )
 
 
@@ -50,7 +50,7 @@ def run(*arguments: str) -> str:
     if done.returncode:
         raise SystemExit(done.stderr)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    megabytes = int(done.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024) / 1e6
+    megabytes = int(done.stderr.split()[-1]) / 1e6
     size = json.loads(done.stdout)
     counts = f"{size['consensus']['counts']['edges']['any']:,} different edges" if "consensus" in size else ""
     return f"{seconds:7.1f} s  {used:7.1f} s of processor  {megabytes:7.0f} MB  {counts}"

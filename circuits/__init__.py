@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from circuits.attribution.trace import trace
     from circuits.explain.global_circuits import GlobalCircuits
     from circuits.explain.global_pass import global_circuits
+    from circuits.explain.consensus import consensus
+    from circuits.explain.difference import difference
+    from circuits.explain.statistics import graph_statistics
     from circuits.explain.story import explain_graph
     from circuits.graph.circuit_graph import CircuitGraph
+    from circuits.graph.graph_files import GraphFiles
     from circuits.graph.nodes import NodeKind, NodeTable
     from circuits.graph.scores import Scores
     from circuits.heads.edge_split import split_heads, with_heads
@@ -36,6 +40,7 @@ __all__ = [
     "Estimate",
     "FeatureTarget",
     "GlobalCircuits",
+    "GraphFiles",
     "HeadView",
     "NodeKind",
     "NodeTable",
@@ -46,8 +51,11 @@ __all__ = [
     "TokenTarget",
     "TraceOptions",
     "attribute_score",
+    "consensus",
+    "difference",
     "explain_graph",
     "global_circuits",
+    "graph_statistics",
     "head_view",
     "plot_heads",
     "read_prompts",
@@ -66,6 +74,7 @@ _LAZY = {
     "Estimate": "circuits.attribution.estimate",
     "FeatureTarget": "circuits.attribution.targets",
     "GlobalCircuits": "circuits.explain.global_circuits",
+    "GraphFiles": "circuits.graph.graph_files",
     "HeadView": "circuits.heads.feature_heads",
     "NodeKind": "circuits.graph.nodes",
     "NodeTable": "circuits.graph.nodes",
@@ -76,8 +85,11 @@ _LAZY = {
     "TokenTarget": "circuits.attribution.targets",
     "TraceOptions": "circuits.trace_options",
     "attribute_score": "circuits.heads.qk_attribution",
+    "consensus": "circuits.explain.consensus",
+    "difference": "circuits.explain.difference",
     "explain_graph": "circuits.explain.story",
     "global_circuits": "circuits.explain.global_pass",
+    "graph_statistics": "circuits.explain.statistics",
     "head_view": "circuits.heads.feature_heads",
     "plot_heads": "circuits.heads.heat_map",
     "read_prompts": "circuits.many_prompts",

@@ -114,7 +114,7 @@ def _named(node: Facts) -> str:
 
 def _consensus(facts: Facts) -> list[RenderableType]:
     circuit, n_prompts = facts["circuit"], facts["prompts"]
-    share = f"in {100 * circuit['frequency']:g} %"
+    share = f"in {100 * circuit['frequency']:g} % or more"
     counts = table(
         *("", "in any prompt", share, "in all", "in one alone"),
         rows=((name, *(f"{count:,}" for count in row.values())) for name, row in facts["counts"].items()),
@@ -123,7 +123,7 @@ def _consensus(facts: Facts) -> list[RenderableType]:
         "The prompts' targets differ: their outputs are one node, the answer." if facts["outputs"] == "merged" else ""
     )
     consensus = (
-        f"Consensus circuit ({share} of the prompts at least): {circuit['nodes']:,} nodes, {circuit['edges']:,} edges, "
+        f"Consensus circuit ({share} of the prompts): {circuit['nodes']:,} nodes, {circuit['edges']:,} edges, "
         f"replacement {circuit['replacement']:.3f}, completeness {circuit['completeness']:.3f}"
     )
     features = (
