@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from circuits.attribution.labels import with_labels
     from circuits.attribution.targets import DifferenceTarget, FeatureTarget, TokenTarget
     from circuits.attribution.trace import trace
-    from circuits.explain.global_circuits import GlobalCircuits
-    from circuits.explain.global_pass import global_circuits
     from circuits.explain.consensus import consensus
     from circuits.explain.difference import difference
+    from circuits.explain.global_circuits import GlobalCircuits
+    from circuits.explain.global_pass import global_circuits
     from circuits.explain.statistics import graph_statistics
     from circuits.explain.story import explain_graph
     from circuits.graph.circuit_graph import CircuitGraph

@@ -13,8 +13,8 @@ them if there are so many. This rule, the columns, the classifier and its settin
 
 A logistic regression on the columns of `circuits statistics` says which answers are wrong, judged on folds that it was not
 fitted on, with and without the columns that only say what the model answers and how surely. Beside it stand the answer's
-probability alone, and the same regression on the numbers that are added. Intervals are percentiles of a bootstrap over sums;
-differences are paired.
+probability alone, and the same regression on the numbers that are added, alone and with the graph (added after the first
+results). Intervals are percentiles of a bootstrap over sums; differences are paired.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ def auroc(scores_N: np.ndarray, y_N: np.ndarray) -> float:
     return float((ranks_N[y_N].sum() - n_wrong * (n_wrong + 1) / 2) / (n_wrong * (len(y_N) - n_wrong)))
 
 
-def with_intervals(scores: dict[str, np.ndarray], y_N: np.ndarray, baseline: str) -> dict[str, dict[str, list[float]]]:
-    """AUROC of each score, and its difference from the baseline's: estimate and ends of the 95 % interval."""
-    rng, drawn = np.random.default_rng(SEED), {name: list[float]() for name in scores}
-    while len(drawn[baseline]) < RESAMPLES:
+def with_intervals(scores: dict[str, np.ndarray], y_N: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """AUROC of each score, and its difference from those of the first two: estimate and ends of the 95 % interval."""
+    rng, drawn, baselines = np.random.default_rng(SEED), {name: list[float]() for name in scores}, list(scores)[:2]
+    while len(drawn[baselines[0]]) < RESAMPLES:
         rows = rng.integers(len(y_N), size=len(y_N))
         if 0 < y_N[rows].sum() < len(rows):
             for name, scores_N in scores.items():
@@ -127,11 +127,14 @@ def with_intervals(scores: dict[str, np.ndarray], y_N: np.ndarray, baseline: str
     def interval(estimate: float, samples: np.ndarray) -> list[float]:
         return [estimate, *np.percentile(samples, [2.5, 97.5]).tolist()]
 
-    base = np.array(drawn[baseline])
+    drawn_of = {name: np.array(samples) for name, samples in drawn.items()}
     return {
         name: {
-            "auroc": interval(estimates[name], np.array(drawn[name])),
-            "minus_baseline": interval(estimates[name] - estimates[baseline], np.array(drawn[name]) - base),
+            "auroc": interval(estimates[name], drawn_of[name]),
+            **{
+                f"minus {base}": interval(estimates[name] - estimates[base], drawn_of[name] - drawn_of[base])
+                for base in baselines
+            },
         }
         for name in scores
     }
@@ -152,17 +155,18 @@ def measure(model: ReplacementModel, *, choosing: int = CHOOSING, judging: int =
     table = {column: np.array([row[column] for row in rows], dtype=np.float64) for column in columns}
     of_graph = np.column_stack([table[column] for column in columns if column not in OF_ANSWER])
     of_answer = np.column_stack([table[column] for column in OF_ANSWER])
-    baseline = "probability of the answer alone"
+    of_terms = features_of_terms(sums)
     scores = {
-        baseline: -table["answer_probability"],
+        "probability": -table["answer_probability"],
+        "numbers": out_of_fold(of_terms, wrong_N),
         "answer: probability, margin, logit, outputs": out_of_fold(of_answer, wrong_N),
-        "numbers that are added": out_of_fold(features_of_terms(sums), wrong_N),
         "graph": out_of_fold(of_graph, wrong_N),
         "graph and answer": out_of_fold(np.column_stack([of_graph, of_answer]), wrong_N),
+        "graph and numbers": out_of_fold(np.column_stack([of_graph, of_terms]), wrong_N),
     }
     alone = {column: auroc(table[column], wrong_N) for column in columns if np.ptp(table[column]) > 0}
     strongest = sorted(alone.items(), key=lambda item: -abs(item[1] - 0.5))[:8]
-    return {**facts, "results": with_intervals(scores, wrong_N, baseline), "columns_alone": dict(strongest)}
+    return {**facts, "results": with_intervals(scores, wrong_N), "columns_alone": dict(strongest)}
 
 
 def main() -> None:
@@ -181,10 +185,10 @@ def main() -> None:
     if facts["results"] is None:
         print("too few answers of one kind for a classifier")
         return
-    print(f"\n{'AUROC, wrong against right':46}{'':8}{'95 %':>16}{'minus baseline':>16}{'95 %':>18}")
+    print(f"\n{'wrong against right':46}" + "".join(f"{head:28}" for head in next(iter(facts["results"].values()))))
     for name, row in facts["results"].items():
-        cells = (f"{estimate:8.3f}  [{low:+.3f}, {high:+.3f}]" for estimate, low, high in row.values())
-        print(f"{name:46}{'   '.join(cells)}")
+        cells = (f"{estimate:.3f} [{low:.3f}, {high:.3f}]" for estimate, low, high in row.values())
+        print(f"{name:46}" + "".join(f"{cell:28}" for cell in cells))
     print("\ncolumns alone (chosen by these sums, so not a fair figure): above 0.5, larger in wrong answers")
     for name, figure in facts["columns_alone"].items():
         print(f"{name:46}{figure:8.3f}")

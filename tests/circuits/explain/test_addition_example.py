@@ -53,8 +53,9 @@ def test_a_score_is_not_fitted_on_its_own_row(example) -> None:
 def test_the_baseline_differs_from_itself_by_nothing(example) -> None:
     rng = np.random.default_rng(0)
     wrong, scores = rng.random(50) < 0.5, {"a": rng.normal(size=50), "b": rng.normal(size=50)}
-    found = example.with_intervals(scores, wrong, "a")
-    assert found["a"]["minus_baseline"] == [0.0, 0.0, 0.0]
+    found = example.with_intervals(scores, wrong)
+    assert found["a"]["minus a"] == found["b"]["minus b"] == [0.0, 0.0, 0.0]
+    assert found["a"]["minus b"][0] == -found["b"]["minus a"][0]
     low, high = found["b"]["auroc"][1:]
     assert low < found["b"]["auroc"][0] < high
 
