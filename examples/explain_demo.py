@@ -1,0 +1,130 @@
+"""Do the stories of the demo's graphs hold in the model?
+
+    python examples/explain_demo.py
+
+Tells and tests the story of Dallas and of 20 more held-out cities, and of 20 held-out probes of each of three other behaviours:
+the first ones of the corpus, in its order. Behaviours and prompts were written down here before any of their stories was
+seen; the rules of `circuits.explain` were settled on cities of the training sentences and on behaviours that are not here. Prints
+the share of claims that held, with an interval over prompts, and lists every claim that did not.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import circuits
+import replacement
+from circuits.explain.counterfactuals import demo_counterfactuals
+from replacement import ReplacementModel
+from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, Probe, behaviours, state_of, two_hop_probe
+
+OTHERS = ("agreement", "antonyms", "question mark")
+PROMPTS = 20
+Facts = Mapping[str, Any]
+
+
+def reported_probes() -> dict[str, list[Probe]]:
+    """What is reported on, by behaviour."""
+    cities = [city for city in HELD_OUT_CITIES if city != "Dallas" and state_of(city) not in HELD_OUT_STATES]
+    probes = {"two-hop geography": [two_hop_probe(city) for city in ["Dallas", *cities[:PROMPTS]]]}
+    by_name = {behaviour.name: behaviour.probes for behaviour in behaviours()}
+    return probes | {name: list(by_name[name][:PROMPTS]) for name in OTHERS}
+
+
+def story_of(model: ReplacementModel, probe: Probe) -> dict[str, Any]:
+    """The tested story of one probe, and whether the model answers it."""
+    graph = circuits.trace(model, probe.prompt)
+    facts = circuits.explain_graph(model, graph, against=demo_counterfactuals(model.language_model, graph))
+    return {**facts, "is_right": graph.metadata["top_tokens"][0]["token"] in probe.answers}
+
+
+def share_held(stories: Sequence[Facts]) -> float:
+    """Share of the tested claims of all stories that held."""
+    held, refuted = (sum(story[name] for story in stories) for name in ("held", "refuted"))
+    return held / (held + refuted) if held + refuted else float("nan")
+
+
+def interval(stories: Sequence[Facts]) -> tuple[float, float]:
+    """95 % interval of the share over prompts, whose claims stand or fall together: percentiles of 2,000 bootstrap samples."""
+    random = np.random.default_rng(0)
+    draws = random.integers(len(stories), size=(2000, len(stories)))
+    shares = [share_held([stories[i] for i in draw]) for draw in draws.tolist()]
+    low, high = np.nanquantile(shares, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def print_summary(name: str, stories: Sequence[Facts]) -> None:
+    """One behaviour: how many claims held, and under which trials."""
+    low, high = interval(stories)
+    count = {key: sum(story[key] for story in stories) for key in ("held", "refuted", "untested")}
+    right, groups = sum(story["is_right"] for story in stories), max(len(story["groups"]) for story in stories)
+    whole = sum(not story["refuted"] for story in stories)
+    print(f"\n{name}: {len(stories)} prompts, {right} answered rightly, at most {groups} groups")
+    print(
+        f"  claims held: {share_held(stories):.0%} [{low:.0%}, {high:.0%}] of {count['held'] + count['refuted']} tested, "
+        f"{count['untested']} not tested; stories without a refuted claim: {whole}"
+    )
+    told = np.mean([story["told"] for story in stories])
+    print(f"  influence into the groups that the claims tell: {told:.0%}")
+    outcomes: Counter[tuple[str, ...]] = Counter()
+    for story in stories:
+        kinds = {group["name"]: group["kind"] for group in story["groups"]}
+        for claim in story["claims"]:
+            for test in claim["tests"]:
+                outcomes[kinds[claim["source"]], test["trial"], test["condition"], test["outcome"]] += 1
+    for key in dict.fromkeys(outcome[:3] for outcome in sorted(outcomes)):
+        found = {outcome: outcomes[(*key, outcome)] for outcome in ("held", "absent", "wrong sign")}
+        print(f"    {' '.join(key):32}" + ", ".join(f"{count:3} {outcome}" for outcome, count in found.items()))
+
+
+def print_failures(stories: Sequence[Facts]) -> None:
+    """Every claim that was refuted, with what was predicted and measured where it failed."""
+    for story in stories:
+        for claim in story["claims"]:
+            failed = [test for test in claim["tests"] if test["outcome"] != "held"]
+            if not failed:
+                continue
+            scale, unit = (1, " logits") if claim["unit"] == "logits" else (100, " %")
+            tests = "; ".join(
+                f"{test['trial']} {test['condition']} {test['outcome']}, {scale * test['predicted']:.1f}{unit} predicted, "
+                f"{scale * test['measured']:.1f} measured"
+                for test in failed
+            )
+            said = f"{claim['source']} {claim['says']} {claim['target']}"
+            print(f"  {story['prompt']}: {said} ({claim['influence']:.0%} of influence): {tests}")
+
+
+def names_its_state(story: Facts) -> bool:
+    """Whether a group of features is named after the state of the prompt's city."""
+    city = next(city for city in HELD_OUT_CITIES if f" {city} " in f" {story['prompt']} ")
+    return any(state_of(city) in group["name"] for group in story["groups"] if group["kind"] == "features")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file for the facts of every story")
+    arguments = parser.parse_args()
+    model = replacement.load("demo")
+    found = {name: [story_of(model, probe) for probe in probes] for name, probes in reported_probes().items()}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found), encoding="utf-8")
+    cities = found["two-hop geography"]
+    print(f"Dallas: {len(cities[0]['groups'])} groups ({', '.join(group['name'] for group in cities[0]['groups'])})")
+    for sentence in cities[0]["sentences"]:
+        print(f"  {sentence['text']}: {sentence['verdict']}")
+    print(f"a group is named after the city's state: {sum(map(names_its_state, cities))} of {len(cities)} cities")
+    for name, stories in {"Dallas alone": cities[:1], **found}.items():
+        print_summary(name, stories)
+    print("\nRefuted:")
+    for stories in found.values():
+        print_failures(stories)
+
+
+if __name__ == "__main__":
+    main()
