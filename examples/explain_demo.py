@@ -4,7 +4,7 @@
 
 Tells and tests the story of Dallas and of 20 more held-out cities, and of 20 held-out probes of each of three other behaviours:
 the first ones of the corpus, in its order. Behaviours and prompts were written down here before any of their stories was
-seen; the rules of `circuits.explain` were settled on cities of the training sentences and on behaviours that are not here. Prints
+seen; the rules of `circuits.explain` were settled on cities of training sentences and on behaviours that are not here. Prints
 the share of claims that held, with an interval over prompts, and lists every claim that did not.
 """
 
@@ -78,7 +78,7 @@ def print_summary(name: str, stories: Sequence[Facts]) -> None:
             for test in claim["tests"]:
                 outcomes[kinds[claim["source"]], test["trial"], test["condition"], test["outcome"]] += 1
     for key in dict.fromkeys(outcome[:3] for outcome in sorted(outcomes)):
-        found = {outcome: outcomes[(*key, outcome)] for outcome in ("held", "absent", "wrong sign")}
+        found = {outcome: outcomes[(*key, outcome)] for outcome in ("held", "within noise", "wrong sign")}
         print(f"    {' '.join(key):32}" + ", ".join(f"{count:3} {outcome}" for outcome, count in found.items()))
 
 

@@ -48,7 +48,7 @@ class Result:
     interval: tuple[float, float] | None
     variants: int
     outcome: str
-    """`held`, `wrong sign`, or `absent`: within the noise, which is what controls do or how variants differ."""
+    """`held`, `wrong sign`, or `within noise`: within the noise, which is what controls do or how variants differ."""
 
 
 def try_claims(trials: Trials, claims: Sequence[Claim], others: Sequence[OtherPrompt]) -> list[list[Result]]:
@@ -97,9 +97,9 @@ def verdict(results: Sequence[Result]) -> str:
 
 
 def outcome(sign: int, measured: float, interval: tuple[float, float] | None) -> str:
-    """`held` where measured and interval have the expected sign, `wrong sign` where both have the other, else `absent`."""
+    """`held` where measured and interval have the expected sign, `wrong sign` where both have the other, else `within noise`."""
     signs = {float(np.sign(value)) for value in (measured, *(interval or ()))}
-    return {(sign,): "held", (-sign,): "wrong sign"}.get(tuple(signs), "absent")  # type: ignore[arg-type]
+    return {(sign,): "held", (-sign,): "wrong sign"}.get(tuple(signs), "within noise")  # type: ignore[arg-type]
 
 
 def excess_interval(effect: float, controls: np.ndarray) -> tuple[float, float]:

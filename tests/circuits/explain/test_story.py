@@ -194,7 +194,8 @@ def test_the_page_fits_a_narrow_terminal_and_marks_what_is_refuted(
 ) -> None:
     refuted = [{**sentence, "verdict": "refuted"} for sentence in facts["sentences"]]
     absent = [
-        {**claim, "tests": [{**test, "outcome": "absent"} for test in claim["tests"]]} for claim in facts["claims"]
+        {**claim, "tests": [{**test, "outcome": "within noise"} for test in claim["tests"]]}
+        for claim in facts["claims"]
     ]
     for shown in (facts, {**facts, "sentences": refuted, "claims": absent}):
         Console(width=100).print(facts._page(shown))
@@ -203,7 +204,9 @@ def test_the_page_fits_a_narrow_terminal_and_marks_what_is_refuted(
         for word in ("tested claims held", "say Austin", "constrained", "live", "ablated", "set", "90 %"):
             assert word in text
     assert text.count("REFUTED") == len(refuted)
-    assert text.count("effect absent (constrained), absent (live)") == sum(len(claim["tests"]) // 2 for claim in absent)
+    assert text.count("effect within noise (constrained), within noise (live)") == sum(
+        len(claim["tests"]) // 2 for claim in absent
+    )
 
 
 def test_hostile_labels_break_no_page(demo: ReplacementModel, graph: Any) -> None:

@@ -48,14 +48,14 @@ def test_outcomes() -> None:
     cases: dict[Any, str] = {
         (-1, -2.0, (-3.0, -1.0)): "held",
         (-1, -2.0, None): "held",
-        (-1, -2.0, (-3.0, 0.5)): "absent",
+        (-1, -2.0, (-3.0, 0.5)): "within noise",
         (-1, 2.0, (1.0, 3.0)): "wrong sign",
         (1, -2.0, None): "wrong sign",
-        (1, 0.0, None): "absent",
-        (1, 2.0, (-0.5, -0.1)): "absent",
+        (1, 0.0, None): "within noise",
+        (1, 2.0, (-0.5, -0.1)): "within noise",
     }
     assert {case: outcome(*case) for case in cases} == cases
-    results = [Result("ablated", "live", -1.0, -1.0, None, 1, text) for text in ("held", "absent")]
+    results = [Result("ablated", "live", -1.0, -1.0, None, 1, text) for text in ("held", "within noise")]
     assert [verdict(results), verdict(results[:1]), verdict([])] == ["refuted", "held", "untested"]
 
 
