@@ -97,9 +97,9 @@ def verdict(results: Sequence[Result]) -> str:
 
 
 def outcome(sign: int, measured: float, interval: tuple[float, float] | None) -> str:
-    """`held` where measured and interval have the expected sign, `wrong sign` where both have the other, else `within noise`."""
-    signs = {float(np.sign(value)) for value in (measured, *(interval or ()))}
-    return {(sign,): "held", (-sign,): "wrong sign"}.get(tuple(signs), "within noise")  # type: ignore[arg-type]
+    """`held` where effect and interval have the expected sign, `wrong sign` where both have the other, else `within noise`."""
+    signs = {np.sign(value) * sign for value in (measured, *(interval or ()))}
+    return "held" if signs == {1} else "wrong sign" if signs == {-1} else "within noise"
 
 
 def excess_interval(effect: float, controls: np.ndarray) -> tuple[float, float]:
