@@ -70,6 +70,15 @@ class Effects:
     """Changes of features of one graph, all compared with one clean run of its prompt."""
 
     def __init__(self, model: ReplacementModel, grounding: Grounding) -> None:
+        """Prepare the clean run.
+
+        Raises:
+            ValueError: features whose activations a graph does not explain: scaled and shifted ones.
+        """
+        if any(crosscoder.activation.affine for crosscoder in model.crosscoders.values()):
+            raise ValueError(
+                "cannot predict activations that are scaled and shifted at last: a graph explains what is in front of that"
+            )
         self.model, self.grounding = model, grounding
         self.nodes = grounding.graph.nodes
         self.n_layers = model.language_model.shape.n_layers

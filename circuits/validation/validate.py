@@ -63,11 +63,6 @@ def validate(
         ValueError: a graph of another model or without features, other prompts of another length, or features that cannot be
             predicted from a graph or cannot react: scaled and shifted ones, and those chosen over all layers together.
     """
-    for crosscoder in model.crosscoders.values():
-        if crosscoder.activation.affine:
-            raise ValueError(
-                "cannot predict activations that are scaled and shifted at last: a graph explains what is in front of that"
-            )
     grounding = Grounding.of(model, graph)
     changed = sample_features(grounding, n_features, seed=seed)
     effects = Effects(model, grounding)
