@@ -49,6 +49,17 @@ def share_held(stories: Sequence[Facts]) -> float:
     return held / (held + refuted) if held + refuted else float("nan")
 
 
+def share_of_signs(stories: Sequence[Facts]) -> float:
+    """Share of the tested claims whose effect has the claimed sign in every trial, whatever controls do."""
+    signs = [
+        all((test["measured"] < 0) == (claim["says"] == "raises") for test in claim["tests"])
+        for story in stories
+        for claim in story["claims"]
+        if claim["tests"]
+    ]
+    return float(np.mean(signs))
+
+
 def interval(stories: Sequence[Facts]) -> tuple[float, float]:
     """95 % interval of the share over prompts, whose claims stand or fall together: percentiles of 2,000 bootstrap samples."""
     random = np.random.default_rng(0)
@@ -69,6 +80,7 @@ def print_summary(name: str, stories: Sequence[Facts]) -> None:
         f"  claims held: {share_held(stories):.0%} [{low:.0%}, {high:.0%}] of {count['held'] + count['refuted']} tested, "
         f"{count['untested']} not tested; stories without a refuted claim: {whole}"
     )
+    print(f"  with the claimed sign in every trial, controls aside: {share_of_signs(stories):.0%}")
     told = np.mean([story["told"] for story in stories])
     print(f"  influence into the groups that the claims tell: {told:.0%}")
     outcomes: Counter[tuple[str, ...]] = Counter()
