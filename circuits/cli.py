@@ -18,11 +18,10 @@ from circuits.explain.global_command import global_ as global_command
 from circuits.explain.statistics_command import statistics as statistics_command
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.exporters import exporter, file_formats
-from circuits.graph.pruning import check_threshold
 from circuits.heads.command import heads as heads_command
+from circuits.prune_command import prune as prune_command
 from circuits.report import page, summary
 from circuits.server.command import serve as serve_command
-from circuits.trace_command import EdgeThreshold, NodeThreshold
 from circuits.trace_command import trace as trace_command
 from circuits.validation.command import validate as validate_command
 from replacement.command_line import AsJson, new_app, path_option, run
@@ -43,24 +42,7 @@ GraphFile = Annotated[
 app.command("trace")(trace_command)
 
 
-@app.command()
-def prune(
-    file: GraphFile,
-    *,
-    node_threshold: NodeThreshold = 0.8,
-    edge_threshold: EdgeThreshold = 0.98,
-    out: Annotated[
-        Path | None,
-        typer.Option(parser=path_option, help="File to write, as safetensors.", show_default="FILE-pruned.safetensors"),
-    ] = None,
-) -> None:
-    """Prune a saved graph."""
-    _check_thresholds(node_threshold, edge_threshold)
-    path = check_file(out or file.with_name(f"{file.stem}-pruned.safetensors"))
-    graph = CircuitGraph.load(file)
-    circuit = graph.prune(nodes=node_threshold, edges=edge_threshold)
-    circuit.save(path)
-    show_page(page({"full": graph, "pruned": circuit}, {"safetensors": path}))
+app.command("prune")(prune_command)
 
 
 @app.command()
@@ -124,8 +106,3 @@ app.command("serve")(serve_command)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
     return run(app, "circuits", arguments)
-
-
-def _check_thresholds(node_threshold: float, edge_threshold: float) -> None:
-    check_threshold("node-threshold", node_threshold)
-    check_threshold("edge-threshold", edge_threshold)

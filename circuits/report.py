@@ -99,6 +99,9 @@ def _paths(graph: CircuitGraph) -> Table:
 def _budget(graph: CircuitGraph) -> list[Text]:
     """What the budget of nodes and edges took away."""
     pruning = graph.metadata.get("pruning", {})
+    if faithful := pruning.get("faithful"):
+        measured = f"{faithful['faithfulness']:.2f}, measured on the {faithful['other_prompts']} prompts of the search"
+        return [Text(f"faithfulness of the features alone {measured}; target {faithful['target']:g}")]
     if not (before := pruning.get("before_budget")):
         return []
     counts = f"{before['nodes']:,} -> {len(graph.nodes):,} nodes, {before['edges']:,} -> {len(graph.edges):,} edges"

@@ -95,7 +95,7 @@ def print_report(found: Sequence[Facts]) -> None:
             found,
             lambda facts, value=value: keyed(  # type: ignore[misc]
                 [row for row in facts["effects"] if row["change"] == "ablated"],
-                ("patching", "patterns", "distance"),
+                ("patching", "patterns", "norms", "distance"),
                 value,
             ),
         )
@@ -107,11 +107,14 @@ def print_report(found: Sequence[Facts]) -> None:
 
 def circuit(facts: Facts, errors: str) -> dict[tuple[str, ...], float | None]:
     """Figures of resampled ablation."""
-    own = facts["circuit"][errors]
-    figures: dict[tuple[str, ...], float | None] = {("CPR",): own["cpr"], ("CMD",): own["cmd"]}
-    for name in ("faithfulness", "necessity"):
+    own, figures = facts["circuit"][errors], {}
+    for order, found in own["orders"].items():
+        figures |= {(order, "CPR"): found["cpr"], (order, "CMD"): found["cmd"]}
+    for name in ("faithfulness", "necessity", "kl"):
         figures[("pruned", name)] = own["pruned"][name]
-        figures |= {(f"share {row['share']:g}", name): row[name] for row in own["sizes"]}
+        for share in (0.1, 0.5):
+            sizes = own["orders"]["influence"]["sizes"]
+            figures[(f"share {share:g}", name)] = next(row[name] for row in sizes if row["share"] >= share)
     return figures
 
 

@@ -81,6 +81,16 @@ def pruned_at(graph: GraphData, nodes: Sequence[float], edges: Sequence[float]) 
             yield Kept(kept_nodes, kept_edges)
 
 
+def edges_among(graph: GraphData, nodes: np.ndarray, *, share: float) -> Kept:
+    """Masks of given nodes (bool[N]), all of which stay, and of the edges among them that hold a share of their influence."""
+    both = graph.edges.kept(nodes)
+    inner = graph.edges.where(both)
+    np.place(
+        both, both, largest_holding(crossing_mass(inner, inverse(inner.magnitudes), graph.nodes.output_weight), share)
+    )
+    return Kept(nodes, both)
+
+
 def within_budget(graph: GraphData, *, most_nodes: int = 0, most_edges: int = 0) -> Kept:
     """Masks of at most so many features, errors and positions, and then edges: the most influential ones. 0 is no limit.
 

@@ -112,9 +112,19 @@ def prompts_to_compare(graph: CircuitGraph, given: list[str] | None, *, is_demo:
 
 
 def other_prompts(
-    model: ReplacementModel, graph: CircuitGraph, lines: list[str] | None, *, is_demo: bool
+    model: ReplacementModel,
+    graph: CircuitGraph,
+    lines: list[str] | None,
+    *,
+    is_demo: bool,
+    most: int = 0,
+    seed: int = 0,
 ) -> list[Tensor]:
     """Prompts of the graph's length: from the lines given, from the demo's corpus, or none.
+
+    Args:
+        most: number of prompts; 0 for `OTHERS`.
+        seed: of the rows drawn from the demo's corpus.
 
     Raises:
         ValueError: no line has as many tokens as the graph's prompt.
@@ -124,7 +134,7 @@ def other_prompts(
     length, lm = len(graph.metadata["tokens"]), model.language_model
     if lines is not None:
         prompts = [lm.tokens(line) for line in lines if line.strip()]
-        long_enough = [tokens_T[:length] for tokens_T in prompts if len(tokens_T) >= length][:OTHERS]
+        long_enough = [tokens_T[:length] for tokens_T in prompts if len(tokens_T) >= length][: most or OTHERS]
         if not long_enough:
             raise ValueError(f"resample: expected a prompt of at least {length} tokens, the graph's number; given none")
         return long_enough
@@ -132,5 +142,5 @@ def other_prompts(
         return []
     from replacement.demo.corpus.mixture import held_out_rows
 
-    rows = held_out_rows(lm.tokenizer, n_rows=OTHERS, context=length, seed=0)
+    rows = held_out_rows(lm.tokenizer, n_rows=most or OTHERS, context=length, seed=seed)
     return [torch.from_numpy(row) for row in rows]

@@ -36,6 +36,11 @@ ORIGINAL_MLPS = ("original", "window")
 """Patching in which the original model's MLPs run wherever outputs are not held."""
 PATTERNS = ("live", "frozen")
 """Attention patterns: computed again in every run, or held at those of the clean run."""
+NORMS = ("live", "final", "frozen")
+"""Scales of the stream's norms: computed again, that of the final norm held at its clean value, or all of them.
+
+A graph's linear paths have all of them held. For logits the final norm matters most: ablating a feature changes the size of the
+last stream, and with it every logit by one factor, which moves a large logit by more than most features write."""
 TOKENS_AT_ONCE = 4096
 """Tokens of all copies of a prompt that run together: bounds memory."""
 
@@ -95,7 +100,7 @@ class Effects:
             scale: multiple of the activation they are held at; 0 suppresses, 2 doubles them.
             patching: one of `PATCHING`, or `window`.
             patterns: attention patterns, one of `PATTERNS`.
-            norms: `live` or `frozen` scales.
+            norms: scales of the stream's norms, one of `NORMS`.
         """
         return self.measure_edits(
             [self._scaled(node, scale) for node in changed.tolist()], patching, patterns, norms=norms

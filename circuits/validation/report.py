@@ -13,7 +13,7 @@ from circuits.graph.text import printable
 from replacement import console
 
 _ERRORS = {"keep": "error terms kept", "resample": "error terms resampled too"}
-_TEXTS = ("patching", "patterns", "norms", "change", "kind", "class", "place")
+_TEXTS = ("patching", "patterns", "norms", "change", "kind", "class", "place", "order", "circuit")
 _HEADS = {
     "distance": "layers",
     "spearman": "Spearman",
@@ -22,6 +22,9 @@ _HEADS = {
     "cosine_added": "cosine of what layers add",
     "larger_half": "larger half",
     "all_features": "all of the layer",
+    "kl": "KL, nats",
+    "cpr": "CPR",
+    "cmd": "CMD",
     "circuit_nodes": "in circuit",
     "circuit_edges": "in circuit",
     "nodes_influence": "influence",
@@ -55,14 +58,14 @@ _SECTIONS = {
     ),
     "effects": (
         "Features ablated: predicted against measured",
-        "patching patterns distance pairs spearman pearson cosine nmse",
+        "patching patterns norms distance pairs spearman pearson cosine nmse",
     ),
 }
 """Title and columns of the sections that are tables, by their key in the facts."""
 
 
 def page(facts: Mapping[str, Any]) -> Group:
-    """Every figure but those of doubled features, which JSON holds too."""
+    """Every figure but those of doubled features and, away from logits, of norms held, which JSON holds too."""
     check = facts["self_check"]
     exact = f"{check['edges']:,} direct edges with everything frozen: off by {check['relative_error']:.1e} (relative)"
     shape = (
@@ -76,8 +79,7 @@ def page(facts: Mapping[str, Any]) -> Group:
         parts += [Text(removed, style="bold red"), Text()]
     sections: list[tuple[str, RenderableType]] = [("Self-check, true by construction", Text(exact))]
     for key, (title, columns) in _SECTIONS.items():
-        rows = [row for row in facts[key] if key != "effects" or row["change"] == "ablated"]
-        sections.append((title, _rows(rows, columns)))
+        sections.append((title, _rows([row for row in facts[key] if key != "effects" or _is_shown(row)], columns)))
     for errors, circuit in (facts["circuit"] or {}).items():
         title = f"Circuit alone and model without it, {circuit['other_prompts']} prompts resampled, {_ERRORS[errors]}"
         sections.append((title, _circuit(circuit)))
@@ -132,12 +134,20 @@ def _rows(rows: list[dict[str, Any]], keys: str) -> Table:
     return console.table(*heads, rows=(_row(row, *columns) for row in rows), texts=_TEXTS)
 
 
+def _is_shown(row: Mapping[str, Any]) -> bool:
+    return row["change"] == "ablated" and (row["norms"] == "live" or row["distance"] == "logits")
+
+
 def _circuit(circuit: dict[str, Any]) -> Group:
-    heads = ("features", "faithfulness", "necessity")
-    rows = [(f"{row['share']:g}", *_row(row, *heads)) for row in circuit["sizes"]]
-    rows.append(("pruned", *_row(circuit["pruned"], *heads)))
-    table = console.table("share", *heads, rows=rows)
-    return Group(table, Text(f"CPR {_number(circuit['cpr'])}, CMD {_number(circuit['cmd'])}"))
+    orders = circuit["orders"]
+    rows = [
+        row | {"order": order, "circuit": f"first {row['features']:,}"}
+        for order in orders
+        for row in orders[order]["sizes"]
+    ]
+    rows += [circuit[name] | {"order": "", "circuit": name} for name in ("graph", "pruned")]
+    areas = [{"order": order, **{name: figures[name] for name in ("cpr", "cmd")}} for order, figures in orders.items()]
+    return Group(_rows(rows, "order circuit features share kl faithfulness necessity"), _rows(areas, "order cpr cmd"))
 
 
 def _row(row: dict[str, Any], *names: str) -> tuple[str, ...]:

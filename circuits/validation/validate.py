@@ -14,7 +14,7 @@ from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind
 from circuits.graph.paths import average_path_length
 from circuits.validation.agreement import agreement, cosine, mean_of_known, spearman
-from circuits.validation.effects import PATCHING, PATTERNS, Effects, Measured, sample_features
+from circuits.validation.effects import NORMS, PATCHING, PATTERNS, Effects, Measured, sample_features
 from circuits.validation.hops import hop_fidelity
 from circuits.validation.perturbations import compare_perturbations
 from circuits.validation.prediction import influence_among, predicted_changes, scaled_alone
@@ -55,8 +55,8 @@ def validate(
         seed: of the draw.
 
     Returns:
-        `features`, `seed`, `sampling`; `self_check`; `effects`, one row per patching, attention patterns, change and distance
-        in layers (or `logits`); `one_layer_cosine`; `influence_against_ablation`; `influence_among_features`;
+        `features`, `seed`, `sampling`; `self_check`; `effects`, one row per patching, attention patterns, norms, change and
+        distance in layers (or `logits`); `one_layer_cosine`; `influence_against_ablation`; `influence_among_features`;
         `perturbations`; `circuit` by treatment of error terms; `robustness`; `average_path_length`, `hop_fidelity`.
 
     Raises:
@@ -69,7 +69,8 @@ def validate(
     rows, one_layer, ablation = _compare(effects, changed)
     circuit = None
     if others and grounding.logits:
-        circuit = {errors: sufficiency(model, grounding, others, errors=errors) for errors in ("keep", "resample")}
+        treatments = ("keep", "resample")
+        circuit = {errors: sufficiency(model, grounding, others, errors=errors, seed=seed) for errors in treatments}
     facts: Facts = {
         "prompt": graph.metadata["prompt"],
         "is_pruned": "pruning" in graph.metadata,
@@ -110,15 +111,13 @@ def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[F
         for patching in PATCHING:
             predicted_BN = predictions[patching != "constrained"]
             for patterns in PATTERNS:
-                measured = effects.measure(changed, scale, patching, patterns)
-                setting = {"patching": patching, "patterns": patterns, "change": change}
-                for distance, pairs in pairs_by_distance(graph, changed, predicted_BN, measured).items():
-                    rows.append({**setting, "distance": distance, **agreement(*pairs)})
-                if (
-                    patching == "constrained"
-                ):  # one layer downstream nothing else has reacted yet, whatever the patching
-                    frozen = effects.measure(changed, scale, patching, patterns, norms="frozen")
-                    for norms, run in (("live", measured), ("frozen", frozen)):
+                runs = {norms: effects.measure(changed, scale, patching, patterns, norms=norms) for norms in NORMS}
+                measured, setting = runs["live"], {"patching": patching, "patterns": patterns, "change": change}
+                for norms, run in runs.items():
+                    for distance, pairs in pairs_by_distance(graph, changed, predicted_BN, run).items():
+                        rows.append({**setting, "norms": norms, "distance": distance, **agreement(*pairs)})
+                    if patching == "constrained":
+                        # one layer downstream nothing else has reacted yet, whatever the patching
                         figures = one_layer_cosine(graph, changed, predicted_BN, run)
                         one_layer.append({"patterns": patterns, "norms": norms, "change": change, **figures})
                 if change == "ablated" and effects.grounding.logits:

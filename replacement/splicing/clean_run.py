@@ -40,7 +40,7 @@ class Conditions:
     patterns: str = "live"
     """Attention patterns: `live` or `frozen`."""
     norms: str = "live"
-    """Scales of the residual stream's norms: `live` or `frozen`."""
+    """Scales of the residual stream's norms: `live`, `frozen`, or that of the `final` norm alone frozen."""
     mlps: str = "replaced"
     """Outputs outside `constrained_layers`: `replaced` by the crosscoder, whose features react; or the model's own
     (`original`), to which the changed features' change is added (only inside them, where they are given: what the model's
@@ -53,7 +53,7 @@ class Conditions:
         check_choice("reads", self.reads, ("propagated", "clean"))
         check_choice("errors", self.errors, ("drop", "keep"))
         check_choice("patterns", self.patterns, ("live", "frozen"))
-        check_choice("norms", self.norms, ("live", "frozen"))
+        check_choice("norms", self.norms, ("live", "frozen", "final"))
         check_choice("mlps", self.mlps, ("replaced", "original"))
 
 
@@ -134,7 +134,6 @@ class CleanRun:
     def _inputs(self, crosscoder: Crosscoder) -> dict[Site, Tensor]:
         return {site: self.activations[site] for site in crosscoder.wiring.read_sites}
 
-    @torch.no_grad()
     def run(
         self,
         conditions: Conditions,
@@ -145,6 +144,7 @@ class CleanRun:
         sites: Mapping[str, tuple[Site, ...]] | None = None,
         errors: Mapping[Site, Tensor] | None = None,
         hooks: Mapping[Site, Hook] | None = None,
+        gradients: bool = False,
     ) -> SplicedRun:
         """One pass with the crosscoders in place.
 
@@ -155,6 +155,7 @@ class CleanRun:
             sites: by part, the written sites that are replaced; all by default.
             errors: error terms `[R, D]` of written sites, instead of the run's own.
             hooks: see `[B, T, D]` at their sites and may change it, before features are read there.
+            gradients: whether the logits have gradients to what the changes depend on.
 
         Raises:
             ValueError: a layer to hold that the model does not have, or a wiring that cannot be spliced that way.
@@ -165,27 +166,28 @@ class CleanRun:
         clean = self._copies(self.activations, n_copies) if needs_clean else None
         if errors is None and conditions.errors == "keep":
             errors = self._copies(self.errors, n_copies)
-        splices = {
-            part: Splice(
-                self.language_model,
-                crosscoder,
-                tokens_BT,
-                sites=None if sites is None else sites[part],
-                reads=conditions.reads,
-                errors=errors or "drop",
-                mlps=conditions.mlps,
-                change=(changes or {}).get(part),
-                held=self._hold(part, held_layers, clean, n_copies) if held_layers and clean is not None else None,
-                clean=clean,
+        with torch.set_grad_enabled(gradients):
+            splices = {
+                part: Splice(
+                    self.language_model,
+                    crosscoder,
+                    tokens_BT,
+                    sites=None if sites is None else sites[part],
+                    reads=conditions.reads,
+                    errors=errors or "drop",
+                    mlps=conditions.mlps,
+                    change=(changes or {}).get(part),
+                    held=self._hold(part, held_layers, clean, n_copies) if held_layers and clean is not None else None,
+                    clean=clean,
+                )
+                for part, crosscoder in self.crosscoders.items()
+            }
+            logits_BTV = run_together(
+                list(splices.values()),
+                hooks=hooks,
+                patterns=self.patterns if conditions.patterns == "frozen" else None,
+                norm_scales=self._held_norms(conditions),
             )
-            for part, crosscoder in self.crosscoders.items()
-        }
-        logits_BTV = run_together(
-            list(splices.values()),
-            hooks=hooks,
-            patterns=self.patterns if conditions.patterns == "frozen" else None,
-            norm_scales=self.norm_scales if conditions.norms == "frozen" else None,
-        )
         features = {
             part: Features.concatenate([splice.features[group] for group in sorted(splice.features)])
             for part, splice in splices.items()
@@ -193,6 +195,12 @@ class CleanRun:
         }
         inputs = {site: x_RD for splice in splices.values() for site, x_RD in splice.inputs.items()}
         return SplicedRun(logits_BTV, features, inputs)
+
+    def _held_norms(self, conditions: Conditions) -> dict[str, Tensor] | None:
+        if conditions.norms == "live":
+            return None
+        held = ["ln_final"] if conditions.norms == "final" else list(self.norm_scales)
+        return {name: self.norm_scales[name] for name in held}
 
     def _held_layers(self, conditions: Conditions) -> frozenset[int]:
         n_layers = self.language_model.shape.n_layers

@@ -372,14 +372,15 @@ def check_together(crosscoders: Sequence[Crosscoder]) -> None:
         seen |= sites
 
 
-def check_choice(name: str, given: str, choices: tuple[str, str]) -> None:
-    """Check an option that has two values.
+def check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
+    """Check an option that has a few values.
 
     Raises:
         ValueError: names the option, its values and what was given.
     """
     if given not in choices:
-        raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {given!r}")
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {given!r}")
 
 
 def _in_turn(first: Hook, second: Hook) -> Hook:

@@ -23,7 +23,8 @@ from circuits.validation.command import other_prompts
 from circuits.validation.effects import Edit, Effects, Measured, sample_features
 from circuits.validation.prediction import predicted_changes, scaled_alone
 from circuits.validation.report import page
-from circuits.validation.sufficiency import Resampler, sufficiency
+from circuits.validation.resampling import Resampler
+from circuits.validation.sufficiency import sufficiency
 from circuits.validation.validate import one_layer_cosine, validate
 from replacement import Intervention, JointTopK, ReLU, ReplacementModel, Site, TopK, Wiring
 
@@ -224,12 +225,13 @@ def test_resampling_from_the_prompt_itself_changes_nothing(language_model: Any) 
 def test_faithfulness_ends_at_one(language_model: Any, skip: bool) -> None:
     model, grounding = traced(language_model("gpt2", torch.float64), skip=skip)
     found = sufficiency(model, grounding, OTHERS, errors="keep")
-    sizes = found["sizes"]
-    assert sizes[-1]["faithfulness"] == pytest.approx(1)
-    assert sizes[-1]["necessity"] == pytest.approx(1)
-    assert sizes[-1]["features"] == len(grounding.local.features)
-    assert (np.diff([size["features"] for size in sizes]) >= 0).all()
-    assert found["cmd"] >= abs(0.999 - found["cpr"]) - 1e-12
+    for order in found["orders"].values():
+        sizes = order["sizes"]
+        assert sizes[-1]["faithfulness"] == pytest.approx(1)
+        assert sizes[-1]["necessity"] == pytest.approx(1)
+        assert sizes[-1]["kl"] == pytest.approx(0, abs=1e-9)
+        assert sizes[-1]["features"] == len(grounding.local.features)
+        assert order["cmd"] >= abs(0.999 - order["cpr"]) - 1e-12
     assert found["clean"] != pytest.approx(found["resampled"])
 
 
@@ -287,8 +289,16 @@ def test_the_command(saved: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     exact = [row for row in facts["one_layer_cosine"] if (row["patterns"], row["norms"]) == ("frozen", "frozen")]
     assert min(row["cosine"] for row in exact) > 0.9
     assert {row["distance"] for row in facts["effects"]} == {"1", "2", "3", "logits"}
+    on_logits = {
+        row["norms"]: row["pearson"]
+        for row in facts["effects"]
+        if (row["patching"], row["patterns"], row["change"], row["distance"])
+        == ("constrained", "frozen", "ablated", "logits")
+    }
+    assert on_logits["frozen"] > 0.9999  # a graph's paths to the logits are exact with everything held
+    assert on_logits["final"] > on_logits["live"]
     assert set(facts["circuit"]) == {"keep", "resample"}
-    assert facts["circuit"]["keep"]["sizes"][-1]["faithfulness"] == pytest.approx(1, abs=1e-3)
+    assert facts["circuit"]["keep"]["orders"]["influence"]["sizes"][-1]["faithfulness"] == pytest.approx(1, abs=1e-3)
     robustness = facts["robustness"]
     assert [row["class"] for row in robustness["thresholds"]["classes"]] == ["core", "contingent", "noise"]
     same, other = robustness["prompts"]

@@ -267,7 +267,7 @@ def test_features_that_do_not_exist(language_model: Any, place: dict[str, int], 
     [
         ({"errors": "add"}, "errors must be 'drop' or 'keep', got 'add'"),
         ({"patterns": "held"}, "patterns must be 'live' or 'frozen', got 'held'"),
-        ({"norms": "held"}, "norms must be 'live' or 'frozen', got 'held'"),
+        ({"norms": "held"}, "norms must be 'live', 'frozen' or 'final', got 'held'"),
         ({"mlps": "none"}, "mlps must be 'replaced' or 'original', got 'none'"),
         ({"constrained_layers": [1, 3]}, "constrained_layers holds 3: the model has layers 0 to 2"),
         ({"generate": 23}, "generate must be 0 to 22 after 10 tokens, got 23"),
