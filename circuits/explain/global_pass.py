@@ -64,13 +64,12 @@ def global_circuits(
         memory: most bytes for the table of pairs. Where the pairs that occur need more, the smallest ones are forgotten on the
             way: `features["error"]` then bounds by how much any edge is off; it is 0 where nothing was forgotten.
         corpus: what the prompts are, for the file.
-        state: a file in which the pass is saved every minute and from which it goes on, if it is there and of the same
-            settings and model; removed in the end.
+        state: a file in which the pass is saved every minute and from which it goes on if it is there; removed in the end.
         progress: called with the number of tokens of each prompt.
 
     Raises:
-        ValueError: settings outside their range, too little memory, a prompt that the model cannot read, or prompts without a
-            token that counts.
+        ValueError: settings outside their range, too little memory, a state of other settings, a prompt that the model cannot
+            read, or prompts without a token that counts.
         IdentityError: the edges of a feature do not sum to its pre-activation.
     """
     check_model(model)
@@ -183,18 +182,24 @@ class _Gathered:
             np.savez(opened, state=np.array(text), **self.features, **self.pairs.arrays())  # type: ignore[arg-type]
 
     def restore(self, file: Path, facts: dict[str, Any]) -> int:
-        """Go on from what was saved; returns the number of prompts that it holds, 0 for none of these settings."""
+        """Go on from what was saved, if anything was; returns the number of prompts that it holds.
+
+        Raises:
+            ValueError: a damaged file, or one of other settings, which may hold hours of work and is not overwritten.
+        """
         if not file.is_file():
             return 0
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 state = json.loads(str(arrays["state"]))
-                if state["facts"] != json.loads(json.dumps(facts)):
-                    return 0
+                made_by, now = state["facts"], json.loads(json.dumps(facts))
                 self.features = {name: arrays[name] for name in _SUMMED}
                 self.pairs.restore(arrays)
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise ValueError(f"{file} is damaged ({error}): remove it to start again") from None
+        if other := [name for name in now if made_by.get(name) != now[name]]:
+            given = f"{made_by.get(other[0])!r:.60}, now {now[other[0]]!r:.60}"
+            raise ValueError(f"{file} is of a pass with another {other[0]} ({given}): remove it to start again")
         for name, value in state["counts"].items():
             setattr(self, name, value)
         return int(state["n_done"])

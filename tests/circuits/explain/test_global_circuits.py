@@ -287,9 +287,10 @@ def test_a_killed_pass_goes_on_where_it_was_saved(
     localized.clear()
     with pytest.raises(KeyboardInterrupt):
         global_circuits(native, PROMPTS, state=state, progress=stop)
-    localized.clear()
-    global_circuits(native, PROMPTS, state=state, neighbours=5)
-    assert len(localized) == 4  # other settings start again
+    saved = state.read_bytes()
+    with pytest.raises(ValueError, match=r"state\.npz is of a pass with another neighbours \(64, now 5\): remove it"):
+        global_circuits(native, PROMPTS, state=state, neighbours=5)
+    assert state.read_bytes() == saved
 
 
 def test_a_file_gives_back_what_was_saved(built: GlobalCircuits, tmp_path: Path) -> None:
