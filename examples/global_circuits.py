@@ -3,8 +3,9 @@
     python examples/global_circuits.py
 
 Reads rows of the demo's corpus once, then traces the first held-out probes of every behaviour (none is picked) and prints which
-share of the influence that crosses their edges between features crosses global ones: those of the largest expected effects,
-beside three controls of the same size, which have for each target as many sources
+share of the influence that crosses their edges between features crosses global ones, those of the largest expected effects.
+Beside them stand the largest of their effects along the residual stream alone (`direct paths`), and three controls, which have
+for each target as many sources:
 
 - `virtual weights`: of largest |inner product of encoder and decoders|, whatever is active when;
 - `most active`: of each layer as the global ones, those that fire on most tokens;
@@ -16,6 +17,7 @@ Then the neighbours of the features that stand for the first states of the alpha
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,12 @@ def virtual_weights(model: ReplacementModel, found: GlobalCircuits, most: int) -
     return GlobalCircuits(found.features, indptr, np.concatenate(sources), edges, found.metadata)
 
 
+def direct_paths(found: GlobalCircuits) -> GlobalCircuits:
+    """The edges along the residual stream alone, as if attention carried nothing."""
+    direct = found.with_edges(np.flatnonzero(found.edges["direct"]))
+    return replace(direct, edges={**direct.edges, "attention": np.zeros_like(direct.edges["attention"])})
+
+
 def most_active(found: GlobalCircuits) -> GlobalCircuits:
     """For each target as many sources of each layer as in `found`, those that fire on most tokens."""
     (_, n) = found.numbers.parts[0]
@@ -91,6 +99,7 @@ def print_explained(model: ReplacementModel, found: GlobalCircuits, graphs: list
         kept = found.strongest(most)
         rows = {
             "expected effects": kept,
+            "direct paths": direct_paths(found).strongest(most),
             "virtual weights": virtual_weights(model, found, most),
             "most active": most_active(kept),
             "shuffled": kept.shuffled(0),
@@ -144,7 +153,7 @@ def print_states(found: GlobalCircuits, n_states: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=64_000, help="of the corpus")
+    parser.add_argument("--tokens", type=int, default=25_600, help="of the corpus")
     parser.add_argument("--prompts", type=int, default=2, help="held-out probes of every behaviour")
     parser.add_argument("--states", type=int, default=3, help="states whose neighbours are shown")
     parser.add_argument("--file", type=Path, help="a file of `circuits global` to use instead of a pass")

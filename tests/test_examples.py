@@ -246,3 +246,18 @@ def test_robustness_over_a_prompt_of_every_behaviour(
     rows = dict(line.rsplit(maxsplit=5)[::5] for line in shown.splitlines() if line.split("  ")[0] in facts)
     assert len(rows) == len(facts) == 9
     assert set(rows.values()) == {"1.000"}
+
+
+def test_global_circuits_of_the_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example on few tokens: global edges hold more of held-out graphs than every control of the same size."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("global_circuits")
+    monkeypatch.setattr(example, "BOUNDED_TOKENS", 640)
+    monkeypatch.setattr("sys.argv", ["global_circuits.py", "--tokens", "1280", "--prompts", "1", "--states", "1"])
+    example.main()
+    lines = capsys.readouterr().out.splitlines()
+    for place in [number for number, line in enumerate(lines) if "expected effects" in line]:
+        influence, *others = (float(line.split()[-2]) for line in lines[place : place + 5])
+        assert influence >= max(others)
+        assert influence > 5 * max(others[-2:])
+    assert any("drives" in line and "of inflow" in line for line in lines)
