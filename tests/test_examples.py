@@ -249,7 +249,7 @@ def test_robustness_over_a_prompt_of_every_behaviour(
 
 
 def test_global_circuits_of_the_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The example on few tokens: global edges hold more of held-out graphs than every control of the same size."""
+    """The example on few tokens: global edges hold twice as much of held-out graphs as any control of the same size."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = importlib.import_module("global_circuits")
     monkeypatch.setattr(example, "BOUNDED_TOKENS", 640)
@@ -259,5 +259,5 @@ def test_global_circuits_of_the_demo(monkeypatch: pytest.MonkeyPatch, capsys: py
     for place in [number for number, line in enumerate(lines) if "expected effects" in line]:
         influence, *others = (float(line.split()[-2]) for line in lines[place : place + 5])
         assert influence >= max(others)
-        assert influence > 5 * max(others[-2:])
+        assert influence > 2 * max(others[-3:])
     assert any("drives" in line and "of inflow" in line for line in lines)
