@@ -32,7 +32,7 @@ class PairSums:
         Args:
             n_features: F, of all parts and layers.
             n_sums: C.
-            capacity: most pairs in memory, those not yet merged included, as long as half of it holds what is added at once.
+            capacity: most pairs in memory, those not yet merged included.
         """
         self.n_features, self.capacity = n_features, capacity
         self.key_P = np.zeros(0, np.int64)
@@ -43,12 +43,15 @@ class PairSums:
 
     def add(self, key: np.ndarray, sums_CP: np.ndarray) -> None:
         """Add sums of some pairs; a pair may come again."""
-        if self._n_waiting + len(self.key_P) + len(key) > self.capacity:
-            self.merge()
-            if len(self.key_P) > self.capacity // 2:
-                self.keep(self._most_that_fit(self.capacity // 2))
-        self._waiting.append((key, sums_CP))
-        self._n_waiting += len(key)
+        half = max(1, self.capacity // 2)
+        for first in range(0, len(key), half):
+            part = slice(first, first + half)
+            if self._n_waiting + len(self.key_P) + len(key[part]) > self.capacity:
+                self.merge()
+                if len(self.key_P) > half:
+                    self.keep(self._most_that_fit(half))
+            self._waiting.append((key[part], sums_CP[:, part]))
+            self._n_waiting += len(key[part])
 
     def merge(self) -> None:
         """Bring everything into the table."""

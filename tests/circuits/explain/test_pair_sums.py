@@ -54,7 +54,7 @@ def test_exact_in_any_order_where_all_pairs_fit(batches: list[dict[int, float]])
     assert not pairs.lost_F.any()
 
 
-@given(BATCHES, st.integers(2 * F, 60), st.integers(1, 3))
+@given(BATCHES, st.integers(2, 60), st.integers(1, 3))
 def test_what_is_forgotten_is_within_the_bound(batches: list[dict[int, float]], capacity: int, most: int) -> None:
     pairs, true = added(batches, capacity), dense(batches)
     assert len(pairs.key_P) <= capacity
