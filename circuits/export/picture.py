@@ -1,9 +1,10 @@
 """What a picture of a circuit shows, before anything has a place: boxes, links between them, and the strongest paths.
 
 The graph is untouched; the picture joins what a reader takes for one thing. A learned position belongs to the token of its
-position, features with the same label at the same place are a stack, and many outputs of one class are a group. An edge of
-such a box is the sum of its members' edges. Of the edges, those of the strongest paths are emphasised, and the weakest others
-are counted instead of drawn.
+position, many outputs of one class are a group, and so are the features of a group that the graph carries
+(`graph.with_groups`), which stands where its most influential member does. Other features with the same label at the same place
+are a stack. An edge of such a box is the sum of its members' edges; edges inside a box are not drawn. Of the edges, those of
+the strongest paths are emphasised, and the weakest others are counted instead of drawn.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from circuits.export.style import ATTENTION_MARK, HEADS_PER_EDGE, LEAST_SHARE, M
 from circuits.graph.edge_heads import EdgeRow
 from circuits.graph.edges import GraphData
 from circuits.graph.feature_labels import label_facts, label_note, split_heading
+from circuits.graph.groups import GROUPS, Group, Grouping
 from circuits.graph.inclusion import stored_inclusion
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
@@ -92,7 +94,7 @@ class Picture:
     n_nodes: int
     """Nodes of the graph that the items stand for."""
     n_edges: int
-    """Edges of the graph that the links stand for."""
+    """Edges of the graph that the links stand for, or that run inside a box."""
 
 
 def picture_of(graph: GraphData, *, max_nodes: int) -> Picture:
@@ -105,10 +107,11 @@ def picture_of(graph: GraphData, *, max_nodes: int) -> Picture:
     items, item_of = _items(graph, influence, stored_inclusion(graph), shown, on_path)
     shares: dict[tuple[int, int], float] = {}
     for (source, target), share in path_shares(paths).items():
-        pair = int(item_of[source]), int(item_of[target])
-        shares[pair] = max(share, shares.get(pair, 0.0))
+        if (pair := (int(item_of[source]), int(item_of[target])))[0] != pair[1]:
+            shares[pair] = max(share, shares.get(pair, 0.0))
     links, n_edges = _links(graph, items, item_of, shares)
-    drawn_paths = tuple((path.share, tuple(dict.fromkeys(item_of[list(path.nodes)].tolist()))) for path in paths)
+    boxes = [(path.share, item_of[list(path.nodes)].tolist()) for path in paths]
+    drawn_paths = tuple((share, tuple(box for box, _ in itertools.groupby(numbers))) for share, numbers in boxes)
     return Picture(items, links, drawn_paths, _answer(graph.nodes, items), int(shown.sum()), n_edges)
 
 
@@ -140,6 +143,9 @@ def _items(
     """The items by row, position and influence, and int64[N], the item of each node (-1 where it is not shown)."""
     nodes, rows = graph.nodes, picture_rows(graph.nodes)
     group_of = {node: group for group in output_groups(nodes) for node in group}
+    groups = _stored_groups(graph)
+    group_of |= {node: group.members for group in groups for node in group.members}
+    names: dict[tuple[object, ...], str] = {group.members: group.name for group in groups}
     members: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for node in sorted(np.flatnonzero(shown).tolist(), key=lambda node: (nodes.kind[node], -influence[node])):
         kind, position, label = NodeKind(int(nodes.kind[node])), int(nodes.position[node]), nodes.label[node]
@@ -153,7 +159,8 @@ def _items(
             key = ("alone", node)
         members[key].append(node)
     items = [
-        _item(graph, numbers, int(rows[numbers[0]]), influence, inclusion, on_path) for numbers in members.values()
+        _item(graph, numbers, names.get(key, ""), int(rows[numbers[0]]), influence, inclusion, on_path)
+        for key, numbers in members.items()
     ]
     items.sort(key=lambda item: (item.row, item.position, -item.influence))
     item_of = np.full(len(nodes), -1)
@@ -162,9 +169,16 @@ def _items(
     return tuple(items), item_of
 
 
+def _stored_groups(graph: GraphData) -> list[Group]:
+    """The groups of several features that the graph carries."""
+    groups = Grouping.of(graph).groups if GROUPS in graph.metadata else ()
+    return [group for group in groups if group.kind == "features" and len(group.members) > 1]
+
+
 def _item(
     graph: GraphData,
     numbers: list[int],
+    group: str,
     row: int,
     influence: np.ndarray,
     inclusion: np.ndarray | None,
@@ -172,7 +186,7 @@ def _item(
 ) -> Item:
     nodes, first = graph.nodes, numbers[0]
     kind = NodeKind(int(nodes.kind[first]))
-    name, text = item_text(nodes, numbers)
+    name, text = (group, f"{len(numbers)} features") if group else item_text(nodes, numbers)
     is_of_attention = kind is NodeKind.FEATURE and nodes.of_attention[first]
     return Item(
         nodes=tuple(numbers),
@@ -214,10 +228,12 @@ def item_facts(nodes: NodeTable, numbers: Sequence[int]) -> str:
         return f"{chance:.3g} %{' together' if len(numbers) > 1 else ''}"
     if nodes.kind[first] != NodeKind.FEATURE:
         return ""
-    layer, indices = nodes.layer[first], [str(nodes.index[node]) for node in numbers]
+    ids = [f"{nodes.layer[node]}/{nodes.index[node]}" for node in numbers]
     if len(numbers) > 1:
-        return f"{layer}/{', '.join(indices[:2])}{', …' if len(numbers) > 2 else ''}"
-    facts = [f"{layer}/{indices[0]}"] if nodes.label[first].strip() else []
+        same_layer = nodes.layer[first] == nodes.layer[numbers[1]]
+        second = str(nodes.index[numbers[1]]) if same_layer else ids[1]
+        return f"{ids[0]}, {second}{', …' if len(numbers) > 2 else ''}"
+    facts = [ids[0]] if nodes.label[first].strip() else []
     activation = float(nodes.activation[first])  # 0 where a graph of another tool does not say it
     return " · ".join([*facts, f"{activation:.2g}"] if activation else facts)
 
@@ -256,6 +272,8 @@ def _links(
     edges, influence = graph.edges, edge_influence(graph)
     chosen = np.flatnonzero((item_of[edges.source] >= 0) & (item_of[edges.target] >= 0))
     source, target = item_of[edges.source[chosen]], item_of[edges.target[chosen]]
+    between, n_edges = source != target, int((source == target).sum())
+    chosen, source, target = chosen[between], source[between], target[between]
     pairs, link_of = np.unique(source * len(items) + target, return_inverse=True)
     total = np.bincount(link_of, influence[chosen], minlength=len(pairs))
     ends = [divmod(pair, len(items)) for pair in pairs.tolist()]
@@ -268,7 +286,7 @@ def _links(
         True: max(shares.values(), default=1.0),
     }
     members = np.split(chosen[np.argsort(link_of, kind="stable")], np.cumsum(np.bincount(link_of, minlength=1))[:-1])
-    links, n_edges = [], 0
+    links = []
     for pair in [*reversed(quiet), *loud]:
         numbers, on_path = members[by_pair[pair]], pair in shares
         strength = (shares[pair] if on_path else total[by_pair[pair]]) / best[on_path]

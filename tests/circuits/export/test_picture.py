@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from circuits import CircuitGraph, NodeKind
 from circuits.export.picture import FEW_TOKENS, QUIET_LINKS, picture_of
 from circuits.graph.edge_heads import EdgeHeads
+from circuits.graph.groups import Grouping
 from circuits.graph.influence import edge_influence
 from circuits.graph.paths import strongest_paths
 
@@ -193,3 +194,54 @@ def test_marks_tell_kinds(build_graph) -> None:
     assert marks == {"a": "square", "error": "diamond", "b": "square"}
     assert {item.mark for item in picture_of(graph, max_nodes=80).items if item.kind is F} == {"circle", "triangle"}
     assert "feature of attention: " in graph.to_svg()
+
+
+@given(st.data(), st.integers(0, 2**32 - 1))
+def test_a_stored_group_is_one_box_and_nothing_is_lost(draw_circuit, data, seed) -> None:
+    """Groups of any features, over layers and positions: then links may run downwards and paths return to a box."""
+    graph = draw_circuit(data)
+    features = np.flatnonzero(graph.nodes.mask(F) & ~graph.nodes.is_target)
+    numbers = np.random.default_rng(seed).integers(3, size=len(features))
+    parts = [tuple(features[numbers == number].tolist()) for number in range(3)]
+    others = [(node,) for node in range(len(graph.nodes)) if node not in features]
+    everything = [*filter(None, parts), *others]
+    names = [f"group {number}" for number in range(len(everything))]
+    grouping = Grouping.build(graph, names, everything, [None] * len(everything))
+    carrying = graph.with_groups(grouping)
+    picture = picture_of(carrying, max_nodes=1000)
+    boxes = {tuple(sorted(item.nodes)): item for item in picture.items}
+    for members, name in zip(everything, names, strict=True):
+        if len(members) > 1:
+            box = boxes[members]
+            assert (box.name, box.text) == (name, f"{len(members)} features")
+            assert len(box.tooltip.splitlines()) == min(len(members), 11)
+    assert picture.n_nodes == len(graph.nodes)
+    drawn = {(link.source, link.target) for link in picture.links}
+    item_of = {node: number for number, item in enumerate(picture.items) for node in item.nodes}
+    pairs = [(item_of[s], item_of[t]) for s, t in zip(graph.edges.source, graph.edges.target, strict=True)]
+    assert picture.n_edges == sum(pair in drawn or pair[0] == pair[1] for pair in pairs)
+    for link in picture.links:
+        ends = [set(picture.items[end].nodes) for end in (link.source, link.target)]
+        assert ends[0].isdisjoint(ends[1])
+        chosen = [s in ends[0] and t in ends[1] for s, t in zip(graph.edges.source, graph.edges.target, strict=True)]
+        assert link.weight == pytest.approx(float(graph.edges.weight[chosen].sum()), rel=1e-5, abs=1e-6)
+    assert all(pair in drawn for _, items in picture.paths for pair in itertools.pairwise(items))
+    assert "<svg" in carrying.to_svg()
+    assert "digraph" in carrying.to_dot()
+
+
+def test_the_picture_of_a_group_says_its_name_and_members(build_graph) -> None:
+    rows = [
+        {"kind": T, "index": 1, "label": "a"},
+        {"kind": F, "layer": 0, "index": 4, "expanded": True, "label": "Texas: Waco"},
+        {"kind": F, "layer": 1, "index": 5, "expanded": True, "label": "Texas: Dallas"},
+        {"kind": L, "layer": 3, "index": 3, "label": "Austin", "expanded": True, "output_weight": 1.0},
+    ]
+    graph = build_graph(rows, [(1, 0, 1.0), (2, 0, 1.0), (3, 1, 2.0), (3, 2, 1.0)])
+    svg, dot = (getattr(graph.with_groups(graph.group()), name)() for name in ("to_svg", "to_dot"))
+    for text in (svg, dot):
+        assert "2 features" in text
+        assert "0/4, 1/5" in text
+        assert "feature 0/4 at 0 (Texas: Waco)" in text
+        assert "feature 1/5 at 0 (Texas: Dallas)" in text
+    assert "2 features" not in graph.to_svg()
