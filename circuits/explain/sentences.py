@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from circuits.explain.claims import Claim
-from circuits.graph.groups import Grouping, distinct_names
+from circuits.graph.group_names import distinct_names
+from circuits.graph.groups import Grouping
 from circuits.graph.text import printable
 
 VERBS = {1: ("raises", "raise"), -1: ("lowers", "lower")}

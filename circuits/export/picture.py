@@ -11,30 +11,25 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from circuits.export.style import ATTENTION_MARK, HEADS_PER_EDGE, LEAST_SHARE, MARKS, picture_rows
-from circuits.graph.edge_heads import EdgeRow
+from circuits.export.picture_text import edge_facts, head_tag, item_facts, item_text, joined_parts, listed, node_facts
+from circuits.export.style import ATTENTION_MARK, MARKS, picture_rows
 from circuits.graph.edges import GraphData
-from circuits.graph.feature_labels import label_facts, label_note, split_heading
 from circuits.graph.groups import GROUPS, Group, Grouping
 from circuits.graph.inclusion import stored_inclusion
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
-from circuits.graph.outputs import group_name, output_groups
+from circuits.graph.outputs import output_groups
 from circuits.graph.paths import StrongPath, strongest_paths
-from circuits.graph.pruning import always_kept
-from circuits.graph.text import full_name, short_name
 
 FEW_TOKENS = 24
 """Of a longer prompt, tokens are drawn only where their column holds something else."""
 QUIET_LINKS = 60
 """Links beside those of the paths, the most influential ones; every box keeps its strongest link in and out as well."""
-LISTED = 10
-"""Nodes or edges of a box or link that its tooltip lists."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Item:
     """What stands above the text: the name that a feature's label begins with, such as `Texas`; often empty."""
     text: str
     small: str
-    """What is written below the text in small type, see `item_facts`."""
+    """What is written below the text in small type, see `picture_text.item_facts`."""
     influence: float
     on_path: bool
     unexpanded: bool
@@ -202,58 +197,8 @@ def _item(
         unexpanded=bool(nodes.unexpanded[numbers].all()),
         is_target=bool(nodes.is_target[numbers].any()),
         inclusion=None if inclusion is None else float(inclusion[numbers].max()),
-        tooltip=_listed(_node_facts(graph, node, influence, inclusion) for node in numbers),
+        tooltip=listed(node_facts(graph, node, influence, inclusion) for node in numbers),
     )
-
-
-def item_text(nodes: NodeTable, numbers: Sequence[int]) -> tuple[str, str]:
-    """What is written on a box: a name, often empty, and its token or tokens, or a feature's label or else its id."""
-    first = numbers[0]
-    if nodes.kind[first] == NodeKind.LOGIT and len(numbers) > 1:
-        return "", group_name(nodes, numbers)
-    if nodes.kind[first] != NodeKind.FEATURE:
-        return "", short_name(nodes, first)
-    stack = f" ×{len(numbers)}" if len(numbers) > 1 else ""
-    if not nodes.label[first].strip():
-        return "", f"{nodes.layer[first]}/{nodes.index[first]}{stack}"
-    name, text = split_heading(short_name(nodes, first))
-    return name, text + stack
-
-
-def item_facts(nodes: NodeTable, numbers: Sequence[int]) -> str:
-    """What is written below it: id and activation of a feature, `1/345 · 2.3`, of a stack the ids; probability of an output."""
-    first = numbers[0]
-    chance = 100 * float(nodes.probability[list(numbers)].sum())
-    if nodes.kind[first] == NodeKind.LOGIT and chance > 0:
-        return f"{chance:.3g} %{' together' if len(numbers) > 1 else ''}"
-    if nodes.kind[first] != NodeKind.FEATURE:
-        return ""
-    ids = [f"{nodes.layer[node]}/{nodes.index[node]}" for node in numbers]
-    if len(numbers) > 1:
-        same_layer = nodes.layer[first] == nodes.layer[numbers[1]]
-        second = str(nodes.index[numbers[1]]) if same_layer else ids[1]
-        return f"{ids[0]}, {second}{', …' if len(numbers) > 2 else ''}"
-    facts = [ids[0]] if nodes.label[first].strip() else []
-    activation = float(nodes.activation[first])  # 0 where a graph of another tool does not say it
-    return " · ".join([*facts, f"{activation:.2g}"] if activation else facts)
-
-
-def _node_facts(graph: GraphData, node: int, influence: np.ndarray, inclusion: np.ndarray | None) -> str:
-    nodes = graph.nodes
-    facts = [full_name(nodes, node), label_facts(graph, node).get("text", ""), label_note(graph, node)]
-    if nodes.kind[node] == NodeKind.FEATURE and nodes.activation[node]:
-        facts.append(f"activation {nodes.activation[node]:.3g}")
-    if nodes.kind[node] != NodeKind.LOGIT:
-        facts.append(f"influence {100 * influence[node]:.3g} %")
-    if inclusion is not None and not always_kept(nodes)[node]:
-        facts.append(f"kept at {100 * inclusion[node]:.0f} % of the pruning thresholds")
-    return "; ".join(filter(None, facts))
-
-
-def _listed(lines: Iterable[str]) -> str:
-    every = list(lines)
-    rest = [f"and {len(every) - LISTED} more"] if len(every) > LISTED else []
-    return "\n".join(every[:LISTED] + rest)
 
 
 def path_shares(paths: Sequence[StrongPath]) -> dict[tuple[int, int], float]:
@@ -312,34 +257,6 @@ def _kept(ends: Sequence[tuple[int, int]], total: np.ndarray) -> list[int]:
 def _link(graph: GraphData, pair: tuple[int, int], numbers: np.ndarray, strength: float, on_path: bool) -> Link:
     weight = float(graph.edges.weight[numbers].sum())
     rows = [None] * len(numbers) if graph.heads is None else graph.heads.rows(numbers)
-    heads = "" if graph.heads is None else head_tag(_sum(row for row in rows if row is not None))
-    lines = (_edge_facts(graph, edge, row) for edge, row in zip(numbers.tolist(), rows, strict=True))
-    return Link(*pair, weight, strength, on_path, heads, _listed(lines))
-
-
-def _edge_facts(graph: GraphData, edge: int, row: EdgeRow | None) -> str:
-    source, target = int(graph.edges.source[edge]), int(graph.edges.target[edge])
-    names = f"{full_name(graph.nodes, source)} → {full_name(graph.nodes, target)}: {graph.edges.weight[edge]:+.4g}"
-    return names if row is None else f"{names} ({row.text()})"
-
-
-def _sum(rows: Iterable[EdgeRow]) -> EdgeRow:
-    """The parts of several edges together."""
-    direct, rest = 0.0, 0.0
-    heads: dict[tuple[int, int], float] = defaultdict(float)
-    for row in rows:
-        direct, rest = direct + row.direct, rest + row.rest
-        for layer, head, weight in row.heads:
-            heads[layer, head] += weight
-    return EdgeRow(
-        direct, rest, sorted(((*name, weight) for name, weight in heads.items()), key=lambda part: -abs(part[2]))
-    )
-
-
-def head_tag(row: EdgeRow) -> str:
-    """`L1H3 L0H2`: at most two heads, the strongest first, each with at least a quarter of the edge's magnitudes."""
-    total = sum(abs(weight) for *_, weight in row.heads) + abs(row.direct) + abs(row.rest)
-    strong = [
-        (layer, head) for layer, head, weight in row.heads[:HEADS_PER_EDGE] if abs(weight) >= LEAST_SHARE * total > 0
-    ]
-    return " ".join(f"L{layer}H{head}" for layer, head in strong)
+    heads = "" if graph.heads is None else head_tag(joined_parts(row for row in rows if row is not None))
+    lines = (edge_facts(graph, edge, row) for edge, row in zip(numbers.tolist(), rows, strict=True))
+    return Link(*pair, weight, strength, on_path, heads, listed(lines))

@@ -11,7 +11,6 @@ Groups are stored as `graph.metadata["groups"]`, by node ids.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +46,7 @@ class Group:
     kind: str
     """`tokens` (with their learned positions), `errors`, `features` or `outputs`."""
     f1: float | None = None
-    """How well the name detects the members that it was taken from, see `circuits.graph.grouping`; None if not known."""
+    """How well the name detects the members that it was taken from, see `circuits.graph.group_names`; None if not known."""
 
 
 @dataclass(frozen=True)
@@ -224,19 +223,3 @@ def _is_group(value: object) -> bool:
 
 def _kind(graph: GraphData, node: int) -> str:
     return KINDS[NodeKind(int(graph.nodes.kind[node]))]
-
-
-def distinct_names(names: Sequence[str], further: Sequence[Sequence[str]]) -> list[str]:
-    """Names made distinct: those that clash get the first addition of their own, then the next, until none clash.
-
-    Args:
-        further: of each name, what tells it from others of the same text, such as `@7`.
-    """
-    result = list(names)
-    for place in range(max(map(len, further), default=0)):
-        times = Counter(result)
-        result = [
-            f"{name} {additions[place]}" if times[name] > 1 and place < len(additions) else name
-            for name, additions in zip(result, further, strict=True)
-        ]
-    return result

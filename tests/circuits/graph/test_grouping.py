@@ -12,7 +12,8 @@ from planted_groups import adjusted_rand, planted
 
 from circuits import CircuitGraph, NodeKind, NodeTable
 from circuits.graph.edges import Edges
-from circuits.graph.grouping import _Evidence, _least_loss, _merges, feature_name
+from circuits.graph.group_names import feature_name
+from circuits.graph.grouping import _Evidence, _least_loss, _merges
 
 T, P, E, F, L = NodeKind
 

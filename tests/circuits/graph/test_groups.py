@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from circuits import CircuitGraph, NodeKind
 from circuits.graph.edge_heads import EdgeHeads
-from circuits.graph.groups import Group, Grouping, distinct_names
+from circuits.graph.group_names import distinct_names
+from circuits.graph.groups import Group, Grouping
 
 T, P, E, F, L = NodeKind
 KIND = {T: "tokens", P: "tokens", E: "errors", F: "features", L: "outputs"}
