@@ -75,7 +75,8 @@ class Consensus:
         of_nodes = _mean_of_all(self.nodes, FIGURES.index("influence"), self.n_graphs)
         of_edges = _mean_of_all(self.edges, EDGE_FIGURES.index("influence"), self.n_graphs)
         named = node_rows(self.graph, np.arange(len(nodes)), of_nodes)
-        target, source = self.graph.edges.target.tolist(), self.graph.edges.source.tolist()
+        top_edges = np.argsort(-of_edges, kind="stable")[:most]
+        source, target = (end[top_edges].tolist() for end in (self.graph.edges.source, self.graph.edges.target))
         return {
             "prompts": self.n_graphs,
             "tokens": self.graph.metadata["tokens"],
@@ -103,12 +104,12 @@ class Consensus:
                 {
                     **{
                         end: {"name": named[row].name, "label": short_name(nodes, row)}
-                        for end, row in (("source", source[edge]), ("target", target[edge]))
+                        for end, row in zip(("source", "target"), ends, strict=True)
                     },
                     **self._figures(self.edges, edge, *EDGE_FIGURES),
                     "influence_of_all": float(of_edges[edge]),
                 }
-                for edge in np.argsort(-of_edges, kind="stable")[:most].tolist()
+                for edge, *ends in zip(top_edges.tolist(), source, target, strict=True)
             ],
         }
 
