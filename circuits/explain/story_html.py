@@ -63,7 +63,7 @@ def _boxes(groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any
                 "y": height - ROW * row - BOX_HEIGHT - 12,
                 "width": round(width, 1),
                 "height": BOX_HEIGHT,
-                "text": shorten(group["name"], int(width / 7.4)),
+                "text": shorten(group["name"], int(width / 8.2)),
             }
     return places, height
 
@@ -103,7 +103,7 @@ def _extent(claims: Sequence[Mapping[str, Any]], unit: str) -> float:
 
 def _row(claim: Mapping[str, Any], test: Mapping[str, Any], extent: float) -> dict[str, Any]:
     def x(value: float) -> float:
-        return round(AXIS / 2 * (1 + 0.96 * value / extent), 1)
+        return round(AXIS / 2 * (1 + 0.9 * value / extent), 1)
 
     return {
         **test,
