@@ -1,7 +1,7 @@
 """When do features form? One crosscoder over ten snapshots of a training run.
 
-    python examples/feature_birth.py --out runs/birth       # about 15 minutes on two cores; goes on where it stopped
-    python examples/feature_birth.py --out runs/birth --steps 1200 --width 64 --tokens 250_000 --features 512
+    python examples/feature_birth.py --out runs/birth       # goes on where it stopped
+    python examples/feature_birth.py --out runs/birth --steps 1024 --width 64 --layers 3 --tokens 250_000 --features 512
 
 The demo's trainer leaves snapshots before its first step and each time the steps have doubled. One crosscoder reads and writes
 the residual stream behind the middle layer of all of them. A feature is born at the snapshot from which on its decoder vector,
@@ -132,7 +132,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
         counts.bar(places, [row["born"] for row in rows], color="#0072b2", label="born")
         counts.bar(places, [-row["died"] for row in rows], color="#d55e00", label="died")
         counts.set_ylabel("features")
-        counts.legend(loc="upper left")
+        counts.legend(loc="lower left")
         loss = counts.twinx()
         loss.plot(places, [row["loss"] for row in rows], color="black", marker="o", markersize=3)
         loss.set_ylabel("held-out loss (line)")
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help="training steps of the language model")
     parser.add_argument("--width", type=int, default=128, help="its d_model")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of the crosscoder")
+    parser.add_argument("--tokens", type=int, default=500_000, help="training tokens of the crosscoder")
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--no-compile", action="store_true", help="do not compile the language model's training step")
     options = parser.parse_args()

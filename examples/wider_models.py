@@ -1,7 +1,7 @@
 """What does a wider model add: new features, or the same ones packed less densely?
 
-    python examples/wider_models.py --out runs/wider_models         # about 20 minutes on two cores; goes on where it stopped
-    python examples/wider_models.py --out runs/wider --widths 32 64 128 --steps 800 --tokens 200_000 --features 512
+    python examples/wider_models.py --out runs/wider        # goes on where it stopped
+    python examples/wider_models.py --out runs/wider --widths 32 64 128 --steps 500 --layers 3 --tokens 150_000 --features 512
 
 Language models of several widths are trained on the same text, and a dictionary of the same size and sparsity on the stream of
 each (behind the middle layer), twice, with other seeds. Features of two dictionaries are compared by the correlation of their
@@ -236,7 +236,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
         density.set_xlabel("width of the model")
         density.set_ylabel("squared cosines with all others, sum")
         density.set_ylim(bottom=0)
-        density.legend()
+        density.legend(loc="upper right")
         figure.tight_layout()
         save(figure, target)
 
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument(
         "--widths", type=int, nargs="+", default=WIDTHS, help="d_model of the language models, ascending"
     )
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of each")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps of each")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=500_000, help="training tokens of each dictionary")
     parser.add_argument("--features", type=int, default=1024)
