@@ -149,6 +149,16 @@ def test_trace_prunes_by_the_thresholds(tracer, tmp_path, small) -> None:
     assert CircuitGraph.load(tmp_path / "circuit.safetensors") == small.prune(nodes=1.0, edges=0.7)
 
 
+def test_inclusion_is_noted_and_drawn(tracer, tmp_path, small) -> None:
+    note = "the fewer pruning thresholds keep it"
+    assert main(["trace", "hi", "--inclusion", "--out", str(tmp_path / "noted")]) == 0
+    assert CircuitGraph.load(tmp_path / "noted" / "graph.safetensors") == small.with_inclusion()
+    assert note in (tmp_path / "noted" / "circuit.svg").read_text(encoding="utf-8")
+    assert main(["trace", "hi", "--out", str(tmp_path / "plain")]) == 0
+    assert "inclusion" not in CircuitGraph.load(tmp_path / "plain" / "graph.safetensors").metadata
+    assert note not in (tmp_path / "plain" / "circuit.svg").read_text(encoding="utf-8")
+
+
 def test_default_folder_is_named_after_the_prompt(tracer, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["trace", "The capital of Texas, is"]) == 0
