@@ -1,7 +1,7 @@
 """How much of the demo's circuits survives other thresholds, other names, other templates and another crosscoder?
 
     python examples/robustness.py
-    replacement train examples/recipes/demo.toml --out runs/seed1 --set training.seed=1
+    replacement train examples/recipes/demo.toml --out runs/seed1 --set training.seed=1 --set training.n_tokens=1_024_000
     python examples/robustness.py --other-crosscoder runs/seed1
 
 Traces the first held-out probes of every behaviour (none is picked; those of `examples/validate_circuits.py`) and prints mean
