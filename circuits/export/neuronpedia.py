@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from circuits.graph.edge_heads import EdgeRow, ranges
 from circuits.graph.edges import GraphData
 from circuits.graph.exporters import register
 from circuits.graph.feature_labels import HINT, label_note
+from circuits.graph.groups import stored_feature_groups
 from circuits.graph.influence import node_influence
 from circuits.graph.neuronpedia_schema import EMBEDDING, ERROR, FEATURE, LOGIT, QK_RESULTS, VERSION, cantor_pair
 from circuits.graph.nodes import NodeKind
@@ -67,10 +68,21 @@ def to_neuronpedia(graph: GraphData) -> dict[str, Any]:
             **({"unknown": imported["unknown"]} if imported else {}),
             **thresholds,
         },
-        "qParams": _view(imported.get("qParams", {}), {ids[row] for row in shown.tolist()}),
+        "qParams": _view(
+            {**_supernodes(graph, ids), **imported.get("qParams", {})}, {ids[row] for row in shown.tolist()}
+        ),
         "nodes": [_node(graph, row, ids[row], float(cumulative[row])) for row in shown.tolist()],
         "links": _links(graph, host, ids),
         **imported.get("other_keys", {}),
+    }
+
+
+def _supernodes(graph: GraphData, ids: Sequence[str]) -> dict[str, Any]:
+    """The groups of several features that a graph carries, pinned: only pinned nodes are shown in groups there."""
+    groups = [(group.name, [ids[node] for node in group.members]) for group in stored_feature_groups(graph)]
+    return {
+        "supernodes": [[name, *members] for name, members in groups],
+        "pinnedIds": [name for _, members in groups for name in members],
     }
 
 

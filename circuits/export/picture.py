@@ -19,7 +19,7 @@ import numpy as np
 from circuits.export.picture_text import edge_facts, head_tag, item_facts, item_text, joined_parts, listed, node_facts
 from circuits.export.style import ATTENTION_MARK, MARKS, picture_rows
 from circuits.graph.edges import GraphData
-from circuits.graph.groups import GROUPS, Group, Grouping
+from circuits.graph.groups import stored_feature_groups
 from circuits.graph.inclusion import stored_inclusion
 from circuits.graph.influence import edge_influence, node_influence
 from circuits.graph.nodes import NodeKind, NodeTable
@@ -138,7 +138,7 @@ def _items(
     """The items by row, position and influence, and int64[N], the item of each node (-1 where it is not shown)."""
     nodes, rows = graph.nodes, picture_rows(graph.nodes)
     group_of = {node: group for group in output_groups(nodes) for node in group}
-    groups = _stored_groups(graph)
+    groups = stored_feature_groups(graph)
     group_of |= {node: group.members for group in groups for node in group.members}
     names: dict[tuple[object, ...], str] = {group.members: group.name for group in groups}
     members: dict[tuple[object, ...], list[int]] = defaultdict(list)
@@ -162,12 +162,6 @@ def _items(
     for number, item in enumerate(items):
         item_of[list(item.nodes)] = number
     return tuple(items), item_of
-
-
-def _stored_groups(graph: GraphData) -> list[Group]:
-    """The groups of several features that the graph carries."""
-    groups = Grouping.of(graph).groups if GROUPS in graph.metadata else ()
-    return [group for group in groups if group.kind == "features" and len(group.members) > 1]
 
 
 def _item(

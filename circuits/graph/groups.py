@@ -201,6 +201,12 @@ class Grouping:
         ]
 
 
+def stored_feature_groups(graph: GraphData) -> list[Group]:
+    """The groups of several features that a graph carries; none if it carries no groups."""
+    groups = Grouping.of(graph).groups if GROUPS in graph.metadata else ()
+    return [group for group in groups if group.kind == "features" and len(group.members) > 1]
+
+
 def without_nodes(groups: Sequence[dict[str, Any]], removed: set[str]) -> list[dict[str, Any]]:
     """Groups as they are stored, without the nodes of some ids, and without those that are empty then."""
     left = [{**group, "members": [name for name in group["members"] if name not in removed]} for group in groups]

@@ -25,7 +25,8 @@ def planted(
     """A graph, and int64[N], the planted group of each feature (-1 elsewhere).
 
     Each group is at a layer and a position, reads a few groups or tokens below it, and is read by groups above it or the
-    output; its `size` / 2 to 3 `size` / 2 members do the same, but for noise.
+    output; its `size` / 2 to 3 `size` / 2 members do the same, but for noise. No two groups share more than half of what they
+    read and more than half of what they act on: they would be one.
 
     Args:
         noise: standard deviation of the logarithm of a weight around what the groups say.
@@ -35,6 +36,8 @@ def planted(
     random = np.random.default_rng(seed)
     layer, position = random.integers(n_layers, size=n_groups), random.integers(n_tokens, size=n_groups)
     wiring = _wiring(layer, position, n_tokens, n_layers, random)
+    while not _are_different(wiring[:-2], wiring[:, n_tokens:-2]):
+        wiring = _wiring(layer, position, n_tokens, n_layers, random)
     sizes = np.maximum(1, random.integers(size // 2, size + size // 2 + 1, size=n_groups))
     group = np.repeat(np.arange(n_groups), sizes)
     index = random.permutation(len(group))
@@ -84,6 +87,22 @@ def _wiring(
         for target in random.choice(above, size=min(2, len(above)), replace=False).tolist():
             wiring[target, unit] = random.choice([-1.0, 1.0])
     return wiring
+
+
+def _are_different(into: np.ndarray, out_of: np.ndarray) -> bool:
+    """Whether any two groups share at most half of their inputs or half of their outputs, signs included.
+
+    Args:
+        into: the rows of tokens and groups.
+        out_of: the columns of groups.
+    """
+    n_groups = out_of.shape[1]
+    shared = []
+    for profile in (into[-n_groups:], out_of.T):
+        common = (profile[:, None] == profile) & (profile != 0)
+        shared.append(common.sum(2) / np.maximum((profile != 0).sum(1), 1)[:, None])
+    both = np.minimum(np.maximum(shared[0], shared[0].T), np.maximum(shared[1], shared[1].T))
+    return bool((both[~np.eye(n_groups, dtype=bool)] <= 0.5).all())
 
 
 def adjusted_rand(first: Sequence[int], second: Sequence[int]) -> float:

@@ -190,3 +190,11 @@ def test_slug() -> None:
     assert slug("The capital of Texas is!") == "the-capital-of-texas-is"
     assert slug("\u4e2d\u6587 ..") == "circuit"
     assert len(slug("word " * 40)) <= 48
+
+
+def test_groups_are_supernodes_of_pinned_nodes(small) -> None:
+    groups = [{"name": "both", "members": ["0_7_0", "1_3_1"]}, {"name": "a", "members": ["E_12_1", "P_1"]}]
+    view = dataclasses.replace(small, metadata={**small.metadata, "groups": groups}).to_neuronpedia()["qParams"]
+    assert view["supernodes"] == [["both", "0_7_0", "1_3_1"]]
+    assert view["pinnedIds"] == ["0_7_0", "1_3_1"]
+    assert small.to_neuronpedia()["qParams"]["supernodes"] == []
