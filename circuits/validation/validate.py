@@ -115,8 +115,9 @@ def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[F
                 measured, setting = runs["live"], {"patching": patching, "patterns": patterns, "change": change}
                 for norms, run in runs.items():
                     for distance, pairs in pairs_by_distance(graph, changed, predicted_BN, run).items():
-                        rows.append({**setting, "norms": norms, "distance": distance, **agreement(*pairs)})
-                    if patching == "constrained":
+                        if norms != "final" or distance == "logits":  # features come before the final norm
+                            rows.append({**setting, "norms": norms, "distance": distance, **agreement(*pairs)})
+                    if patching == "constrained" and norms != "final":
                         # one layer downstream nothing else has reacted yet, whatever the patching
                         figures = one_layer_cosine(graph, changed, predicted_BN, run)
                         one_layer.append({"patterns": patterns, "norms": norms, "change": change, **figures})
