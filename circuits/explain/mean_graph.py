@@ -124,7 +124,9 @@ class GraphSums:
         texts = [self.texts[number] for number in order.tolist()]
         indices = [{index for index, _ in counted} for counted in texts]
         columns["index"] = np.array([found.pop() if len(found) == 1 else -1 for found in indices])  # tokens that differ
-        labels = [_joined(_by_label(counted)) for counted in texts]
+        # The labels of a feature are names of one thing, those of a token or output are different things.
+        shown = np.where(columns["kind"] == NodeKind.FEATURE, 1, _SHOWN_TEXTS).tolist()
+        labels = [_joined(_by_label(counted), most) for counted, most in zip(texts, shown, strict=True)]
         table = _mean_table(columns, nodes, labels, self.n_graphs)
 
         target, source = row[edges.keys >> 32], row[edges.keys & (2**32 - 1)]
@@ -175,11 +177,9 @@ def _by_label(counted: Counter[tuple[int, str]]) -> Counter[str]:
     return labels
 
 
-def _joined(texts: Counter[str]) -> str:
-    """A text that all share, or the most frequent ones and how many there are."""
+def _joined(texts: Counter[str], most: int = _SHOWN_TEXTS) -> str:
+    """A text that all share, or the most frequent ones and how many there are; of at most one, the most frequent alone."""
     ranked = sorted((text for text in texts if text), key=lambda text: (-texts[text], text))
-    if len(ranked) <= 1:
-        return "".join(ranked)
-    return (
-        f"{', '.join(map(visible, ranked[:_SHOWN_TEXTS]))}{' …' if len(ranked) > _SHOWN_TEXTS else ''} ({len(ranked)})"
-    )
+    if len(ranked) <= 1 or most == 1:
+        return "".join(ranked[:1])
+    return f"{', '.join(map(visible, ranked[:most]))}{' …' if len(ranked) > most else ''} ({len(ranked)})"

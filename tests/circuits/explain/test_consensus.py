@@ -158,7 +158,15 @@ def test_the_order_of_files_means_nothing(small, build_graph, save) -> None:
     rows = [
         {"kind": 0, "index": 11, "position": 0, "label": "a"},
         {"kind": 0, "index": 13, "position": 1, "label": "c"},
-        {"kind": 3, "layer": 1, "position": 1, "index": 3, "activation": 4.0, "label": "second", "expanded": True},
+        {
+            "kind": 3,
+            "layer": 1,
+            "position": 1,
+            "index": 3,
+            "activation": 4.0,
+            "label": "named otherwise",
+            "expanded": True,
+        },
         {"kind": 4, "layer": 3, "position": 1, "index": 9, "label": " z", "output_weight": 1.0, "expanded": True},
     ]
     other = build_graph(
@@ -168,6 +176,7 @@ def test_the_order_of_files_means_nothing(small, build_graph, save) -> None:
     assert there.merges_outputs
     assert there.graph.nodes.label == back.graph.nodes.label
     assert there.graph.nodes.label[-1] == "␣x, ␣y … (3)"
+    assert there.graph.nodes.label[-2] == "second"  # as two of the three call the feature
     assert there.graph.metadata["tokens"] == ["a", "b, c (2)"]
     assert there.graph.nodes.ids() == back.graph.nodes.ids()
     np.testing.assert_allclose(there.graph.edges.weight, back.graph.edges.weight, rtol=1e-6)
