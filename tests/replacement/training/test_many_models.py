@@ -106,14 +106,16 @@ def test_two_architectures_that_share_no_tokenizer_are_trained_and_resumed(
     ]
 
 
-def test_processes_share_the_rows_of_several_tokenizers(both: list[str], text: Path, tmp_path: Path) -> None:
+def test_processes_share_rows_or_features(both: list[str], text: Path, tmp_path: Path) -> None:
     value = settings(both, text)
-    execute = [{"config": value, "out": str(tmp_path / "two")}]
-    training_runs.execute(execute, tmp_path, n_processes=2)
+    outs = {name: str(tmp_path / name) for name in ("rows", "features")}
+    runs = [{"config": value, "out": outs["rows"]}, {"config": value, "out": outs["features"], "feature_shards": 2}]
+    training_runs.execute(runs, tmp_path, n_processes=2)
     one = run(run_config(value), tmp_path / "one")
-    two = run(run_config(value), tmp_path / "two", resume=True)  # a finished run is only read
-    for name, values in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[name], values, rtol=1e-3, atol=1e-4)
+    for out in outs.values():
+        two = run(run_config(value), out, resume=True)  # a finished run is only read
+        for name, values in one.state_dict().items():
+            torch.testing.assert_close(two.state_dict()[name], values, rtol=1e-3, atol=1e-4)
 
 
 def test_activations_are_those_of_the_counterparts(both: list[str], text: Path) -> None:
