@@ -80,9 +80,9 @@ def group(
 
 
 def _check_signatures(signatures: np.ndarray, n_nodes: int) -> None:
-    if signatures.ndim != 2 or len(signatures) != n_nodes:
+    if signatures.ndim != 2 or len(signatures) != n_nodes or not signatures.shape[1]:
         raise ValueError(
-            f"signatures: expected a row for each of {n_nodes} nodes, given an array of {signatures.shape}"
+            f"signatures: expected a row of probes for each of {n_nodes} nodes, given an array of {signatures.shape}"
         )
     if signatures.dtype.kind not in "fiub" or not np.isfinite(signatures).all():
         raise ValueError("signatures: expected finite numbers, given others")
@@ -153,7 +153,8 @@ def _evidence(
     ]
     if signatures is not None:
         fires = signatures[features].astype(np.float64)
-        profiles.append((fires - fires.mean(1, keepdims=True)).astype(np.float32))
+        varies = np.ptp(fires, axis=1, keepdims=True) > 0  # the mean of equal numbers may differ from them by rounding
+        profiles.append(((fires - fires.mean(1, keepdims=True)) * varies).astype(np.float32))
     last = len(position) if neighbours is None else neighbours
     cosines = [_cosines(profile, position, last) for profile in profiles]
     if signatures is not None:

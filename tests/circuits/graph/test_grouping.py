@@ -237,6 +237,13 @@ def test_where_features_fire_tells_apart_what_one_prompt_cannot(build_graph) -> 
     assert (1, 2) not in {group.members for group in graph.group(signatures=apart).groups}
 
 
+def test_what_always_fires_alike_says_nothing(build_graph) -> None:
+    graph = two_readers(build_graph, ("", ""))
+    for level in (0.0, 0.1, 0.7):
+        constant = np.array([[0, 0, 0], [level] * 3, [1.0, 0.0, 1.0], [0, 0, 0]])
+        assert members(graph) == {group.members for group in graph.group(signatures=constant).groups}
+
+
 def test_opposite_effects_are_joined_only_where_both_fire_together(build_graph) -> None:
     graph = two_readers(build_graph, ("", ""), weights=(1.0, -1.0))
     together = np.array([[0, 0, 0], [1, 0, 1], [2, 0, 2], [0, 0, 0]])
@@ -251,9 +258,16 @@ def test_opposite_effects_are_joined_only_where_both_fire_together(build_graph) 
         ({"neighbours": -1}, "neighbours must be 0 or more, got -1"),
         (
             {"signatures": np.ones((3, 2))},
-            r"signatures: expected a row for each of 8 nodes, given an array of \(3, 2\)",
+            r"signatures: expected a row of probes for each of 8 nodes, given an array of \(3, 2\)",
         ),
-        ({"signatures": np.ones(8)}, r"signatures: expected a row for each of 8 nodes, given an array of \(8,\)"),
+        (
+            {"signatures": np.ones(8)},
+            r"signatures: expected a row of probes for each of 8 nodes, given an array of \(8,\)",
+        ),
+        (
+            {"signatures": np.ones((8, 0))},
+            r"signatures: expected a row of probes for each of 8 nodes, given an array of \(8, 0\)",
+        ),
         ({"signatures": np.full((8, 2), np.nan)}, "signatures: expected finite numbers"),
         ({"signatures": np.full((8, 2), "a")}, "signatures: expected finite numbers"),
     ],
