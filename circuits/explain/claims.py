@@ -51,16 +51,17 @@ class Claim:
 
 
 def story_groups(grouping: Grouping, most: int) -> list[int]:
-    """Numbers of the groups that a story tells of: the outputs, then the most influential features and tokens.
+    """Numbers of the groups that a story tells of: outputs (half of them at most), then features and tokens, by influence.
 
     Errors are no group of a story, as nobody knows what they stand for; what they do is told by claims that cannot be tested.
     """
     graph = grouping.graph
     mass = node_influence(graph) + graph.nodes.output_weight
     size = [float(mass[list(group.members)].sum()) for group in grouping.groups]
-    candidates = [number for number, group in enumerate(grouping.groups) if group.kind != "errors"]
-    chosen = sorted(candidates, key=lambda number: (grouping.groups[number].kind != "outputs", -size[number], number))
-    return sorted(chosen[:most])
+    ranked = sorted(range(len(size)), key=lambda number: (-size[number], number))
+    outputs = [number for number in ranked if grouping.groups[number].kind == "outputs"][: most // 2]
+    causes = [number for number in ranked if grouping.groups[number].kind in ("tokens", "features")]
+    return sorted([*outputs, *causes][:most])
 
 
 def claims_of(grouping: Grouping, shown: Collection[int]) -> list[Claim]:

@@ -97,6 +97,15 @@ def test_what_a_story_says(told: Grouping) -> None:
     assert texts == ["a raises xy", "xy raises say b", "z lowers say b"]
 
 
+def test_many_outputs_leave_room_for_their_causes(build_graph: Any) -> None:
+    token = {"kind": NodeKind.TOKEN, "index": 5, "position": 0, "label": "a"}
+    answer = {"kind": NodeKind.LOGIT, "layer": 3, "output_weight": 0.1, "expanded": True}
+    graph = build_graph([token, *({**answer, "index": i} for i in range(10))], [(i, 0, 1.0) for i in range(1, 11)])
+    grouping = Grouping.build(graph, [str(n) for n in range(11)], [[n] for n in range(11)], [None] * 11)
+    assert story_groups(grouping, 8) == [0, 1, 2, 3, 4]
+    assert story_groups(grouping, 2) == [0, 1]
+
+
 def test_heads_are_named_and_errors_stand_apart(told: Grouping, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("circuits.explain.claims.TOLD", 1.0)
     claims = claims_of(told, range(5))
