@@ -6,6 +6,10 @@ Tells and tests the story of Dallas and of 20 more held-out cities, and of 20 he
 the first ones of the corpus, in its order. Behaviours and prompts were written down here before any of their stories was
 seen; the rules of `circuits.explain` were settled on cities of training sentences and on behaviours that are not here. Prints
 the share of claims that held, with an interval over prompts, and lists every claim that did not.
+
+    python examples/explain_demo.py --norms
+
+Why claims about the answer fail: on five further probes of agreement, the same ablations with norms live and with norms frozen.
 """
 
 import argparse
@@ -19,7 +23,12 @@ import numpy as np
 
 import circuits
 import replacement
+from circuits.attribution.grounding import Grounding
+from circuits.explain.claims import MOST_GROUPS, claims_of, story_groups
 from circuits.explain.counterfactuals import demo_counterfactuals
+from circuits.explain.results import excess_interval, outcome
+from circuits.explain.trials import Trials, circuit_of
+from circuits.validation.effects import Effects
 from replacement import ReplacementModel
 from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, Probe, behaviours, state_of, two_hop_probe
 
@@ -89,9 +98,9 @@ def print_summary(name: str, stories: Sequence[Facts]) -> None:
         for claim in story["claims"]:
             for test in claim["tests"]:
                 outcomes[kinds[claim["source"]], test["trial"], test["condition"], test["outcome"]] += 1
-    for key in dict.fromkeys(outcome[:3] for outcome in sorted(outcomes)):
-        found = {outcome: outcomes[(*key, outcome)] for outcome in ("held", "within noise", "wrong sign")}
-        print(f"    {' '.join(key):32}" + ", ".join(f"{count:3} {outcome}" for outcome, count in found.items()))
+    for key in dict.fromkeys(counted[:3] for counted in sorted(outcomes)):
+        found = {name: outcomes[(*key, name)] for name in ("held", "within noise", "wrong sign")}
+        print(f"    {' '.join(key):32}" + ", ".join(f"{count:3} {name}" for name, count in found.items()))
 
 
 def print_failures(stories: Sequence[Facts]) -> None:
@@ -111,6 +120,35 @@ def print_failures(stories: Sequence[Facts]) -> None:
             print(f"  {story['prompt']}: {said} ({claim['influence']:.0%} of influence): {tests}")
 
 
+def print_norms(model: ReplacementModel) -> None:
+    """Groups of features that are said to raise the answer, ablated with all other outputs held: norms live and frozen."""
+    probes = next(behaviour.probes for behaviour in behaviours() if behaviour.name == "agreement")
+    found: dict[str, list[tuple[float, float, str]]] = {"live": [], "frozen": []}
+    for probe in probes[40:45]:
+        graph = circuits.trace(model, probe.prompt)
+        grouping = circuit_of(graph).group()
+        trials = Trials(Effects(model, Grounding.of(model, graph)), grouping, controls=99, seed=0)
+        kind = [group.kind for group in grouping.groups]
+        for claim in claims_of(grouping, story_groups(grouping, MOST_GROUPS)):
+            source, target = claim.edge.source, claim.edge.target
+            trial = trials.ablated(source)
+            if kind[target] != "outputs" or kind[source] != "features" or trial is None:
+                continue
+            predicted = float(trials.predicted(trial, total=False)[0, target])
+            edits = [*trial.edits, *trial.controls]
+            for norms, results in found.items():
+                run = trials.effects.measure_edits(edits, "constrained", "live", norms=norms)
+                measured, *controls = (run.change_BN @ trials.reading_NG[:, target]).tolist()
+                interval = excess_interval(measured, np.array(controls))
+                results.append((predicted, measured, outcome(-claim.sign, measured, interval)))
+    for norms, results in found.items():
+        predicted, measured = (float(np.median([row[column] for row in results])) for column in (0, 1))
+        held = sum(result[2] == "held" for result in results)
+        print(
+            f"norms {norms}: {held} of {len(results)} held; median {predicted:.1f} predicted, {measured:.1f} measured"
+        )
+
+
 def names_its_state(story: Facts) -> bool:
     """Whether a group of features is named after the state of the prompt's city."""
     city = next(city for city in HELD_OUT_CITIES if f" {city} " in f" {story['prompt']} ")
@@ -121,8 +159,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for the facts of every story")
+    parser.add_argument("--norms", action="store_true", help="why claims about the answer fail")
     arguments = parser.parse_args()
     model = replacement.load("demo")
+    if arguments.norms:
+        print_norms(model)
+        return
     found = {name: [story_of(model, probe) for probe in probes] for name, probes in reported_probes().items()}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found), encoding="utf-8")
