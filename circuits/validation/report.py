@@ -13,7 +13,7 @@ from circuits.graph.text import printable
 from replacement import console
 
 _ERRORS = {"keep": "error terms kept", "resample": "error terms resampled too"}
-_TEXTS = ("patching", "patterns", "norms", "change", "kind", "class", "place", "order", "circuit")
+_TEXTS = ("patching", "patterns", "norms", "change", "kind", "class", "place", "order")
 _HEADS = {
     "distance": "layers",
     "spearman": "Spearman",
@@ -23,6 +23,7 @@ _HEADS = {
     "larger_half": "larger half",
     "all_features": "all of the layer",
     "kl": "KL, nats",
+    "of_active": "of the active",
     "cpr": "CPR",
     "cmd": "CMD",
     "circuit_nodes": "in circuit",
@@ -139,15 +140,13 @@ def _is_shown(row: Mapping[str, Any]) -> bool:
 
 
 def _circuit(circuit: dict[str, Any]) -> Group:
+    """Circuits of a tenth of the features and more; JSON holds the smaller ones too."""
     orders = circuit["orders"]
-    rows = [
-        row | {"order": order, "circuit": f"first {row['features']:,}"}
-        for order in orders
-        for row in orders[order]["sizes"]
-    ]
-    rows += [circuit[name] | {"order": "", "circuit": name} for name in ("graph", "pruned")]
+    rows = [row | {"order": order} for order in orders for row in orders[order]["sizes"] if row["share"] >= 0.1]
+    rows += [circuit["graph"] | {"order": "in the graph"}, circuit["pruned"] | {"order": "in the pruned graph"}]
+    shown = [row | {"of_active": row["share"]} for row in rows]
     areas = [{"order": order, **{name: figures[name] for name in ("cpr", "cmd")}} for order, figures in orders.items()]
-    return Group(_rows(rows, "order circuit features share kl faithfulness necessity"), _rows(areas, "order cpr cmd"))
+    return Group(_rows(shown, "order features of_active kl faithfulness necessity"), _rows(areas, "order cpr cmd"))
 
 
 def _row(row: dict[str, Any], *names: str) -> tuple[str, ...]:
