@@ -1,4 +1,4 @@
-"""The pictures of the README: the viewer on one circuit, a feature's evidence, and the table of `circuits serve`.
+"""The pictures of the README: the viewer on one circuit, a feature's evidence, a story, and the table of `circuits serve`.
 
     python examples/screenshots.py --out docs
 
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -23,10 +23,12 @@ from PIL import Image
 import circuits
 import replacement
 from circuits import CircuitGraph, NodeKind
+from circuits.explain.story_html import html_page
 from circuits.graph.text import slug
 from circuits.server.command import ADDRESS, listening, make_server
 from circuits.server.folder import Folder
 from circuits.viewer.page import to_html
+from replacement import ReplacementModel
 from replacement.demo.corpus.behaviours import behaviours
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 PROMPT, CITY = "the capital of the state containing Dallas is", "Dallas"
+COUNTERFACTUAL = "the capital of the state containing Oakland is"
 SCALE = 2
 """Pixels of a picture for each of the page."""
 COLOURS = 255
@@ -57,30 +60,29 @@ def photograph(page: Page, path: Path, part: str = "html") -> None:
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 
-def reading(graph: CircuitGraph) -> dict[str, Any]:
-    """What a reader would have on the screen: the strongest features pinned, those of the city as a group, one selected."""
-    nodes, ids, influence = graph.nodes, graph.nodes.ids(), graph.influence()
-    features = np.flatnonzero(nodes.kind == NodeKind.FEATURE)
-    strongest = features[np.argsort(-influence[features], kind="stable")].tolist()
-    of_city = [node for node in strongest if graph.metadata["tokens"][nodes.position[node]].strip() == CITY]
-    pinned = sorted({*strongest[:9], *of_city[:4]})
-    group = {
-        "id": "1",
-        "name": f"other features of {CITY}",
-        "members": [ids[node] for node in of_city[1:] if node in pinned],
-    }
-    return {
-        "selected": ids[of_city[0]],
-        "pinned": [ids[node] for node in pinned],
-        "groups": [group] if len(group["members"]) > 1 else [],
-    }
+def of_city(graph: CircuitGraph) -> str:
+    """The most influential feature at the city."""
+    nodes, influence = graph.nodes, graph.influence()
+    at_city = [token.strip() == CITY for token in graph.metadata["tokens"]]
+    features = np.flatnonzero(nodes.mask(NodeKind.FEATURE) & np.array(at_city)[nodes.position])
+    return str(nodes.ids()[features[influence[features].argmax()]])
+
+
+def story(open_page: OpenPage, model: ReplacementModel, graph: CircuitGraph, folder: Path, out: Path) -> None:
+    """The page of `circuits explain --html`."""
+    page_file = folder / "story.html"
+    page_file.write_text(html_page(circuits.explain_graph(model, graph, against=[COUNTERFACTUAL])), encoding="utf-8")
+    with open_page(
+        page_file.as_uri(), viewport={"width": 1000, "height": 900}, device_scale_factor=SCALE, color_scheme="light"
+    ) as page:
+        photograph(page, out / "story.png")
 
 
 def viewer(open_page: OpenPage, graph: CircuitGraph, folder: Path, out: Path) -> None:
-    """The whole page, and the detail of the selected feature."""
+    """The whole page of a grouped circuit, and the detail of the selected feature."""
     page_file = folder / "circuit.html"
     page_file.write_text(to_html(graph), encoding="utf-8")
-    state = reading(graph)
+    state = {"selected": of_city(graph)}
     panes = {"column": 0.5, "left": 0.5, "right": 0.5, "full": "detail"}
     pictures = {
         "viewer.png": ({"width": 1440, "height": 900}, state, "html"),
@@ -114,8 +116,10 @@ def main() -> None:
     model = replacement.load("demo")
     with tempfile.TemporaryDirectory() as name, chromium() as open_page:
         folder = Path(name)
-        circuit = circuits.with_heads(model, circuits.trace(model, PROMPT)).prune()
-        viewer(open_page, circuit, folder, out)
+        graph = circuits.with_heads(model, circuits.trace(model, PROMPT))
+        circuit = graph.prune()
+        viewer(open_page, circuit.with_groups(circuit.group()), folder, out)
+        story(open_page, model, graph, folder, out)
         graphs = folder / "graphs"
         probes = {
             behaviour.name: behaviour.probes[0].prompt for behaviour in behaviours()
