@@ -159,17 +159,20 @@ def _made_by(
     line: PromptLine, model: ReplacementModel, options: TraceOptions, formats: Sequence[str]
 ) -> dict[str, Any]:
     """All that decides a result. Memory does not: it refuses or allows."""
-    settings = {name: value for name, value in asdict(options).items() if name != "memory"}
     lm = model.language_model
     return {
         "prompt": line.prompt,
         "target": list(line.targets),
-        **settings,
+        **_settings(options),
         "formats": list(formats),
         "model": lm.fingerprint,
         "crosscoder": "+".join(crosscoder.fingerprint for crosscoder in model.crosscoders.values()),
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
+
+
+def _settings(options: TraceOptions) -> dict[str, Any]:
+    return {name: value for name, value in asdict(options).items() if name != "memory"}
 
 
 def _record(folder: Path, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -184,6 +187,7 @@ def _record(folder: Path, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
     known = record.get("made_by") if isinstance(record, dict) else None
     if not isinstance(known, dict):
         raise ValueError(f"{folder / RECORD_FILE} is no record of a traced prompt: choose another folder")
+    known = _settings(TraceOptions()) | known  # options that earlier versions did not have
     if "error" in record and known != made_by:
         return None
     for name in made_by:

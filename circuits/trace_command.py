@@ -57,6 +57,9 @@ def trace(
         ),
     ] = None,
     heads: Annotated[bool, typer.Option(help="Say which heads carry each edge of the pruned circuit.")] = True,
+    groups: Annotated[
+        bool, typer.Option(help="Group the circuit's nodes that do the same; pictures draw a group as one box.")
+    ] = False,
     inclusion: Annotated[
         bool,
         typer.Option(
@@ -129,6 +132,7 @@ def trace(
         index=None if index is None else str(index.absolute()),
         use_index=use_index,
         heads=heads,
+        groups=groups,
         inclusion=inclusion,
         memory=memory,
     )

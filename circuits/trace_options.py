@@ -57,6 +57,9 @@ class TraceOptions:
     """Whether labels come from feature indexes; without, they are hints alone."""
     heads: bool = True
     """Whether the heads of the pruned circuit's edges are named."""
+    groups: bool = False
+    """Whether the pruned circuit carries groups of the nodes that do the same (`CircuitGraph.group`), which pictures draw as
+    one."""
     inclusion: bool = False
     """Whether the graphs note how often each node is kept over a grid of pruning thresholds, which pictures draw as opacity."""
     memory: str | None = None
@@ -113,7 +116,8 @@ class TraceOptions:
                 most_edges=usual.circuit_edges if self.circuit_edges is None else self.circuit_edges,
             )
             circuit = with_labels(model, pruned, most=LABELLED, **labelling)
-            return graph, with_heads(model, circuit) if self.heads else circuit
+            circuit = with_heads(model, circuit) if self.heads else circuit
+            return graph, circuit.with_groups(circuit.group()) if self.groups else circuit
 
     @property
     def page_index(self) -> Sequence[Path] | None:

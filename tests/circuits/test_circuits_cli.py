@@ -159,6 +159,12 @@ def test_inclusion_is_noted_and_drawn(tracer, tmp_path, small) -> None:
     assert note not in (tmp_path / "plain" / "circuit.svg").read_text(encoding="utf-8")
 
 
+def test_groups_are_carried_and_drawn(tracer, tmp_path) -> None:
+    assert main(["trace", "hi", "--groups", "--out", str(tmp_path)]) == 0
+    circuit = CircuitGraph.load(tmp_path / "circuit.safetensors")
+    assert circuit.metadata["groups"] == circuit.group().metadata()
+
+
 def test_default_folder_is_named_after_the_prompt(tracer, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["trace", "The capital of Texas, is"]) == 0

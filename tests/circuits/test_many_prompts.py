@@ -167,6 +167,21 @@ def test_other_options_are_refused_before_any_work(
         trace_many(model, [PromptLine(id="b", prompt="the hammers were")], tmp_path)
 
 
+def test_options_that_an_older_record_lacks_were_at_their_defaults(model: Any, tmp_path: Path) -> None:
+    lines = [PromptLine(id="a", prompt="the hammer was")]
+    trace_many(model, lines, tmp_path)
+    path = tmp_path / "a" / "record.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("groups", "inclusion"):
+        assert record["made_by"].pop(name) is False
+    path.write_text(json.dumps(record), encoding="utf-8")
+    before = path.stat().st_mtime_ns
+    trace_many(model, lines, tmp_path)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=re.escape("made with another groups (False, now True)")):
+        trace_many(model, lines, tmp_path, options=TraceOptions(groups=True))
+
+
 def test_a_folder_of_something_else_is_refused(model: Any, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(ValueError, match=r"record.json does not exist"):
@@ -201,7 +216,7 @@ def test_two_processes_and_kills(file: Path, tmp_path: Path) -> None:
     quiet: dict[str, Any] = {"env": ENVIRONMENT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     killed = subprocess.Popen(command, **quiet)
     end = time.monotonic() + 240
-    while not list((tmp_path / "two").glob("*/record.json")) and time.monotonic() < end and killed.poll() is None:
+    while not list((tmp_path / "two").glob("[!.]*/record.json")) and time.monotonic() < end and killed.poll() is None:
         time.sleep(0.02)
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     workers = [int(pid) for pid, parent in map(str.split, listed.splitlines()) if int(parent) == killed.pid]
