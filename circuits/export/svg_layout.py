@@ -241,7 +241,7 @@ def _uncross(stacks: dict[tuple[int, int], list[list[Box]]], columns: dict[int, 
 
     def reach(cell: Sequence[Sequence[Box]], column: Band) -> float:
         here = spots(cell, column)
-        return sum(abs(x - where[other]) for item, x in here.items() for other in ends[item] if other in where)
+        return sum((abs(x - where[other]) for item, x in here.items() for other in ends[item] if other in where), 0.0)
 
     for key in [*sorted(stacks)] * 2:
         n_paths, column = sum(len(stack) == 1 and bool(ends[stack[0].item]) for stack in stacks[key]), columns[key[1]]
