@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from replacement.crosscoder.activation import BatchTopK, JointTopK, JumpReLU, ReLU, TopK
     from replacement.crosscoder.crosscoder import Crosscoder, CrosscoderOutput
     from replacement.crosscoder.features import Features
+    from replacement.crosscoder.lorsa import Lorsa, QueryKeys
     from replacement.crosscoder.sites import ModelShape, Site
     from replacement.crosscoder.wiring import Wiring
     from replacement.index.build import build_index
@@ -42,7 +43,9 @@ __all__ = [
     "JumpReLU",
     "LanguageModel",
     "LocalReplacement",
+    "Lorsa",
     "ModelShape",
+    "QueryKeys",
     "ReLU",
     "ReplacementModel",
     "Site",
@@ -69,7 +72,9 @@ _LAZY = {
     "JumpReLU": "replacement.crosscoder.activation",
     "LanguageModel": "replacement.language_model.language_model",
     "LocalReplacement": "replacement.splicing.local_replacement",
+    "Lorsa": "replacement.crosscoder.lorsa",
     "ModelShape": "replacement.crosscoder.sites",
+    "QueryKeys": "replacement.crosscoder.lorsa",
     "ReLU": "replacement.crosscoder.activation",
     "ReplacementModel": "replacement.splicing.replacement_model",
     "Site": "replacement.crosscoder.sites",

@@ -11,11 +11,13 @@ features only: a feature's decoder vectors to its written sites are contiguous, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -63,11 +65,14 @@ class Crosscoder(CrosscoderWeights):
     >>> features.of(2).index                                    # active features of group 2 # doctest: +SKIP
     """
 
-    def pre_activations(self, inputs: Mapping[Site, Tensor], group: int) -> Float[Tensor, "B F"]:
+    def pre_activations(
+        self, inputs: Mapping[Site, Tensor], group: int, *, positions: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B F"]:
         """Dense pre-activations `h = sum_r x_r W_enc[r]^T + b_enc` of one group, `[B, F]`.
 
         Args:
             inputs: activations `[B, D]` of (at least) the sites the group reads.
+            positions: position of each row in its prompt; it matters to `Lorsa` alone.
 
         Raises:
             ValueError: a site is missing, or its activations have another width, dtype, device or number of rows.
@@ -87,27 +92,41 @@ class Crosscoder(CrosscoderWeights):
             parts.append(pre_BF)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def encode(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> Features:
+    def encode(
+        self,
+        inputs: Mapping[Site, Tensor],
+        *,
+        positions: Int[Tensor, " B"] | None = None,
+        keep: Bool[Tensor, " B"] | None = None,
+    ) -> Features:
         """Active features of all groups; differentiable in the inputs and weights.
 
         Args:
             inputs: activations `[B, D]` of every read site.
             positions: position of each row in its prompt, by default 0 to B - 1; rows before `undecomposed_positions`
                 have no features.
+            keep: which rows have features, all by default; a choice over the whole batch (BatchTopK) does not see the others.
 
         Raises:
             ValueError: a site is missing, or its activations have another width, dtype, device or number of rows, or hold
                 NaN or infinity; positions that are not one int64 number for each row.
         """
         if isinstance(self.activation, JointTopK):
+            if keep is not None:
+                return _of_kept_rows(self.encode, inputs, positions, keep)
             chosen = self._choose_jointly(self.activation, inputs, positions)
             parts = [self._features(inputs, group, *features) for group, features in enumerate(chosen)]
         else:
-            parts = [self.encode_group(group, inputs, positions=positions) for group in range(self.n_groups)]
+            parts = [self.encode_group(group, inputs, positions=positions, keep=keep) for group in range(self.n_groups)]
         return Features.concatenate(parts)
 
     def encode_group(
-        self, group: int, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None
+        self,
+        group: int,
+        inputs: Mapping[Site, Tensor],
+        *,
+        positions: Int[Tensor, " B"] | None = None,
+        keep: Bool[Tensor, " B"] | None = None,
     ) -> Features:
         """Active features of one group, for running a model layer by layer; see `encode`.
 
@@ -115,7 +134,15 @@ class Crosscoder(CrosscoderWeights):
             ValueError: besides, features that are chosen over all groups together (`JointTopK`).
         """
         self._check_chooses_by_group()
+        if keep is not None:
+            return _of_kept_rows(functools.partial(self.encode_group, group), inputs, positions, keep)
         return self._features(inputs, group, *self._choose(inputs, group, positions))
+
+    def holding_patterns(
+        self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None
+    ) -> Crosscoder:
+        """This crosscoder with its attention patterns held at what these inputs give; most have none (see `Lorsa`)."""
+        return self
 
     def _check_chooses_by_group(self) -> None:
         if self.activation.chooses_over_groups:
@@ -127,9 +154,7 @@ class Crosscoder(CrosscoderWeights):
     @torch.no_grad()
     def _choose(self, inputs: Mapping[Site, Tensor], group: int, positions_B: Tensor | None) -> Chosen:
         """Rows, indices and pre-activations of a group's active features, or candidates where all groups compete."""
-        reads = self._reads(inputs, group)
-        for site, x_BD in zip(self.wiring.reads[group], reads, strict=True):
-            finite_values(f"the input at {site}", x_BD)  # NaN exceeds no threshold: it would look like no features
+        reads = self._check_finite_reads(inputs, group)
         row_S, index_S, pre_S = self._select(reads, group)
         if self.undecomposed_positions:
             position_S = row_S if positions_B is None else _checked(positions_B, len(reads[0]))[row_S]
@@ -158,13 +183,16 @@ class Crosscoder(CrosscoderWeights):
     ) -> Features:
         """A group's chosen features with their activations, differentiable in inputs and weights."""
         pre_S = self.pre_activations_at(inputs, group, row_S, index_S, pre_S=pre_S)
+        return self._table(group, row_S, index_S, pre_S, n_rows=len(self._reads(inputs, group)[0]))
+
+    def _table(self, group: int, row_S: Tensor, index_S: Tensor, pre_S: Tensor, *, n_rows: int) -> Features:
         acts_S = self.activations(pre_S, group, index_S)
         # Only a training step moves the threshold; encoding without gradients does not.
         records = self.training and torch.is_grad_enabled()
         if records and isinstance(self.activation, BatchTopK) and self.threshold is not None:
             with torch.no_grad():
                 self.threshold[group] = self.activation.next_threshold(self.threshold[group], acts_S)
-        sizes = (len(self._reads(inputs, group)[0]), self.n_groups, self.n_features)
+        sizes = (n_rows, self.n_groups, self.n_features)
         return Features(torch.full_like(row_S, group), row_S, index_S, acts_S, *sizes)
 
     def select(self, pre_BF: Float[Tensor, "B F"], group: int) -> Selection:
@@ -332,6 +360,13 @@ class Crosscoder(CrosscoderWeights):
             outputs[site] = outputs[site] + y_BD
         return CrosscoderOutput(outputs, features)
 
+    def _check_finite_reads(self, inputs: Mapping[Site, Tensor], group: int) -> list[Tensor]:
+        """What a group reads: NaN exceeds no threshold, so that it would look like no features."""
+        reads = self._reads(inputs, group)
+        for site, x_BD in zip(self.wiring.reads[group], reads, strict=True):
+            finite_values(f"the input at {site}", x_BD)
+        return reads
+
     def _reads(self, inputs: Mapping[Site, Tensor], group: int) -> list[Tensor]:
         """Activations of the sites a group reads."""
         self._check_group(group)
@@ -379,3 +414,13 @@ def _checked(positions_B: Tensor, n_rows: int) -> Tensor:
         given = f"{positions_B.dtype} {list(positions_B.shape)}"
         raise ValueError(f"positions must be one torch.int64 number for each of {n_rows} rows, got {given}")
     return positions_B
+
+
+def _of_kept_rows(
+    encode: Callable[..., Features], inputs: Mapping[Site, Tensor], positions_B: Tensor | None, keep_B: Tensor
+) -> Features:
+    """The features of some rows, encoded without the others."""
+    row_P = keep_B.nonzero()[:, 0]
+    kept = {site: x_BD[row_P] for site, x_BD in inputs.items()}
+    features = encode(kept, positions=row_P if positions_B is None else positions_B[row_P])
+    return replace(features, row=row_P[features.row], n_rows=len(keep_B))

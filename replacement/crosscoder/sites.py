@@ -2,10 +2,11 @@
 
 One layer, in the order of the residual timeline (a parallel layer has no `resid_mid`: both branches read `resid_pre`):
 
-    resid_pre -> [attn_z -> attn_out] -> resid_mid -> [mlp_normalized -> mlp_in -> mlp_out] -> resid_post
+    resid_pre -> [attn_in -> attn_z -> attn_out] -> resid_mid -> [mlp_normalized -> mlp_in -> mlp_out] -> resid_post
 
 `resid_post` is the `resid_pre` of the next layer. `mlp_normalized` is the output of the norm in front of the MLP before its
-gain and offset, `mlp_in` after them; in a model without such a norm both are the stream.
+gain and offset, `mlp_in` after them; in a model without such a norm both are the stream. `attn_in` is the output of the norm in
+front of attention, with gain and offset, or the stream.
 """
 
 from __future__ import annotations
@@ -18,10 +19,30 @@ from typing import Protocol, runtime_checkable
 
 from replacement.number_checks import whole_number
 
-SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "mlp_normalized", "mlp_in", "mlp_out", "attn_z", "attn_out")
+SITE_KINDS = (
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "mlp_normalized",
+    "mlp_in",
+    "mlp_out",
+    "attn_in",
+    "attn_z",
+    "attn_out",
+)
 
 # Points of one layer on the residual timeline; resid_post of a layer IS resid_pre of the next (7 = 0 one layer on).
-_IN_ORDER = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_normalized", "mlp_in", "mlp_out", "resid_post")
+_IN_ORDER = (
+    "resid_pre",
+    "attn_in",
+    "attn_z",
+    "attn_out",
+    "resid_mid",
+    "mlp_normalized",
+    "mlp_in",
+    "mlp_out",
+    "resid_post",
+)
 _POINT = {kind: point for point, kind in enumerate(_IN_ORDER)}
 _POINTS_PER_LAYER = _POINT["resid_post"]
 _SITE_TEXT = re.compile(r"([a-z_]+)\.(\d{1,18})(?:@(\d{1,9}))?", re.ASCII)

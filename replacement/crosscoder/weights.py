@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,17 @@ class CrosscoderWeights(WeightsBySite):
             activation keeps, or a negative number of positions.
     """
 
+    ARGUMENTS: ClassVar[tuple[str, ...]] = (
+        "n_features",
+        "activation",
+        "tied",
+        "skip",
+        "dtype",
+        "model_name",
+        "model_fingerprint",
+        "undecomposed_positions",
+    )
+    """Arguments besides the wiring; each is an attribute, too."""
     score_factor: Tensor | None
     post_scale: Tensor | None
     post_offset: Tensor | None
@@ -167,8 +178,7 @@ class CrosscoderWeights(WeightsBySite):
     @classmethod
     def _without_memory(cls: type[Kind], other: CrosscoderWeights, **changes: Any) -> Kind:
         """A crosscoder on the meta device with the arguments of another one, apart from the changes that are not None."""
-        names = ("n_features", "activation", "tied", "skip", "dtype", "model_name", "model_fingerprint")
-        arguments = {name: getattr(other, name) for name in (*names, "undecomposed_positions")}
+        arguments = {name: getattr(other, name) for name in cls.ARGUMENTS}
         arguments |= {name: value for name, value in changes.items() if value is not None}
         with torch.device("meta"):
             return cls(other.wiring, **arguments)

@@ -25,6 +25,7 @@ HOOKS = {
     "mlp_normalized": "mlp.hook_in",
     "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
+    "attn_in": "attn.hook_in",
     "attn_z": "attn.hook_z",
     "attn_out": "hook_attn_out",
 }

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers.models.llama.modeling_llama import rotate_half
 
+from replacement.crosscoder.rotation import Rotation
 from replacement.language_model.frozen_layers import NormWeights
 
 
@@ -102,26 +102,6 @@ def _gain(b_HK: Tensor, norm_HK: Tensor | None, norm_scale_HT1: Tensor | None, n
     if norm_HK is None or norm_scale_HT1 is None:
         return b_HK.new_ones(b_HK.shape[0], n_positions, b_HK.shape[1])
     return norm_HK[:, None] / norm_scale_HT1
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """Rotary position embedding: the first R channels are turned, pair by pair, by an angle that depends on the position."""
-
-    cos_TR: Float[Tensor, "T R"]
-    sin_TR: Float[Tensor, "T R"]
-    neighbours: bool
-    """Pairs are the channels (0, 1), (2, 3), ... (GPT-J, Cohere); otherwise (i, i + R / 2)."""
-
-    def apply(self, x: Tensor, position: int | slice = slice(None)) -> Tensor:
-        """Rotate the last axis of `[..., K]`: for one position, or for all along the axis before it."""
-        rotated, rest = x.tensor_split([self.cos_TR.shape[-1]], dim=-1)
-        turned = _rotate_neighbours(rotated) if self.neighbours else rotate_half(rotated)
-        return torch.cat([rotated * self.cos_TR[position] + turned * self.sin_TR[position], rest], -1)
-
-
-def _rotate_neighbours(x: Tensor) -> Tensor:
-    return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class Conditions:
     errors: str = "keep"
     """`keep` adds the clean run's reconstruction errors back; `drop` leaves them out."""
     patterns: str = "live"
-    """Attention patterns: `live` or `frozen`."""
+    """Attention patterns, those of low-rank sparse attention too: `live` or `frozen`."""
     norms: str = "live"
     """Scales of the residual stream's norms: `live`, `frozen`, or that of the `final` norm alone frozen."""
     mlps: str = "replaced"
@@ -101,11 +101,24 @@ class CleanRun:
     @cached_property
     def features(self) -> dict[str, Features]:
         """By part: the features that the crosscoder reads off the original run; row = prompt * T + position."""
-        B, T = self.tokens_BT.shape
-        positions_R = torch.arange(T, device=self.language_model.device).repeat(B)
         with torch.no_grad():
             return {
-                part: crosscoder.encode(self._inputs(crosscoder), positions=positions_R)
+                part: crosscoder.encode(self._inputs(crosscoder), positions=self._positions)
+                for part, crosscoder in self.crosscoders.items()
+            }
+
+    @property
+    def _positions(self) -> Tensor:
+        """Position of every row in its prompt, `[R]`."""
+        B, T = self.tokens_BT.shape
+        return torch.arange(T, device=self.language_model.device).repeat(B)
+
+    @cached_property
+    def _with_frozen_patterns(self) -> dict[str, Crosscoder]:
+        """The crosscoders, those that attend with the patterns they have in the original run."""
+        with torch.no_grad():
+            return {
+                part: crosscoder.holding_patterns(self._inputs(crosscoder), positions=self._positions)
                 for part, crosscoder in self.crosscoders.items()
             }
 
@@ -166,6 +179,8 @@ class CleanRun:
         clean = self._copies(self.activations, n_copies) if needs_clean else None
         if errors is None and conditions.errors == "keep":
             errors = self._copies(self.errors, n_copies)
+        frozen = conditions.patterns == "frozen"
+        crosscoders = self._with_frozen_patterns if frozen else self.crosscoders
         with torch.set_grad_enabled(gradients):
             splices = {
                 part: Splice(
@@ -180,12 +195,12 @@ class CleanRun:
                     held=self._hold(part, held_layers, clean, n_copies) if held_layers and clean is not None else None,
                     clean=clean,
                 )
-                for part, crosscoder in self.crosscoders.items()
+                for part, crosscoder in crosscoders.items()
             }
             logits_BTV = run_together(
                 list(splices.values()),
                 hooks=hooks,
-                patterns=self.patterns if conditions.patterns == "frozen" else None,
+                patterns=self.patterns if frozen else None,
                 norm_scales=self._held_norms(conditions),
             )
         features = {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from replacement.crosscoder.checkpoint import check_fits
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel, Prompt, is_batch
 from replacement.number_checks import integer, integers
@@ -51,12 +52,13 @@ class ReplacementModel:
         evaluation mode and without gradients, which share their memory where nothing had to be converted.
 
         Args:
-            attention_crosscoder: one that reads `attn_z` and writes attention outputs, such as `Wiring.attention`.
+            attention_crosscoder: one that reads `attn_z` and writes attention outputs, such as `Wiring.attention`, or a
+                `Lorsa`.
 
         Raises:
             ValueError: a crosscoder was made for another width, depth or model, is not causal, writes other sites than
-                MLP outputs (attention: reads others than `attn_z`, writes others than attention outputs), or holds NaN;
-                both use one site; or the architecture cannot be linearised exactly.
+                MLP outputs (attention: reads others than `attn_z`, a Lorsa than `attn_in`, writes others than attention
+                outputs), or holds NaN; both use one site; or the architecture cannot be linearised exactly.
         """
         crosscoders = [crosscoder] if attention_crosscoder is None else [crosscoder, attention_crosscoder]
         for part, given in zip(PARTS, crosscoders, strict=False):
@@ -237,9 +239,10 @@ def _check(crosscoder: Crosscoder, language_model: LanguageModel, part: str) -> 
     for site in wiring.write_sites:
         if site.kind != writes or site.model != 0:
             raise ValueError(f"{whose} a crosscoder that writes {writes} sites, this one writes {site}")
+    reads = "attn_in" if isinstance(crosscoder, Lorsa) else "attn_z"
     for site in wiring.read_sites if part == "attention" else ():
-        if site.kind != "attn_z" or site.model != 0:
-            raise ValueError(f"{whose} a crosscoder that reads attn_z sites, this one reads {site}")
+        if site.kind != reads or site.model != 0:
+            raise ValueError(f"{whose} a crosscoder that reads {reads} sites, this one reads {site}")
     both = set(wiring.read_sites) & set(wiring.write_sites)
     if both:
         raise ValueError(f"{whose} a crosscoder that writes other sites than it reads: {min(both)}")

@@ -7,7 +7,6 @@ gradients to the crosscoder's weights. `clean_run.py` makes many passes over one
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +101,9 @@ class Splice:
         self._change, self._held, self._keeps_mlps = change, held, mlps == "original"
         self._scales = dict(scales or {})
         self._replaced_BT = replaced_tokens(tokens_BT, crosscoder.undecomposed_positions, keep_BT)
+        positions_T = torch.arange(tokens_BT.shape[1], device=crosscoder.device)
+        self._positions_R = positions_T.repeat(len(tokens_BT))
+        self._keep_R = None if self._replaced_BT is None else self._replaced_BT.to(crosscoder.device).flatten()
         groups = range(crosscoder.n_groups)
         self._encoded_together = (
             [groups] if crosscoder.activation.chooses_over_groups else [[group] for group in groups]
@@ -253,17 +255,11 @@ class Splice:
         return scaled
 
     def _encode(self, groups: Sequence[int], inputs: Mapping[Site, Tensor]) -> Features:
-        """Features of groups that are encoded together, of the replaced tokens alone: a choice over the whole batch (BatchTopK)
-        must not see the others."""
-        crosscoder, rows = self.crosscoder, self._scaled(groups, inputs)
+        """Features of groups that are encoded together, of the replaced tokens alone."""
+        crosscoder = self.crosscoder
         together = crosscoder.activation.chooses_over_groups
         encode = crosscoder.encode if together else functools.partial(crosscoder.encode_group, groups[0])
-        if self._replaced_BT is None:
-            return encode(rows)
-        row_P = self._replaced_BT.to(crosscoder.device).flatten().nonzero()[:, 0]
-        replaced = {site: x_RD[row_P] for site, x_RD in rows.items()}
-        features = encode(replaced, positions=row_P % self.tokens_BT.shape[1])
-        return dataclasses.replace(features, row=row_P[features.row], n_rows=self.tokens_BT.numel())
+        return encode(self._scaled(groups, inputs), positions=self._positions_R, keep=self._keep_R)
 
     def _add(self, sums: dict[Site, Tensor], group: int, features: Features, inputs: Mapping[Site, Tensor]) -> None:
         """Add what one group writes to the replaced sites, skip terms included, in the crosscoder's scale."""

@@ -22,6 +22,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.tensor_files import mentions
 from replacement.crosscoder.formats.writing import write_json
+from replacement.crosscoder.lorsa import QueryKeys
 from replacement.crosscoder.mapped_file import map_tensors, write_tensors
 from replacement.crosscoder.wiring import Wiring
 from replacement.files import read_json, sha256_of
@@ -61,6 +62,7 @@ def read(folder: Path) -> Published:
     config, path = read_config(folder), folder / TENSOR_FILE
     try:
         wiring, activation = Wiring.from_dict(config["wiring"]), activation_from_dict(config["activation"])
+        query_keys = QueryKeys.from_dict(config["query_keys"]) if "query_keys" in config else None
     except ValueError as error:
         raise _not_described(folder, error) from None
     tensors, mapped = map_tensors(path)
@@ -70,6 +72,7 @@ def read(folder: Path) -> Published:
         rule=RULE,
         wiring=wiring,
         activation=activation,
+        query_keys=query_keys,
         tensors=tensors,
         files=[mapped],
         fingerprint=config.get("fingerprint", ""),

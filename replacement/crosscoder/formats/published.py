@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from replacement.crosscoder.checks import finite_values, float_dtype
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.fingerprint import sampled_fingerprint
 from replacement.crosscoder.formats.reference import Asked
+from replacement.crosscoder.lorsa import Lorsa, QueryKeys
 from replacement.crosscoder.mapped_file import MappedFile, WeightsInFile
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.weights_by_site import MATRICES
@@ -48,6 +50,8 @@ class Published:
     """Which file a tensor was taken from, for messages."""
     tied: bool = False
     skip: bool = False
+    query_keys: QueryKeys | None = None
+    """Sizes of queries and keys, which make it a `Lorsa`."""
     undecomposed_positions: int = 0
     model_name: str = ""
     model_fingerprint: str = ""
@@ -112,8 +116,9 @@ class Published:
         Raises:
             ValueError: parts that do not fit together.
         """
+        make = Crosscoder if self.query_keys is None else partial(Lorsa, query_keys=self.query_keys)
         with torch.device("meta"):
-            return Crosscoder(
+            return make(
                 self.wiring,
                 n_features=self.n_features,
                 activation=self.activation,
