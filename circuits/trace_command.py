@@ -267,4 +267,6 @@ def _with_attention(options: ModelOptions, attention: str | None) -> ModelOption
         raise ValueError(f"attention: expected linear or features, given {attention!r}")
     if attention == "linear" and options.attention_crosscoder is not None:
         raise ValueError("attention: expected features with --attention-crosscoder, given linear")
+    if attention == "linear" and options.is_joint:
+        raise ValueError("attention: expected features with a joint crosscoder, given linear")
     return options.with_attention() if attention == "features" else options

@@ -215,7 +215,9 @@ def index(
     )
     options = options.with_attention() if part == "attention" else options
     if out is None:
-        out = index_file((options.crosscoder if part == "mlp" else options.attention_crosscoder) or DEMO, part=part)
+        joint = options.is_joint
+        named = options.crosscoder if part == "mlp" or joint else options.attention_crosscoder
+        out = index_file(named or DEMO, part=part, joint=joint)
     facts = index_with_bar(options.load(), check_file(out), settings, part=part, labeller=labeller)
     if facts is None:
         return

@@ -148,8 +148,21 @@ class ModelOptions:
         """Whether the language model is the one that ships with the project."""
         return self.model in (None, DEMO)
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether the crosscoder named replaces MLPs and attention, so that there is none of attention beside it."""
+        if self.crosscoder in (None, DEMO) or self.attention_crosscoder is not None:
+            return False
+        from replacement.crosscoder.formats.layouts import open_published
+        from replacement.crosscoder.wiring import JOINT
+        from replacement.loading import crosscoder_folder
+
+        return open_published(crosscoder_folder(self.crosscoder)).wiring.name == JOINT
+
     def with_attention(self) -> ModelOptions:
-        """The same with an attention crosscoder: the one named, or else the demo's."""
+        """The same with an attention crosscoder: the one named, the part of a joint crosscoder, or else the demo's."""
+        if self.is_joint:
+            return self
         return replace(self, attention_crosscoder=self.attention_crosscoder or self._shipped("attention-crosscoder"))
 
     def for_graph(self, metadata: Mapping[str, Any]) -> ModelOptions:

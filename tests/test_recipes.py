@@ -56,7 +56,7 @@ def data(example: Any, demo: Models, tmp_path: Path) -> Any:
 def test_there_are_recipes_of_every_family() -> None:
     wirings = {read_config(path).crosscoder.wiring for path in RECIPES}
     families = {"autoencoder", "transcoder", "per_layer", "strictly_causal", "weakly_causal", "acausal", "attention"}
-    assert wirings == families | {"model_diffing"}
+    assert wirings == families | {"joint", "model_diffing"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -89,6 +89,25 @@ def test_a_recipe_is_trained_once_and_becomes_a_row(
     header, plt, none = capsys.readouterr().out.splitlines()
     assert len(header) == len(plt) == len(none)
     assert f"{rows[0]['unexplained']:.4f}" in plt
+
+
+def test_joint_training_compares_equal_budgets(
+    example: Any, demo: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, table = example("joint_training"), []
+    settings = ["training.n_tokens=1024", "training.batch_tokens=512", "data.buffer_tokens=2048"]
+    settings += ["data.held_out_rows=2", "crosscoder.n_features=24"]
+    for choice in module.CHOICES:
+        parts = module.train(choice, tmp_path, settings)
+        assert [part.wiring.name for part in parts] == ["strictly_causal", "attention"]
+        assert [part.activation.k for part in parts] == [(16, 8, 4, 4), (8, 8, 8, 8)]
+        table.append({"name": choice, **module.measure(demo.first, parts, 4), "CPU s": 1.0})
+        assert table[-1]["sum"] == pytest.approx(table[-1]["KL MLPs"] + table[-1]["KL attention"])
+    assert len({row["KL both"] for row in table}) == len(table)
+    module.print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(line.rstrip()) for line in lines[: 1 + len(table)]}) == 1
+    assert [line.split(":")[0] for line in lines[1 + len(table) :]] == list(module.CHOICES[1:])
 
 
 def test_result_rows_grow_and_are_found(example: Any, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from circuits.graph.nodes import NodeKind
 from circuits.graph.text import printable, shorten
 from replacement import Decomposition, LocalReplacement, ReplacementModel
 from replacement.index.records import UNCLEAR, Label
-from replacement.index.store import FILE_NAME, FeatureIndex
+from replacement.index.store import ATTENTION_FILE_NAME, FILE_NAME, FeatureIndex
 from replacement.index.token_effects import CHUNK, Vocabulary
 from replacement.loading import DEMO, crosscoder_folder
 from replacement.number_checks import whole_number
@@ -62,9 +62,9 @@ def open_indexes(model: ReplacementModel, given: Indexes = None) -> Iterator[dic
     indexes: dict[str, FeatureIndex] = {}
     with ExitStack() as opened:
         if given is None:
-            for part, folder in _folders(model).items():
-                if (folder / FILE_NAME).is_file():
-                    found = FeatureIndex.open(folder / FILE_NAME, crosscoder=model.crosscoders[part])
+            for part, file in _files(model).items():
+                if file.is_file():
+                    found = FeatureIndex.open(file, crosscoder=model.crosscoders[part])
                     indexes[part] = opened.enter_context(found)
         parts = {crosscoder.fingerprint: part for part, crosscoder in model.crosscoders.items()}
         for index in [given] if isinstance(given, FeatureIndex) else given or ():
@@ -76,15 +76,18 @@ def open_indexes(model: ReplacementModel, given: Indexes = None) -> Iterator[dic
         yield indexes
 
 
-def _folders(model: ReplacementModel) -> dict[str, Path]:
-    """The local folders that the crosscoders were loaded from, by part."""
+def _files(model: ReplacementModel) -> dict[str, Path]:
+    """Where the indexes are in the local folders that the crosscoders were loaded from, by part."""
     loaded, names = model.loaded_from or {}, {"mlp": "crosscoder", "attention": "attention_crosscoder"}
     given = {part: loaded[name] for part, name in names.items() if name in loaded}
-    return {
-        part: crosscoder_folder(place, shipped=names[part])
+    files = {
+        part: crosscoder_folder(place, shipped=names[part]) / FILE_NAME
         for part, place in given.items()
         if place == DEMO or Path(place).is_dir()
     }
+    if "mlp" in files and set(model.crosscoders) - set(given):  # both parts are those of a joint crosscoder
+        files["attention"] = files["mlp"].with_name(ATTENTION_FILE_NAME)
+    return files
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from replacement.command_line import AsJson, ModelOptions, model_options
 from replacement.console import pairs, section, show, show_json, table
 from replacement.index.records import UNCLEAR
 from replacement.index.showing import DEMO, DEMO_FOLDER, file_of
-from replacement.index.store import FeatureIndex
+from replacement.index.store import ATTENTION_FILE_NAME, FeatureIndex
 
 if TYPE_CHECKING:
     from replacement import ReplacementModel
@@ -176,6 +176,7 @@ def _beside(found: GlobalCircuits) -> list[Path]:
     loaded = found.metadata.get("loaded_from") or {}
     names = [name for name in ("crosscoder", "attention_crosscoder") if name in loaded]
     files = [file_of(str(DEMO_FOLDER / name if loaded[name] == DEMO else loaded[name])) for name in names]
+    files += [file.with_name(ATTENTION_FILE_NAME) for file in files]  # of joint crosscoders
     return [file for file in files if file.is_file()]
 
 

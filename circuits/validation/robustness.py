@@ -27,6 +27,7 @@ from circuits.validation.survival import (
     thresholds_of,
 )
 from replacement import Crosscoder, ReplacementModel
+from replacement.crosscoder.joint import split
 from replacement.language_model.language_model import Prompt
 
 _SHARES = ("active", "kept", "influence_active", "influence_kept", "edges_kept", "edge_influence_kept")
@@ -101,7 +102,8 @@ def _kind_facts(model: ReplacementModel, graph: CircuitGraph, kind: str, prompts
 
 
 def _crosscoder_facts(model: ReplacementModel, graph: CircuitGraph, crosscoder: Crosscoder) -> Facts:
-    other_model = ReplacementModel(model.language_model, crosscoder, attention_crosscoder=model.attention_crosscoder)
+    mlps, *_ = split(crosscoder)  # of a joint one, too, only the MLPs are exchanged
+    other_model = ReplacementModel(model.language_model, mlps, attention_crosscoder=model.attention_crosscoder)
     check_comparable(model.crosscoder, other_model.crosscoder)
     other = _traced_alike(other_model, graph, graph.metadata["token_ids"])
     circuit = prune(graph, **thresholds_of(graph)).nodes

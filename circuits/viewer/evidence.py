@@ -31,7 +31,7 @@ from circuits.graph.nodes import NodeKind, Part
 from circuits.viewer.columns import column
 from replacement.index.records import Example, FeatureRecord, Label
 from replacement.index.showing import DEMO, DEMO_FOLDER
-from replacement.index.store import FILE_NAME, FeatureIndex
+from replacement.index.store import ATTENTION_FILE_NAME, FILE_NAME, FeatureIndex
 
 MOST_FEATURES = 2000
 """Features with a record, the most influential ones of a graph: a page must stay small enough to open."""
@@ -116,10 +116,9 @@ def _beside(metadata: Mapping[str, Any]) -> Iterator[Path]:
     for name in ("crosscoder", "attention_crosscoder"):
         if name in loaded:
             folder = DEMO_FOLDER / name if loaded[name] == DEMO else Path(loaded[name])
-            places = (
-                place / FILE_NAME for place in (folder, folder / "crosscoder")
-            )  # its own folder, or its training run's
-            yield from [path for path in places if os.path.isfile(path)][:1]
+            for file in (FILE_NAME, ATTENTION_FILE_NAME):
+                places = (place / file for place in (folder, folder / "crosscoder"))  # its own, or its training run's
+                yield from [path for path in places if os.path.isfile(path)][:1]
 
 
 def _record(record: FeatureRecord, most: int, texts: dict[str, int], tokens: list[int]) -> dict[str, Any]:

@@ -178,10 +178,10 @@ class CrosscoderWeights(WeightsBySite):
     @classmethod
     def _without_memory(cls: type[Kind], other: CrosscoderWeights, **changes: Any) -> Kind:
         """A crosscoder on the meta device with the arguments of another one, apart from the changes that are not None."""
-        arguments = {name: getattr(other, name) for name in cls.ARGUMENTS}
+        arguments = {name: getattr(other, name) for name in ("wiring", *cls.ARGUMENTS)}
         arguments |= {name: value for name, value in changes.items() if value is not None}
         with torch.device("meta"):
-            return cls(other.wiring, **arguments)
+            return cls(**arguments)
 
     def to_inference(self: Kind, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Kind:
         """A frozen copy in evaluation mode, for splicing into a model; this crosscoder is left as it is.

@@ -10,6 +10,7 @@ Every published family is a wiring of one `Crosscoder` class:
 | `strictly_causal` (CLT) | L | residual stream at layer g | MLP outputs of layers >= g |
 | `weakly_causal` | L | a site at layer g | the same kind of site at layers >= g |
 | `attention` | L | the heads' outputs `attn_z` of layer g | attention outputs of layers >= g |
+| `joint` | 2 L | those of `strictly_causal`, then those of `attention` | the same as these |
 | `lorsa` | L | the input `attn_in` of attention at layer g, at all positions up to its own | attention output of layer g |
 | `acausal` | 1 | a site at every layer | the same sites |
 | `model_diffing` | 1 | a site in each of N models | the same sites |
@@ -29,7 +30,8 @@ from replacement.crosscoder.sites import HasShape, ModelShape, Site, layers_of, 
 from replacement.number_checks import whole_number
 
 MLP_READS = ("resid_mid", "resid_pre", "mlp_in", "mlp_normalized")
-WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention", "lorsa")
+JOINT = "joint"
+WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention", "lorsa", JOINT)
 """Families with one group for every layer of the model."""
 
 
@@ -231,6 +233,15 @@ class Wiring:
     def lorsa(cls, model: ModelShape | HasShape) -> Wiring:
         """Low-rank sparse attention (`Lorsa`): group l reads `attn_in` of layer l and writes `attn_out` of layer l."""
         return _by_layer("lorsa", model, "attn_in", "attn_out")
+
+    @classmethod
+    def joint(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:
+        """MLPs and attention in one crosscoder: the groups of `strictly_causal` (which see for `read`), then of `attention`.
+
+        Trained as one, each of the two parts meets the errors of the other. `joint.split` takes them apart.
+        """
+        mlps, attention = cls.strictly_causal(model, read=read), cls.attention(model)
+        return _wire(JOINT, (model,), mlps.reads + attention.reads, mlps.writes + attention.writes)
 
     @classmethod
     def acausal(

@@ -13,7 +13,7 @@ from replacement.console import pairs
 from replacement.index.build import HELD_OUT, SAMPLE_TOKENS, IndexSettings, build_index
 from replacement.index.gathering import Share
 from replacement.index.labeller import ask
-from replacement.index.store import FILE_NAME, FeatureIndex
+from replacement.index.store import ATTENTION_FILE_NAME, FILE_NAME, FeatureIndex
 from replacement.loading import DEMO, crosscoder_folder
 from replacement.splicing.replacement_model import ReplacementModel
 
@@ -36,8 +36,8 @@ def settings_of(
     return IndexSettings(data=data or DATA_OF_DEMO, n_tokens=tokens, context=context, word_lists=names)
 
 
-def index_file(crosscoder: str, *, part: str = "mlp") -> Path:
-    """Where the index of a crosscoder lies, named as for `replacement.load`.
+def index_file(crosscoder: str, *, part: str = "mlp", joint: bool = False) -> Path:
+    """Where the index of a crosscoder, or of a part of a joint one, lies; named as for `replacement.load`.
 
     Raises:
         ValueError: a crosscoder that is not a folder.
@@ -46,7 +46,7 @@ def index_file(crosscoder: str, *, part: str = "mlp") -> Path:
     if not folder.is_dir():
         what = "is a file, which holds no index" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}: expected the folder of a crosscoder, or the name of the index's file")
-    return folder / FILE_NAME
+    return folder / (ATTENTION_FILE_NAME if joint and part == "attention" else FILE_NAME)
 
 
 def index_with_bar(

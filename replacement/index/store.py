@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 FILE_NAME = "features.sqlite"
 """Of the index in a crosscoder's folder."""
+ATTENTION_FILE_NAME = "attention_features.sqlite"
+"""Of that of a joint crosscoder's attention features, beside the index of its MLPs' features."""
 FORMAT = "crosstrace feature index"
 VERSION = 1
 SCHEMA = """

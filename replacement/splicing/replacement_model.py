@@ -9,8 +9,10 @@ from torch import Tensor
 
 from replacement.crosscoder.checkpoint import check_fits
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.joint import split
 from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.wiring import JOINT
 from replacement.language_model.language_model import LanguageModel, Prompt, is_batch
 from replacement.number_checks import integer, integers
 from replacement.splicing.clean_run import WRITES, CleanRun, Conditions
@@ -46,21 +48,28 @@ class ReplacementModel:
     def __init__(
         self, language_model: LanguageModel, crosscoder: Crosscoder, *, attention_crosscoder: Crosscoder | None = None
     ) -> None:
-        """Splice a crosscoder that writes MLP outputs into a language model.
+        """Splice a crosscoder that writes MLP outputs, or a joint one that writes attention outputs too, into a model.
 
         The crosscoders given are left as they are: the model holds views of them in its own dtype and on its device, in
         evaluation mode and without gradients, which share their memory where nothing had to be converted.
 
         Args:
             attention_crosscoder: one that reads `attn_z` and writes attention outputs, such as `Wiring.attention`, or a
-                `Lorsa`.
+                `Lorsa`. The attention part of a joint crosscoder (`Wiring.joint`) takes its place.
 
         Raises:
             ValueError: a crosscoder was made for another width, depth or model, is not causal, writes other sites than
                 MLP outputs (attention: reads others than `attn_z`, a Lorsa than `attn_in`, writes others than attention
-                outputs), or holds NaN; both use one site; or the architecture cannot be linearised exactly.
+                outputs), or holds NaN; both use one site; a joint crosscoder beside one of attention; or the architecture
+                cannot be linearised exactly.
         """
-        crosscoders = [crosscoder] if attention_crosscoder is None else [crosscoder, attention_crosscoder]
+        crosscoders = split(crosscoder)
+        if attention_crosscoder is not None:
+            if len(crosscoders) > 1:
+                raise ValueError(
+                    "a joint crosscoder replaces attention, too: expected no attention crosscoder beside it"
+                )
+            crosscoders.append(attention_crosscoder)
         for part, given in zip(PARTS, crosscoders, strict=False):
             _check(given, language_model, part)
         check_together(crosscoders)
@@ -68,7 +77,7 @@ class ReplacementModel:
         dtype, device = language_model.dtype, language_model.device
         views = [given.to_inference(dtype=dtype, device=device) for given in crosscoders]
         self.language_model, self.crosscoder = language_model, views[0]
-        self.attention_crosscoder = views[1] if attention_crosscoder is not None else None
+        self.attention_crosscoder = views[1] if len(views) > 1 else None
 
     @property
     def crosscoders(self) -> dict[str, Crosscoder]:
@@ -236,6 +245,10 @@ def _check(crosscoder: Crosscoder, language_model: LanguageModel, part: str) -> 
     check_fits(crosscoder, language_model)
     wiring, writes = crosscoder.wiring, WRITES[part]
     whose = "a replacement model needs" if part == "mlp" else "attention needs"
+    if wiring.name == JOINT:
+        raise ValueError(
+            "attention needs a crosscoder of attention alone: a joint one is given as the crosscoder of both"
+        )
     for site in wiring.write_sites:
         if site.kind != writes or site.model != 0:
             raise ValueError(f"{whose} a crosscoder that writes {writes} sites, this one writes {site}")

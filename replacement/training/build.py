@@ -166,6 +166,7 @@ def build_wiring(config: CrosscoderConfig, shapes: Sequence[ModelShape]) -> Wiri
         "strictly_causal": lambda: Wiring.strictly_causal(shape, read=read),
         "weakly_causal": lambda: Wiring.weakly_causal(shape, site=site),
         "attention": lambda: _attention(config, shape),
+        "joint": lambda: Wiring.joint(shape, read=read),
         "acausal": lambda: Wiring.acausal(shape, site=site, layers=layers),
         "model_diffing": lambda: _model_diffing(config, shapes, site),
     }

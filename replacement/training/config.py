@@ -17,7 +17,7 @@ MOST_HELD_OUT_ROWS = 1_000_000
 """They are held in memory, and the demo's corpus would go on generating them."""
 READS = ("clean", "propagated", "subset")
 STARTS = ("random", "samples")
-ROW_FAMILIES = ("per_layer", "strictly_causal", "attention")
+ROW_FAMILIES = ("per_layer", "strictly_causal", "attention", "joint")
 """Families whose steps take whole rows by default, if the model has several layers: they replace its layers together."""
 N_STEPS, SMALLEST_BATCH, LARGEST_BATCH = 1000, 256, 4096
 """Steps that the default batch aims at, and its bounds in tokens."""
@@ -61,17 +61,18 @@ class CrosscoderConfig:
     """Which crosscoder is trained."""
 
     wiring: Annotated[str, "name"] = "strictly_causal"
-    """Family: `autoencoder`, `transcoder`, `per_layer`, `strictly_causal`, `weakly_causal`, `attention`, `acausal` or
-    `model_diffing`."""
+    """Family: `autoencoder`, `transcoder`, `per_layer`, `strictly_causal`, `weakly_causal`, `attention`, `joint`,
+    `acausal` or `model_diffing`."""
     read: Annotated[str | None, "site"] = None
     """Kind of site that is read; by default what suits the family. Families that read what they write also write it."""
     layers: Annotated[list[int] | None, "layers"] = None
     """Layers of an autoencoder, transcoder or acausal crosscoder, or one for each model of a model-diffing crosscoder; by
     default all, or the middle one."""
     n_features: Annotated[int | None, "features"] = None
-    """Features per group F; by default 16 times the width of the residual stream."""
+    """Features per group F, the same in every group; by default 16 times the width of the residual stream."""
     activation: Annotated[Activation, "table"] = field(default_factory=lambda: TopK(16))
-    """Table with `name` (`topk`, `batchtopk`, `jumprelu`, `relu`) and its parameters, such as `k`."""
+    """Table with `name` (`topk`, `batchtopk`, `jumprelu`, `relu`) and its parameters, such as `k`: one number, or a list with
+    one for each group."""
     tied: Annotated[bool, "true or false"] = False
     """Whether all groups share one decoder per written site."""
     skip: Annotated[bool, "true or false"] = False

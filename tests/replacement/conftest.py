@@ -27,6 +27,7 @@ FAMILIES = {
     "strictly_causal": Wiring.strictly_causal(SHAPE),
     "weakly_causal": Wiring.weakly_causal(SHAPE),
     "attention": Wiring.attention(SHAPE),
+    "joint": Wiring.joint(SHAPE),
     "acausal": Wiring.acausal(SHAPE),
     "model_diffing": Wiring.model_diffing(SHAPE, layer=1),
     "many_models": Wiring.model_diffing([SHAPE, WIDER, SHAPE, WIDER], layer=[1, 4, 0, 2]),

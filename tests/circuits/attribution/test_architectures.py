@@ -14,7 +14,8 @@ from architectures import SETTINGS
 from autograd_oracle import compare_with_oracle
 
 from circuits import attribute_score, trace
-from replacement import LanguageModel, ReplacementModel, Site
+from circuits.graph.nodes import NodeKind
+from replacement import LanguageModel, ReplacementModel, Site, Wiring
 from replacement.cli import main
 from replacement.language_model.architectures import ARCHITECTURES, Architecture, markdown_table
 
@@ -81,6 +82,16 @@ def test_a_graph_is_exact(traced: tuple[Architecture, Path]) -> None:
     compare_with_oracle(
         ReplacementModel(lm, tiny.crosscoder_for(lm, n_features=16)), tiny.random_tokens(6), tolerance=1e-11
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_a_graph_with_a_joint_crosscoder_is_exact(traced: tuple[Architecture, Path], dtype: torch.dtype) -> None:
+    lm = load(traced[1], dtype)
+    model = ReplacementModel(lm, tiny.crosscoder_for(lm, wiring=Wiring.joint(lm), n_features=16))
+    graph = trace(model, tiny.random_tokens(6), coverage=1.0)
+    nodes = graph.nodes
+    assert nodes.expanded[nodes.mask(NodeKind.FEATURE) & nodes.of_attention].any()
+    assert 0 < graph.identity_error <= {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
 
 
 def test_a_massive_first_token_hides_no_error(traced: tuple[Architecture, Path]) -> None:

@@ -1,0 +1,129 @@
+"""Does training MLPs and attention together close the gap that replacing both leaves?
+
+    python examples/joint_training.py --out runs/joint
+
+Replaced together, crosscoders of MLPs and attention that were trained apart cost more than the sum of what each costs alone:
+neither has met the errors of the other. Here two crosscoders (sizes: `recipes/joint.toml`) are trained apart, each with its
+default reads, and then, with equal features, active features and tokens, as one joint crosscoder that reads the clean stream
+(`clean`), that with random subsets of outputs replaced (`subset`) or with all of them replaced (`propagated`), and random
+subsets with a loss on the output besides (`output_kl`).
+
+Every result is measured on rows of the corpus that no training drew, errors propagating. Finished runs are not repeated, a
+killed one goes on. `CPU s` is the time of this process in training.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from result_rows import append_row, find_row
+from tqdm import tqdm
+
+from replacement import Crosscoder, LanguageModel, checkpoint
+from replacement.crosscoder.joint import split
+from replacement.demo.corpus import held_out_rows
+from replacement.loading import ARTIFACTS
+from replacement.training.run_config import read_config
+from replacement.training.run_folder import holds_run
+from replacement.training.runs import run
+from replacement.validation.fidelity import measure_fidelity
+
+RECIPE = Path(__file__).parent / "recipes" / "joint.toml"
+APART, OUTPUT_KL = "apart", "output_kl"
+CHOICES = (APART, "clean", "subset", "propagated", OUTPUT_KL)
+COLUMNS = {
+    "KL MLPs": "9.4f",
+    "KL attention": "12.4f",
+    "sum": "8.4f",
+    "KL both": "9.4f",
+    "both / sum": "10.2f",
+    "agreement, p >= 0.5": "19.4f",
+    "unexplained": "11.4f",
+    "CPU s": "7,.0f",
+}
+"""Columns of the table, and how their values are written."""
+
+
+def overrides_of(choice: str, k: Sequence[int]) -> dict[str, list[str]]:
+    """The runs that a choice takes, by name, each with the settings in which it differs from the recipe."""
+    if choice == APART:
+        half = len(k) // 2
+        mlps = ['crosscoder.wiring="strictly_causal"', f'crosscoder.activation={{name="topk",k={list(k[:half])}}}']
+        attention = ['crosscoder.wiring="attention"', f'crosscoder.activation={{name="topk",k={list(k[half:])}}}']
+        return {"mlps": mlps, "attention": [*attention, 'crosscoder.read="attn_z"']}
+    if choice == OUTPUT_KL:
+        losses = '[{name="auxiliary"},{name="output_kl",coefficient=1.0}]'
+        return {choice: ['training.reads="subset"', f"training.losses={losses}"]}
+    return {choice: [f'training.reads="{choice}"']}
+
+
+def train(choice: str, out: Path, overrides: Sequence[str]) -> list[Crosscoder]:
+    """The crosscoders of MLPs and attention, trained in folders of their own unless that is done."""
+    k = read_config(RECIPE, overrides=overrides).crosscoder.activation.k
+    parts = []
+    for name, changes in overrides_of(choice, k).items():
+        config = read_config(RECIPE, overrides=[*overrides, *changes])
+        with tqdm(total=config.training.n_steps, desc=name, unit="step", disable=None) as bar:
+            run(config, out / name, resume=holds_run(out / name), progress=lambda _, bar=bar: bar.update())
+        parts += split(checkpoint.load(out / name / "crosscoder"))
+    return parts
+
+
+def measure(lm: LanguageModel, parts: Sequence[Crosscoder], n_rows: int) -> dict[str, float]:
+    """What each part costs alone, and what both cost together."""
+    rows = torch.from_numpy(held_out_rows(lm.tokenizer, n_rows=n_rows, context=lm.context_length, seed=0))
+    mlps, attention, both = (measure_fidelity(lm, chosen, rows) for chosen in (*parts, parts))
+    kl = [fidelity.kl or 0.0 for fidelity in (mlps, attention, both)]
+    values = (*kl[:2], sum(kl[:2]), kl[2], kl[2] / sum(kl[:2]), both.agreement or 0.0, both.mean_unexplained)
+    return dict(zip(COLUMNS, values, strict=False)) | {"L0": both.total_l0}
+
+
+def print_table(rows: Sequence[dict[str, float]]) -> None:
+    """One line for every choice, and what it gains against training apart."""
+    print(
+        "trained     "
+        + "".join(f"{column:>{int(form.split('.')[0].rstrip(','))}}  " for column, form in COLUMNS.items())
+    )
+    for row in rows:
+        print(f"{row['name']:12}" + "".join(f"{row[column]:{form}}  " for column, form in COLUMNS.items()))
+    excess = {row["name"]: row["KL both"] - row["sum"] for row in rows}
+    if APART in excess:
+        for row in rows[1:]:
+            change = row["KL both"] / rows[0]["KL both"] - 1
+            print(
+                f"{row['name']}: both minus sum {excess[row['name']]:+.4f} (apart {excess[APART]:+.4f}), KL both {change:+.0%}"
+            )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; finished ones are not repeated")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each run")
+    parser.add_argument("--features", type=int, default=1024, help="features of each group")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=512, help="held-out rows of 64 tokens")
+    parser.add_argument("--only", nargs="+", choices=CHOICES, default=CHOICES, help="some of the runs")
+    arguments = parser.parse_args()
+    lm = LanguageModel.from_pretrained(ARTIFACTS / "language_model")
+    lm.name = "demo"
+    sizes = {"tokens": arguments.tokens, "features": arguments.features, "seed": arguments.seed, "rows": arguments.rows}
+    folder = arguments.out / "-".join(f"{name}{size}" for name, size in list(sizes.items())[:3])
+    overrides = [f"training.n_tokens={arguments.tokens}", f"crosscoder.n_features={arguments.features}"]
+    table = []
+    for choice in arguments.only:
+        row = find_row(arguments.out / "results.json", name=choice, **sizes)
+        if row is None:
+            begin = time.process_time()
+            parts = train(choice, folder, [*overrides, f"training.seed={arguments.seed}"])
+            seconds = time.process_time() - begin
+            row = {"name": choice, **sizes, **measure(lm, parts, arguments.rows), "CPU s": seconds}
+            append_row(arguments.out / "results.json", row)
+        table.append(row)
+    print_table(table)
+
+
+if __name__ == "__main__":
+    main()
