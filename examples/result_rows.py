@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 
@@ -27,3 +29,19 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     lines = ",\n".join(json.dumps(each) for each in [*read_rows(path), dict(row)])
     scratch.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     os.replace(scratch, path)
+
+
+def kept_row(path: Path, key: Mapping[str, object], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The row whose entries equal `key`; where there is none, what `make` returns is added under that key."""
+    row = find_row(path, **key)
+    if row is None:
+        row = {**key, **make()}
+        append_row(path, row)
+    return row
+
+
+def spread(values: Iterable[float], form: str = ".2f") -> str:
+    """`mean +-standard deviation` over seeds (of the sample; 0 for one value), without values that are NaN."""
+    given = [value for value in values if not math.isnan(value)]
+    mean = fmean(given) if given else math.nan
+    return f"{mean:{form}} +-{stdev(given) if len(given) > 1 else 0.0:{form}}"

@@ -1,11 +1,11 @@
 """Do trained dictionaries take the true intermediate step, or go around it?
 
-    python examples/ground_truth/hop_fidelity.py
+    python examples/ground_truth/hop_fidelity.py --out runs/hops
 
 Two networks whose circuit is known compute C from B and B from A, in three layers (see `models.py`), behind a random rotation.
-A cross-layer transcoder (CLT) and a per-layer one (PLT) are trained on each, at several strengths of the sparsity penalty and
-with several seeds; both are given the same data, steps, features and penalties. For prompts on which a C is on, the graph of
-its logit is traced, and the table says per dictionary
+A cross-layer transcoder (CLT) and a per-layer one (PLT) are trained on each, with BatchTopK and with JumpReLU and the tanh
+penalty, at the same number of active features: BatchTopK has it by construction, the penalty is searched for with a seed that
+no row uses. For prompts on which a C is on, the graph of its logit is traced, and the table says per dictionary
 
 - L0 (active features per token, all layers) and FVU (fraction of the MLP outputs' variance unexplained);
 - `B found`: share of the true B's that some feature of a layer up to B's computes (correlation of at least 0.8);
@@ -15,30 +15,45 @@ its logit is traced, and the table says per dictionary
 - AUROC of edge recovery: influence that crosses from one true variable to another, against the true edges.
 
 Means over seeds, and the standard deviation after `+-`. The row `truth` is the exact dictionary under the same measurement.
+Finished dictionaries are rows of a file in `--out` and are not trained again. `hop_remedies.py` asks what would help.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import warnings
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from hops import EdgeScores, Hop, gate_edges, hop, mean_hop, middle_nodes, node_variables
 from models import GroundTruth, and_or, two_hop
 from trained import Activations, Trained, Variables, identify, measure, train_dictionary
 
-from circuits import NodeKind, trace
-from replacement import ReplacementModel
+sys.path.append(str(Path(__file__).parent.parent))  # for `result_rows`, which all examples share
 
-NETWORKS = {"two-hop": two_hop, "and-or": and_or}
-PENALTIES = {"two-hop": (0.1, 0.25, 0.5, 1.0), "and-or": (0.03, 0.1, 0.3, 1.0)}
-WIRINGS = {"CLT": "strictly_causal", "PLT": "per_layer"}
+# isort: split
+from result_rows import kept_row, spread
+
+from circuits import NodeKind, trace
+from replacement import ReplacementModel, Wiring
+from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU
+from replacement.training.losses import Auxiliary, Loss, Tanh
+
+NETWORKS: dict[str, Callable[..., GroundTruth]] = {"two-hop": two_hop, "and-or": and_or}
+WIRINGS = {"CLT": Wiring.strictly_causal, "PLT": Wiring.per_layer}
 MIDDLE_LAYER = 1
 STRICT, LOOSE = 0.8, 0.6
 """Correlation with a true variable that counts as computing it."""
+COLUMNS = ("L0", "FVU", "B found", "hop fidelity", "(loose)", "(any)", "errors", "edge AUROC")
+WIDTH = 18
+SEARCH_SEED = 100
+"""Seed of the runs that search for a penalty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +69,12 @@ class Row:
     any_of_layer: Hop
     """Through any feature of B's layer."""
     auroc: float
+
+    def columns(self) -> dict[str, float]:
+        """The row by the headings of the table."""
+        fidelities = (one.fidelity for one in (self.strict, self.loose, self.any_of_layer))
+        values = (self.l0, self.unexplained, self.found, *fidelities, self.strict.errors, self.auroc)
+        return dict(zip(COLUMNS, values, strict=True))
 
 
 def measure_hops(truth: GroundTruth, variables: Variables, trained: Trained, *, n_prompts: int) -> Row:
@@ -84,46 +105,116 @@ def measure_hops(truth: GroundTruth, variables: Variables, trained: Trained, *, 
     )
 
 
-def print_row(label: str, rows: list[Row]) -> None:
+class Dictionaries:
+    """Trained dictionaries of one network, measured; each is a row of a file and is trained where that row is missing.
+
+    Args:
+        path: file of the rows.
+    """
+
+    def __init__(self, network: str, path: Path, *, n_steps: int, n_prompts: int) -> None:
+        self.truth = NETWORKS[network](rotation=0)
+        self.variables = Variables.of(self.truth)
+        self.path, self.n_steps, self.n_prompts = path, n_steps, n_prompts
+        self._sizes = {"network": network, "steps": n_steps, "prompts": n_prompts}
+
+    def measure(self, trained: Trained) -> dict[str, float]:
+        """The columns of the table for a dictionary."""
+        return measure_hops(self.truth, self.variables, trained, n_prompts=self.n_prompts).columns()
+
+    def rows(self, seeds: Iterable[int], how: HowTrained, **key: object) -> list[dict[str, Any]]:
+        """One row for each seed.
+
+        Args:
+            key: what else tells these rows from others in the file.
+        """
+
+        def make(seed: int) -> dict[str, float]:
+            return self.measure(train_dictionary(self.truth, **how._asdict(), seed=seed, n_steps=self.n_steps))
+
+        return [self._kept({**key, "seed": seed}, partial(make, seed)) for seed in seeds]
+
+    def matched_penalty(self, wiring: Wiring, l0: float, **key: object) -> float:
+        """The coefficient of the tanh penalty that leaves about `l0` features active per token.
+
+        By bisection of its logarithm, which stops within 3 %, or after 7 runs.
+        """
+
+        def search() -> dict[str, float]:
+            low, high, penalty = math.log(0.003), math.log(10.0), math.nan
+            for _ in range(7):
+                penalty = math.exp((low + high) / 2)
+                how = with_penalty(wiring, penalty)
+                found = train_dictionary(self.truth, **how._asdict(), seed=SEARCH_SEED, n_steps=self.n_steps).l0
+                if abs(found / l0 - 1) < 0.03:
+                    break
+                low, high = (math.log(penalty), high) if found > l0 else (low, math.log(penalty))
+            return {"penalty": penalty}
+
+        return self._kept({**key, "seed": SEARCH_SEED}, search)["penalty"]
+
+    def _kept(self, key: Mapping[str, object], make: Callable[[], Mapping[str, float]]) -> dict[str, Any]:
+        return kept_row(self.path, {**self._sizes, **key}, make)
+
+
+class HowTrained(NamedTuple):
+    """Arguments of `train_dictionary`."""
+
+    wiring: Wiring
+    activation: Activation
+    losses: Sequence[Loss]
+
+
+def with_penalty(wiring: Wiring, penalty: float) -> HowTrained:
+    """As published CLTs are trained: JumpReLU with the tanh penalty."""
+    return HowTrained(wiring, JumpReLU(), [Tanh(penalty), Auxiliary()])
+
+
+def print_row(label: str, rows: Sequence[Mapping[str, float]]) -> None:
     """One line of the table: means and standard deviations over seeds."""
-    columns = np.array(
-        [
-            [row.l0, row.unexplained, row.found]
-            + [one.fidelity for one in (row.strict, row.loose, row.any_of_layer)]
-            + [row.strict.errors, row.auroc]
-            for row in rows
-        ]
+    forms = {"FVU": ".5f"}
+    cells = "".join(f"{spread((row[name] for row in rows), forms.get(name, '.2f')):{WIDTH}}" for name in COLUMNS)
+    print(f"{label:<28}{cells.rstrip()}", flush=True)
+
+
+def print_heading(title: str) -> None:
+    """The headings of the table."""
+    print(f"\n{title}\n{'dictionary':<28}" + "".join(f"{name:{WIDTH}}" for name in COLUMNS).rstrip())
+
+
+def print_network(network: str, options: argparse.Namespace) -> None:
+    """The table of one network."""
+    path = options.out / "hop_fidelity.json"
+    dictionaries = Dictionaries(network, path, n_steps=options.steps, n_prompts=options.prompts)
+    truth = dictionaries.truth
+    print_heading(network)
+    print_row(
+        "truth", [dictionaries.measure(measure(truth.crosscoder, Activations.of(truth, truth.crosscoder.wiring)))]
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN: everything ended in errors
-        mean, spread = np.nanmean(columns, 0), np.nanstd(columns, 0)
-    cells = "  ".join(f"{m:5.2f} +-{s:4.2f}" for m, s in zip(mean, spread, strict=True))
-    print(f"{label:<22}{cells}", flush=True)
+    for k, (short, wired) in itertools.product(options.k, WIRINGS.items()):
+        wiring = wired(truth.language_model)
+        for method in ("BatchTopK", "JumpReLU"):
+            key = {"dictionary": short, "method": method, "k": k}
+            if method == "BatchTopK":
+                how = HowTrained(wiring, BatchTopK(k), [Auxiliary()])
+            else:
+                how = with_penalty(wiring, dictionaries.matched_penalty(wiring, k * wiring.n_groups, **key))
+            print_row(f"{short}  {method}  {k} a layer", dictionaries.rows(range(options.seeds), how, **key))
 
 
 def main() -> None:
     """Print one table per network."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the rows; finished ones are not made again")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--penalties", type=float, nargs="+", help="strengths of the penalty instead of the usual four")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--k", type=int, nargs="+", default=[2], help="active features per layer and token")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=500, help="training steps of 256 tokens")
     parser.add_argument("--prompts", type=int, default=60, help="prompts traced per dictionary")
     options = parser.parse_args()
-    headings = ("L0", "FVU", "B found", "hop fidelity", "(loose)", "(any)", "errors", "edge AUROC")
+    torch.set_num_threads(1)
     for network in options.networks:
-        truth = NETWORKS[network](rotation=0)
-        print(f"\n{network}\n{'dictionary  penalty':<22}" + "".join(f"{heading:<14}" for heading in headings))
-        table = Activations.of(truth, truth.crosscoder.wiring)
-        measured = functools.partial(measure_hops, truth, Variables.of(truth), n_prompts=options.prompts)
-        print_row("truth", [measured(measure(truth.crosscoder, table))])
-        for short, wiring in WIRINGS.items():
-            for penalty in options.penalties or PENALTIES[network]:
-                runs = (
-                    train_dictionary(truth, wiring=wiring, penalty=penalty, seed=seed, n_steps=options.steps)
-                    for seed in range(options.seeds)
-                )
-                print_row(f"{short:<12}{penalty:g}", [measured(one) for one in runs])
+        print_network(network, options)
 
 
 if __name__ == "__main__":

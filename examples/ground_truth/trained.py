@@ -5,7 +5,7 @@ V vocabulary (every assignment of the inputs), B batch, F features per group, G 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,11 @@ from program import Node, run
 from torch import Tensor
 
 from circuits import NodeKind
-from replacement import Crosscoder, JumpReLU, Wiring
+from replacement import Crosscoder, Wiring
+from replacement.crosscoder.activation import Activation
 from replacement.crosscoder.sites import Site
-from replacement.training import Auxiliary, Tanh, TrainingConfig, train
+from replacement.training import TrainingConfig, train
+from replacement.training.losses import Loss
 
 BATCH = 256
 
@@ -70,32 +72,60 @@ def token_probability(truth: GroundTruth) -> Tensor:
 
 
 def train_dictionary(
-    truth: GroundTruth, *, wiring: str, penalty: float, seed: int, n_features: int = 64, n_steps: int = 2000
+    truth: GroundTruth,
+    *,
+    wiring: Wiring,
+    activation: Activation,
+    losses: Sequence[Loss],
+    seed: int,
+    n_features: int = 64,
+    n_steps: int = 500,
 ) -> Trained:
-    """Train a `strictly_causal` or `per_layer` dictionary as published CLTs are: JumpReLU with the tanh penalty.
-
-    Args:
-        penalty: coefficient of the sparsity penalty.
-    """
+    """Train a dictionary of the MLPs; what its wiring writes besides their outputs only guides the training."""
     lm = truth.language_model
-    wired = Wiring.strictly_causal(lm) if wiring == "strictly_causal" else Wiring.per_layer(lm)
     fresh = Crosscoder(
-        wired,
+        wiring,
         n_features=n_features,
-        activation=JumpReLU(),
+        activation=activation,
         model_name=lm.name,
         model_fingerprint=lm.fingerprint,
         seed=seed,
     )
-    data = Activations.of(truth, wired)
+    data = Activations.of(truth, wiring)
     config = TrainingConfig(
         n_tokens=n_steps * BATCH,
         batch_tokens=BATCH,
-        losses=[Tanh(penalty), Auxiliary()],
+        losses=list(losses),
         dead_after_tokens=50_000,
         seed=seed,
     )
-    return measure(train(fresh, data.batches(seed), config), data)
+    return measure(of_mlps(train(fresh, data.batches(seed), config)), data)
+
+
+def of_mlps(crosscoder: Crosscoder) -> Crosscoder:
+    """The crosscoder without what it writes elsewhere than to MLP outputs, the same one where there is nothing such."""
+    wiring = crosscoder.wiring
+    writes = tuple(tuple(site for site in sites if site.kind == "mlp_out") for sites in wiring.writes)
+    if writes == wiring.writes:
+        return crosscoder
+    widths = {site.kind: wiring.width(site) for sites in (*wiring.reads, *writes) for site in sites}
+    part = Crosscoder(
+        Wiring(wiring.name, wiring.reads, writes, widths),
+        n_features=crosscoder.n_features,
+        activation=crosscoder.activation,
+        dtype=crosscoder.dtype,
+        model_name=crosscoder.model_name,
+        model_fingerprint=crosscoder.model_fingerprint,
+    )
+    weights = {name: value for name, value in crosscoder.state_dict().items() if "dec" not in name}
+    part.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for group, sites in enumerate(writes):
+            for site in sites:
+                part.decoder(group, site).copy_(crosscoder.decoder(group, site))
+        for site, bias_D in zip(part.wiring.write_sites, part.b_dec, strict=True):
+            bias_D.copy_(crosscoder.b_dec[wiring.write_sites.index(site)])
+    return part.eval()
 
 
 def measure(crosscoder: Crosscoder, data: Activations) -> Trained:

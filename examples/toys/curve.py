@@ -17,10 +17,11 @@ where the MLP doubles the angle: it explains by copying.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from toy import Activations, fit, shape  # first: it finds plot_style
 # isort: split
 from matplotlib import pyplot
 from plot_style import STYLE, save
+from result_rows import kept_row, spread
 
 from replacement import Crosscoder
 from replacement.crosscoder.activation import Activation, ReLU, TopK
@@ -37,6 +39,7 @@ from replacement.crosscoder.wiring import Wiring
 from replacement.training.losses import Auxiliary, L1OfNorms, Loss
 
 N_FEATURES = 32
+N_STEPS = 500
 TURN = math.pi / 3
 """Angle of the rotation, in radians."""
 PENALTIES: dict[str, tuple[Activation, list[Loss]]] = {
@@ -73,7 +76,7 @@ def make(kind: str, what: str, *, n_rows: int = 4096) -> tuple[Wiring, Activatio
     return wiring, {Site(0, "resid_post"): x_N2, Site(1, "resid_post"): y_N2}
 
 
-def train_one(kind: str, what: str, penalty: str, *, skip: bool, seed: int, n_steps: int = 800) -> Crosscoder:
+def train_one(kind: str, what: str, penalty: str, *, skip: bool, seed: int, n_steps: int = N_STEPS) -> Crosscoder:
     """One transcoder or crosscoder."""
     wiring, data = make(kind, what)
     activation, losses = PENALTIES[penalty]
@@ -117,30 +120,42 @@ def measure_use(crosscoder: Crosscoder, data: Activations) -> Use:
     return Use(sum(both) / len(both), sum(alone) / len(alone), float(rates_F.sum()), int((rates_F >= 1e-3).sum()))
 
 
-def print_table(seeds: Sequence[int], *, n_steps: int = 800) -> dict[tuple[str, str, str, bool], list[Use]]:
-    """Every map, kind and penalty, without and with skip."""
+def _use(path: Path, how: Mapping[str, Any]) -> Use:
+    """Train with these arguments of `train_one` and measure, or read the row of the file where that was done before."""
+
+    def train_and_measure() -> dict[str, float]:
+        return measure_use(train_one(**how), make(how["kind"], how["what"])[1])._asdict()
+
+    row = kept_row(path, how, train_and_measure)
+    return Use(*(row[name] for name in Use._fields))
+
+
+def print_table(
+    seeds: Sequence[int], path: Path, *, n_steps: int = N_STEPS
+) -> dict[tuple[str, str, str, bool], list[Use]]:
+    """Every map, kind and penalty, without and with skip.
+
+    Args:
+        path: file of rows; those that it holds are not trained again.
+    """
     found: dict[tuple[str, str, str, bool], list[Use]] = {}
-    print(f"means over {len(seeds)} seeds, {N_FEATURES} features; used: part of the output above 1 %")
-    print(f"{'the MLP':15}{'':12}{'penalty':9}{'skip':6}{'unexplained':>12}{'skip alone':>12}{'L0':>7}{'used':>7}")
-    for what in MAPS:
-        for kind in KINDS:
-            for penalty in PENALTIES:
-                for skip in (False, True):
-                    _, data = make(kind, what)
-                    uses = [
-                        measure_use(train_one(kind, what, penalty, skip=skip, seed=seed, n_steps=n_steps), data)
-                        for seed in seeds
-                    ]
-                    found[what, kind, penalty, skip] = uses
-                    unexplained, alone, l0, used = (sum(values) / len(uses) for values in zip(*uses, strict=True))
-                    print(
-                        f"{what:15}{kind:12}{penalty:9}{'yes' if skip else 'no':6}"
-                        f"{unexplained:12.5f}{alone:12.5f}{l0:7.2f}{used:7.1f}"
-                    )
+    print(
+        f"mean and standard deviation of {len(seeds)} seeds, {N_FEATURES} features; used: part of the output above 1 %"
+    )
+    print(f"{'the MLP':15}{'':12}{'penalty':9}{'skip':6}{'unexplained':20}{'skip alone':20}{'L0':15}used")
+    for what, kind, penalty, skip in itertools.product(MAPS, KINDS, PENALTIES, (False, True)):
+        how = {"kind": kind, "what": what, "penalty": penalty, "skip": skip, "n_steps": n_steps}
+        uses = found[what, kind, penalty, skip] = [_use(path, {**how, "seed": seed}) for seed in seeds]
+        unexplained, alone, l0, used = zip(*uses, strict=True)
+        print(
+            f"{what:15}{kind:12}{penalty:9}{'yes' if skip else 'no':6}"
+            f"{spread(unexplained, '.5f'):20}{spread(alone, '.5f'):20}{spread(l0):15}{spread(used, '.1f')}",
+            flush=True,
+        )
     return found
 
 
-def draw(target: Path, *, penalty: str = "L1 0.1", seed: int = 0, n_steps: int = 800) -> None:
+def draw(target: Path, *, penalty: str = "L1 0.1", seed: int = 0, n_steps: int = N_STEPS) -> None:
     """How strongly each feature of a transcoder fires along the arc, as TARGET.svg and .png."""
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(2, 2, figsize=(9, 4.6), sharex=True, sharey=True)
@@ -167,12 +182,15 @@ def draw(target: Path, *, penalty: str = "L1 0.1", seed: int = 0, n_steps: int =
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the plot")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for rows, which are not trained again, and plot"
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=N_STEPS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print_table(range(arguments.seeds))
-    draw(arguments.out / "curve")
+    print_table(range(arguments.seeds), arguments.out / "curve.json", n_steps=arguments.steps)
+    draw(arguments.out / "curve", n_steps=arguments.steps)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ Two regimes: 450 of 4096 features exclusive, and 700 of 1024. `--scale` divides 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from toy import Activations, Fit, fit, measure, shape  # first: it finds plot_st
 # isort: split
 from matplotlib import pyplot
 from plot_style import STYLE, save
+from result_rows import kept_row, spread
 
 from replacement import Crosscoder
 from replacement.crosscoder.activation import Activation, BatchTopK, ReLU
@@ -90,6 +92,16 @@ class Result(NamedTuple):
     """Relative decoder norms of living features that match a true one."""
     owner_S: Tensor
     """Whose features these are."""
+
+    def to_row(self) -> dict[str, list[float]]:
+        """Plain JSON value; `from_row` is the inverse."""
+        return {name: list(part) if isinstance(part, tuple) else part.tolist() for name, part in self._asdict().items()}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Result:
+        """Read what `to_row` wrote."""
+        claims = (Claims(*row[name]) for name in ("by_norm", "by_scaling"))
+        return cls(Fit(*row["fit"]), *claims, torch.tensor(row["norms_S"]), torch.tensor(row["owner_S"]))
 
 
 def make_truth(n_features: int, n_exclusive: int, width: int, *, seed: int) -> Truth:
@@ -174,37 +186,45 @@ def judge(crosscoder: Crosscoder, truth: Truth, *, n_rows: int = 8192, seed: int
     return Result(measure(crosscoder, data), *both, norms_F[matched_F], owner_F[matched_F])
 
 
-def results(scale: int, seeds: Sequence[int], *, n_steps: int = N_STEPS) -> dict[tuple[str, str], list[Result]]:
-    """Train and judge every method in both regimes."""
+def results(
+    scale: int, seeds: Sequence[int], path: Path, *, n_steps: int = N_STEPS
+) -> dict[tuple[str, str], list[Result]]:
+    """Train and judge every method in both regimes.
+
+    Args:
+        path: file of rows; those that it holds are not trained again.
+    """
     found: dict[tuple[str, str], list[Result]] = {}
-    for regime, sizes in REGIMES.items():
-        for seed in seeds:
+    for (regime, sizes), seed, method in itertools.product(REGIMES.items(), seeds, METHODS):
+
+        def train_and_judge(sizes: Sequence[int] = sizes, method: str = method, seed: int = seed) -> dict[str, Any]:
             truth = make_truth(*(size // scale for size in sizes), seed=seed)
-            for method in METHODS:
-                result = judge(train_one(truth, method, n_steps=n_steps, seed=seed), truth, seed=seed)
-                found.setdefault((regime, method), []).append(result)
+            return judge(train_one(truth, method, n_steps=n_steps, seed=seed), truth, seed=seed).to_row()
+
+        key = {"regime": regime, "method": method, "scale": scale, "steps": n_steps, "seed": seed}
+        row = kept_row(path, key, train_and_judge)
+        found.setdefault((regime, method), []).append(Result.from_row(row))
     return found
 
 
 def print_table(found: dict[tuple[str, str], list[Result]]) -> None:
-    """Claims by norm, and after latent scaling: sums over seeds of counts, means of shares."""
-    print(
-        f"{'exclusive':14}{'method':14}{'FVU':>7}{'L0':>7}   {'claims by':15}{'claimed':>8}{'shared':>8}{'no match':>10}",
-        end="",
-    )
-    print(f"{'precision':>11}{'recall':>8}")
+    """Claims by norm, and after latent scaling: mean and standard deviation over seeds."""
+    columns = ("FVU", "L0", "claims by", "claimed", "shared", "no match", "precision", "recall")
+    print(f"{'exclusive':14}{'method':14}" + "".join(f"{column:16}" for column in columns).rstrip())
     for (regime, method), rows in found.items():
         fits = [row.fit for row in rows]
-        unexplained, l0 = sum(f.unexplained for f in fits) / len(fits), sum(f.l0 for f in fits) / len(fits)
+        reconstruction = [spread((f.unexplained for f in fits), ".3f"), spread((f.l0 for f in fits), ".1f")]
         for title in ("norm", "norm + scaling"):
             claims = [row.by_norm if title == "norm" else row.by_scaling for row in rows]
-            counts = [sum(column) for column in list(zip(*claims, strict=True))[:3]]
-            precision = (counts[0] - counts[1] - counts[2]) / counts[0] if counts[0] else math.nan
-            recall = sum(each.recall for each in claims) / len(claims)
-            print(
-                f"{regime:14}{method:14}{unexplained:7.3f}{l0:7.1f}   {title:15}{counts[0]:8d}{counts[1]:8d}{counts[2]:10d}"
-                f"{precision:11.2f}{recall:8.2f}"
-            )
+            *counts, precision, recall = zip(*claims, strict=True)
+            cells = [
+                *reconstruction,
+                title,
+                *(spread(count, ".1f") for count in counts),
+                spread(precision),
+                spread(recall),
+            ]
+            print(f"{regime:14}{method:14}" + "".join(f"{cell:16}" for cell in cells).rstrip())
 
 
 def draw(found: dict[tuple[str, str], list[Result]], target: Path) -> None:
@@ -242,14 +262,17 @@ def draw(found: dict[tuple[str, str], list[Result]], target: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the plot")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for rows, which are not trained again, and plot"
+    )
     parser.add_argument("--scale", type=int, default=8, help="divides numbers of features and width")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=N_STEPS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"numbers of features divided by {arguments.scale}; counts added up over {arguments.seeds} seeds")
-    found = results(arguments.scale, range(arguments.seeds), n_steps=arguments.steps)
+    print(f"numbers of features divided by {arguments.scale}; mean and standard deviation of {arguments.seeds} seeds")
+    rows = arguments.out / "diffing.json"
+    found = results(arguments.scale, range(arguments.seeds), rows, n_steps=arguments.steps)
     print_table(found)
     draw(found, arguments.out / "diffing")
 

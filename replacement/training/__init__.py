@@ -12,6 +12,7 @@ _NAMES = {
     "replacement.training.config": ("CrosscoderConfig", "DataConfig", "RunConfig", "TrainingConfig"),
     "replacement.training.losses": (
         "Auxiliary",
+        "Distance",
         "L1OfNorms",
         "L2OfNorms",
         "Loss",

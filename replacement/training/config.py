@@ -117,8 +117,8 @@ class TrainingConfig:
     gradient_clip: Annotated[float, "norm"] = 1.0
     """Largest gradient norm over all weights."""
     losses: Annotated[list[Loss], "tables"] = field(default_factory=lambda: [Auxiliary()])
-    """Terms besides the reconstruction: tables with `name` (`l1`, `l2`, `tanh`, `preactivation`, `auxiliary`, `strongest`,
-    `jacobian`, `output_kl`), `coefficient` and other parameters."""
+    """Terms besides the reconstruction: tables with `name` (`l1`, `l2`, `tanh`, `distance`, `preactivation`, `auxiliary`,
+    `strongest`, `jacobian`, `output_kl`), `coefficient` and other parameters."""
     sparsity_warmup: Annotated[float, "share of steps"] = 0.5
     """First part of the run, over which sparsity penalties rise linearly from 0."""
     dead_after_tokens: Annotated[int, "tokens"] = 200_000

@@ -172,6 +172,36 @@ class Tanh(Penalty):
 
 
 @dataclass(frozen=True)
+class Distance(Loss):
+    """`sum_i a_i sum_w d(i, w) ||W_dec[i, w]||`, d the layers from a feature's own to the site: an L1 penalty on long reach.
+
+    A feature of a cross-layer transcoder that writes a later layer's output itself saves the features of the layers between.
+    With `jacobian`, which lets each layer react as its MLP does, it makes those take their steps (`examples/ground_truth`).
+    """
+
+    name: ClassVar[str] = "distance"
+    ramps: ClassVar[bool] = True
+    sums_over_features: ClassVar[bool] = True
+
+    def __call__(self, state: StepState) -> Float[Tensor, ""]:
+        """`coefficient * sum / B`.
+
+        Raises:
+            ValueError: no feature writes to a later layer than its own.
+        """
+        wiring, sums = state.crosscoder.wiring, []
+        distances = [[s.layer - wiring.group_layer(group) for s in sites] for group, sites in enumerate(wiring.writes)]
+        if wiring.n_models > 1 or not any(map(any, distances)):
+            raise ValueError(
+                f"the loss {self.name} needs features that write to later layers, not the wiring {wiring.name}"
+            )
+        for group, norms_FW in enumerate(state.crosscoder.decoder_norms()):
+            part = state.features.of(group)
+            sums.append(part.activation @ (norms_FW @ norms_FW.new_tensor(distances[group]))[part.index])
+        return self.coefficient * torch.stack(sums).sum() / state.n_rows
+
+
+@dataclass(frozen=True)
 class PreActivation(Loss):
     """`sum_i max(theta_i - h_i, 0) ||W_dec[i]||` on PRE-activations, theta 0 without a threshold.
 

@@ -15,7 +15,7 @@ import dacite
 from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from replacement.files import read_text
 from replacement.training.config import RunConfig
-from replacement.training.losses import Auxiliary, L1OfNorms, L2OfNorms, Loss, PreActivation, Strongest, Tanh
+from replacement.training.losses import Auxiliary, Distance, L1OfNorms, L2OfNorms, Loss, PreActivation, Strongest, Tanh
 from replacement.training.model_losses import JacobianMatching, OutputKL
 from replacement.training.settings import settings_table
 
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, type[Activation]] = {kind.name: kind for kind in (TopK, B
 """Every activation function, by name."""
 LOSSES: dict[str, type[Loss]] = {
     kind.name: kind
-    for kind in (L1OfNorms, L2OfNorms, Tanh, PreActivation, Auxiliary, Strongest, JacobianMatching, OutputKL)
+    for kind in (L1OfNorms, L2OfNorms, Tanh, Distance, PreActivation, Auxiliary, Strongest, JacobianMatching, OutputKL)
 }
 """Every loss besides the reconstruction, by name."""
 

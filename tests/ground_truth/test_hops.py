@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from compiled import exact_crosscoder, random_rotation
-from hop_fidelity import measure_hops
+from hop_fidelity import measure_hops, with_penalty
 from hops import EdgeScores, Hop, gate_edges, hop, node_variables
 from models import GroundTruth, and_or, token_copy, two_hop
 from program import run
@@ -166,13 +166,15 @@ def test_edge_scores_need_both_ends() -> None:
 @pytest.mark.parametrize("wiring", ["strictly_causal", "per_layer"])
 def test_training_is_repeatable_and_learns(wiring: str) -> None:
     truth = two_hop_of_two()
+    wired = getattr(Wiring, wiring)(truth.language_model)
     first, again = (
-        train_dictionary(truth, wiring=wiring, penalty=0.1, seed=0, n_features=16, n_steps=40) for _ in range(2)
+        train_dictionary(truth, **with_penalty(wired, 0.1)._asdict(), seed=0, n_features=16, n_steps=40)
+        for _ in range(2)
     )
     assert torch.equal(first.activations_GVF, again.activations_GVF)
     assert first.unexplained < 0.8
     assert first.l0 > 0
-    assert first.crosscoder.wiring == getattr(Wiring, wiring)(truth.language_model)
+    assert first.crosscoder.wiring == wired
     assert {len(group) for group in identify(first, Variables.of(truth), least=0.8)} == {16}
 
 

@@ -27,7 +27,12 @@ CROSSCODERS: dict[str, dict[str, Any]] = {
         "crosscoder": {"activation": {"name": "jumprelu"}, "skip": True, "read": "mlp_in"},
         "training": {
             "reads": "clean",
-            "losses": [{"name": "tanh", "coefficient": 1e-3}, {"name": "preactivation"}, {"name": "auxiliary"}],
+            "losses": [
+                {"name": "tanh", "coefficient": 1e-3},
+                {"name": "distance", "coefficient": 1e-3},
+                {"name": "preactivation"},
+                {"name": "auxiliary"},
+            ],
         },
     },
 }

@@ -18,6 +18,7 @@ from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import Wiring
 from replacement.training import (
     Auxiliary,
+    Distance,
     L1OfNorms,
     L2OfNorms,
     Penalty,
@@ -250,6 +251,26 @@ def test_penalties_equal_their_dense_formula(
         for acts_F in state.features.dense(group)
     )
     torch.testing.assert_close(penalty(state), 0.5 * expected / 7)
+
+
+@pytest.mark.parametrize("family", ["strictly_causal", "weakly_causal", "acausal"])
+def test_the_distance_penalty_equals_its_dense_formula(family: str, random_crosscoder: Any, random_inputs: Any) -> None:
+    crosscoder = random_crosscoder(getattr(Wiring, family)(SHAPE), activation=ReLU())
+    state, expected = state_of(crosscoder, random_inputs(crosscoder.wiring)), torch.zeros((), dtype=torch.float64)
+    for group, sites in enumerate(crosscoder.wiring.writes):
+        for acts_F in state.features.dense(group):
+            for site in sites:
+                distance = site.layer - (0 if family == "acausal" else group)
+                expected = expected + distance * acts_F @ crosscoder.decoder(group, site).norm(dim=1)
+    assert float(expected.detach()) > 0
+    torch.testing.assert_close(Distance(0.5)(state), 0.5 * expected / 7)
+
+
+@pytest.mark.parametrize("wiring", [Wiring.per_layer(SHAPE), Wiring.model_diffing(SHAPE, layer=1)])
+def test_the_distance_penalty_needs_later_layers(wiring: Wiring, random_crosscoder: Any, random_inputs: Any) -> None:
+    crosscoder = random_crosscoder(wiring)
+    with pytest.raises(ValueError, match=f"needs features that write to later layers, not the wiring {wiring.name}"):
+        Distance(0.5)(state_of(crosscoder, random_inputs(crosscoder.wiring)))
 
 
 def test_the_preactivation_penalty_equals_its_dense_formula(random_crosscoder: Any, random_inputs: Any) -> None:
