@@ -89,7 +89,7 @@ class TraceOptions:
         """The full graph of a prompt, and its pruned circuit with labels and heads; see `circuits.trace`."""
         from circuits.attribution.labels import with_labels
         from circuits.attribution.trace import trace
-        from circuits.heads.edge_split import with_heads
+        from circuits.heads.edge_split import replaces_heads, with_heads
 
         with self.indexes(model) as indexes:
             # What is not said is left to the functions.
@@ -116,7 +116,7 @@ class TraceOptions:
                 most_edges=usual.circuit_edges if self.circuit_edges is None else self.circuit_edges,
             )
             circuit = with_labels(model, pruned, most=LABELLED, **labelling)
-            circuit = with_heads(model, circuit) if self.heads else circuit
+            circuit = with_heads(model, circuit) if self.heads and not replaces_heads(model) else circuit
             return graph, circuit.with_groups(circuit.group()) if self.groups else circuit
 
     @property

@@ -2,8 +2,8 @@
 
 T tokens, N targets, R rows (a target at one of its positions), D d_model, C source columns.
 
-An MLP feature or a logit reads its own position. A feature of attention reads `attn_z`, which with patterns frozen is a
-linear reading of every earlier position of the layer's input: one row per position. A row meets what lower layers write at
+An MLP feature or a logit reads its own position. A feature of attention, with patterns frozen, is a linear reading of every
+earlier position of its layer's input (`HeadTargets`): one row per position. A row meets what lower layers write at
 its position, and nothing moves between positions on the way, except through the nodes of attention.
 """
 
@@ -45,21 +45,18 @@ class ResidualTransport:
         return effects_NC, (targets.vectors_ND * self.constants[depth_N, position_N]).sum(-1)
 
     def attribute_heads(self, targets: HeadTargets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
-        """The same for targets that read `attn_z`: `w . z = sum_c A[n, c] + bias[n]`."""
-        attention, depth = self.local.frozen.attentions[targets.layer], 2 * targets.layer
-        constant_z_TX = attention.z(self.constants[depth])
-        bias_N = (targets.vectors_NX * constant_z_TX[targets.position_N]).sum(-1)
+        """The same for targets that read every earlier position; their constants are part of `bias`."""
+        bias_N = targets.read(self.constants[targets.depth]).sum((1, 2)) + targets.constant_N
         T, D = self.constants.shape[1:]
         parts = []
-        step = max(1, NUMBERS_AT_ONCE // (T * D))
-        for w_NX, position_N in zip(targets.vectors_NX.split(step), targets.position_N.split(step), strict=True):
-            v_NTD = attention.pull_back_z(w_NX, position_N)
-            positions_T = torch.arange(v_NTD.shape[1], device=position_N.device)
-            target_R, position_R = torch.nonzero(positions_T <= position_N[:, None], as_tuple=True)
-            depth_R = torch.full_like(position_R, depth)
+        for chunk in targets.split(max(1, NUMBERS_AT_ONCE // (T * D))):
+            v_NTD = chunk.pull_back()
+            positions_T = torch.arange(v_NTD.shape[1], device=bias_N.device)
+            target_R, position_R = torch.nonzero(positions_T <= chunk.position_N[:, None], as_tuple=True)
+            depth_R = torch.full_like(position_R, targets.depth)
             rows = _Rows.sort(target_R, position_R, depth_R, v_NTD[target_R, position_R], T)
-            parts.append(self._effects(rows, len(w_NX)))
-        return torch.cat(parts) if parts else targets.vectors_NX.new_zeros(0, self.sources.columns.n_columns), bias_N
+            parts.append(self._effects(rows, len(v_NTD)))
+        return torch.cat(parts), bias_N
 
     def _effects(self, rows: _Rows, n_targets: int) -> Tensor:
         """Walk down from the deepest row, meeting what every layer writes."""

@@ -278,16 +278,16 @@ class Attributor:
         return effects_NC, bias_S.index_add(0, feature_N, constant_N), depth_S
 
     def _head_rows(self, part: Decomposition, chosen_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for features that read `attn_z` of their layer."""
+        """The same for features of attention, which read earlier positions through heads of their layer."""
         assert isinstance(self.transport, ResidualTransport)
         effects, biases, depths = [], [], []
         for group in torch.unique(part.features.group[chosen_S]).tolist():
             group_S = chosen_S[part.features.group[chosen_S] == group]
-            targets = head_reads(part, group_S, group)
+            targets = head_reads(self.local, part, group_S, group)
             effects_SC, bias_S = self.transport.attribute_heads(targets)
             effects.append(effects_SC)
-            biases.append(bias_S + part.crosscoder.b_enc[group][part.features.index[group_S]])
-            depths.append(torch.full_like(group_S, 2 * targets.layer))
+            biases.append(bias_S)
+            depths.append(torch.full_like(group_S, targets.depth))
         return torch.cat(effects), torch.cat(biases), torch.cat(depths)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.grounding import Grounding
-from circuits.attribution.readers import read_vectors
+from circuits.attribution.readers import head_reads, read_vectors
 from circuits.attribution.targets import LogitTarget
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.feature_labels import FEATURE_LABELS, HINT, feature_key
@@ -220,10 +220,9 @@ class FeatureLabels:
         writes_SD = torch.zeros_like(reads_SD)
         for group in torch.unique(group_S).tolist():
             places = torch.nonzero(group_S == group)[:, 0]
-            index, position = part.features.index[chosen_S[places]], part.features.row[chosen_S[places]]
-            reads_SD[places] = _strongest_reads(local, part, *self._streams_and_values, group, index, position)
+            reads_SD[places] = _strongest_reads(local, part, *self._streams_and_values, group, chosen_S[places])
             for site in part.crosscoder.wiring.writes[group]:
-                writes_SD[places] += part.crosscoder.decoder_vectors(group, index, site)
+                writes_SD[places] += part.crosscoder.decoder_vectors(group, part.features.index[chosen_S[places]], site)
         for reads_ND, writes_ND in zip(reads_SD.split(CHUNK), writes_SD.split(CHUNK), strict=True):
             read = vocabulary.strongest(vocabulary.read(reads_ND), _TRIED)
             promoted = vocabulary.strongest(vocabulary.promoted(writes_ND), _TRIED)
@@ -236,14 +235,14 @@ class FeatureLabels:
         return Vocabulary(self.model.language_model)
 
     @cached_property
-    def _streams_and_values(self) -> tuple[Tensor, list[Tensor]]:
-        """The stream `[T, D]` in front of the first layer, and value vectors `[H, T, K]` of every layer."""
+    def _streams_and_values(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The stream `[T, D]` in front of every layer, and value vectors `[H, T, K]` of every layer."""
         streams = self.local.streams()
         values = [
             (x_TD @ attention.weights.W_V_XD.T).unflatten(1, (attention.weights.n_heads, -1)).transpose(0, 1)
             for x_TD, attention in zip(streams[:-1], self.local.frozen.attentions, strict=True)
         ]
-        return streams[0], values
+        return streams, values
 
 
 def _hint(read: Sequence[str], promoted: Sequence[str]) -> str:
@@ -274,46 +273,47 @@ def _facts(label: Label) -> dict[str, Any]:
 def _strongest_reads(
     local: LocalReplacement,
     part: Decomposition,
-    stream_TD: Tensor,
+    streams: Sequence[Tensor],
     values: Sequence[Tensor],
     group: int,
-    index_N: Tensor,
-    position_N: Tensor,
+    chosen_N: Tensor,
 ) -> Tensor:
     """Vectors `[N, D]` that features of a group read from embeddings along the path that excites each of them most: its own
     token's stream, or one attention head below it.
 
     Args:
-        stream_TD: the stream in front of the first layer.
+        streams: the stream `[T, D]` in front of every layer.
         values: value vectors `[H, T, K]` of every layer.
+        chosen_N: numbers into `part.features`.
     """
-    crosscoder, reads = part.crosscoder, part.crosscoder.wiring.reads[group]
     if part.kind == "attn_out":
-        (site,) = reads
-        reading_NX = crosscoder.encoder_vectors(group, index_N, site)
-        best_ND, best_N, layers = local.zeros(len(index_N), local.shape.d_model), None, [site.layer]
-    else:
-        best_ND = torch.stack([read_vectors(local, group, site, index_N, position_N)[0] for site in reads]).sum(0)
-        best_N = (best_ND * stream_TD[position_N]).sum(-1)
-        depth = max(read_depth(site, local.shape) for site in reads)
-        layers = list(range((depth + 1) // 2))  # attention layers below the point where the feature reads
-    if not layers:
+        targets = head_reads(local, part, chosen_N, group)
+        best_N = targets.read(streams[targets.layer]).sum(-1).argmax(1)
+        return targets.vectors_NPD[torch.arange(len(best_N), device=best_N.device), best_N]
+    index_N, position_N, reads = (
+        part.features.index[chosen_N],
+        part.features.row[chosen_N],
+        part.crosscoder.wiring.reads,
+    )
+    sites = reads[group]
+    best_ND = torch.stack([read_vectors(local, group, site, index_N, position_N)[0] for site in sites]).sum(0)
+    depth = max(read_depth(site, local.shape) for site in sites)
+    attentions = local.frozen.attentions[: (depth + 1) // 2]  # below the point where the feature reads
+    if not attentions:
         return best_ND
-    readings = [
-        reading_NX if best_N is None else best_ND @ local.frozen.attentions[layer].weights.W_O_XD.T for layer in layers
-    ]
+    readings = [best_ND @ attention.weights.W_O_XD.T for attention in attentions]
     scores = [
-        _head_scores(local.frozen.attentions[layer].kernel_HTT, values[layer], u_NX, position_N)
-        for layer, u_NX in zip(layers, readings, strict=True)
+        _head_scores(attention.kernel_HTT, values_HTK, u_NX, position_N)
+        for attention, values_HTK, u_NX in zip(attentions, values, readings, strict=False)
     ]
     score_N, number_N = torch.cat(scores, 1).max(1)
-    through_head_N = torch.ones_like(score_N, dtype=torch.bool) if best_N is None else score_N > best_N
+    through_head_N = score_N > (best_ND * streams[0][position_N]).sum(-1)
     for number in torch.unique(number_N[through_head_N]).tolist():
         rows = torch.nonzero(through_head_N & (number_N == number))[:, 0]
-        place, head = divmod(number, local.shape.n_heads)
-        weights = local.frozen.attentions[layers[place]].weights
+        layer, head = divmod(number, local.shape.n_heads)
+        weights = attentions[layer].weights
         W_V_KD = weights.W_V_XD.unflatten(0, (weights.n_heads, -1))[head]
-        best_ND[rows] = readings[place].unflatten(1, (weights.n_heads, -1))[rows, head] @ W_V_KD
+        best_ND[rows] = readings[layer].unflatten(1, (weights.n_heads, -1))[rows, head] @ W_V_KD
     return best_ND
 
 

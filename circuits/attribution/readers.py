@@ -1,19 +1,20 @@
-"""What targets read: a vector on the residual stream at a point of its timeline, or one on `attn_z` in front of a layer.
+"""What targets read: one vector at a point of the residual stream, or vectors on all earlier positions, through attention.
 
-N targets, D d_model, X heads x d_head.
+N targets, D d_model, X heads x d_head, P heads that a target reads.
 
 Points are numbered by depth: pre_l = 2 l, mid_l = 2 l + 1. Parallel models have no mid: their MLPs read at pre_l.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement import Decomposition, LocalReplacement, Site
+from replacement import Decomposition, LocalReplacement, Lorsa, Site
 from replacement.splicing.skip import read_depth, read_norm
 
 
@@ -28,11 +29,43 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class HeadTargets:
-    """N vectors, each read at the concatenated `attn_z` of one layer and at a position."""
+    """N targets that read the stream in front of one layer at every position up to their own, through frozen patterns.
+
+        reading[n] = constant[n] + sum_p sum_s kernel[head[n, p], position[n], s] vectors[n, p] . x[s]
+
+    A feature that reads `attn_z` reads all heads of its layer; one of low-rank sparse attention is a head itself (P = 1).
+    """
 
     layer: int
-    vectors_NX: Float[Tensor, "N X"]
+    kernel_HTT: Float[Tensor, "H T T"]
+    """Patterns `[head, query, key]` with the scales of frozen norms."""
+    head_NP: Int[Tensor, "N P"]
+    vectors_NPD: Float[Tensor, "N P D"]
     position_N: Int[Tensor, " N"]
+    constant_N: Float[Tensor, " N"]
+    """What is read of a zero stream, the encoder's bias included."""
+
+    @property
+    def depth(self) -> int:
+        """Depth that is read: in front of the layer."""
+        return 2 * self.layer
+
+    def split(self, size: int) -> Iterator[HeadTargets]:
+        """The same targets, at most `size` at a time."""
+        columns = (self.head_NP, self.vectors_NPD, self.position_N, self.constant_N)
+        for parts in zip(*(column.split(size) for column in columns), strict=True):
+            yield HeadTargets(self.layer, self.kernel_HTT, *parts)
+
+    def pull_back(self) -> Float[Tensor, "N T D"]:
+        """What is read of every position, as vectors on the stream; positions end with the last target's."""
+        return torch.einsum("npt,npd->ntd", self._kernel(int(self.position_N.max()) + 1), self.vectors_NPD)
+
+    def read(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "N P T"]:
+        """What every target reads of a stream through each of its heads from each position, without constants."""
+        return self._kernel(len(x_TD)) * (self.vectors_NPD @ x_TD.T)
+
+    def _kernel(self, length: int) -> Float[Tensor, "N P T"]:
+        return self.kernel_HTT[self.head_NP, self.position_N[:, None], :length]
 
 
 def read_vectors(
@@ -92,16 +125,36 @@ def reading_sizes(local: LocalReplacement, part: Decomposition, chosen_S: Tensor
         places = torch.nonzero(group_S == group)[:, 0]
         index, position = features.index[chosen_S[places]], features.row[chosen_S[places]]
         for site in crosscoder.wiring.reads[group]:
-            norm_T = local.frozen.activations[site].norm(dim=1)
-            size_S[places] += crosscoder.encoder_vectors(group, index, site).norm(dim=1) * norm_T[position]
+            norm_T1 = local.frozen.activations[site].norm(dim=1, keepdim=True)
+            norm_N = part.rows_read(group, index, position, norm_T1)[:, 0]
+            size_S[places] += crosscoder.encoder_vectors(group, index, site).norm(dim=1) * norm_N
     return size_S
 
 
-def head_reads(part: Decomposition, chosen_S: Tensor, group: int) -> HeadTargets:
-    """What chosen features of one group of attention's crosscoder read at `attn_z`."""
+def head_reads(local: LocalReplacement, part: Decomposition, chosen_S: Tensor, group: int) -> HeadTargets:
+    """What chosen features of one group of attention's crosscoder read, through the heads of their layer."""
     (site,) = part.crosscoder.wiring.reads[group]
-    vectors_NX = part.crosscoder.encoder_vectors(group, part.features.index[chosen_S], site)
-    return HeadTargets(site.layer, vectors_NX, part.features.row[chosen_S])
+    index_N, position_N = part.features.index[chosen_S], part.features.row[chosen_S]
+    encoders_NX = part.crosscoder.encoder_vectors(group, index_N, site)
+    attention, bias_N = local.frozen.attentions[site.layer], part.crosscoder.b_enc[group][index_N]
+    if isinstance(part.crosscoder, Lorsa):
+        norm, pattern_QTT = attention.norm_before(site.kind), part.patterns[group]
+        return HeadTargets(
+            layer=site.layer,
+            kernel_HTT=pattern_QTT / attention.scale_in_T,
+            head_NP=part.crosscoder.query_key_group(index_N)[:, None],
+            vectors_NPD=norm.fold(encoders_NX)[:, None],
+            position_N=position_N,
+            constant_N=encoders_NX @ norm.bias_D + bias_N,  # a pattern sums to 1
+        )
+    return HeadTargets(
+        layer=site.layer,
+        kernel_HTT=attention.kernel_HTT,
+        head_NP=torch.arange(attention.weights.n_heads, device=index_N.device).expand(len(index_N), -1),
+        vectors_NPD=attention.pull_back_z(encoders_NX, position_N),
+        position_N=position_N,
+        constant_N=(encoders_NX * attention.constant_z_TX[position_N]).sum(-1) + bias_N,
+    )
 
 
 def logit_reads(local: LocalReplacement, direction_ND: Tensor, position_N: Tensor) -> tuple[Targets, Tensor]:

@@ -18,7 +18,7 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.groups import GROUPS, Group, Grouping
 from circuits.graph.influence import node_influence
 from circuits.graph.nodes import NodeKind
-from circuits.heads.edge_split import with_heads
+from circuits.heads.edge_split import replaces_heads, with_heads
 from circuits.validation.effects import Effects
 from replacement import ReplacementModel
 from replacement.console import finite
@@ -73,7 +73,7 @@ def explain_graph(
         raise ValueError("expected a graph with features to tell of, given one without any")
     circuit = circuit_of(graph)
     grouping = Grouping.of(circuit) if GROUPS in circuit.metadata else circuit.group()
-    if circuit.heads is None:
+    if circuit.heads is None and not replaces_heads(model):
         grouping = replace(grouping, graph=with_heads(model, circuit))
     shown = story_groups(grouping, most_groups)
     claims = claims_of(grouping, shown)

@@ -51,6 +51,11 @@ def parse_feature_name(text: str) -> tuple[str, int, int, int]:
     return "attention" if prefix == "attention" else "mlp", int(layer), int(index), int(position or -1)
 
 
+def head_name(layer: int, head: int, *, heads: str = "original") -> str:
+    """`L2H3`, or `L2Q3` for a query-key group of the low-rank sparse attention that has `replaced` the heads."""
+    return f"L{layer}{'H' if heads == 'original' else 'Q'}{head}"
+
+
 def short_name(nodes: NodeTable, row: int) -> str:
     """What fits on a node: a token's text (in quotes if it is a sign such as `?`), a feature's label or else its index."""
     kind, label = NodeKind(int(nodes.kind[row])), nodes.label[row]

@@ -28,7 +28,7 @@ from replacement.console import show, show_json
 if TYPE_CHECKING:
     from replacement import ReplacementModel
 
-_ATTENDS = re.compile(r"(\d{1,40})\.(\d{1,40})(?:@(-?\d{1,40}))?(?:<(-?\d{1,40}))?")
+_ATTENDS = re.compile(r"(attention:)?(\d{1,40})\.(\d{1,40})(?:@(-?\d{1,40}))?(?:<(-?\d{1,40}))?")
 _LONGEST_ECHO = 60
 """Characters of a wrong input that an error message repeats."""
 
@@ -47,7 +47,8 @@ def heads(
         str | None,
         typer.Option(
             help="Why a head, `layer.head`, attends: `2.0`; from position 9, `2.0@9`; to position 5, `'2.0@9<5'` "
-            "(quoted). Negative positions count from the end; left out, the last one, and the key attended to most."
+            "(quoted). Negative positions count from the end; left out, the last one, and the key attended to most. "
+            "`attention:2.0`: a query-key group of the low-rank sparse attention that replaces attention."
         ),
     ] = None,
     check: Annotated[
@@ -126,11 +127,13 @@ def _check_feature(text: str | None, rule: str | None, plot: Path | None) -> Non
         raise ValueError(f"feature: {error}") from error
 
 
-def _parse_attends(text: str) -> dict[str, int]:
-    """Layer, head and, where they are given, positions of query and key."""
+def _parse_attends(text: str) -> dict[str, int | str]:
+    """Layer, head and, where they are given, positions of query and key; whether it is a head of the original model."""
     match = _ATTENDS.fullmatch(text.strip())
     if match is None:
         given = shorten(text, _LONGEST_ECHO)
         raise ValueError(f"attends: expected layer.head, layer.head@query or layer.head@query<key, given {given!r}")
+    prefix, *numbers = match.groups()
     names = ("layer", "head", "query", "key")
-    return {name: int(number) for name, number in zip(names, match.groups(), strict=True) if number is not None}
+    place = {name: int(number) for name, number in zip(names, numbers, strict=True) if number is not None}
+    return {**place, "heads": "replaced" if prefix else "original"}

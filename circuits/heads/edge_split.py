@@ -29,12 +29,14 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.text import full_name
 from circuits.heads.writes_and_reads import SourceWrites, TargetReads
-from replacement import ReplacementModel
+from replacement import Lorsa, ReplacementModel
 from replacement.language_model.frozen_layers import FrozenAttention, Scratch
 
 HOPS = ("last", "first")
 _EDGES_AT_ONCE = 8192
 """Edges whose vectors, or heads in float64, are in memory together."""
+_NUMBERS_AT_ONCE = 2**24
+"""Numbers of vectors, one for each head, that targets of some edges read with (64 MiB in float32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +65,23 @@ def split_heads(model: ReplacementModel, graph: CircuitGraph, *, hop: str = "las
         hop: `last` or `first`, which of the heads on a path it is counted for.
 
     Raises:
-        ValueError: another hop, or a graph of another model.
+        ValueError: another hop, a graph of another model, or attention that is replaced whole (`replaces_heads`).
         IdentityError: the parts of an edge do not sum to it.
     """
+    if replaces_heads(model):
+        raise ValueError(
+            "no head of the model carries an edge of this graph: attention is replaced by low-rank sparse attention, whose "
+            "features are heads themselves"
+        )
     if hop not in HOPS:
         raise ValueError(f"hop must be {HOPS[0]!r} or {HOPS[1]!r}, got {hop!r}")
     with torch.no_grad():
         return _Split(Grounding.of(model, graph)).run(hop)
+
+
+def replaces_heads(model: ReplacementModel) -> bool:
+    """Whether attention is replaced by low-rank sparse attention, whose features take the place of the model's own heads."""
+    return isinstance(model.attention_crosscoder, Lorsa)
 
 
 def with_heads(model: ReplacementModel, graph: CircuitGraph) -> CircuitGraph:
@@ -165,20 +177,19 @@ class _Split:
 
     def _read_heads(self) -> None:
         """Edges into features of attention: what each head reads of the stream the source wrote at its own position."""
+        row_M = torch.full_like(self.position_M, -1)
         for layer, stream_SD in self.writes.at_own_position():
-            heads_MX = self.reads.heads.get(layer)
-            if heads_MX is None:
+            if layer not in self.reads.heads:
                 continue
-            edges_E = torch.nonzero(heads_MX.any(1)[self.target_E])[:, 0]
-            attention = self.local.frozen.attentions[layer]
-            source_E, target_E = self.source_E[edges_E], self.target_E[edges_E]
-            values_SX = stream_SD @ attention.weights.W_V_XD.T
-            head_EH = _per_head(values_SX[source_E] * heads_MX[target_E], attention)
-            t_E, s_E = self.position_M[target_E], self.position_S[source_E]
-            pattern_EH = attention.kernel_HTT[:, t_E, s_E].T
-            if attention.scale_out_T is not None:  # attn_z lies before the output norm
-                pattern_EH = pattern_EH * attention.scale_out_T[t_E][:, None]
-            self.heads_ELH[edges_E, layer] = head_EH * pattern_EH
+            targets_N, reads = self.reads.heads[layer]
+            row_M.fill_(-1)[targets_N] = torch.arange(len(targets_N), device=row_M.device)
+            edges_E = torch.nonzero(row_M[self.target_E] >= 0)[:, 0]
+            for edges_C in edges_E.split(max(1, _NUMBERS_AT_ONCE // reads.vectors_NPD[0].numel())):
+                row_C, source_C = row_M[self.target_E[edges_C]], self.source_E[edges_C]
+                read_CP = torch.einsum("cd,cpd->cp", stream_SD[source_C], reads.vectors_NPD[row_C])
+                head_CP, t_C1 = reads.head_NP[row_C], reads.position_N[row_C][:, None]
+                pattern_CP = reads.kernel_HTT[head_CP, t_C1, self.position_S[source_C][:, None]]
+                self.heads_ELH[edges_C[:, None], layer, head_CP] = read_CP * pattern_CP
 
     def _last_hop(self) -> None:
         """Carry sources up; at every layer compare what the heads write with what targets read above it."""

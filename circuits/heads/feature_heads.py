@@ -25,10 +25,11 @@ from torch import Tensor
 from circuits.attribution.identity import check_identity
 from circuits.attribution.readers import head_reads, reading_sizes, stream_reads
 from circuits.attribution.targets import FeatureTarget, active_feature, check_model, parse_feature
+from circuits.graph.text import head_name
 from circuits.heads.node_credit import feature_threshold
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
 from circuits.heads.writes_and_reads import TargetReads
-from replacement import Decomposition, LocalReplacement, ReplacementModel
+from replacement import Decomposition, LocalReplacement, Lorsa, ReplacementModel
 from replacement.console import section, table
 from replacement.language_model.language_model import Prompt
 from replacement.notebook import repr_html
@@ -45,6 +46,9 @@ class HeadView:
 
     feature: FeatureTarget
     """Layer, index and position, counted from the start."""
+    heads: str
+    """Whose heads: `original` ones of the model or, for a feature of low-rank sparse attention, `replaced`: the query-key
+    groups in their place, one of which it reads."""
     tokens: tuple[str, ...]
     """Text of every token of the prompt."""
     layers: tuple[int, ...]
@@ -73,7 +77,7 @@ class HeadView:
     def __rich__(self) -> Group:
         size = float(np.abs(self.contributions).sum()) or 1.0
         order = sorted(self.players, key=lambda player: -abs(self.heads_LH[player]))
-        rows = [self._cells(f"L{layer}H{head}", self.heads_LH[layer, head], size) for layer, head in order[:SHOWN]]
+        rows = [self._cells(self.name(player), self.heads_LH[player], size) for player in order[:SHOWN]]
         for cells, player in zip(rows, order, strict=False):
             source = int(np.abs(self.heads_LHT[player]).argmax())
             cells.append(f"{visible(self.tokens[source])} at {source}")
@@ -93,6 +97,10 @@ class HeadView:
     @staticmethod
     def _cells(name: str, contribution: float, size: float) -> list[str]:
         return [name, f"{contribution:+.4f}", f"{100 * abs(contribution) / size:.1f} %"]
+
+    def name(self, player: tuple[int, int]) -> str:
+        """Name of one of `players`, such as `L2H3`; `L2Q3` for a query-key group."""
+        return head_name(*player, heads=self.heads)
 
     @property
     def players(self) -> tuple[tuple[int, int], ...]:
@@ -159,15 +167,13 @@ class HeadViews:
         group, row, index = (int(column[number]) for column in (features.group, features.row, features.index))
         layer = part.crosscoder.wiring.group_layer(group)
         feature = FeatureTarget(layer, index, row, part="attention" if of_attention else "mlp")
-        encoders, direct, bias = (self._read_attention if of_attention else self._read_stream)(part, number)
+        read, direct, bias = (self._read_attention if of_attention else self._read_stream)(part, number)
         shape = self._local.shape
-        heads_LHT = np.zeros((shape.n_layers, shape.n_heads, len(self._tokens)))
-        norm_LH = np.zeros((shape.n_layers, shape.n_heads))
-        for layer, encoder_X in encoders.items():
-            heads_LHT[layer] = self._heads(layer, row, encoder_X)
-            scale_T = self._local.frozen.attentions[layer].scale_out_T
-            norm_H = encoder_X.unflatten(0, (shape.n_heads, -1)).norm(dim=1)
-            norm_LH[layer] = (norm_H if scale_T is None else norm_H / scale_T[row]).double().cpu().numpy()
+        n_heads = next((len(seen_H) for _, seen_H in read.values()), shape.n_heads)
+        heads_LHT = np.zeros((shape.n_layers, n_heads, len(self._tokens)))
+        norm_LH = np.zeros((shape.n_layers, n_heads))
+        for layer, (parts_HT, seen_H) in read.items():
+            heads_LHT[layer], norm_LH[layer] = (x.double().cpu().numpy() for x in (parts_HT, seen_H))
         pre_activation, chosen_S = (
             float(part.pre_activation_S[number]),
             torch.tensor([number], device=features.row.device),
@@ -182,8 +188,9 @@ class HeadViews:
         )
         return HeadView(
             feature=feature,
+            heads="replaced" if isinstance(part.crosscoder, Lorsa) else "original",
             tokens=self._tokens,
-            layers=tuple(encoders),
+            layers=tuple(read),
             heads_LHT=heads_LHT,
             heads_LH=heads_LHT.sum(-1),
             encoder_share_LH=norm_LH / max(float(norm_LH.sum()), 1e-30),
@@ -195,36 +202,45 @@ class HeadViews:
             identity_error=identity_error,
         )
 
-    def _read_stream(self, part: Decomposition, number: int) -> tuple[dict[int, Tensor], float, float]:
-        """Encoder of a feature that reads the stream as seen by the heads of each layer `[X]`, behind the output norm's scale;
-        its direct part and its bias."""
+    def _read_stream(self, part: Decomposition, number: int) -> tuple[dict[int, tuple[Tensor, Tensor]], float, float]:
+        """Layer by layer what a feature that reads the stream gets through every head from every position, `[H, T]`, and the
+        norm of its encoder as it is seen there, `[H]`; its direct part and its bias."""
         local, position = self._local, int(part.features.row[number])
         chosen_S = torch.tensor([number], device=part.features.row.device)
         target_R, targets, constant_S = stream_reads(local, part, chosen_S)
         reads = {depth: read_MD[0] for depth, read_MD in TargetReads(local, 1, target_R, targets).at_own_position()}
         direct, bias = reads[0] @ self._streams[0][position], constant_S[0]
-        encoders = {}
+        read = {}
         for layer, attention in enumerate(local.frozen.attentions):
             of_attention_D, of_mlp_D = reads[2 * layer + 1], reads[2 * layer + 2]
             direct = direct + of_mlp_D @ self._mlp_LTD[layer, position]
             bias = bias + (of_mlp_D * local.skips.bias(layer)).sum() + of_attention_D @ attention.constant_TD[position]
             if bool(of_attention_D.any()):
-                encoders[layer] = attention.weights.W_O_XD @ of_attention_D
-        return encoders, float(direct), float(bias)
+                encoder_X = attention.weights.W_O_XD @ of_attention_D
+                scale = 1.0 if attention.scale_out_T is None else attention.scale_out_T[position]
+                read[layer] = self._heads(layer, position, encoder_X), self._by_head(encoder_X).norm(dim=1) / scale
+        return read, float(direct), float(bias)
 
-    def _read_attention(self, part: Decomposition, number: int) -> tuple[dict[int, Tensor], float, float]:
-        """The same for a feature that reads `attn_z` of its layer."""
-        group, position = int(part.features.group[number]), int(part.features.row[number])
-        read = head_reads(part, torch.tensor([number], device=part.features.row.device), group)
-        attention, encoder_X = self._local.frozen.attentions[read.layer], read.vectors_NX[0]
-        bias = part.crosscoder.b_enc[group][part.features.index[number]] + encoder_X @ attention.constant_z_TX[position]
-        scale = 1.0 if attention.scale_out_T is None else attention.scale_out_T[position]
-        return {read.layer: encoder_X * scale}, 0.0, float(bias)
+    def _read_attention(
+        self, part: Decomposition, number: int
+    ) -> tuple[dict[int, tuple[Tensor, Tensor]], float, float]:
+        """The same for a feature of attention, which has no direct part."""
+        group, chosen_S = int(part.features.group[number]), torch.tensor([number], device=part.features.row.device)
+        targets = head_reads(self._local, part, chosen_S, group)
+        (site,), heads_P = part.crosscoder.wiring.reads[group], targets.head_NP[0]
+        encoder_X = part.crosscoder.encoder_vectors(group, part.features.index[chosen_S], site)[0]
+        parts_HT = targets.kernel_HTT.new_zeros(len(targets.kernel_HTT), len(self._tokens))
+        seen_H = parts_HT.new_zeros(len(parts_HT))
+        parts_HT[heads_P] = targets.read(self._streams[targets.layer])[0]
+        seen_H[heads_P] = encoder_X.unflatten(0, (len(heads_P), -1)).norm(dim=1)
+        return {targets.layer: (parts_HT, seen_H)}, 0.0, float(targets.constant_N[0])
 
-    def _heads(self, layer: int, position: int, encoder_X: Tensor) -> np.ndarray:
-        """float64[H, T]: kernel[p, s] x (values of head h at s) . (encoder seen at h), without constants."""
+    def _heads(self, layer: int, position: int, encoder_X: Tensor) -> Tensor:
+        """`[H, T]`: kernel[p, s] x (values of head h at s) . (encoder seen at h), without constants."""
         attention = self._local.frozen.attentions[layer]
-        shape_HK = (attention.weights.n_heads, -1)
-        values_THK = (self._streams[layer] @ attention.weights.W_V_XD.T).unflatten(1, shape_HK)
-        read_HT = torch.einsum("thk,hk->ht", values_THK, encoder_X.unflatten(0, shape_HK))
-        return (read_HT * attention.kernel_HTT[:, position]).double().cpu().numpy()
+        values_THK = (self._streams[layer] @ attention.weights.W_V_XD.T).unflatten(1, (attention.weights.n_heads, -1))
+        read_HT = torch.einsum("thk,hk->ht", values_THK, self._by_head(encoder_X))
+        return read_HT * attention.kernel_HTT[:, position]
+
+    def _by_head(self, encoder_X: Tensor) -> Tensor:
+        return encoder_X.unflatten(0, (self._local.shape.n_heads, -1))

@@ -24,7 +24,17 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.nodes import NodeKind
 from circuits.graph.rows import node_number
 from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
-from replacement import BatchTopK, Decomposition, JointTopK, JumpReLU, LocalReplacement, ReLU, ReplacementModel, TopK
+from replacement import (
+    BatchTopK,
+    Decomposition,
+    JointTopK,
+    JumpReLU,
+    LocalReplacement,
+    Lorsa,
+    ReLU,
+    ReplacementModel,
+    TopK,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,10 +111,11 @@ def feature_threshold(local: LocalReplacement, part: Decomposition, number: int)
         theta = float(crosscoder.threshold[group].expand(crosscoder.n_features)[index])
         return theta if isinstance(activation, JumpReLU) else max(theta, 0.0)
     if isinstance(activation, TopK | JointTopK):
-        inputs = {site: local.frozen.activations[site][row : row + 1] for site in crosscoder.wiring.read_sites}
+        first = 0 if isinstance(crosscoder, Lorsa) else row  # which reads all positions up to its own
+        inputs = {site: local.frozen.activations[site][first : row + 1] for site in crosscoder.wiring.read_sites}
         best = 0.0 if activation.relu else -math.inf
         for rival in range(crosscoder.n_groups) if isinstance(activation, JointTopK) else (group,):
-            score_F = crosscoder.scores(crosscoder.pre_activations(inputs, rival), rival)[0]
+            score_F = crosscoder.scores(crosscoder.pre_activations(inputs, rival)[-1], rival)
             of_group = features.of(rival)
             score_F[of_group.index[of_group.row == row]] = -torch.inf
             best = max(best, float(score_F.max()))

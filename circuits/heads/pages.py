@@ -15,7 +15,7 @@ from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.influence import edge_influence
 from circuits.graph.nodes import NodeKind
-from circuits.graph.text import full_name, printable
+from circuits.graph.text import full_name, head_name, printable
 from circuits.heads.heat_map import plot_heads
 from circuits.heads.qk_result import node_words
 from replacement import console
@@ -183,7 +183,13 @@ def feature_facts(
     columns = np.stack([view.contributions, credit.credit_J, credit.standard_error_J], 1).tolist()
     *players, direct = (dict(zip(("contribution", "credit", "standard_error"), row, strict=True)) for row in columns)
     heads = [
-        {"layer": layer, "head": head, **player, "encoder_share": float(view.encoder_share_LH[layer, head])}
+        {
+            "name": view.name((layer, head)),
+            "layer": layer,
+            "head": head,
+            **player,
+            "encoder_share": float(view.encoder_share_LH[layer, head]),
+        }
         for (layer, head), player in zip(view.players, players, strict=True)
     ]
     heads.sort(key=lambda head: -abs(head["contribution"]))
@@ -210,7 +216,7 @@ def feature_page(facts: Facts) -> Group:
         f'feature {facts["feature"]} "{visible(facts["token"])}": activation {facts["activation"]:.4g} = '
         f"f({facts['pre_activation']:.4g}), threshold {facts['threshold']:.4g}"
     )
-    rows = [(*_player(_name(head), head), _percent(head["encoder_share"])) for head in facts["heads"]]
+    rows = [(*_player(head["name"], head), _percent(head["encoder_share"])) for head in facts["heads"]]
     others = facts["other_heads"]
     if others["number"]:
         rows.append(_player("1 other head" if others["number"] == 1 else f"{others['number']} other heads", others))
@@ -229,13 +235,13 @@ def feature_page(facts: Facts) -> Group:
 # Why a head attends
 
 
-def attends_facts(model: ReplacementModel, graph: CircuitGraph, place: Mapping[str, int], *, top: int) -> Facts:
+def attends_facts(model: ReplacementModel, graph: CircuitGraph, place: Mapping[str, Any], *, top: int) -> Facts:
     """Why a head attends to a key: pairs of nodes, and the sums of each node's pairs, largest magnitude first.
 
     The score is compared with the mean of the other keys, because softmax sees differences only.
 
     Args:
-        place: `layer`, `head`, and where they are given the positions `query` and `key`.
+        place: `layer`, `head`, and where they are given `heads` and the positions `query` and `key`.
         top: pairs and nodes of each side that are named.
     """
     from circuits.attribution.grounding import traced_tokens
@@ -257,7 +263,7 @@ def attends_page(facts: Facts) -> Group:
         (node_words(pair["query"]), node_words(pair["key"]), f"{pair['contribution']:+.4f}") for pair in facts["pairs"]
     ]
     parts: list[RenderableType] = [
-        Text(f"{_name(facts)}: {query} attends to {key}", style="bold"),
+        Text(f"{facts['name']}: {query} attends to {key}", style="bold"),
         Text(numbers),
         Text(),
         _section("Largest pairs", ("query node", "key node", "contribution"), pairs),
@@ -329,7 +335,7 @@ def _section(title: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) ->
 
 
 def _name(head: Facts) -> str:
-    return f"L{head['layer']}H{head['head']}"
+    return head_name(head["layer"], head["head"])
 
 
 def _player(name: str, player: Facts) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ through lower attention layers whose patterns are frozen. Nodes are tokens, lear
 side has one more entry, last, for all constants. The K channels of a query are K targets of the same transport that
 attributes features.
 
+The query-key groups of low-rank sparse attention (`Lorsa`) have scores of the same form.
+
 Frozen are the scales of all norms, also of those of queries and keys (Gemma 3, Qwen 3). The score is the one before a
 soft-cap (Gemma 2). Softmax only sees differences between keys: a contrast subtracts the score at another key, or the mean
 over the other visible keys, and what all keys share cancels. N query nodes, M key nodes.
@@ -38,6 +40,8 @@ from replacement.language_model.language_model import Prompt
 from replacement.language_model.queries_and_keys import FrozenQueryKey
 from replacement.number_checks import integer
 from replacement.splicing.intervention import PARTS
+from replacement.splicing.lorsa_scores import freeze_query_key_groups
+from replacement.splicing.splice import check_choice
 
 Read = Callable[[int, int], tuple[Tensor, Tensor]]
 """Of a head and a position: how its query or key reads the stream, `[K, D]`, and its constant, `[K]`."""
@@ -62,17 +66,27 @@ class QKAttributor:
             self.local = model.localize(self.tokens_T)
             self.transport = Transport(self.local) if self.local.attention is None else ResidualTransport(self.local)
         self._table = source_table(self.local)
-        self._frozen: dict[int, FrozenQueryKey] = {}
+        self._frozen: dict[tuple[str, int], FrozenQueryKey] = {}
 
-    def frozen(self, layer: int) -> FrozenQueryKey:
+    def frozen(self, layer: int, *, heads: str = "original") -> FrozenQueryKey:
         """Queries and keys of one layer; its `pattern_HTT` says which heads attend where.
 
+        Args:
+            heads: the model's own (`original`), or the query-key groups of the low-rank sparse attention that replaces them
+                (`replaced`).
+
         Raises:
-            ValueError: no such layer, or an architecture whose scores are not a product of queries and keys alone.
+            ValueError: no such layer, an architecture whose scores are not a product of queries and keys alone, or no low-rank
+                sparse attention.
         """
-        if layer not in self._frozen:
-            self._frozen[layer] = self.model.language_model.freeze_query_key(self.tokens_T, layer=layer)
-        return self._frozen[layer]
+        check_choice("heads", heads, ("original", "replaced"))
+        if (heads, layer) not in self._frozen:
+            self._frozen[heads, layer] = (
+                self.model.language_model.freeze_query_key(self.tokens_T, layer=layer)
+                if heads == "original"
+                else freeze_query_key_groups(self.local, layer=layer)
+            )
+        return self._frozen[heads, layer]
 
     @torch.no_grad()
     def score(
@@ -83,11 +97,13 @@ class QKAttributor:
         query: int = -1,
         key: int | None = None,
         contrast: int | str | None = None,
+        heads: str = "original",
     ) -> QKAttribution:
         """Attribute one score; see `attribute_score`."""
-        frozen = self.frozen(integer("layer", layer))
+        frozen = self.frozen(integer("layer", layer), heads=heads)
+        kind = "head" if heads == "original" else "query-key group"
         if not 0 <= integer("head", head) < len(frozen.pattern_HTT):
-            raise ValueError(f"layer {layer} has no head {head}: it has {len(frozen.pattern_HTT)} heads")
+            raise ValueError(f"layer {layer} has no {kind} {head}: it has {len(frozen.pattern_HTT)} {kind}s")
         query = check_position(query, len(self.tokens_T), name="query")
         pattern_T = frozen.pattern_HTT[head, query]
         key = int(pattern_T.argmax()) if key is None else self._visible("key", key, frozen, query)
@@ -105,11 +121,12 @@ class QKAttributor:
             summed_magnitudes(queries_NK, keys_MK) + sum(abs(part) for part in parts),
             dtype=self.local.dtype,
             n_layers=self.local.shape.n_layers,
-            name=lambda _: f"the score of head {layer}.{head} for query {query} and key {key}",
+            name=lambda _: f"the score of {kind} {layer}.{head} for query {query} and key {key}",
         )
         return QKAttribution(
             layer=layer,
             head=head,
+            heads=heads,
             query=query,
             key=key,
             contrast=contrast if contrast is None or isinstance(contrast, str) else others[0],
@@ -126,7 +143,8 @@ class QKAttributor:
 
     def _vectors(self, read: Read, layer: int, head: int, weights: dict[int, float]) -> np.ndarray:
         """float64[C + 1, K]: what every source, and last the constants, put into queries or keys at weighted positions."""
-        K, positions = self.local.shape.d_head, list(weights)
+        positions = list(weights)
+        K = len(read(head, positions[0])[1])
         sum_KC = torch.zeros(
             K, self.transport.sources.columns.n_columns + 1, dtype=torch.float64, device=self.local.device
         )
@@ -196,6 +214,7 @@ def attribute_score(
     query: int = -1,
     key: int | None = None,
     contrast: int | str | None = None,
+    heads: str = "original",
 ) -> QKAttribution:
     """Divide a head's attention score among pairs of a query node and a key node; for several scores, `QKAttributor`.
 
@@ -208,14 +227,17 @@ def attribute_score(
         key: position attended to, at most `query`; by default the one with the largest attention probability.
         contrast: subtract the score at this key position, or with `mean` the mean over the other visible keys. It costs
             K targets per key position.
+        heads: `original` for the model's own heads; `replaced` for the query-key groups of the low-rank sparse attention that
+            replaces attention, of which `head` then is the number.
 
     Raises:
         ValueError: a prompt the model cannot read, a layer, head or position it does not have, a key the query does not
-            see, or an architecture whose scores are not a product of queries and keys alone (ALiBi).
+            see, an architecture whose scores are not a product of queries and keys alone (ALiBi), or no low-rank sparse
+            attention.
         IdentityError: the pairs do not sum to the score.
 
     >>> attribution = attribute_score(model, prompt, layer=2, head=3, contrast="mean")  # doctest: +SKIP
     >>> attribution.top(3)                                                             # doctest: +SKIP
     """
     attributor = QKAttributor(model, prompt)
-    return attributor.score(layer=layer, head=head, query=query, key=key, contrast=contrast)
+    return attributor.score(layer=layer, head=head, query=query, key=key, contrast=contrast, heads=heads)

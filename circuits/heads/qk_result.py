@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Group
 
 from circuits.graph.nodes import NodeKind, node_id
-from circuits.graph.text import printable
+from circuits.graph.text import head_name, printable
 from replacement.console import section, table
 from replacement.notebook import repr_html
 from replacement.number_checks import integer
@@ -67,6 +67,9 @@ class QKAttribution:
 
     layer: int
     head: int
+    """Number of the head, or of the query-key group."""
+    heads: str
+    """`original` heads of the model, or `replaced`: query-key groups of the low-rank sparse attention in their place."""
     query: int
     """Position that attends."""
     key: int
@@ -90,13 +93,13 @@ class QKAttribution:
     _labels: Labeller = field(repr=False)
 
     def __repr__(self) -> str:
-        return f"QKAttribution(L{self.layer}H{self.head}, {self.query} attends to {self.key}: {self.value:+.4g})"
+        return f"QKAttribution({self.name}, {self.query} attends to {self.key}: {self.value:+.4g})"
 
     def __rich__(self) -> Group:
         compared: dict[object, str] = {None: "", "mean": ", above the mean of the other visible keys"}
         against = compared.get(self.contrast, f", above the key at {self.contrast}")
         title = (
-            f"L{self.layer}H{self.head}, position {self.query} attends to {self.key} with {self.pattern:.4f}: "
+            f"{self.name}, position {self.query} attends to {self.key} with {self.pattern:.4f}: "
             f"score{against} {self.value:+.4f} = sum of all pairs"
         )
         rows = (
@@ -106,6 +109,11 @@ class QKAttribution:
         return section(title, table("query node", "key node", "contribution", rows=rows, texts=("key node",)))
 
     _repr_html_ = repr_html
+
+    @property
+    def name(self) -> str:
+        """`L2H3`, or `L2Q3` for a query-key group."""
+        return head_name(self.layer, self.head, heads=self.heads)
 
     @property
     def pairs(self) -> np.ndarray:
@@ -143,7 +151,19 @@ class QKAttribution:
 
     def to_json(self, n: int = 50) -> dict[str, Any]:
         """What it says, as plain values for JSON: the facts, and the top n pairs and nodes of each side."""
-        facts = ("layer", "head", "query", "key", "contrast", "score", "pattern", "value", "identity_error")
+        facts = (
+            "layer",
+            "head",
+            "heads",
+            "name",
+            "query",
+            "key",
+            "contrast",
+            "score",
+            "pattern",
+            "value",
+            "identity_error",
+        )
         pairs = ((query.to_json(), key.to_json(), value) for query, key, value in self.top(n))
         return {
             **{name: getattr(self, name) for name in facts},

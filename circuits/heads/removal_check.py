@@ -29,7 +29,7 @@ from torch import Tensor
 
 from circuits.heads.feature_heads import HeadView, HeadViews
 from circuits.heads.relu_credit import RULES
-from replacement import Crosscoder, LanguageModel, LocalReplacement, ReplacementModel, Site
+from replacement import Crosscoder, LanguageModel, LocalReplacement, Lorsa, ReplacementModel, Site
 from replacement.console import section, table
 from replacement.language_model.language_model import EnoughSeen, Hook, Prompt
 from replacement.notebook import repr_html
@@ -133,9 +133,10 @@ def check_heads(model: ReplacementModel, prompts: Sequence[Prompt], *, n_feature
 
 
 def _draw(local: LocalReplacement, n_features: int, rng: np.random.Generator) -> list[HeadView]:
-    """Views of features drawn at random among those of all parts whose heads are not trivial."""
+    """Views of features drawn at random among those that read heads of the model, where these are not trivial."""
     views = HeadViews(local, ("",) * local.n_positions)
-    behind_first = ((part, torch.nonzero(part.features.row > 0)[:, 0].tolist()) for part in local.decompositions)
+    parts = [part for part in local.decompositions if not isinstance(part.crosscoder, Lorsa)]
+    behind_first = ((part, torch.nonzero(part.features.row > 0)[:, 0].tolist()) for part in parts)
     candidates = [(part, number) for part, numbers in behind_first for number in numbers]
     drawn: list[HeadView] = []
     for place in rng.permutation(len(candidates)):

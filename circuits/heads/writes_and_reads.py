@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.grounding import Grounding
-from circuits.attribution.readers import Targets, head_reads, logit_reads, stream_reads
+from circuits.attribution.readers import HeadTargets, Targets, head_reads, logit_reads, stream_reads
 from circuits.graph.nodes import NodeKind
 from replacement import LocalReplacement
 from replacement.language_model.frozen_layers import Scratch
@@ -153,7 +153,7 @@ class SourceWrites:
 
 @dataclass(frozen=True, slots=True)
 class TargetReads:
-    """What M targets read: vectors on the stream of their own position, and on `attn_z` for features of attention."""
+    """What M targets read: vectors on the stream of their own position; features of attention read earlier ones, too."""
 
     local: LocalReplacement
     n_targets: int
@@ -161,14 +161,14 @@ class TargetReads:
     """Target of every reading of the stream; several readings of one target are at one position."""
     reads: Targets
     """R readings of the stream."""
-    heads: dict[int, Tensor] = field(default_factory=dict)
-    """Layer -> `[M, X]`, what its targets read of `attn_z`; zero in other rows."""
+    heads: dict[int, tuple[Tensor, HeadTargets]] = field(default_factory=dict)
+    """Layer -> numbers of its features of attention among the targets, and what they read through heads."""
 
     @classmethod
     def of(cls, grounding: Grounding, nodes: np.ndarray) -> TargetReads:
         """Of graph nodes."""
         local, device = grounding.local, grounding.local.device
-        heads: dict[int, Tensor] = {}
+        heads: dict[int, tuple[Tensor, HeadTargets]] = {}
         parts = [_logit_reads(grounding, nodes)]
         for part, (places, numbers_S) in zip(local.decompositions, grounding.feature_numbers(nodes), strict=True):
             place_S = torch.from_numpy(places).to(device)
@@ -177,9 +177,8 @@ class TargetReads:
                 parts.append((place_S[feature_R], targets))
             for group in torch.unique(part.features.group[numbers_S]).tolist() if part.kind == "attn_out" else ():
                 of_group_S = part.features.group[numbers_S] == group
-                read = head_reads(part, numbers_S[of_group_S], group)
-                heads[read.layer] = read.vectors_NX.new_zeros(len(nodes), read.vectors_NX.shape[1])
-                heads[read.layer][place_S[of_group_S]] = read.vectors_NX
+                read = head_reads(local, part, numbers_S[of_group_S], group)
+                heads[read.layer] = place_S[of_group_S], read
         reads = Targets(
             vectors_ND=torch.cat([targets.vectors_ND for _, targets in parts]),
             depth_N=torch.cat([targets.depth_N for _, targets in parts]),

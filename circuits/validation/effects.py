@@ -215,7 +215,8 @@ class Effects:
     def _pre_activation_changes(self, run: SplicedRun, copy: int, targets: np.ndarray) -> np.ndarray:
         """float64[targets], change of each target feature's pre-activation in one copy."""
         change, T = np.zeros(len(targets)), len(self.tokens_T)
-        for part, crosscoder in self.model.crosscoders.items():
+        for part, local in zip(PARTS, self.grounding.local.decompositions, strict=False):
+            crosscoder = self.model.crosscoders[part]
             for layer in crosscoder.wiring.layers:
                 group = crosscoder.wiring.group_of(layer)
                 is_here = (self.nodes.layer[targets] == layer) & (self.nodes.part[targets] == PARTS.index(part))
@@ -223,7 +224,8 @@ class Effects:
                 index = torch.from_numpy(self.nodes.index[targets[chosen]]).to(crosscoder.device)
                 row = torch.from_numpy(self.nodes.position[targets[chosen]].astype(np.int64)).to(crosscoder.device)
                 for site in crosscoder.wiring.reads[group]:
-                    moved_PD = run.inputs[site][copy * T + row] - self.clean.activations[site][row]
+                    moved_TD = run.inputs[site][copy * T : (copy + 1) * T] - self.clean.activations[site]
+                    moved_PD = local.rows_read(group, index, row, moved_TD)
                     read_P = (moved_PD * crosscoder.encoder(group, site)[index]).sum(-1)
                     change[chosen] += read_P.double().cpu().numpy()
         return change

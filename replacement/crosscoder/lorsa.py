@@ -176,6 +176,10 @@ class Lorsa(Crosscoder):
         """The query-key group of each head."""
         return index_S // self.heads_per_group
 
+    def input_scale(self, group: int) -> float:
+        """Factor of a layer's input in front of its stored weights; 1 unless these stay in a file that expects another."""
+        return 1.0 if self.in_file is None else self.in_file.input_scale.get(self.wiring.reads[group][0], 1.0)
+
     def patterns(
         self, inputs: Mapping[Site, Tensor], group: int, *, positions: Int[Tensor, " R"] | None = None
     ) -> Float[Tensor, "B Q T T"]:

@@ -2,11 +2,12 @@
 
 One layer, in the order of the residual timeline (a parallel layer has no `resid_mid`: both branches read `resid_pre`):
 
-    resid_pre -> [attn_in -> attn_z -> attn_out] -> resid_mid -> [mlp_normalized -> mlp_in -> mlp_out] -> resid_post
+    resid_pre -> [attn_normalized -> attn_in -> attn_z -> attn_out] -> resid_mid
+    resid_mid -> [mlp_normalized -> mlp_in -> mlp_out] -> resid_post
 
 `resid_post` is the `resid_pre` of the next layer. `mlp_normalized` is the output of the norm in front of the MLP before its
-gain and offset, `mlp_in` after them; in a model without such a norm both are the stream. `attn_in` is the output of the norm in
-front of attention, with gain and offset, or the stream.
+gain and offset, `mlp_in` after them; in a model without such a norm both are the stream. `attn_normalized` and
+`attn_in` are the same in front of attention.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SITE_KINDS = (
     "mlp_normalized",
     "mlp_in",
     "mlp_out",
+    "attn_normalized",
     "attn_in",
     "attn_z",
     "attn_out",
@@ -34,6 +36,7 @@ SITE_KINDS = (
 # Points of one layer on the residual timeline; resid_post of a layer IS resid_pre of the next (7 = 0 one layer on).
 _IN_ORDER = (
     "resid_pre",
+    "attn_normalized",
     "attn_in",
     "attn_z",
     "attn_out",

@@ -30,6 +30,7 @@ from replacement.crosscoder.sites import HasShape, ModelShape, Site, layers_of, 
 from replacement.number_checks import whole_number
 
 MLP_READS = ("resid_mid", "resid_pre", "mlp_in", "mlp_normalized")
+LORSA_READS = ("attn_in", "attn_normalized")
 JOINT = "joint"
 WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention", "lorsa", JOINT)
 """Families with one group for every layer of the model."""
@@ -230,9 +231,16 @@ class Wiring:
         return _by_layer("attention", model, "attn_z", "attn_out", writes_above=True)
 
     @classmethod
-    def lorsa(cls, model: ModelShape | HasShape) -> Wiring:
-        """Low-rank sparse attention (`Lorsa`): group l reads `attn_in` of layer l and writes `attn_out` of layer l."""
-        return _by_layer("lorsa", model, "attn_in", "attn_out")
+    def lorsa(cls, model: ModelShape | HasShape, *, layer: int | None = None, read: str = "attn_in") -> Wiring:
+        """Low-rank sparse attention (`Lorsa`): group l reads `attn_in` of layer l and writes `attn_out` of layer l.
+
+        Args:
+            layer: a single layer; all by default.
+            read: `attn_in`, or `attn_normalized`, which is `attn_in` before the norm's gain and offset.
+        """
+        if read not in LORSA_READS:
+            raise ValueError(f"low-rank sparse attention reads {' or '.join(LORSA_READS)}; got {read!r:.50}")
+        return _by_layer("lorsa" if layer is None else "lorsa_layer", model, read, "attn_out", layers=layer)
 
     @classmethod
     def joint(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:

@@ -25,12 +25,15 @@ HOOKS = {
     "mlp_normalized": "mlp.hook_in",
     "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
+    "attn_normalized": "attn.hook_in",
     "attn_in": "attn.hook_in",
     "attn_z": "attn.hook_z",
     "attn_out": "hook_attn_out",
 }
 """TransformerLens hook of every site kind, below `blocks.{layer}.`; `hook_mlp_out` is after a post-norm where there is one.
-`mlp_normalized` is `hook_normalized` of the norm in front of the MLP, where there is one."""
+`mlp_normalized` and `attn_normalized` are `hook_normalized` of the norm in front of MLP and attention, where there is one."""
+NORMALIZED = {"mlp_normalized": "mlp", "attn_normalized": "attention"}
+"""Sites between a norm and its gain, and the part that the norm is in front of."""
 
 NamedHook = tuple[str, Any]
 
@@ -71,7 +74,7 @@ class BridgeParts:
         if site.layer >= self.shape.n_layers or site.model != 0 or parallel_mid:
             why = "attention and MLP run in parallel" if parallel_mid else f"it has {self.shape.n_layers} layers"
             raise ValueError(f"the language model has no site {site}: {why}")
-        norm = self.norm_before(site.layer, "mlp") if site.kind == "mlp_normalized" else None
+        norm = self.norm_before(site.layer, NORMALIZED[site.kind]) if site.kind in NORMALIZED else None
         return f"blocks.{site.layer}.{HOOKS[site.kind]}" if norm is None else f"{norm}.hook_normalized"
 
     def capture(self, tokens_T: Tensor, names: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -312,16 +315,16 @@ class BridgeParts:
         return lambda x: gain(normalize(x)).to(x.dtype)
 
     def normalized_hooks(
-        self, layer: int, run: Callable[[Tensor], Tensor | None], scales: Mapping[str, Tensor]
+        self, site: Site, run: Callable[[Tensor], Tensor | None], scales: Mapping[str, Tensor]
     ) -> list[NamedHook]:
-        """Hooks that show `run` what the norm in front of an MLP gives before its gain; a replacement reaches the MLP alone.
+        """Hooks that show `run` what a norm gives before its gain; a replacement reaches the part behind it alone.
 
         Args:
             scales: scales of norms that are held, as in `norm_scale_hooks`.
         """
-        path, mlp_in = self.norm_before(layer, "mlp"), f"blocks.{layer}.mlp.hook_in"
+        path, behind = self.norm_before(site.layer, NORMALIZED[site.kind]), f"blocks.{site.layer}.{HOOKS[site.kind]}"
         if path is None:
-            return [(mlp_in, lambda x, hook: run(x))]
+            return [(behind, lambda x, hook: run(x))]
         normalize, gain, seen = self.normalized_map(path, scales.get(path)), self.gain_map(path), dict[str, Tensor]()
 
         def keep(x: Tensor, hook: Any) -> None:
@@ -331,7 +334,7 @@ class BridgeParts:
             replaced = run(normalize(seen.pop("x")).to(y.dtype))
             return None if replaced is None else gain(replaced).to(y.dtype).view_as(y)
 
-        return [(f"{path}.hook_in", keep), (mlp_in, show)]
+        return [(f"{path}.hook_in", keep), (behind, show)]
 
     def norm_epsilon(self, path: str) -> float:
         """What a norm adds to the mean square."""

@@ -211,6 +211,10 @@ def _rebuilt(
         yield f"attention of layer {layer}", attention.apply(pre), written, (quiet_output_T1,)
         if (z := frozen.activations.get(Site(layer, "attn_z"))) is not None:
             yield f"mixed values of layer {layer}", attention.z(pre), z, (quiet_T1 * typical_z,)
+        for kind in ("attn_in", "attn_normalized"):
+            if (read := frozen.activations.get(Site(layer, kind))) is not None:
+                rebuilt = attention.norm_before(kind).freeze(attention.scale_in_T).apply(pre)
+                yield f"{kind} of layer {layer}", rebuilt, read, ()
         mlp_reads = pre if parts.shape.parallel else pre + written
         norm = frozen.norms_mlp[layer]
         yield f"MLP norm of layer {layer}", norm.apply(mlp_reads), cache[f"{block}.mlp.hook_in"], ()

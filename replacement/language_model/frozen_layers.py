@@ -46,6 +46,16 @@ class NormWeights:
     centred: bool
     """True for LayerNorm, which subtracts the mean over D."""
 
+    @property
+    def without_gain(self) -> NormWeights:
+        """The same norm before its gain and offset."""
+        return NormWeights(torch.ones_like(self.weight_D), torch.zeros_like(self.bias_D), self.centred)
+
+    def fold(self, v: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """Vectors `u` with `u . x / scale = v . (norm(x) - bias)`."""
+        u = v * self.weight_D
+        return u - u.mean(-1, keepdim=True) if self.centred else u
+
     def freeze(self, scale_T: Tensor) -> FrozenNorm:
         """Fix the scale of every position."""
         return FrozenNorm(self.weight_D / scale_T[:, None], self.bias_D, self.centred, scale_T)
@@ -188,6 +198,7 @@ class AttentionWeights:
             weights=self,
             kernel_HTT=pattern_HTT * rows_T[:, None] / scale_in_T,
             constant_TD=constant_TD * rows_T[:, None] + self.norm_bias_D,
+            scale_in_T=scale_in_T,
             scale_out_T=scale_out_T,
             constant_z_TX=z_TX,
         )
@@ -202,10 +213,16 @@ class FrozenAttention:
     """Pattern `[head, query, key]`, divided by the key's input scale and the query's output scale."""
     constant_TD: Float[Tensor, "T D"]
     """Output for a zero stream: every bias of the layer."""
+    scale_in_T: Float[Tensor, " T"]
+    """Scale of the norm in front of this layer; ones where there is none."""
     scale_out_T: Float[Tensor, " T"] | None
     """Scale of the norm after this layer; None where there is none."""
     constant_z_TX: Float[Tensor, "T X"]
     """Mixed value vectors (`attn_z`) for a zero stream."""
+
+    def norm_before(self, kind: str) -> NormWeights:
+        """The norm between the stream and a site in front of attention: `attn_in`, or `attn_normalized` before its gain."""
+        return self.weights.norm_in.without_gain if kind == "attn_normalized" else self.weights.norm_in
 
     def apply(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """The layer's write to the residual stream when it reads `x_TD`."""
@@ -229,12 +246,14 @@ class FrozenAttention:
         z_TX = self.mix(x_TD)
         return (z_TX if self.scale_out_T is None else z_TX * self.scale_out_T[:, None]) + self.constant_z_TX
 
-    def pull_back_z(self, w_NX: Float[Tensor, "N X"], position_N: Tensor) -> Float[Tensor, "N T D"]:
-        """Vectors that read `attn_z` at one position each, as vectors on the stream that this layer reads."""
+    def pull_back_z(self, w_NX: Float[Tensor, "N X"], position_N: Tensor) -> Float[Tensor, "N H D"]:
+        """Vectors that read `attn_z` at one position each, head by head, as vectors on the stream that this layer reads.
+
+        `w . z[t] = sum_h sum_s kernel_h[t, s] u_h . x[s]`, without constants.
+        """
         if self.scale_out_T is not None:  # attn_z lies before the output norm
             w_NX = w_NX * self.scale_out_T[position_N][:, None]
-        pulled_NHD, length = self._by_head(w_NX), int(position_N.max()) + 1
-        return torch.einsum("hnt,nhd->ntd", self.kernel_HTT[:, position_N, :length], pulled_NHD)
+        return self._by_head(w_NX)
 
     def _by_head(self, u_NX: Float[Tensor, "N X"]) -> Float[Tensor, "N H D"]:
         """Vectors on the value vectors of every head, as vectors on the stream, head by head."""

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from replacement.crosscoder.fingerprint import legacy_fingerprint
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.language_model.boot import boot, check_finite
-from replacement.language_model.bridge_parts import BridgeParts, NamedHook
+from replacement.language_model.bridge_parts import NORMALIZED, BridgeParts, NamedHook
 from replacement.language_model.fingerprint import model_fingerprint
 from replacement.language_model.freezing import FrozenPrompt, freeze, freeze_query_key
 from replacement.language_model.queries_and_keys import FrozenQueryKey
@@ -288,9 +288,9 @@ class LanguageModel:
         for site in sorted(hooks):
             if site.kind == "resid_mid":
                 named += self._mid_hooks(site, hooks[site])
-            elif site.kind == "mlp_normalized":
+            elif site.kind in NORMALIZED:
                 self.parts.hook_name(site)  # refuses a layer that does not exist
-                named += self.parts.normalized_hooks(site.layer, hooks[site], norm_scales or {})
+                named += self.parts.normalized_hooks(site, hooks[site], norm_scales or {})
             else:
                 named.append((self.parts.hook_name(site), _as_bridge_hook(hooks[site])))
         keep, redo = self.parts.norm_scale_hooks(norm_scales or {})

@@ -5,7 +5,8 @@ T tokens, L layers, D d_model, S active features, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
+from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.language_model.freezing import FrozenPrompt
 from replacement.language_model.sixteen_bits import Unembedding
@@ -33,6 +35,8 @@ class Decomposition:
     """Pre-activation of every active feature, as the crosscoder computed it."""
     errors_LTD: Float[Tensor, "L T D"]
     """Output minus reconstruction; the whole output at a layer the crosscoder does not write."""
+    patterns: tuple[Float[Tensor, "Q T T"], ...] = ()
+    """Of low-rank sparse attention (`Lorsa`): by group, the patterns of its query-key groups on this prompt."""
 
     def __repr__(self) -> str:
         return f"Decomposition({self.kind}: {self.features!r})"
@@ -40,13 +44,31 @@ class Decomposition:
     @classmethod
     def of(cls, kind: str, crosscoder: Crosscoder, frozen: FrozenPrompt) -> Decomposition:
         """Encode the clean activations and set the error terms that make the sum exact."""
-        output = crosscoder({site: frozen.activations[site] for site in crosscoder.wiring.read_sites})
-        layers = range(len(frozen.attentions))
-        errors = torch.stack([frozen.activations[Site(layer, kind)] for layer in layers])
+        inputs = {site: frozen.activations[site] for site in crosscoder.wiring.read_sites}
+        output = crosscoder(inputs)
+        errors = torch.stack([frozen.activations[Site(layer, kind)] for layer in range(len(frozen.attentions))])
         for site, y_TD in output.reconstructions.items():
             errors[site.layer] -= y_TD
-        pre_S = _pre_activations(crosscoder, output.features, frozen)
-        return cls(kind, crosscoder, output.features, pre_S, errors)
+        groups = range(crosscoder.n_groups)
+        patterns = [crosscoder.patterns(inputs, group)[0] for group in groups] if isinstance(crosscoder, Lorsa) else []
+        part = cls(kind, crosscoder, output.features, output.features.activation, errors, tuple(patterns))
+        return replace(part, pre_activation_S=torch.cat([part._pre_activations(group, inputs) for group in groups]))
+
+    def rows_read(self, group: int, index_S: Tensor, row_S: Tensor, x_TD: Tensor) -> Float[Tensor, "S D"]:
+        """What the encoders of features act on, of rows at a site that they read: each feature's own row or, in low-rank
+        sparse attention, the mean of the rows up to its own that its pattern on this prompt weighs."""
+        if not isinstance(self.crosscoder, Lorsa):
+            return x_TD[row_S]
+        return self.patterns[group][self.crosscoder.query_key_group(index_S), row_S].to(x_TD) @ x_TD
+
+    def _pre_activations(self, group: int, inputs: Mapping[Site, Tensor]) -> Tensor:
+        """Pre-activations of the active features of a group alone: one inner product each."""
+        active = self.features.of(group)
+        pre_S = self.crosscoder.b_enc[group][active.index]
+        for site in self.crosscoder.wiring.reads[group]:
+            rows_SD = self.rows_read(group, active.index, active.row, inputs[site])
+            pre_S = pre_S + (rows_SD * self.crosscoder.encoder_vectors(group, active.index, site)).sum(-1)
+        return pre_S
 
     def outputs(self, activation_S: Tensor | None = None) -> Float[Tensor, "L T D"]:
         """Features (at the given activations, by default those of the prompt) + decoder bias + error, without skip terms."""
@@ -208,16 +230,3 @@ def check_localizable(crosscoder: Crosscoder, attention: Crosscoder | None, shap
         raise ValueError(
             f"cannot name features by layer: the attention crosscoder's groups belong to the layers {layers}"
         )
-
-
-def _pre_activations(crosscoder: Crosscoder, features: Features, frozen: FrozenPrompt) -> Tensor:
-    """Pre-activation of the active features alone: one inner product each."""
-    parts = []
-    for group in range(crosscoder.n_groups):
-        active = features.of(group)
-        pre_S = crosscoder.b_enc[group][active.index]
-        for site in crosscoder.wiring.reads[group]:
-            rows_SD = frozen.activations[site][active.row]
-            pre_S = pre_S + (rows_SD * crosscoder.encoder_vectors(group, active.index, site)).sum(-1)
-        parts.append(pre_S)
-    return torch.cat(parts)

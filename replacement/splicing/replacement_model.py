@@ -12,7 +12,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.joint import split
 from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.sites import Site
-from replacement.crosscoder.wiring import JOINT
+from replacement.crosscoder.wiring import JOINT, LORSA_READS
 from replacement.language_model.language_model import LanguageModel, Prompt, is_batch
 from replacement.number_checks import integer, integers
 from replacement.splicing.clean_run import WRITES, CleanRun, Conditions
@@ -252,10 +252,10 @@ def _check(crosscoder: Crosscoder, language_model: LanguageModel, part: str) -> 
     for site in wiring.write_sites:
         if site.kind != writes or site.model != 0:
             raise ValueError(f"{whose} a crosscoder that writes {writes} sites, this one writes {site}")
-    reads = "attn_in" if isinstance(crosscoder, Lorsa) else "attn_z"
+    reads = LORSA_READS if isinstance(crosscoder, Lorsa) else ("attn_z",)
     for site in wiring.read_sites if part == "attention" else ():
-        if site.kind != reads or site.model != 0:
-            raise ValueError(f"{whose} a crosscoder that reads {reads} sites, this one reads {site}")
+        if site.kind not in reads or site.model != 0:
+            raise ValueError(f"{whose} a crosscoder that reads {' or '.join(reads)} sites, this one reads {site}")
     both = set(wiring.read_sites) & set(wiring.write_sites)
     if both:
         raise ValueError(f"{whose} a crosscoder that writes other sites than it reads: {min(both)}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuits.attribution.expansion import Attributor
 from circuits.attribution.targets import LogitTarget, resolve_logit, top_logits
-from replacement import Decomposition, LocalReplacement, ReplacementModel, Site
+from replacement import Decomposition, LocalReplacement, Lorsa, ReplacementModel, Site
 
 
 class AutogradOracle:
@@ -53,7 +53,11 @@ class AutogradOracle:
                 index, position = features.index[chosen_S[some]], features.row[chosen_S[some]]
                 for site in crosscoder.wiring.reads[group]:
                     name = self.model.language_model.parts.hook_name(site)
-                    rows, bias = self._rows(name, crosscoder.encoder(group, site)[index], position)
+                    weights_NT = None
+                    if isinstance(crosscoder, Lorsa):
+                        pattern_QTT = crosscoder.patterns({site: self.streams[name][0].detach()}, group)[0]
+                        weights_NT = pattern_QTT[index // crosscoder.heads_per_group, position]
+                    rows, bias = self._rows(name, crosscoder.encoder(group, site)[index], position, weights_NT)
                     rows_NC[some] += rows
                     bias_N[some] += bias
                 bias_N[some] += crosscoder.b_enc[group][index]
@@ -157,19 +161,25 @@ class AutogradOracle:
 
         return [(f"blocks.{layer}.attn.v.hook_out", keep), (f"blocks.{layer}.attn.hook_z", mix)]
 
-    def _rows(self, stream: str, vectors_ND: Tensor, position_N: Tensor) -> tuple[Tensor, Tensor]:
-        """One backward pass: gradients of `vectors[n] . stream[n, position[n]]` at every leaf, times the sources."""
+    def _rows(
+        self, stream: str, vectors_ND: Tensor, position_N: Tensor, weights_NT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One backward pass: gradients of `vectors[n] . stream[n, position[n]]`, or of `vectors[n] . (weights[n] stream[n])`,
+        at every leaf, times the sources."""
         x_BTD = self.streams[stream]
         copies = torch.arange(len(vectors_ND))
         seed_BTD = torch.zeros_like(x_BTD)
-        seed_BTD[copies, position_N] = vectors_ND
+        if weights_NT is None:
+            seed_BTD[copies, position_N] = vectors_ND
+        else:
+            seed_BTD[copies] = weights_NT[:, :, None] * vectors_ND[:, None]
         names = list(self.leaves)
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             x_BTD, [self.leaves[name] for name in names], seed_BTD, retain_graph=True, allow_unused=True
         )
         by_leaf = {name: g[: len(copies)] for name, g in zip(names, grads, strict=True) if g is not None}
         with torch.no_grad():
-            value_N = (x_BTD[copies, position_N] * vectors_ND).sum(-1)
+            value_N = (x_BTD[copies] * seed_BTD[copies]).sum((1, 2))
             # The stream is affine in the leaves: what the leaves do not explain is the constant part.
             explained_N = sum((g * self.leaves[name][: len(copies)]).sum((1, 2)) for name, g in by_leaf.items())
             rows_NC, decoder_bias_N = self._columns(by_leaf, len(copies))

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
-from replacement import Crosscoder, LanguageModel, TopK, Wiring
+from replacement import Crosscoder, LanguageModel, Lorsa, QueryKeys, TopK, Wiring
 
 VOCABULARY = 97
 CONTEXT = 32
@@ -99,16 +99,31 @@ def crosscoder_for(
     lm: LanguageModel, *, wiring: Wiring | None = None, n_features: int = 48, **options: Any
 ) -> Crosscoder:
     """A random crosscoder whose decoders and biases are not zero."""
+    return _randomised(Crosscoder, lm, wiring or Wiring.strictly_causal(lm), n_features=n_features, **options)
+
+
+def lorsa_for(
+    lm: LanguageModel,
+    *,
+    wiring: Wiring | None = None,
+    query_keys: QueryKeys | None = None,
+    n_features: int = 48,
+    **options: Any,
+) -> Lorsa:
+    """Random low-rank sparse attention, with patterns that are far from uniform."""
+    sizes = query_keys or QueryKeys(n_groups=4, width=6)
+    lorsa = _randomised(Lorsa, lm, wiring or Wiring.lorsa(lm), query_keys=sizes, n_features=n_features, **options)
+    with torch.no_grad():
+        for parameter in (*lorsa.W_Q, *lorsa.W_K):
+            parameter.mul_(10)
+    return lorsa
+
+
+def _randomised(make: Any, lm: LanguageModel, wiring: Wiring, **options: Any) -> Any:
+    """A crosscoder of a class, with random weights everywhere."""
     options.setdefault("activation", TopK(5))
-    crosscoder = Crosscoder(
-        wiring or Wiring.strictly_causal(lm),
-        n_features=n_features,
-        seed=0,
-        dtype=lm.dtype,
-        model_name=lm.name,
-        model_fingerprint=lm.fingerprint,
-        **options,
-    )
+    names = {"model_name": lm.name, "model_fingerprint": lm.fingerprint}
+    crosscoder = make(wiring, seed=0, dtype=lm.dtype, **names, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in crosscoder.named_parameters():

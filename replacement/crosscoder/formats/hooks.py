@@ -16,8 +16,13 @@ MLP_WRITES = {"hook_mlp_out": "mlp_out", "mlp.hook_out": "mlp_out"}
 """TransformerLens's hooks behind an MLP."""
 MLP_OUT = "hook_mlp_out"
 """The one of them that is written."""
+ATTENTION_READS = {"ln1.hook_normalized": "attn_normalized", "attn.hook_in": "attn_in"}
+"""TransformerLens's hooks in front of attention, behind its norm."""
+ATTENTION_OUT = "hook_attn_out"
+"""TransformerLens's hook behind attention."""
 HOOKS = {
     **MLP_READS,
+    **ATTENTION_READS,
     "hook_resid_post": "resid_post",
     "hook_mlp_out": "mlp_out",
     "hook_attn_out": "attn_out",

@@ -1,4 +1,4 @@
-"""Llama Scope 2 and whatever else OpenMOSS's Language-Model-SAEs saves of MLPs: transcoders and cross-layer transcoders.
+"""Llama Scope 2 and whatever else OpenMOSS's Language-Model-SAEs saves: transcoders, cross-layer transcoders, sparse attention.
 
     h = s x W_E + b_E        a = h * gate(h ||W_D||), or h * gate(h) without `sparsity_include_decoder_norm`
     transcoder: t y = a W_D + b_D                CLT: t_m y_m = sum_{l <= m} a_l W_D.m[l] + b_D.m
@@ -7,11 +7,12 @@ The gate keeps what is positive (`relu`), above `exp(log_jumprelu_threshold)` (`
 positive values of a layer (`topk`) or of all layers together (`layertopk`). `||W_D||` is the norm of all that a feature writes:
 for a CLT over all its target layers. With `norm_activation: dataset-wise` the scales s and t of a hook are
 `sqrt(D) / dataset_average_activation_norm`; with `inference` they are 1. x is what `hook_point_in` names, y what
-`hook_point_out` names. `b_D` of a CLT belongs to the layer that is written. Padding and the token in front of every text were
-left out of the training: the first position has no features.
+`hook_point_out` names. `b_D` of a CLT belongs to the layer that is written. For low-rank sparse attention see
+`llama_scope_lorsa.py`. Padding and the token in front of every text were left out of the training: the first position has no
+features.
 
-A folder `layerN_...` for each layer makes a per-layer transcoder, one folder alone a transcoder of that layer or a CLT.
-Refused: Lorsa (attention), gated encoders, `batchtopk` (it depends on the batch; its publishers convert it to `jumprelu`),
+A folder `layerN_...` for each layer makes a per-layer transcoder or a `Lorsa`, one folder alone either of that layer, or a CLT.
+Refused: gated encoders, `batchtopk` (it depends on the batch; its publishers convert it to `jumprelu`),
 `token-wise` and `batch-wise` scales. Source: `llamascopium/models` of that repository, 2026.
 """
 
@@ -30,6 +31,7 @@ from replacement.crosscoder.activation import Activation, JointTopK, JumpReLU, R
 from replacement.crosscoder.formats.decoder_norms import decoder_norms
 from replacement.crosscoder.formats.hooks import shape_of
 from replacement.crosscoder.formats.llama_scope_folder import CONFIG_FILE, KINDS, Part, read_part
+from replacement.crosscoder.formats.llama_scope_lorsa import scaled_queries
 from replacement.crosscoder.formats.llama_scope_writing import NAME, UNDECOMPOSED, write
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.tensor_files import mentions
@@ -37,6 +39,13 @@ from replacement.crosscoder.mapped_file import MappedFile
 from replacement.crosscoder.wiring import Wiring
 
 _LAYER_FOLDER = re.compile(r"layer_?(\d{1,6})(?!\d)")
+_RULES = {
+    **{
+        kind: f"{KINDS[kind]} of MLPs: h = x W_E + b_E, gate on {{}}, b_D added to what is written"
+        for kind in ("sae", "clt")
+    },
+    "lorsa": "low-rank sparse attention: h = P (x W_V + b_V) with P of W_Q and W_K, gate on {}, b_D added to what is written",
+}
 _NEVER_ACTIVE = 1e17
 """Threshold of features that write nothing, which the gate never lets through; twice that would be refused as too large."""
 
@@ -80,22 +89,25 @@ def read(folder: Path) -> Published:
     files = [part.file.mapped for part in parts]
     tensors: dict[str, Tensor] = {}
     sources: dict[str, str] = {}
+    derived: dict[str, Callable[[Tensor], Tensor]] = {}
     for number, (part, group) in enumerate(groups):
         named = {
             "W_enc": part.encoders[group],
             "b_enc": part.encoder_biases[group],
             "b_dec": part.decoder_biases[group],
         }
+        named |= part.query_key_tensors
         tensors |= {f"{name}.{number}": value for name, value in named.items()}
         sources |= {f"{name}.{number}": str(part.file.path) for name in (*named, "W_dec")}
+        if part.query_keys is not None:
+            derived |= scaled_queries(part.query_keys, part.query_factor, number)
     norms = _Norms([[d for (g, _), d in decoders.items() if g == number] for number in range(len(groups))], files)
-    derived: dict[str, Callable[[Tensor], Tensor]] = {}
     if isinstance(first.activation, JumpReLU):
         tensors["threshold"] = torch.stack([log_F for part in parts for log_F in part.log_thresholds])
-        derived = {"threshold": norms.under if first.is_scored else _exp}
+        derived["threshold"] = norms.under if first.is_scored else _exp
     elif first.is_scored and not isinstance(first.activation, ReLU):
         tensors["score_factor"] = torch.ones(1, 1).expand(len(groups), first.n_features)
-        derived = {"score_factor": norms.times}
+        derived["score_factor"] = norms.times
     scales = {site: scale for part in parts for site, scale in part.scales.items()}
     reads = {site for part in parts for site in part.reads}
     writes = {site for part in parts for site in part.writes}
@@ -103,7 +115,7 @@ def read(folder: Path) -> Published:
     return Published(
         layout=NAME,
         path=folder,
-        rule=f"{KINDS[first.kind]} of MLPs: h = x W_E + b_E, gate on {gated}, b_D added to what is written",
+        rule=_RULES[first.kind].format(gated),
         wiring=_wiring(first, len(groups), is_single=is_single),
         n_features=first.n_features,
         activation=first.activation,
@@ -112,6 +124,7 @@ def read(folder: Path) -> Published:
         derived=derived,
         files=files,
         sources=sources,
+        query_keys=first.query_keys,
         undecomposed_positions=UNDECOMPOSED,
         input_scale={site: scale for site, scale in scales.items() if site in reads},
         output_scale={site: scale for site, scale in scales.items() if site in writes},
@@ -135,13 +148,15 @@ def _k_of_name(folder: Path) -> int | None:
 
 def _check_layers(folder: Path, parts: Sequence[Part]) -> None:
     for layer, part in enumerate(parts):
-        if part.kind != "sae":
-            raise ValueError(f"{part.file.path}: expected transcoders in folders of layers, got a {KINDS[part.kind]}")
+        if part.kind == "clt" or part.kind != parts[0].kind:
+            raise ValueError(
+                f"{part.file.path}: expected transcoders, or sparse attention, in all folders of layers, got {KINDS[part.kind]}"
+            )
         given = part.reads[0].layer
         if given != layer:
             problem = "layer {0} twice" if given == layer - 1 else f"no layer {layer}, but layer {{0}}"
             raise ValueError(f"{folder} has {problem.format(given)} ({part.file.path.parent.name})")
-        for name in ("width", "n_features", "activation", "is_scored"):
+        for name in ("width", "n_features", "activation", "is_scored", "query_keys"):
             if getattr(part, name) != getattr(parts[0], name):
                 values = f"{getattr(parts[0], name)} and {getattr(part, name)}"
                 raise ValueError(f"{part.file.path}: layers differ in {name.replace('_', ' ')}: {values}")
@@ -151,8 +166,10 @@ def _check_layers(folder: Path, parts: Sequence[Part]) -> None:
 
 def _wiring(first: Part, n_groups: int, *, is_single: bool) -> Wiring:
     layer, read_site = first.reads[0].layer, first.reads[0].kind
-    n_layers = layer + 1 if is_single and first.kind == "sae" else n_groups
+    n_layers = layer + 1 if is_single and first.kind != "clt" else n_groups
     shape = shape_of(n_layers, first.width)
+    if first.kind == "lorsa":
+        return Wiring.lorsa(shape, layer=layer if is_single else None, read=read_site)
     if first.kind == "clt":
         return Wiring.strictly_causal(shape, read=read_site)
     if is_single:
@@ -186,7 +203,7 @@ def _exp(log_GF: Tensor) -> Tensor:
 LAYOUTS = (
     Layout(
         name=NAME,
-        description="OpenMOSS, Llama Scope 2: sae_weights.safetensors, for every layer or of a CLT",
+        description="OpenMOSS, Llama Scope 2: sae_weights.safetensors, for every layer or of a CLT; attention (Lorsa) too",
         detect=detect,
         read=read,
         write=write,

@@ -1,4 +1,4 @@
-"""One folder of the layout of `llama_scope.py`: a transcoder of one layer, or a cross-layer transcoder."""
+"""One folder of the layout of `llama_scope.py`: a transcoder or sparse attention of one layer, or a cross-layer transcoder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from replacement.crosscoder.activation import Activation, JointTopK, JumpReLU, ReLU, TopK
-from replacement.crosscoder.formats.hooks import MLP_READS, MLP_WRITES
+from replacement.crosscoder.formats.hooks import ATTENTION_OUT, ATTENTION_READS, MLP_READS, MLP_WRITES
+from replacement.crosscoder.formats.llama_scope_lorsa import read_query_keys, take_query_keys
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, norm_scale
+from replacement.crosscoder.lorsa import QueryKeys
 from replacement.crosscoder.sites import Site
 
 CONFIG_FILE, TENSOR_FILE = "config.json", "sae_weights.safetensors"
-KINDS = {"sae": "transcoder", "clt": "cross-layer transcoder"}
+KINDS = {"sae": "transcoder", "clt": "cross-layer transcoder", "lorsa": "low-rank sparse attention"}
 THRESHOLD = "activation_function.log_jumprelu_threshold"
 NORM = "dataset_average_activation_norm."
 _HOOK = re.compile(r"blocks\.(\d{1,6})\.(.+)")
@@ -37,7 +39,7 @@ _TRAINING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The configuration and tensors of one folder: one layer's transcoder, or a CLT."""
+    """The configuration and tensors of one folder: one layer's transcoder or sparse attention, or a CLT."""
 
     kind: str
     reads: Sequence[Site]
@@ -54,6 +56,10 @@ class Part:
     decoder_biases: Sequence[Tensor]
     log_thresholds: Sequence[Tensor]
     scales: Mapping[Site, float] = field(default_factory=dict)
+    query_keys: QueryKeys | None = None
+    """Of low-rank sparse attention: sizes of queries and keys; their tensors; and the factor of queries."""
+    query_key_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    query_factor: float = 1.0
 
 
 def read_part(folder: Path) -> Part:
@@ -61,8 +67,7 @@ def read_part(folder: Path) -> Part:
     settings = Settings(folder / CONFIG_FILE)
     kind = settings.take("sae_type", str)
     if kind not in KINDS:
-        about = " (sparse attention: its features are heads, not a crosscoder's)" if kind == "lorsa" else ""
-        raise ValueError(f"{settings.path}: sae_type: expected {' or '.join(KINDS)}, got {kind!r:.50}{about}")
+        raise ValueError(f"{settings.path}: sae_type: expected {', '.join(KINDS)}, got {kind!r:.50}")
     width, factor = settings.take("d_model", int), settings.take("expansion_factor", (int, float))
     if width < 1 or not 0 < factor < math.inf:
         raise ValueError(f"{settings.path}: expected a d_model and expansion_factor above 0, got {width} and {factor}")
@@ -72,6 +77,7 @@ def read_part(folder: Path) -> Part:
     activation, is_scored = _activation(settings, kind)
     norm = _norm_activation(settings)
     has_bias = settings.take("use_decoder_bias", bool, default=True)
+    query_keys, query_factor = read_query_keys(settings, n_features) if kind == "lorsa" else (None, 1.0)
     settings.ignore(*_TRAINING)
     settings.finish()
     file = TensorFile(folder / TENSOR_FILE)
@@ -82,8 +88,10 @@ def read_part(folder: Path) -> Part:
         decoders = {(g, m - g): targets[m][g] for g in range(n_layers) for m in range(g, n_layers)}
         decoder_biases = [file.take(f"b_D.{layer}", width) for layer in range(n_layers)]
     else:
-        encoders, encoder_biases = [file.take("W_E", width, n_features).T], [file.take("b_E", n_features)]
-        decoders = {(0, 0): file.take("W_D", n_features, width)}
+        of_heads = kind == "lorsa"
+        encoder = file.take("W_V", n_features, width) if of_heads else file.take("W_E", width, n_features).T
+        encoders, encoder_biases = [encoder], [file.take("b_V" if of_heads else "b_E", n_features)]
+        decoders = {(0, 0): file.take("W_O" if of_heads else "W_D", n_features, width)}
         decoder_biases = [file.take("b_D", width) if has_bias else torch.zeros(width)]
     thresholds: list[Tensor] = []
     if isinstance(activation, JumpReLU):
@@ -92,6 +100,7 @@ def read_part(folder: Path) -> Part:
     scales: dict[Site, float] = {}
     if norm != "inference":
         scales = {site: norm_scale(file, NORM + hook, width=width) for site, hook in {**reads, **writes}.items()}
+    query_key_tensors = {} if query_keys is None else take_query_keys(file, query_keys, width)
     file.ignore(*(name for name in file.names() if name.startswith(NORM)))
     file.finish()
     return Part(
@@ -109,6 +118,9 @@ def read_part(folder: Path) -> Part:
         decoder_biases=decoder_biases,
         log_thresholds=thresholds,
         scales=scales,
+        query_keys=query_keys,
+        query_key_tensors=query_key_tensors,
+        query_factor=query_factor,
     )
 
 
@@ -127,9 +139,11 @@ def _norm_activation(settings: Settings) -> str:
 
 
 def _sites(settings: Settings, kind: str) -> tuple[dict[Site, str], dict[Site, str]]:
-    """Sites read and written with their hooks, which must be those of one MLP each; a CLT's of layers 0, 1, 2 and so on."""
+    """Sites read and written with their hooks, which must be those of one MLP, or one layer's attention, each; a CLT's of
+    layers 0, 1, 2 and so on."""
     sides = []
-    for side, known in (("in", MLP_READS), ("out", MLP_WRITES)):
+    reads, writes = (ATTENTION_READS, {ATTENTION_OUT: "attn_out"}) if kind == "lorsa" else (MLP_READS, MLP_WRITES)
+    for side, known in (("in", reads), ("out", writes)):
         entry = f"hook_points_{side}" if kind == "clt" else f"hook_point_{side}"
         hooks = settings.take(entry, list if kind == "clt" else str)
         sites: dict[Site, str] = {}

@@ -14,9 +14,11 @@ from torch import Tensor
 from replacement.crosscoder.activation import JointTopK, JumpReLU, ReLU, TopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.decoder_norms import decoder_norms
-from replacement.crosscoder.formats.hooks import MLP_OUT, MLP_READS
+from replacement.crosscoder.formats.hooks import ATTENTION_OUT, ATTENTION_READS, MLP_OUT, MLP_READS
 from replacement.crosscoder.formats.llama_scope_folder import CONFIG_FILE, TENSOR_FILE, THRESHOLD
+from replacement.crosscoder.formats.llama_scope_lorsa import query_key_settings, query_key_tensors
 from replacement.crosscoder.formats.writing import check_holds, common_problems, write_json
+from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.mapped_file import write_tensors
 from replacement.crosscoder.sites import Site
 
@@ -25,21 +27,22 @@ UNDECOMPOSED = 1
 
 
 def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
-    """Write a transcoder, per-layer transcoder or cross-layer transcoder, its scales folded in (`inference`).
+    """Write a transcoder or sparse attention of one layer or of every one, or a cross-layer transcoder; scales folded in.
 
     Thresholds are logarithms, in float64 so that their exponentials are exact.
 
     Raises:
         ValueError: what the layout has no place for (named): another wiring, read site or activation function, scores that are
-            not decoder norms, thresholds below 0, skip connections, tied decoders, or another number of positions without
-            features than 1.
+            not decoder norms, thresholds below 0, skip connections, tied decoders, another number of positions without
+            features than 1, or rotary frequencies that are no powers of a base.
     """
-    hook = _check_writable(crosscoder)
-    if crosscoder.wiring.name != "per_layer":
+    hook, of_heads = _check_writable(crosscoder), isinstance(crosscoder, Lorsa)
+    if crosscoder.wiring.name not in ("per_layer", "lorsa"):
         _write_part(crosscoder, range(crosscoder.n_groups), folder, dtype, hook)
         return
     for group in range(crosscoder.n_groups):
-        target = folder / f"layer{crosscoder.wiring.group_layer(group)}_transcoder"
+        layer = crosscoder.wiring.group_layer(group)
+        target = folder / f"layer{layer}_{'lorsa' if of_heads else 'transcoder'}"
         target.mkdir()
         _write_part(crosscoder, range(group, group + 1), target, dtype, hook)
 
@@ -47,7 +50,9 @@ def write(crosscoder: Crosscoder, folder: Path, dtype: torch.dtype) -> None:
 def _check_writable(crosscoder: Crosscoder) -> str:
     wiring, activation = crosscoder.wiring, crosscoder.activation
     reads, writes = ({site.kind for site in sites} for sites in (wiring.read_sites, wiring.write_sites))
-    hook = next((name for name, kind in MLP_READS.items() if reads == {kind}), None)
+    of_heads = isinstance(crosscoder, Lorsa)
+    hooks = ATTENTION_READS if of_heads else MLP_READS
+    hook = next((name for name, kind in hooks.items() if reads == {kind}), None)
     is_clt = wiring.name == "strictly_causal"
     plain: tuple[type, ...] = (TopK, JointTopK) if is_clt else (TopK,)
     has_name = isinstance(activation, ReLU | JumpReLU)
@@ -55,8 +60,9 @@ def _check_writable(crosscoder: Crosscoder) -> str:
         has_name = isinstance(activation, plain) and activation.relu and isinstance(activation.k, int)
     theta = crosscoder.threshold
     problems = {
-        f"the wiring {wiring.name}": wiring.name not in ("transcoder", "per_layer", "strictly_causal")
-        or writes != {"mlp_out"},
+        f"the wiring {wiring.name}": wiring.name
+        not in (("lorsa", "lorsa_layer") if of_heads else ("transcoder", "per_layer", "strictly_causal"))
+        or writes != {"attn_out" if of_heads else "mlp_out"},
         f"reads of {', '.join(sorted(reads))}": hook is None,
         f"the activation {activation.to_dict()}": not has_name or activation.affine,
         "skip connections": crosscoder.skip,
@@ -85,7 +91,7 @@ def _scores_are_norms(crosscoder: Crosscoder) -> bool:
 def _write_part(crosscoder: Crosscoder, groups: range, folder: Path, dtype: torch.dtype, hook: str) -> None:
     """Write some groups as one folder."""
     is_clt, wiring = crosscoder.wiring.name == "strictly_causal", crosscoder.wiring
-    width, n_features, first = wiring.widths["mlp_out"], crosscoder.n_features, groups[0]
+    width, n_features, first = wiring.width(wiring.write_sites[0]), crosscoder.n_features, groups[0]
     layers = [wiring.group_layer(group) for group in groups]
 
     def encoder(group: int) -> Tensor:
@@ -114,6 +120,12 @@ def _write_part(crosscoder: Crosscoder, groups: range, folder: Path, dtype: torc
             "b_D": partial(crosscoder.decoder_bias, site),
         }
         shapes = {"W_E": (width, n_features), "b_E": (n_features,), "W_D": (n_features, width), "b_D": (width,)}
+    if isinstance(crosscoder, Lorsa):
+        made["W_V"], made["b_V"], made["W_O"] = (made.pop(name) for name in ("W_E", "b_E", "W_D"))
+        made["W_V"] = partial(crosscoder.encoder, first, wiring.reads[first][0])
+        shapes |= {"W_V": (n_features, width), "b_V": (n_features,), "W_O": (n_features, width)}
+        for name, value in query_key_tensors(crosscoder, first).items():
+            made[name], shapes[name] = partial(Tensor.detach, value), tuple(value.shape)
     if isinstance(crosscoder.activation, JumpReLU):
         assert crosscoder.threshold is not None
         log_GF = crosscoder.threshold.double().log().expand(-1, n_features)
@@ -125,15 +137,15 @@ def _write_part(crosscoder: Crosscoder, groups: range, folder: Path, dtype: torc
 
 
 def _config(crosscoder: Crosscoder, layers: Sequence[int], dtype: torch.dtype, hook: str) -> dict[str, Any]:
-    activation, width = crosscoder.activation, crosscoder.wiring.widths["mlp_out"]
-    is_clt = crosscoder.wiring.name == "strictly_causal"
+    activation, width = crosscoder.activation, crosscoder.wiring.width(crosscoder.wiring.write_sites[0])
+    is_clt, of_heads = crosscoder.wiring.name == "strictly_causal", isinstance(crosscoder, Lorsa)
     factor = crosscoder.n_features / width
     if int(width * factor) != crosscoder.n_features:  # rounded down
         factor = math.nextafter(factor, math.inf)
     names = {ReLU: "relu", JumpReLU: "jumprelu", TopK: "topk", JointTopK: "layertopk"}
     config: dict[str, Any] = {
         "dtype": str(dtype),
-        "sae_type": "clt" if is_clt else "sae",
+        "sae_type": "clt" if is_clt else "lorsa" if of_heads else "sae",
         "d_model": width,
         "expansion_factor": factor,
         "use_decoder_bias": True,
@@ -142,7 +154,9 @@ def _config(crosscoder: Crosscoder, layers: Sequence[int], dtype: torch.dtype, h
         "sparsity_include_decoder_norm": crosscoder.score_factor is not None,
     }
     config |= {"top_k": activation.k} if isinstance(activation, TopK | JointTopK) else {}
-    for side, name in (("in", hook), ("out", MLP_OUT)):
+    if isinstance(crosscoder, Lorsa):
+        config |= query_key_settings(NAME, crosscoder.query_keys)
+    for side, name in (("in", hook), ("out", ATTENTION_OUT if of_heads else MLP_OUT)):
         hooks = [f"blocks.{layer}.{name}" for layer in layers]
         config |= {f"hook_points_{side}": hooks} if is_clt else {f"hook_point_{side}": hooks[0]}
     return config

@@ -13,10 +13,10 @@ import transformers
 from architectures import SETTINGS
 from autograd_oracle import compare_with_oracle
 
-from circuits import attribute_score, trace
-from circuits.graph.nodes import NodeKind
-from replacement import LanguageModel, ReplacementModel, Site, Wiring
+from circuits import NodeKind, attribute_score, trace
+from replacement import LanguageModel, QueryKeys, ReplacementModel, Site, Wiring
 from replacement.cli import main
+from replacement.crosscoder.rotation import Rotary
 from replacement.language_model.architectures import ARCHITECTURES, Architecture, markdown_table
 
 ROOT = Path(__file__).parents[3]
@@ -92,6 +92,21 @@ def test_a_graph_with_a_joint_crosscoder_is_exact(traced: tuple[Architecture, Pa
     nodes = graph.nodes
     assert nodes.expanded[nodes.mask(NodeKind.FEATURE) & nodes.of_attention].any()
     assert 0 < graph.identity_error <= {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+
+
+def test_a_graph_with_low_rank_sparse_attention_is_exact(traced: tuple[Architecture, Path]) -> None:
+    tokens_T, settings = tiny.random_tokens(6), QueryKeys(n_groups=2, width=6, rotary=Rotary.of_base(4))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+        lm = load(traced[1], dtype)
+        lorsa = tiny.lorsa_for(lm, query_keys=settings, n_features=16)
+        model = ReplacementModel(lm, tiny.crosscoder_for(lm, n_features=16), attention_crosscoder=lorsa)
+        graph = trace(model, tokens_T, coverage=1.0)
+        assert 0 < graph.identity_error <= tolerance
+        of_lorsa = graph.nodes.of_attention & graph.nodes.mask(NodeKind.FEATURE)
+        assert graph.nodes.expanded[of_lorsa].any()
+        score = attribute_score(model, tokens_T, layer=1, head=1, heads="replaced")
+        assert score.identity_error <= tolerance
+    compare_with_oracle(model, tokens_T, tolerance=1e-11)
 
 
 def test_a_massive_first_token_hides_no_error(traced: tuple[Architecture, Path]) -> None:
