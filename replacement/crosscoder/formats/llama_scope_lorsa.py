@@ -4,10 +4,10 @@
     h = P (s x W_V^T + b_V)        t y = a W_O + b_D
 
 Head f of `F = d_model * expansion_factor` uses the queries and keys of group `f // (F / n_qk_heads)`. n is the identity or,
-with `use_post_qk_ln`, an RMS norm in each group with gains `ln_q.w` and `ln_k.w`. `attn_scale` is `sqrt(d_qk_head)` where it is not
-given; another one is folded into the queries. Rotary frequencies are `rotary_base ** (-2 i / rotary_dim)`; with
-`use_NTK_by_parts_rope` those of long wavelengths are divided by a factor (Llama 3). Refused: other positions, LayerNorm of queries
-and keys, `rotary_scale` above 1. Source: `llamascopium/models` of the publishers' repository, 2026.
+with `use_post_qk_ln`, an RMS norm in each group with gains `ln_q.w` and `ln_k.w`. `attn_scale` is `sqrt(d_qk_head)` where it is
+not given; another one is folded into the queries. Rotary frequencies are `rotary_base ** (-2 i / rotary_dim)`; with
+`use_NTK_by_parts_rope` those of long wavelengths are divided by a factor (Llama 3). Refused: other positions, LayerNorm of
+queries and keys, `rotary_scale` above 1. Source: `llamascopium/models` of the publishers' repository, 2026.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuits import FeatureTarget, plot_heads
 from circuits.attribution.identity import IdentityError
+from circuits.attribution.readers import HeadTargets
 from circuits.attribution.targets import parse_feature
 from circuits.heads.feature_heads import HeadView, HeadViews, head_view
 from circuits.heads.heat_map import drawable
@@ -152,8 +153,9 @@ def test_a_wrong_kernel_is_refused(language_model: Any, monkeypatch: pytest.Monk
     model, tokens = model_of(language_model("gpt2"), attention=True), tiny.random_tokens()
     local = model.localize(tokens)
     views = HeadViews(local, ("t",) * len(tokens))
-    heads = HeadViews._heads
+    heads, read = HeadViews._heads, HeadTargets.read
     monkeypatch.setattr(HeadViews, "_heads", lambda *arguments: 1.01 * heads(*arguments))
+    monkeypatch.setattr(HeadTargets, "read", lambda *arguments: 1.01 * read(*arguments))
     assert local.attention is not None
     for part in local.decompositions:
         number = int(torch.nonzero((part.features.group == 2) & (part.features.row == 7))[0, 0])
