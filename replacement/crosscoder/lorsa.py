@@ -15,8 +15,10 @@ decodes, lists or draws features does the same with heads. Letters: Q groups of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -179,6 +181,11 @@ class Lorsa(Crosscoder):
     def input_scale(self, group: int) -> float:
         """Factor of a layer's input in front of its stored weights; 1 unless these stay in a file that expects another."""
         return 1.0 if self.in_file is None else self.in_file.input_scale.get(self.wiring.reads[group][0], 1.0)
+
+    def _matrices(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        yield from super()._matrices()
+        for name, group in itertools.product(("W_Q", "W_K"), range(self.n_groups)) if self.in_file is not None else ():
+            yield f"{name}.{group}", partial(torch.mul, getattr(self, name)[group].detach(), self.input_scale(group))
 
     def patterns(
         self, inputs: Mapping[Site, Tensor], group: int, *, positions: Int[Tensor, " R"] | None = None

@@ -111,7 +111,7 @@ def scaled_queries(sizes: QueryKeys, factor: float, group: int) -> dict[str, Cal
         return {}
 
     def scaled(values: Tensor) -> Tensor:
-        return values * factor
+        return values.double() * factor
 
     scaled.__name__ = f"times {factor}"  # part of the fingerprint
     names = ("W_Q", "b_Q") if sizes.norm_epsilon is None else ("gain_Q",)
@@ -148,8 +148,11 @@ def query_key_settings(layout: str, sizes: QueryKeys) -> dict[str, Any]:
         return entries
     frequencies = rotary.frequencies
     base = 10_000.0 if len(frequencies) == 1 else (frequencies[0] / frequencies[1]) ** len(frequencies)
-    base = round(base) if math.isclose(base, round(base), rel_tol=1e-9) else base
+    base = float(round(base)) if math.isclose(base, round(base), rel_tol=1e-9) else base
     expected = Rotary.of_base(rotary.n_channels, base=base).frequencies
     others = not all(math.isclose(f, g, rel_tol=1e-9) for f, g in zip(frequencies, expected, strict=True))
     check_holds(layout, {"rotary frequencies that are no powers of a base": others})
-    return entries | {"rotary_base": base, "rotary_adjacent_pairs": rotary.neighbours}
+    return entries | {
+        "rotary_base": int(base) if base.is_integer() else base,
+        "rotary_adjacent_pairs": rotary.neighbours,
+    }

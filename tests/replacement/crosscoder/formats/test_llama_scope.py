@@ -275,7 +275,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (remove_layer, f"plt has no layer 1, but layer 2 ({THIRD})"),
     (with_config(SECOND, hook_point_in=hooks(0)[0], hook_point_out=hooks(0)[1], norm_activation="inference"), "twice"),
     (cut_off(f"{THIRD}/sae_weights.safetensors"), "sae_weights.safetensors is damaged or not a safetensors file"),
-    (with_config(FIRST, sae_type="lorsa"), "config.json lacks the entry 'n_qk_heads'"),
+    (with_config(FIRST, sae_type="lorsa"), "hook_point_in: expected blocks.N.ln1.hook_normalized, "),
     (
         with_config(FIRST, expansion_factor=float("inf")),
         "expected a d_model and expansion_factor above 0, got 8 and inf",
