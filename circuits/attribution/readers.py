@@ -138,7 +138,7 @@ def head_reads(local: LocalReplacement, part: Decomposition, chosen_S: Tensor, g
     encoders_NX = part.crosscoder.encoder_vectors(group, index_N, site)
     attention, bias_N = local.frozen.attentions[site.layer], part.crosscoder.b_enc[group][index_N]
     if isinstance(part.crosscoder, Lorsa):
-        norm, pattern_QTT = attention.norm_before(site.kind), part.patterns[group]
+        norm, pattern_QTT = attention.weights.norm_before(site.kind), part.patterns[group]
         return HeadTargets(
             layer=site.layer,
             kernel_HTT=pattern_QTT / attention.scale_in_T,

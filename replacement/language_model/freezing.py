@@ -213,7 +213,7 @@ def _rebuilt(
             yield f"mixed values of layer {layer}", attention.z(pre), z, (quiet_T1 * typical_z,)
         for kind in ("attn_in", "attn_normalized"):
             if (read := frozen.activations.get(Site(layer, kind))) is not None:
-                rebuilt = attention.norm_before(kind).freeze(attention.scale_in_T).apply(pre)
+                rebuilt = weights.norm_before(kind).freeze(attention.scale_in_T).apply(pre)
                 yield f"{kind} of layer {layer}", rebuilt, read, ()
         mlp_reads = pre if parts.shape.parallel else pre + written
         norm = frozen.norms_mlp[layer]

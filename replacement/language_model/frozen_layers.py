@@ -175,6 +175,10 @@ class AttentionWeights:
             W_O_XD = W_O_XD * self.norm_out.weight_D
         return W_O_XD if self.residual_scale == 1 else W_O_XD * self.residual_scale
 
+    def norm_before(self, kind: str) -> NormWeights:
+        """The norm between the stream and a site in front of attention: `attn_in`, or `attn_normalized` before its gain."""
+        return self.norm_in.without_gain if kind == "attn_normalized" else self.norm_in
+
     def hold(self) -> AttentionWeights:
         """The same weights with the folded ones kept, for many products in a row; as long as the result is referred to."""
         return replace(self, held=(self.W_V_XD.contiguous(), self.W_O_XD.contiguous()))
@@ -219,10 +223,6 @@ class FrozenAttention:
     """Scale of the norm after this layer; None where there is none."""
     constant_z_TX: Float[Tensor, "T X"]
     """Mixed value vectors (`attn_z`) for a zero stream."""
-
-    def norm_before(self, kind: str) -> NormWeights:
-        """The norm between the stream and a site in front of attention: `attn_in`, or `attn_normalized` before its gain."""
-        return self.weights.norm_in.without_gain if kind == "attn_normalized" else self.weights.norm_in
 
     def apply(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """The layer's write to the residual stream when it reads `x_TD`."""

@@ -44,7 +44,7 @@ def freeze_query_key_groups(local: LocalReplacement, *, layer: int) -> FrozenQue
         W_K=W_K,
         b_Q=b_Q,
         b_K=b_K,
-        norm_in=attention.norm_before(site.kind),
+        norm_in=attention.weights.norm_before(site.kind),
         query_norm=norms["Q"],
         key_norm=norms["K"],
         scale=sizes.width**-0.5,
