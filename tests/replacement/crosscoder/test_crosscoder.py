@@ -122,7 +122,7 @@ def test_folding_a_scale_is_exact(wiring: Wiring, tied: bool, random_crosscoder:
     crosscoder = random_crosscoder(wiring, tied=tied, skip=True, activation=JumpReLU())
     inputs = random_inputs(wiring)
     input_scale = {site: 0.3 + 0.7 * i for i, site in enumerate(wiring.read_sites)}
-    output_scale = {site: 1.9 - 0.4 * i for i, site in enumerate(wiring.write_sites)}
+    output_scale = {site: 1.9 - 0.3 * i for i, site in enumerate(wiring.write_sites)}
     before = crosscoder({site: input_scale[site] * x_BD for site, x_BD in inputs.items()})
     crosscoder.fold_input_scale(input_scale, output_scale)
     after = crosscoder(inputs)

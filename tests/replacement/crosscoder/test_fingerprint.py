@@ -117,6 +117,7 @@ RECORDED = {
     "strictly_causal": "2:a10dfe28caa56564",
     "weakly_causal": "2:f72858794f6ffb19",
     "attention": "2:11082d6e08da42a8",
+    "joint": "2:0dde88a4874a3b13",
     "acausal": "2:ffa2d4e88792aab0",
     "model_diffing": "2:30cefaa7ef19a753",
     "many_models": "2:e3fc66da1beda7e0",
