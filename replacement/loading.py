@@ -32,8 +32,8 @@ def load(
     Args:
         model: `demo`, a hub name, or a local folder in Hugging Face layout.
         crosscoder: `demo`, the folder of a training run, or a crosscoder in any layout that `replacement layouts`
-            lists: a folder, or `hf:org/repo[/path][@revision]` on the Hugging Face hub. It may be left out for the demo alone. A
-            joint one replaces attention, too.
+            lists: a folder, or `hf:org/repo[/path][@revision]` on the Hugging Face hub. It may be left out for the demo alone.
+            A joint one replaces attention, too.
         attention_crosscoder: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
         dtype: float32, bfloat16, float16 or float64, which both are loaded in; its name will do. The model runs in it; exact
             work (`localize`, `circuits.trace`) raises 16-bit weights to float32 piece by piece.
