@@ -9,7 +9,8 @@ the share of claims that held, with an interval over prompts, and lists every cl
 
     python examples/explain_demo.py --norms
 
-Why claims about the answer fail: on five further probes of agreement, the same ablations with norms live and with norms frozen.
+Why some claims about the answer are not told: on five further probes of agreement, the same ablations with norms live and with
+norms frozen, each beside what the graph predicts with the final norm following the change and with the norm held.
 """
 
 import argparse
@@ -52,10 +53,13 @@ def story_of(model: ReplacementModel, probe: Probe) -> dict[str, Any]:
     return {**facts, "is_right": graph.metadata["top_tokens"][0]["token"] in probe.answers}
 
 
-def share_held(stories: Sequence[Facts]) -> float:
-    """Share of the tested claims of all stories that held."""
-    held, refuted = (sum(story[name] for story in stories) for name in ("held", "refuted"))
-    return held / (held + refuted) if held + refuted else float("nan")
+def share_held(stories: Sequence[Facts], *, withheld: bool = False) -> float:
+    """Share of the tested claims of all stories that held; with those that are tested, but not told."""
+    told = [claim["verdict"] for story in stories for claim in story["claims"]]
+    not_told = [claim["verdict"] for story in stories for claim in story["withheld"] if withheld]
+    count = Counter(told + not_told)
+    tested = count["held"] + count["refuted"]
+    return count["held"] / tested if tested else float("nan")
 
 
 def share_of_signs(stories: Sequence[Facts]) -> float:
@@ -90,6 +94,11 @@ def print_summary(name: str, stories: Sequence[Facts]) -> None:
         f"{count['untested']} not tested; stories without a refuted claim: {whole}"
     )
     print(f"  with the claimed sign in every trial, controls aside: {share_of_signs(stories):.0%}")
+    not_told = Counter(claim["verdict"] for story in stories for claim in story["withheld"])
+    print(
+        f"  not told, as the final norm would undo them: {not_told.total()}, of which {not_told['held']} would have held; "
+        f"held of all, these included: {share_held(stories, withheld=True):.0%}"
+    )
     told = np.mean([story["told"] for story in stories])
     print(f"  influence into the groups that the claims tell: {told:.0%}")
     outcomes: Counter[tuple[str, ...]] = Counter()
@@ -123,7 +132,7 @@ def print_failures(stories: Sequence[Facts]) -> None:
 def print_norms(model: ReplacementModel) -> None:
     """Groups of features that are said to raise the answer, ablated with all other outputs held: norms live and frozen."""
     probes = next(behaviour.probes for behaviour in behaviours() if behaviour.name == "agreement")
-    found: dict[str, list[tuple[float, float, str]]] = {"live": [], "frozen": []}
+    found: dict[tuple[str, str], list[tuple[float, float, str]]] = {("live", "live"): [], ("held", "frozen"): []}
     for probe in probes[40:45]:
         graph = circuits.trace(model, probe.prompt)
         grouping = circuit_of(graph).group()
@@ -134,18 +143,18 @@ def print_norms(model: ReplacementModel) -> None:
             trial = trials.ablated(source)
             if kind[target] != "outputs" or kind[source] != "features" or trial is None:
                 continue
-            predicted = float(trials.predicted(trial, total=False)[0, target])
             edits = [*trial.edits, *trial.controls]
-            for norms, results in found.items():
+            for (norm, norms), results in found.items():
+                predicted = float(trials.predicted(trial, total=False, norm=norm)[0, target])
                 run = trials.effects.measure_edits(edits, "constrained", "live", norms=norms)
                 measured, *controls = (run.change_BN @ trials.reading_NG[:, target]).tolist()
                 interval = excess_interval(measured, np.array(controls))
                 results.append((predicted, measured, outcome(-claim.sign, measured, interval)))
-    for norms, results in found.items():
+    for (_, norms), results in found.items():
         predicted, measured = (float(np.median([row[column] for row in results])) for column in (0, 1))
         held = sum(result[2] == "held" for result in results)
         print(
-            f"norms {norms}: {held} of {len(results)} held; median {predicted:.1f} predicted, {measured:.1f} measured"
+            f"norms {norms}: {held} of {len(results)} would hold; median {predicted:.1f} predicted, {measured:.1f} measured"
         )
 
 
@@ -159,7 +168,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for the facts of every story")
-    parser.add_argument("--norms", action="store_true", help="why claims about the answer fail")
+    parser.add_argument("--norms", action="store_true", help="why some claims about the answer are not told")
     arguments = parser.parse_args()
     model = replacement.load("demo")
     if arguments.norms:

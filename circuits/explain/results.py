@@ -27,7 +27,9 @@ from circuits.explain.trials import OtherPrompt, Trial, Trials
 CONFIDENCE = 0.9
 LEAST_PREDICTED = 0.5
 """Another prompt is no trial of a claim where the graph predicts less than this share of what it predicts of ablation: the
-group keeps too much of its value there."""
+group keeps too much of its value there. A claim is withheld where the final norm leaves less than this share of its effect."""
+VERDICTS = ("held", "refuted", "untested")
+"""What is found of a claim; see `verdict`."""
 CONDITIONS = {"constrained": "constrained", "live": "original"}
 """Condition -> patching of `circuits.validation.effects`: all outputs held but for what the group writes, or the original
 model running on behind it. Attention patterns and norms are live in both."""
@@ -49,6 +51,28 @@ class Result:
     variants: int
     outcome: str
     """`held`, `wrong sign`, or `within noise`: within the noise, which is what controls do or how variants differ."""
+
+
+def kept_by_final_norm(trials: Trials, claims: Sequence[Claim]) -> list[float | None]:
+    """Share of its predicted effect on the answer that is left when the final norm follows the change; below 0 if turned.
+
+    Ablating features that write much of the last stream makes it smaller, and the norm scales up what is left: a group may
+    carry a large part of the answer, and still the answer would do without it. The smaller of the shares of direct and total
+    effects; None for claims that are not about an output or not of features.
+    """
+    shares: list[float | None] = []
+    for claim in claims:
+        source, target = (trials.groups[number] for number in (claim.edge.source, claim.edge.target))
+        trial = trials.ablated(claim.edge.source) if target.kind == "outputs" and source.kind == "features" else None
+        if trial is None:
+            shares.append(None)
+            continue
+        held, live = (
+            np.array([trials.predicted(trial, total=total, norm=norm)[0, claim.edge.target] for total in (False, True)])
+            for norm in ("held", "live")
+        )
+        shares.append(float(np.divide(live, held, out=np.zeros(2), where=held != 0).min()))
+    return shares
 
 
 def try_claims(trials: Trials, claims: Sequence[Claim], others: Sequence[OtherPrompt]) -> list[list[Result]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from circuits.attribution.grounding import Grounding
 from circuits.explain.claims import MOST_GROUPS, Claim, claims_of, story_groups, told_share
-from circuits.explain.results import Result, try_claims, verdict
+from circuits.explain.results import LEAST_PREDICTED, VERDICTS, Result, kept_by_final_norm, try_claims, verdict
 from circuits.explain.sentences import display_names, sentences
 from circuits.explain.story_page import page
 from circuits.explain.trials import OtherPrompt, Trials, circuit_of
@@ -47,6 +49,8 @@ def explain_graph(
     groups), and the claims are the strongest edges among the groups (`circuits.explain.claims`). Each group that is said to
     cause something is ablated, and set to its values in other prompts (`circuits.explain.trials`); whether the groups that it
     is said to raise or lower follow is decided in `circuits.explain.results`. A claim is refuted if any of its tests is.
+    Claims about the answer whose effect would be undone by the final norm, as the graph itself predicts, are withheld: tested
+    and listed, but told in no sentence.
 
     Args:
         model: the model that the graph was traced in.
@@ -81,21 +85,26 @@ def explain_graph(
     if not claims:
         raise ValueError("expected a graph with edges between its groups, given one without any")
     others = [OtherPrompt(model, prompt, graph) for prompt in against]
-    results = try_claims(Trials(effects, grouping, controls=controls, seed=seed), claims, others)
+    trials = Trials(effects, grouping, controls=controls, seed=seed)
+    results, kept = try_claims(trials, claims, others), kept_by_final_norm(trials, claims)
     facts = {
         "prompt": graph.metadata["prompt"],
         "is_pruned": "pruning" in graph.metadata,
         "against": [other.text for other in others],
         "controls": controls,
         "seed": seed,
-        **_facts(grouping, shown, claims, results),
+        **_facts(grouping, shown, claims, results, kept),
     }
     title = f"story of {facts['prompt']!r:.80}"
     return Report({name: finite(value) for name, value in facts.items()}, title=title, page=page)
 
 
 def _facts(
-    grouping: Grouping, shown: Sequence[int], claims: Sequence[Claim], results: Sequence[Sequence[Result]]
+    grouping: Grouping,
+    shown: Sequence[int],
+    claims: Sequence[Claim],
+    results: Sequence[Sequence[Result]],
+    kept: Sequence[float | None],
 ) -> dict[str, Any]:
     """Groups, claims, sentences and overall figures as plain values."""
     graph, names = grouping.graph, display_names(grouping)
@@ -112,7 +121,7 @@ def _facts(
         }
         for number in shown
     ]
-    told = [
+    tried = [
         {
             "source": names[claim.edge.source],
             "target": names[claim.edge.target],
@@ -122,21 +131,31 @@ def _facts(
             "influence": claim.edge.influence,
             "heads": claim.heads(),
             "verdict": verdict(of_claim),
+            "kept_by_final_norm": share,
             "tests": [asdict(result) for result in of_claim],
         }
-        for claim, of_claim in zip(claims, results, strict=True)
+        for claim, of_claim, share in zip(claims, results, kept, strict=True)
     ]
-    verdicts = [claim["verdict"] for claim in told]
-    count = {name: verdicts.count(name) for name in ("held", "refuted", "untested")}
-    tested = count["held"] + count["refuted"]
+    is_told = [share is None or share >= LEAST_PREDICTED for share in kept]
+    facts, telling = list(compress(tried, is_told)), list(compress(claims, is_told))
+    verdicts = [claim["verdict"] for claim in facts]
     return {
         "groups": groups,
-        "claims": told,
-        "sentences": sentences(grouping, claims, told),
-        **count,
-        "share_held": count["held"] / tested if tested else None,
-        "told": told_share(grouping, shown, claims),
+        "claims": facts,
+        "withheld": [claim for claim, told in zip(tried, is_told, strict=True) if not told],
+        "sentences": sentences(grouping, telling, facts),
+        **{name: verdicts.count(name) for name in VERDICTS},
+        "share_held": share_held(facts),
+        "share_held_with_withheld": share_held(tried),
+        "told": told_share(grouping, shown, telling),
     }
+
+
+def share_held(claims: Iterable[Mapping[str, Any]]) -> float | None:
+    """Share of the tested ones of some claims that held; None where none was tested."""
+    verdicts = Counter(claim["verdict"] for claim in claims)
+    tested = verdicts["held"] + verdicts["refuted"]
+    return verdicts["held"] / tested if tested else None
 
 
 def _range(column: np.ndarray, group: Group) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from circuits.explain.story_page import change, headline, legend, measured
+from circuits.explain.story_page import change, headline, legend, measured, withheld_rows
 from circuits.graph.text import printable, shorten
 
 TEMPLATE = Path(__file__).with_name("story.html.jinja")
@@ -37,9 +37,10 @@ def html_page(facts: Mapping[str, Any]) -> str:
         legend=legend(facts),
         groups=facts["groups"],
         boxes=list(boxes.values()),
-        lines=_lines(facts["claims"], boxes),
+        lines=[*_lines(facts["claims"], boxes), *_lines(facts["withheld"], boxes, drawn="withheld")],
         size=(WIDTH, height),
         sentences=[_sentence(facts, sentence) for sentence in facts["sentences"]],
+        withheld=withheld_rows(facts),
     )
 
 
@@ -68,10 +69,12 @@ def _boxes(groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any
     return places, height
 
 
-def _lines(claims: Sequence[Mapping[str, Any]], boxes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A curve for every claim between groups that have boxes."""
+def _lines(
+    claims: Sequence[Mapping[str, Any]], boxes: Mapping[str, Mapping[str, Any]], *, drawn: str | None = None
+) -> list[dict[str, Any]]:
+    """A curve for every claim between groups that have boxes; drawn as its verdict or as said."""
     lines = []
-    most = max(claim["influence"] for claim in claims)
+    most = max((claim["influence"] for claim in claims), default=0.0)
     for claim in claims:
         if claim["source"] not in boxes:
             continue
@@ -80,8 +83,9 @@ def _lines(claims: Sequence[Mapping[str, Any]], boxes: Mapping[str, Mapping[str,
         x2, y2 = target["x"] + target["width"] / 2, target["y"] + target["height"]
         bend = (y1 - y2) / 2 if y1 > y2 else 40
         path = f"M{x1:.1f} {y1:.1f} C{x1:.1f} {y1 - bend:.1f} {x2:.1f} {y2 + bend:.1f} {x2:.1f} {y2:.1f}"
-        says = f"{claim['source']} {claim['says']} {claim['target']}: {VERDICTS[claim['verdict']]}"
-        lines.append({**claim, "path": path, "stroke": round(1.5 + 5 * claim["influence"] / most, 1), "title": says})
+        says = f"{claim['source']} {claim['says']} {claim['target']}: {'not told' if drawn else VERDICTS[claim['verdict']]}"
+        stroke = 1.5 if drawn else round(1.5 + 5 * claim["influence"] / most, 1)
+        lines.append({**claim, "drawn": drawn or claim["verdict"], "path": path, "stroke": stroke, "title": says})
     return lines
 
 

@@ -12,6 +12,11 @@ from rich.text import Text
 from circuits.graph.text import printable, shorten
 from replacement import console
 
+UNDONE = (
+    " Not told: without the group the last stream is smaller, and the final norm scales up what is left, so that the graph "
+    "itself predicts less than half of the effect to remain. Such a group carries part of an answer that would come without it."
+)
+"""What claims are that are not told."""
 STYLES = {"held": "bold", "refuted": "bold red", "untested": "dim"}
 LONGEST_NAME = 30
 
@@ -22,6 +27,8 @@ def page(facts: Mapping[str, Any]) -> Group:
     parts.append(console.section(f"Groups ({len(facts['groups'])})", _groups(facts)))
     for sentence in facts["sentences"]:
         parts += [_sentence(sentence), *_tests(facts, sentence), Text()]
+    if facts["withheld"]:
+        parts += [console.section("Not told, as the final norm would undo them", _withheld(facts)), Text()]
     parts.append(Text(legend(facts), style="dim"))
     return Group(*parts)
 
@@ -33,7 +40,8 @@ def headline(facts: Mapping[str, Any]) -> str:
         "no claim could be tested" if share is None else f"{facts['held']} of {tested} tested claims held ({share:.0%})"
     )
     rest = f", {facts['untested']} of {len(facts['claims'])} could not be tested" if facts["untested"] else ""
-    return f"{held}{rest}; the story tells {facts['told']:.0%} of what flows into its groups"
+    withheld = f", {len(facts['withheld'])} more are not told" if facts["withheld"] else ""
+    return f"{held}{rest}{withheld}; the story tells {facts['told']:.0%} of what flows into its groups"
 
 
 def legend(facts: Mapping[str, Any]) -> str:
@@ -44,7 +52,18 @@ def legend(facts: Mapping[str, Any]) -> str:
         "from edges (constrained) or all paths (live). constrained: all other outputs are held; live: the original model runs "
         f"on. Brackets, 90 %: of features, the effect in excess of {n_controls} random changes of that size; of tokens, the "
         f"median over {n_controls} random tokens (ablated) or {n_others} other prompts (set). A claim is refuted if a test is."
+        + (UNDONE if facts["withheld"] else "")
     )
+
+
+def withheld_rows(facts: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Of every claim that is not told: what it would say, the effect that the norm leaves, measured effects, verdict."""
+    rows = []
+    for claim in facts["withheld"]:
+        live = [change(test["measured"], claim["unit"]) for test in claim["tests"] if test["trial"] == "ablated"]
+        says = f"{claim['source']} {claim['says']} {claim['target']}"
+        rows.append((says, f"{claim['kept_by_final_norm']:.0%}", ", ".join(live), claim["verdict"]))
+    return rows
 
 
 def change(value: float | None, unit: str) -> str:
@@ -72,6 +91,11 @@ def _groups(facts: Mapping[str, Any]) -> RenderableType:
         for group in facts["groups"]
     )
     return console.table("group", "kind", "influence", "nodes", "F1 of name", rows=rows, texts=("kind",))
+
+
+def _withheld(facts: Mapping[str, Any]) -> RenderableType:
+    rows = [(shorten(says, 60), *rest) for says, *rest in withheld_rows(facts)]
+    return console.table("", "left by the norm", "ablated", "would have", rows=rows, texts=("would have",))
 
 
 def _sentence(sentence: Mapping[str, Any]) -> Text:

@@ -15,6 +15,7 @@ from circuits.graph.nodes import NodeKind
 from circuits.graph.paths import average_path_length
 from circuits.validation.agreement import agreement, cosine, mean_of_known, spearman
 from circuits.validation.effects import NORMS, PATCHING, PATTERNS, Effects, Measured, sample_features
+from circuits.validation.final_norm import with_final_norm
 from circuits.validation.hops import hop_fidelity
 from circuits.validation.perturbations import compare_perturbations
 from circuits.validation.prediction import influence_among, predicted_changes, scaled_alone
@@ -105,8 +106,11 @@ def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[F
     influence_B = node_influence(graph)[changed]
     rows, one_layer, ablation = [], [], []
     for change, scale in SCALES.items():
-        predictions = {
-            total: predicted_changes(graph, scaled_alone(changed, scale - 1), total=total) for total in (False, True)
+        changes = scaled_alone(changed, scale - 1)
+        predictions = {total: predicted_changes(graph, changes, total=total) for total in (False, True)}
+        live = {
+            total: with_final_norm(effects.grounding, changes, predicted_BN, total=total)
+            for total, predicted_BN in predictions.items()
         }
         for patching in PATCHING:
             predicted_BN = predictions[patching != "constrained"]
@@ -114,7 +118,8 @@ def _compare(effects: Effects, changed: np.ndarray) -> tuple[list[Facts], list[F
                 runs = {norms: effects.measure(changed, scale, patching, patterns, norms=norms) for norms in NORMS}
                 measured, setting = runs["live"], {"patching": patching, "patterns": patterns, "change": change}
                 for norms, run in runs.items():
-                    for distance, pairs in pairs_by_distance(graph, changed, predicted_BN, run).items():
+                    expected_BN = live[patching != "constrained"] if norms == "live" else predicted_BN
+                    for distance, pairs in pairs_by_distance(graph, changed, expected_BN, run).items():
                         if norms != "final" or distance == "logits":  # features come before the final norm
                             rows.append({**setting, "norms": norms, "distance": distance, **agreement(*pairs)})
                     if patching == "constrained" and norms != "final":

@@ -39,7 +39,11 @@ def story(*verdicts: str) -> dict[str, Any]:
             (verdict, {"held": -2.0, "refuted": 0.5, "untested": 0.0}[verdict]) for verdict in verdicts
         )
     ]
-    return {"claims": claims, **{name: verdicts.count(name) for name in ("held", "refuted", "untested")}}
+    return {
+        "claims": claims,
+        "withheld": [],
+        **{name: verdicts.count(name) for name in ("held", "refuted", "untested")},
+    }
 
 
 def test_figures(example: Any) -> None:

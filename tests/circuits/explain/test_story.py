@@ -69,7 +69,7 @@ def test_effects_of_groups_are_predicted_exactly_where_everything_is_frozen(lang
     for number in range(6):
         trial = trials.ablated(number)
         assert trial is not None
-        predicted = trials.predicted(trial, total=False)[0]
+        predicted = trials.predicted(trial, total=False, norm="held")[0]
         run = trials.effects.measure_edits(trial.edits, "constrained", "frozen", norms="frozen")
         measured = (run.change_BN @ trials.reading_NG)[0]
         later = [*range(3 * (number // 3 + 1), 9), *outputs]
@@ -177,6 +177,32 @@ def test_the_facts(facts: Any, graph: Any) -> None:
     assert sorted(n for sentence in facts["sentences"] for n in sentence["claims"]) == list(range(len(facts["claims"])))
     assert any(claim["heads"] for claim in facts["claims"])
     json.dumps(facts, allow_nan=False)
+
+
+def test_claims_that_the_final_norm_would_undo_are_tested_but_not_told(
+    demo: ReplacementModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Agreement: several groups write the answer, and each could be missed. What the norm leaves is what is measured."""
+    graph = circuits.trace(demo, "the tables beside the wagon")
+    facts = circuits.explain_graph(demo, graph, controls=9)
+    assert facts["withheld"]
+    assert all(claim["unit"] == "logits" and claim["kept_by_final_norm"] < 0.5 for claim in facts["withheld"])
+    kept = [claim["kept_by_final_norm"] for claim in facts["claims"]]
+    assert all(share is None or share >= 0.5 for share in kept)
+    every = [claim["verdict"] for claim in (*facts["claims"], *facts["withheld"])]
+    expected = every.count("held") / (every.count("held") + every.count("refuted"))
+    assert facts["share_held_with_withheld"] == pytest.approx(expected)
+    said = {number for sentence in facts["sentences"] for number in sentence["claims"]}
+    assert said == set(range(len(facts["claims"])))
+    for claim in facts["withheld"]:
+        held = -claim["weight"]
+        (test,) = [test for test in claim["tests"] if test["condition"] == "constrained"]
+        assert abs(test["predicted"] - test["measured"]) < abs(held - test["measured"])
+    Console(width=100).print(facts._page(facts))
+    text = capsys.readouterr().out
+    assert "Not told, as the final norm would undo them" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert "Not told, as the final norm would undo them" in html_page(facts)
 
 
 def test_the_same_seed_gives_the_same_facts(demo: ReplacementModel, graph: Any, facts: Any) -> None:
