@@ -12,9 +12,11 @@ from rich.text import Text
 from circuits.graph.text import printable, shorten
 from replacement import console
 
+NOT_TOLD = "Not told: the final norm is predicted to undo them"
 UNDONE = (
-    " Not told: without the group the last stream is smaller, and the final norm scales up what is left, so that the graph "
-    "itself predicts less than half of the effect to remain. Such a group carries part of an answer that would come without it."
+    " Not told: without the group the last stream is smaller, the final norm scales up what is left, and the graph itself "
+    "predicts less than half of the effect to remain. More may be measured where attention turns elsewhere, as a graph holds "
+    "attention patterns still."
 )
 """What claims are that are not told."""
 STYLES = {"held": "bold", "refuted": "bold red", "untested": "dim"}
@@ -28,7 +30,7 @@ def page(facts: Mapping[str, Any]) -> Group:
     for sentence in facts["sentences"]:
         parts += [_sentence(sentence), *_tests(facts, sentence), Text()]
     if facts["withheld"]:
-        parts += [console.section("Not told, as the final norm would undo them", _withheld(facts)), Text()]
+        parts += [console.section(NOT_TOLD, _withheld(facts)), Text()]
     parts.append(Text(legend(facts), style="dim"))
     return Group(*parts)
 
@@ -95,7 +97,9 @@ def _groups(facts: Mapping[str, Any]) -> RenderableType:
 
 def _withheld(facts: Mapping[str, Any]) -> RenderableType:
     rows = [(shorten(says, 60), *rest) for says, *rest in withheld_rows(facts)]
-    return console.table("", "left by the norm", "ablated", "would have", rows=rows, texts=("would have",))
+    return console.table(
+        "", "left by the norm", "ablated (constrained, live)", "would have", rows=rows, texts=("would have",)
+    )
 
 
 def _sentence(sentence: Mapping[str, Any]) -> Text:

@@ -40,7 +40,8 @@ NORMS = ("live", "final", "frozen")
 """Scales of the stream's norms: computed again, that of the final norm held at its clean value, or all of them.
 
 A graph's linear paths have all of them held. For logits the final norm matters most: ablating a feature changes the size of the
-last stream, and with it every logit by one factor, which moves a large logit by more than most features write."""
+last stream, and with it every logit by one factor, which moves a large logit by more than most features write. Predictions for
+`live` follow it (`circuits.validation.final_norm`)."""
 TOKENS_AT_ONCE = 4096
 """Tokens of all copies of a prompt that run together: bounds memory."""
 

@@ -200,9 +200,9 @@ def test_claims_that_the_final_norm_would_undo_are_tested_but_not_told(
         assert abs(test["predicted"] - test["measured"]) < abs(held - test["measured"])
     Console(width=100).print(facts._page(facts))
     text = capsys.readouterr().out
-    assert "Not told, as the final norm would undo them" in text
+    assert "Not told: the final norm is predicted to undo them" in text
     assert max(map(len, text.splitlines())) <= 100
-    assert "Not told, as the final norm would undo them" in html_page(facts)
+    assert "Not told: the final norm is predicted to undo them" in html_page(facts)
 
 
 def test_the_same_seed_gives_the_same_facts(demo: ReplacementModel, graph: Any, facts: Any) -> None:
