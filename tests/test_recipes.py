@@ -56,7 +56,7 @@ def data(example: Any, demo: Models, tmp_path: Path) -> Any:
 def test_there_are_recipes_of_every_family() -> None:
     wirings = {read_config(path).crosscoder.wiring for path in RECIPES}
     families = {"autoencoder", "transcoder", "per_layer", "strictly_causal", "weakly_causal", "acausal", "attention"}
-    assert wirings == families | {"joint", "model_diffing"}
+    assert wirings == families | {"joint", "lorsa", "model_diffing"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -57,13 +57,16 @@ class _StoredDecoders(NamedTuple):
 class Crosscoder(CrosscoderWeights):
     """Sparse features read from some sites of a transformer and written to others.
 
-    Construction and parameters: see `CrosscoderWeights`.
+    Construction and parameters: see `CrosscoderWeights`. `reads_prompts` says whether a row's features depend on other rows, so
+    that rows must be whole prompts (`Lorsa`); of any other crosscoder they may be any tokens.
 
     >>> clt = Crosscoder(Wiring.strictly_causal(lm), n_features=4096, activation=TopK(16))  # doctest: +SKIP
     >>> outputs, features = clt({site: activations[site] for site in clt.wiring.read_sites})  # doctest: +SKIP
     >>> outputs[Site(3, "mlp_out")]                             # [B, D] reconstruction      # doctest: +SKIP
     >>> features.of(2).index                                    # active features of group 2 # doctest: +SKIP
     """
+
+    reads_prompts: ClassVar[bool] = False
 
     def pre_activations(
         self, inputs: Mapping[Site, Tensor], group: int, *, positions: Int[Tensor, " B"] | None = None
@@ -260,12 +263,14 @@ class Crosscoder(CrosscoderWeights):
         index_S: Int[Tensor, " S"],
         *,
         pre_S: Float[Tensor, " S"],
+        positions: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, " S"]:
         """Attach to chosen pre-activations their gradients to inputs and weights, without a dense backward pass.
 
         Args:
             row_S, index_S: chosen (row, feature index) pairs.
             pre_S: their values, taken from `pre_activations` without gradient; returned unchanged.
+            positions: as for `pre_activations`.
         """
         bias_F: Tensor | None = self.b_enc[group]
         if not torch.is_grad_enabled():
@@ -352,9 +357,19 @@ class Crosscoder(CrosscoderWeights):
         sizes = f"{self.n_groups} groups of {self.n_features} features"
         return f"Crosscoder({self.wiring.name}, {sizes}, {self.activation!r})"
 
-    def forward(self, inputs: Mapping[Site, Tensor], *, positions: Int[Tensor, " B"] | None = None) -> CrosscoderOutput:
-        """Encode and decode, skip terms included; see `encode` for the arguments."""
-        features = self.encode(inputs, positions=positions)
+    def forward(
+        self,
+        inputs: Mapping[Site, Tensor],
+        *,
+        positions: Int[Tensor, " B"] | None = None,
+        keep: Bool[Tensor, " B"] | None = None,
+    ) -> CrosscoderOutput:
+        """Encode and decode, skip terms included; see `encode` for the arguments. Of rows that are not kept there is no output:
+        rows of reconstructions and features are those that are, in order."""
+        features = self.encode(inputs, positions=positions, keep=keep)
+        if keep is not None:
+            features = features.of_rows(keep)
+            inputs = {site: inputs[site][keep] for site in self.wiring.read_sites} if self.skip else {}
         outputs = self.decode(features)
         for site, y_BD in self.skip_contribution(inputs).items():
             outputs[site] = outputs[site] + y_BD

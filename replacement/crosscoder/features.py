@@ -138,6 +138,11 @@ class Features:
         """The features where a mask `[S]` is true, at places in the table (in a sorted order), or in a slice of it."""
         return self._with({name: getattr(self, name)[chosen] for name in _COLUMNS})
 
+    def of_rows(self, keep: Bool[Tensor, " B"]) -> Features:
+        """The features of some rows, as a table of these rows alone."""
+        kept = self.select(keep[self.row])
+        return replace(kept, row=(keep.cumsum(0) - 1)[kept.row], n_rows=int(keep.sum()))
+
     def replace_activations(self, activation_S: Float[Tensor, " S"]) -> Features:
         """The same features with other activations, such as leaves for autograd or steered values."""
         return replace(self, activation=activation_S)

@@ -105,9 +105,13 @@ def quantile_thresholds(
         n_rows: rows of all batches together.
 
     Raises:
-        ValueError: no rows, or a target that is missing or outside 0 to F.
+        ValueError: no rows, a crosscoder whose rows are whole prompts, or a target that is missing or outside 0 to F.
     """
     sites = crosscoder.wiring.read_sites
+    if crosscoder.reads_prompts:
+        raise ValueError(
+            f"cannot measure thresholds of a {crosscoder.wiring.name} crosscoder: its rows are whole prompts"
+        )
     if not n_rows:
         raise ValueError("no rows to measure a threshold on: the batches are empty")
     n_kept = [max(1, round(target * n_rows)) for target in _targets(crosscoder, target_l0)]

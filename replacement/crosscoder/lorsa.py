@@ -106,6 +106,7 @@ class Lorsa(Crosscoder):
         ValueError: groups that read several sites, F that Q does not divide, or options that attention does not have.
     """
 
+    reads_prompts: ClassVar[bool] = True
     ARGUMENTS: ClassVar[tuple[str, ...]] = (*Crosscoder.ARGUMENTS, "query_keys")
     W_Q: nn.ParameterList
     W_K: nn.ParameterList
@@ -145,15 +146,8 @@ class Lorsa(Crosscoder):
 
     @torch.no_grad()
     def initialise(self, seed: int | None, *, part: int = 0, n_parts: int = 1) -> None:
-        """As for every crosscoder; queries and keys of unit variance where inputs have it, gains 1.
-
-        Raises:
-            ValueError: a part of the heads: queries and keys are not shared between processes.
-        """
-        if n_parts > 1:
-            raise ValueError(
-                "the heads of low-rank sparse attention cannot be shared between processes: leave out shards"
-            )
+        """As for every crosscoder; queries and keys of unit variance where inputs have it, gains 1."""
+        assert n_parts == 1, "queries and keys are not shared between processes"
         super().initialise(seed)
         if self.device.type == "meta":
             return
@@ -298,12 +292,12 @@ class Lorsa(Crosscoder):
         """What a layer reads, as prompts `[B, T, D]`."""
         (x_RD,) = self._scaled_reads(self._reads(inputs, group), group)
         n_rows = len(x_RD)
-        n_positions = n_rows if positions_R is None else 1 + int(positions_R.max())
-        if positions_R is not None:
+        n_positions = n_rows if positions_R is None or not n_rows else 1 + int(positions_R.max())
+        if positions_R is not None and n_rows:
             expected_R = torch.arange(n_rows, device=positions_R.device) % n_positions
             if n_rows % n_positions or not torch.equal(positions_R, expected_R):
                 raise ValueError(
                     "low-rank sparse attention reads whole prompts of one length: expected positions 0 to T - 1 for each, got "
                     f"{n_rows} rows at other ones"
                 )
-        return x_RD.unflatten(0, (-1, n_positions))
+        return x_RD.view(-1, max(1, n_positions), x_RD.shape[1])

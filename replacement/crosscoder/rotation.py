@@ -72,6 +72,22 @@ class Rotary:
         number("the rotary base", base, positive=True)
         return cls(tuple(base ** (-pair / n_channels) for pair in range(0, n_channels, 2)), neighbours)
 
+    @classmethod
+    def of_rotation(cls, rotation: Rotation) -> Rotary:
+        """The frequencies of a rotation of two positions or more, if they lie below half a turn; see `matches`."""
+        angle_R = torch.atan2(rotation.sin_TR[1].double(), rotation.cos_TR[1].double())
+        angle_P = angle_R[::2] if rotation.neighbours else angle_R[: len(angle_R) // 2]
+        return cls(tuple(angle_P.tolist()), rotation.neighbours)
+
+    def matches(self, rotation: Rotation) -> bool:
+        """Whether a rotation turns every position as these frequencies do, and does nothing else (YaRN also scales)."""
+        cos_TR, sin_TR = rotation.cos_TR, rotation.sin_TR
+        own = self.rotation(len(cos_TR), dtype=cos_TR.dtype, device=cos_TR.device)
+        pairs = ((own.cos_TR, cos_TR), (own.sin_TR, sin_TR))
+        return own.neighbours == rotation.neighbours and all(
+            x.shape == y.shape and bool((x - y).abs().max() < 1e-4) for x, y in pairs
+        )
+
     @property
     def n_channels(self) -> int:
         """Rotated channels R of every query and key; the others are left as they are."""

@@ -197,6 +197,11 @@ class BridgeParts:
         gains = [name for name, weight in weights.items() if weight is not None and weight.ndim > 0]
         return [f"blocks.{layer}.attn.{name}" for name in gains]
 
+    def norm_acts_on_heads(self, path: str) -> bool:
+        """Whether a norm of queries or keys divides each head by a scale of its own, not all heads by one (OLMo 2)."""
+        weight = getattr(self._component(path), "weight", None)
+        return weight is None or weight.ndim == 2 or weight.numel() == self.shape.d_head
+
     def unembedding(self) -> Unembedding:
         """The map from the final norm to the logits, a factor of all logits (Granite, Cohere) included."""
         b_U = self.bridge.b_U

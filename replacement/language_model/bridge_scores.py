@@ -15,8 +15,8 @@ from replacement.language_model.bridge_parts import BridgeParts
 from replacement.language_model.queries_and_keys import QueryKeyWeights, Rotation
 
 
-def query_key_weights(parts: BridgeParts, layer: int) -> QueryKeyWeights:
-    """Query and key weights of one layer with the input norm folded in."""
+def query_key_weights(parts: BridgeParts, layer: int, *, fold_norm: bool = True) -> QueryKeyWeights:
+    """Query and key weights of one layer with the input norm folded in; without, they read `attn_in`."""
     attention = parts.bridge.blocks[layer].attn
     b_Q, b_K = attention.b_Q, attention.b_K
     scale, soft_cap = parts.score_scale_and_cap(layer)
@@ -26,7 +26,7 @@ def query_key_weights(parts: BridgeParts, layer: int) -> QueryKeyWeights:
         W_K=attention.W_K.detach().to(parts.exact_dtype),
         b_Q=None if b_Q is None else b_Q.detach().to(parts.exact_dtype),
         b_K=None if b_K is None else b_K.detach().to(parts.exact_dtype),
-        norm_in=parts.norm_weights(parts.norm_before(layer, "attention")),
+        norm_in=parts.norm_weights(parts.norm_before(layer, "attention") if fold_norm else None),
         query_norm=norms.get("q_norm"),
         key_norm=norms.get("k_norm"),
         scale=scale,
@@ -60,6 +60,20 @@ def rotation_of(parts: BridgeParts, layer: int, shown: Mapping[str, Tensor], n_p
     if 2 * cos_TR.shape[-1] == parts.shape.d_head and get_rotary_pct_from_config(cfg) == 1:  # GPT-OSS
         cos_TR, sin_TR = torch.cat([cos_TR, cos_TR], -1), torch.cat([sin_TR, sin_TR], -1)
     return Rotation(cos_TR, sin_TR, neighbours=False)
+
+
+def read_rotation(parts: BridgeParts, layer: int, tokens_T: Tensor) -> Rotation | None:
+    """Rotary embedding of one layer at the positions of a prompt, from a run of the model."""
+    prefix = f"blocks.{layer}.attn."
+    _, cache = parts.capture(tokens_T, query_key_hook_names(parts, layer))
+    shown = {name.removeprefix(prefix): x for name, x in cache.items()}
+    return rotation_of(parts, layer, shown, len(tokens_T))
+
+
+def value_weights(parts: BridgeParts, layer: int) -> Tensor:
+    """Value weights `[H, D, K]` of one layer, those of shared heads repeated; they read `attn_in`."""
+    W_V_GDK = parts.bridge.blocks[layer].attn.W_V.detach().to(parts.exact_dtype)
+    return W_V_GDK.repeat_interleave(parts.shape.n_heads // len(W_V_GDK), 0)
 
 
 def head_norm_scale(parts: BridgeParts, layer: int, name: str, shown: Mapping[str, Tensor]) -> Tensor | None:

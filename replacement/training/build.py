@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.lorsa import Lorsa, QueryKeys
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import WHOLE_DEPTH, Wiring
 from replacement.data.aligned_texts import Aligned, TextReader, tokenizer_numbers
@@ -19,6 +21,7 @@ from replacement.data.token_sources import TokenSource
 from replacement.language_model.language_model import LanguageModel
 from replacement.loading import ARTIFACTS
 from replacement.training.config import CrosscoderConfig, DataConfig
+from replacement.training.head_start import query_keys_like
 
 FEATURES_PER_DIMENSION = 16
 """Features per group and dimension of the residual stream where the settings do not say."""
@@ -134,7 +137,8 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
     if undecomposed is None:
         special = special_ids(lm)
         undecomposed = int(all(int(token) in special for token in rows_RT[:, 0]))
-    return Crosscoder(
+    make = Crosscoder if wiring.name != "lorsa" else partial(Lorsa, query_keys=_query_keys(config, lm))
+    return make(
         wiring,
         n_features=config.n_features or FEATURES_PER_DIMENSION * max(shape.d_model for shape in models.shapes),
         activation=config.activation,
@@ -167,6 +171,7 @@ def build_wiring(config: CrosscoderConfig, shapes: Sequence[ModelShape]) -> Wiri
         "weakly_causal": lambda: Wiring.weakly_causal(shape, site=site),
         "attention": lambda: _attention(config, shape),
         "joint": lambda: Wiring.joint(shape, read=read),
+        "lorsa": lambda: _lorsa(config, shape),
         "acausal": lambda: Wiring.acausal(shape, site=site, layers=layers),
         "model_diffing": lambda: _model_diffing(config, shapes, site),
     }
@@ -190,6 +195,18 @@ def _attention(config: CrosscoderConfig, shape: ModelShape) -> Wiring:
     if config.read not in (None, "attn_z"):
         raise ValueError(f"the wiring attention reads attn_z; read={config.read!r} does not apply")
     return Wiring.attention(shape)
+
+
+def _lorsa(config: CrosscoderConfig, shape: ModelShape) -> Wiring:
+    if config.read not in (None, "attn_in"):
+        raise ValueError(f"the wiring lorsa reads attn_in; read={config.read!r} does not apply")
+    return Wiring.lorsa(shape)
+
+
+def _query_keys(config: CrosscoderConfig, lm: LanguageModel) -> QueryKeys:
+    """Queries and keys as the settings say, otherwise like those of the model's heads."""
+    n_groups, width = config.query_key_groups or 4 * lm.shape.n_heads, config.query_key_width or lm.shape.d_head
+    return query_keys_like(lm, n_groups=n_groups, width=width)
 
 
 def _only_layer(config: CrosscoderConfig, shape: ModelShape) -> int:

@@ -16,8 +16,8 @@ from replacement.training.losses import Auxiliary, Loss
 MOST_HELD_OUT_ROWS = 1_000_000
 """They are held in memory, and the demo's corpus would go on generating them."""
 READS = ("clean", "propagated", "subset")
-STARTS = ("random", "samples")
-ROW_FAMILIES = ("per_layer", "strictly_causal", "attention", "joint")
+STARTS = ("random", "samples", "heads")
+ROW_FAMILIES = ("per_layer", "strictly_causal", "attention", "joint", "lorsa")
 """Families whose steps take whole rows by default, if the model has several layers: they replace its layers together."""
 N_STEPS, SMALLEST_BATCH, LARGEST_BATCH = 1000, 256, 4096
 """Steps that the default batch aims at, and its bounds in tokens."""
@@ -61,7 +61,7 @@ class CrosscoderConfig:
     """Which crosscoder is trained."""
 
     wiring: Annotated[str, "name"] = "strictly_causal"
-    """Family: `autoencoder`, `transcoder`, `per_layer`, `strictly_causal`, `weakly_causal`, `attention`, `joint`,
+    """Family: `autoencoder`, `transcoder`, `per_layer`, `strictly_causal`, `weakly_causal`, `attention`, `joint`, `lorsa`,
     `acausal` or `model_diffing`."""
     read: Annotated[str | None, "site"] = None
     """Kind of site that is read; by default what suits the family. Families that read what they write also write it."""
@@ -78,17 +78,30 @@ class CrosscoderConfig:
     skip: Annotated[bool, "true or false"] = False
     """Whether linear maps lead from reads to writes beside the features."""
     start: Annotated[str, "name"] = "random"
-    """Where features begin: at `random` directions, or as detectors of tokens of the data, `samples`."""
+    """Where features begin: at `random` directions, as detectors of tokens of the data (`samples`), or, of a lorsa, with
+    queries, keys and values of the model's own `heads`."""
+    query_key_groups: Annotated[int | None, "groups"] = None
+    """Groups of a lorsa's heads that share queries and keys; by default 4 times the heads of a layer."""
+    query_key_width: Annotated[int | None, "channels"] = None
+    """Channels of a lorsa's queries and keys; by default as many as the model's heads have."""
     undecomposed_positions: Annotated[int | None, "tokens"] = None
     """First positions of a prompt without features; by default 1 where prompts begin with a special token, else 0."""
 
     def __post_init__(self) -> None:
-        _check_above(self, 1, "n_features")
+        _check_above(self, 1, "n_features", "query_key_groups", "query_key_width")
         _check_above(self, 0, "undecomposed_positions")
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
         if self.start == "samples" and self.tied:
             raise ValueError("start='samples' needs decoders of each group's own, got tied=true")
+        is_lorsa = self.wiring == "lorsa"
+        for name in () if is_lorsa else ("query_key_groups", "query_key_width"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is for the wiring lorsa, got the wiring {self.wiring}")
+        if self.start == ("samples" if is_lorsa else "heads"):
+            raise ValueError(f"start={self.start!r} is not for the wiring {self.wiring}")
+        if is_lorsa and self.activation.name == "batchtopk":
+            raise ValueError("the wiring lorsa takes the activation topk, jumprelu or relu, got batchtopk")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError(f"layers must name one layer or more, counted from 0; got {self.layers}")
 
@@ -213,7 +226,8 @@ class RunConfig:
     def reads_rows(self) -> bool:
         """Whether steps certainly take whole rows of tokens: as the settings say, or as crosscoders of several layers do."""
         reads = self.training.reads
-        several_layers = reads is None and self.crosscoder.wiring in ROW_FAMILIES
+        wiring = self.crosscoder.wiring
+        several_layers = wiring == "lorsa" or (reads is None and wiring in ROW_FAMILIES)
         return several_layers or reads in READS[1:] or any(loss.needs_rows for loss in self.training.losses)
 
     def to_dict(self) -> dict[str, Any]:

@@ -69,14 +69,18 @@ def read_rows(
     *,
     replaced: tuple[Site, ...],
 ) -> tuple[Batch, Batch]:
-    """Clean activations of the kept tokens at every site, and what the crosscoder reads with some sites replaced.
+    """Clean activations of the kept tokens at every site (of all tokens where prompts are read whole), and what the crosscoder
+    reads with some sites replaced.
 
     Targets are always the clean activations: a propagated stream is to be led back to the original model's outputs.
     """
     clean = language_model.read(tokens_RT, sites_of(crosscoder))
-    batch = {site: x_RTD[keep_RT] for site, x_RTD in clean.items()}
+    whole = crosscoder.wiring.read_sites if crosscoder.reads_prompts else ()
+    batch = {site: x_RTD.flatten(0, 1) if site in whole else x_RTD[keep_RT] for site, x_RTD in clean.items()}
     if not replaced:
         return batch, batch
     splice = Splice(language_model, crosscoder, tokens_RT, sites=replaced, scales=statistics.scales, keep_BT=keep_RT)
     inputs, keep_B = splice.read(), keep_RT.flatten()
-    return batch, {site: inputs[site][keep_B] for site in crosscoder.wiring.read_sites}
+    return batch, {
+        site: inputs[site] if site in whole else inputs[site][keep_B] for site in crosscoder.wiring.read_sites
+    }

@@ -29,6 +29,7 @@ from torch import Tensor
 from replacement.crosscoder import checkpoint
 from replacement.crosscoder.activation import BatchTopK
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.sites import Site
 from replacement.data.activation_cache import ActivationCache
 from replacement.data.activation_stream import ActivationStream
@@ -39,6 +40,7 @@ from replacement.training import run_folder, snapshots
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens
 from replacement.training.config import RunConfig
 from replacement.training.defaults import default_context, default_learning_rate, fill_batches
+from replacement.training.head_start import start_at_heads
 from replacement.training.metrics_log import MetricsLog
 from replacement.training.pacing import Clock, stop_request
 from replacement.training.parallel import Parallel, connect
@@ -176,6 +178,8 @@ class _Run:
             mine = self._first_batches(part=parallel.data_rank, n_parts=parallel.n_data)
             statistics = measure(crosscoder, mine, parallel=parallel)
         self.trainer = Trainer(crosscoder, training, statistics, parallel=parallel, language_model=self.models.only)
+        if statistics is not None and isinstance(crosscoder, Lorsa) and self.config.crosscoder.start == "heads":
+            start_at_heads(crosscoder, self.models.first, statistics, seed=training.seed)
         if statistics is not None and self.config.crosscoder.start == "samples":
             if parallel.n_feature_shards > 1:
                 raise ValueError("start='samples' needs all features in one process: expected --feature-shards 1")
@@ -187,8 +191,9 @@ class _Run:
             self.trainer.restore(state, step)
 
     def _shuffles(self, config: RunConfig) -> bool:
-        """Whether steps take shuffled tokens; otherwise whole rows, to run the model on them."""
-        return self.reads == "clean" and not any(loss.needs_rows for loss in config.training.losses)
+        """Whether steps take shuffled tokens; otherwise whole rows, to run the model on them or to attend over them."""
+        needs_rows = any(loss.needs_rows for loss in config.training.losses) or config.crosscoder.wiring == "lorsa"
+        return self.reads == "clean" and not needs_rows
 
     def _read(self, rows_RT: Tensor, *, first_model: int = 0) -> dict[Site, Tensor]:
         sites = [site for site in self.sites if site.model >= first_model]

@@ -54,6 +54,10 @@ def local_part(crosscoder: Crosscoder, parallel: Parallel, *, seed: int, device:
     if n_parts == 1:
         crosscoder.activation = choosing
         return crosscoder.to(device)
+    if crosscoder.reads_prompts:
+        raise ValueError(
+            f"the heads of a {crosscoder.wiring.name} crosscoder cannot be shared: expected --feature-shards 1"
+        )
     if n_features % n_parts:
         raise ValueError(f"{n_features} features cannot be shared equally by {n_parts} processes")
     part = _CrosscoderPart.like(crosscoder, n_features=n_features // n_parts, activation=choosing, device=device)

@@ -71,6 +71,11 @@ class RowsRead(NamedTuple):
     keep_RT: Tensor
     """Which of them the batch is made of."""
 
+    def positions(self) -> Tensor:
+        """Position of every token in its row, `[R T]`."""
+        n_rows, n_positions = self.tokens_RT.shape
+        return torch.arange(n_positions, device=self.tokens_RT.device).repeat(n_rows)
+
 
 class Trainer:
     """Trains a crosscoder in place, one batch per step.
@@ -122,7 +127,8 @@ class Trainer:
         """One optimizer step on this process's share of a batch.
 
         Args:
-            batch: `{site: [B, D]}`, unscaled, for every read and written site.
+            batch: `{site: [B, D]}`, unscaled, for every read and written site; `[R T, D]` at sites that are read by a
+                crosscoder whose rows are whole prompts.
             rows: the tokens behind the batch, for losses that need them.
             inputs: what the crosscoder reads instead of the batch's own activations, such as a propagated stream.
 
@@ -161,9 +167,9 @@ class Trainer:
             if inputs is None
             else whole | scale_sites(crosscoder, inputs, self.statistics, crosscoder.wiring.read_sites)
         )
-        n_rows = len(next(iter(whole.values())))
+        n_rows = len(whole[crosscoder.wiring.write_sites[0]])
         counts = self.parallel.counts_over_data(n_rows)
-        reconstructions, features = self._reconstruct(reads, n_rows)
+        reconstructions, features = self._reconstruct(reads, n_rows, rows)
         self.silent_GF = self.parallel.least_over_data(_count_silence(self.silent_GF, features, config.step_tokens))
         state = StepState(
             crosscoder=crosscoder,
@@ -189,12 +195,19 @@ class Trainer:
             losses[loss.name] = weight * loss(state)
         return state, losses
 
-    def _reconstruct(self, reads: Mapping[Site, Tensor], n_rows: int) -> tuple[dict[Site, Tensor], Features]:
-        crosscoder = self.crosscoder
-        # Rows are shuffled tokens, none of them among the first positions of a prompt.
-        positions_B = torch.full((n_rows,), crosscoder.undecomposed_positions, device=crosscoder.device)
+    def _reconstruct(
+        self, reads: Mapping[Site, Tensor], n_rows: int, rows: RowsRead | None
+    ) -> tuple[dict[Site, Tensor], Features]:
+        crosscoder, keep_R = self.crosscoder, None
+        if crosscoder.reads_prompts:
+            if rows is None:
+                raise ValueError(f"a {crosscoder.wiring.name} crosscoder is trained on whole rows of tokens: give them")
+            positions_R, keep_R = rows.positions(), rows.keep_RT.flatten()
+        else:  # rows are shuffled tokens, none of them among the first positions of a prompt
+            positions_R = torch.full((n_rows,), crosscoder.undecomposed_positions, device=crosscoder.device)
         with torch.autocast(crosscoder.device.type, torch.bfloat16, enabled=self.config.autocast):
-            features = crosscoder.encode(reads, positions=positions_B)
+            features = crosscoder.encode(reads, positions=positions_R, keep=keep_R)
+        features = features if keep_R is None else features.of_rows(keep_R)
         reconstructions, skipped = crosscoder.decode(features), crosscoder.skip_contribution(reads)
         for site, y_BD in skipped.items():
             reconstructions[site] = reconstructions[site] + y_BD

@@ -168,12 +168,13 @@ class BatchRun:
         return [self._reconstruct(*pair) for pair in zip(self.crosscoders, self.masks, strict=True)]
 
     def _reconstruct(self, crosscoder: Crosscoder, mask_BT: Tensor) -> CrosscoderOutput:
-        row_P = mask_BT.flatten().nonzero()[:, 0]
         inputs = {
-            site: self.clean[site][row_P].to(crosscoder.device, crosscoder.dtype) * self.scales.get(site, 1.0)
+            site: self.clean[site].to(crosscoder.device, crosscoder.dtype) * self.scales.get(site, 1.0)
             for site in crosscoder.wiring.read_sites
         }
-        outputs, features = crosscoder(inputs, positions=row_P.to(crosscoder.device) % mask_BT.shape[1])
+        positions_R = torch.arange(mask_BT.shape[1], device=crosscoder.device).repeat(len(mask_BT))
+        keep_R = mask_BT.flatten().to(crosscoder.device)
+        outputs, features = crosscoder(inputs, positions=positions_R, keep=keep_R)
         outputs = {site: y_PD / self.scales.get(site, 1.0) for site, y_PD in outputs.items()}
         return CrosscoderOutput(outputs, features)
 
