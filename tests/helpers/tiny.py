@@ -132,29 +132,6 @@ def _randomised(make: Any, lm: LanguageModel, wiring: Wiring, **options: Any) ->
     return crosscoder
 
 
-def lorsa_for(
-    lm: LanguageModel, *, wiring: Wiring | None = None, n_features: int = 48, n_groups: int = 4, **options: Any
-) -> Lorsa:
-    """Random low-rank sparse attention whose outputs and biases are not zero."""
-    options.setdefault("activation", TopK(5))
-    options.setdefault("query_keys", QueryKeys(n_groups=n_groups, width=6))
-    lorsa = Lorsa(
-        wiring or Wiring.lorsa(lm),
-        n_features=n_features,
-        seed=0,
-        dtype=lm.dtype,
-        model_name=lm.name,
-        model_fingerprint=lm.fingerprint,
-        **options,
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in lorsa.named_parameters():
-            if not name.startswith(("W_enc", "W_Q", "W_K", "threshold")):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1)
-    return lorsa
-
-
 def random_tokens(length: int = 10, *, seed: int = 0) -> torch.Tensor:
     """Token ids of a random prompt."""
     return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))

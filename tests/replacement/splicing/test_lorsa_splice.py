@@ -166,6 +166,6 @@ def test_bad_input(language_model: Any) -> None:
         ReplacementModel(lm, clt, attention_crosscoder=plain)
     elsewhere = tiny.lorsa_for(lm, wiring=Wiring.attention(lm))
     with pytest.raises(
-        ValueError, match="attention needs a crosscoder that reads attn_in sites, this one reads attn_z"
+        ValueError, match=r"attention needs a crosscoder that reads attn_in.* sites, this one reads attn_z"
     ):
         ReplacementModel(lm, clt, attention_crosscoder=elsewhere)
