@@ -42,6 +42,7 @@ CHUNK = 256
 """Features compared with the vocabulary at once; bounds memory."""
 HEADS_TRIED = 4
 _ADDED = ("mlp_out", "attn_out")
+_IN_FRONT_OF_ATTENTION = ("attn_in", "attn_normalized")
 _STREAM = ("resid_pre", "resid_mid", "resid_post")
 
 
@@ -121,7 +122,10 @@ class FeatureWeights:
         self._lm, parts = lm, lm.parts
         one = torch.ones(1, dtype=parts.exact_dtype, device=lm.device)
         layers = range(lm.shape.n_layers)
-        self._norms_mlp = [parts.norm_weights(parts.norm_before(layer, "mlp")).freeze(one) for layer in layers]
+        self._norms_mlp, self._norms_attention = (
+            [parts.norm_weights(parts.norm_before(layer, part)).freeze(one) for layer in layers]
+            for part in ("mlp", "attention")
+        )
         self._moments: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -162,9 +166,12 @@ class FeatureWeights:
             if site.model or site.kind in (*_ADDED, "attn_z"):
                 continue
             v_ND = self._exact(self.crosscoder.encoder_vectors(group, index_N, site))
-            if (norm := read_norm(site, self._norms_mlp)) is not None:
-                v_ND = norm.pull_back(v_ND, torch.zeros_like(index_N))
-            reads.append(((read_depth(site, self._lm.shape) + 1) // 2, v_ND))
+            if site.kind in _IN_FRONT_OF_ATTENTION:
+                norm, below = self._norms_attention[site.layer], site.layer
+                norm = norm if site.kind == "attn_in" else norm.without_gain
+            else:
+                norm, below = read_norm(site, self._norms_mlp), (read_depth(site, self._lm.shape) + 1) // 2
+            reads.append((below, v_ND if norm is None else norm.pull_back(v_ND, torch.zeros_like(index_N))))
         return reads
 
     def _head_reads(self, group: int, index_N: Tensor, reads: list[tuple[int, Tensor]]) -> dict[int, Tensor]:

@@ -21,6 +21,7 @@ WIRINGS: dict[str, Callable[[Any], Wiring]] = {
     "mlp_in": lambda lm: Wiring.strictly_causal(lm, read="mlp_in"),
     "mlp_normalized": lambda lm: Wiring.per_layer(lm, read="mlp_normalized"),
     "attention": Wiring.attention,
+    "lorsa": Wiring.lorsa,
     "weakly causal": Wiring.weakly_causal,
     "acausal": Wiring.acausal,
 }
@@ -51,6 +52,8 @@ class Oracle:
     def site(self, site: Site, x: Tensor) -> Tensor:
         """What a site shows of the stream, the scale of a norm left out."""
         path = self.lm.parts.norm_before(site.layer, "mlp")
+        if site.kind == "attn_in":
+            return self.norm(self.lm.parts.norm_before(site.layer, "attention"), x)
         if site.kind == "mlp_in":
             return self.norm(path, x)
         if site.kind == "mlp_normalized" and path is not None:
@@ -61,7 +64,7 @@ class Oracle:
         """Attention layers whose outputs the site shows."""
         if site.kind == "resid_post":
             return site.layer + 1
-        return site.layer + (site.kind != "resid_pre" and not self.lm.shape.parallel)
+        return site.layer + (site.kind not in ("resid_pre", "attn_in") and not self.lm.shape.parallel)
 
     def head(self, layer: int, head: int, x: Tensor) -> Tensor:
         """Value vectors of one head for streams x, the scale of the norm left out."""
