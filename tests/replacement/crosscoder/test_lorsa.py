@@ -11,6 +11,8 @@ from torch import Tensor
 
 from replacement.crosscoder import checkpoint
 from replacement.crosscoder.activation import JointTopK, ReLU, TopK
+from replacement.crosscoder.formats.convert import convert
+from replacement.crosscoder.formats.layouts import writable
 from replacement.crosscoder.lorsa import Lorsa, QueryKeys
 from replacement.crosscoder.rotation import Rotary
 from replacement.crosscoder.sites import ModelShape, Site
@@ -166,6 +168,26 @@ def test_a_checkpoint_gives_the_same_lorsa(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         crosscoder.W_Q[1][0, 0, 0] += 1
     assert crosscoder.fingerprint != loaded.fingerprint
+
+
+def test_weights_of_sixteen_bits_are_raised() -> None:
+    half = lorsa(SETTINGS["rotary and norm"]).to_inference(dtype=torch.bfloat16)
+    raised, rounded = half.to_inference(dtype=torch.float64), lorsa(SETTINGS["rotary and norm"])
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16())
+    rows, positions_R = inputs()
+    expected, given = (made.encode(rows, positions=positions_R) for made in (rounded, raised))
+    torch.testing.assert_close(given.activation, expected.activation, rtol=1e-12, atol=1e-12)
+    in_half = half.encode({site: x_RD.bfloat16() for site, x_RD in rows.items()}, positions=positions_R)
+    assert in_half.activation.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", sorted(writable().keys() - {"crosstrace", "llama-scope-2"}))
+def test_layouts_without_queries_and_keys_refuse_it(layout: str, tmp_path: Path) -> None:
+    checkpoint.save(lorsa(dtype=torch.float32), tmp_path / "lorsa")
+    with pytest.raises(ValueError, match=f"the layout {layout} has no place for"):
+        convert(tmp_path / "lorsa", tmp_path / "copy", to=layout)
 
 
 def test_bad_input() -> None:
