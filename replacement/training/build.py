@@ -21,7 +21,7 @@ from replacement.data.token_sources import TokenSource
 from replacement.language_model.language_model import LanguageModel
 from replacement.loading import ARTIFACTS
 from replacement.training.config import CrosscoderConfig, DataConfig
-from replacement.training.head_start import query_keys_like
+from replacement.training.head_start import check_can_begin, query_keys_like
 
 FEATURES_PER_DIMENSION = 16
 """Features per group and dimension of the residual stream where the settings do not say."""
@@ -138,7 +138,7 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
         special = special_ids(lm)
         undecomposed = int(all(int(token) in special for token in rows_RT[:, 0]))
     make = Crosscoder if wiring.name != "lorsa" else partial(Lorsa, query_keys=_query_keys(config, lm))
-    return make(
+    crosscoder = make(
         wiring,
         n_features=config.n_features or FEATURES_PER_DIMENSION * max(shape.d_model for shape in models.shapes),
         activation=config.activation,
@@ -149,6 +149,9 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
         undecomposed_positions=undecomposed,
         seed=seed,
     )
+    if isinstance(crosscoder, Lorsa) and config.start == "heads":
+        check_can_begin(crosscoder, lm)
+    return crosscoder
 
 
 def build_wiring(config: CrosscoderConfig, shapes: Sequence[ModelShape]) -> Wiring:

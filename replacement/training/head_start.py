@@ -43,16 +43,13 @@ def start_at_heads(crosscoder: Lorsa, lm: LanguageModel, statistics: Statistics,
     """Set queries, keys and values of a fresh Lorsa that lives in scaled activations; decoders stay zero.
 
     Args:
+        crosscoder: that can begin so, see `check_can_begin`.
         seed: of the directions of the value vectors.
-
-    Raises:
-        ValueError: queries and keys that no sparse head can have; names the first layer and says what.
     """
     generator = torch.Generator().manual_seed(seed)
     n_heads, width = lm.shape.n_heads, crosscoder.query_keys.width
     head_Q = torch.arange(crosscoder.query_keys.n_groups) % n_heads
     for group, (site,) in enumerate(crosscoder.wiring.reads):
-        check_expressible(crosscoder, lm, site.layer)
         weights = query_key_weights(lm.parts, site.layer, fold_norm=False)
         key_head_Q = head_Q // (n_heads // len(weights.W_K_GKD))
         # Scores of a Lorsa are divided by sqrt(C), those of the model multiplied by a factor of its own.
@@ -74,29 +71,29 @@ def start_at_heads(crosscoder: Lorsa, lm: LanguageModel, statistics: Statistics,
         crosscoder.b_enc[group].copy_(-v_FD.to(statistics.means[site]) @ statistics.means[site])
 
 
-def check_expressible(crosscoder: Lorsa, lm: LanguageModel, layer: int) -> None:
-    """Check that a Lorsa can have the queries and keys of a layer.
+def check_can_begin(crosscoder: Lorsa, lm: LanguageModel) -> None:
+    """Check that a Lorsa can have the queries and keys of the model's heads.
 
     Raises:
-        ValueError: another width, rotary positions, or norms of queries and keys.
+        ValueError: it has another width, rotary positions or norms than those of a layer, or their scores have other parts
+            (ALiBi); names the first such layer.
     """
-    sizes, rotation = crosscoder.query_keys, _rotation(lm, layer)
-    norms = lm.parts.head_norms(layer)
-    same_positions = (
-        rotation is None if sizes.rotary is None else rotation is not None and sizes.rotary.matches(rotation)
-    )
-    same_norms = all(lm.parts.norm_acts_on_heads(path) for path in norms) and len(norms) == 2 * (
-        sizes.norm_epsilon is not None
-    )
-    why = {
-        f"they have {lm.shape.d_head} channels, not {sizes.width}": lm.shape.d_head == sizes.width,
-        "their positions are not those of the first layer, or of no kind that is known": same_positions,
-        "their norms act on several heads at once, or on queries or keys alone": same_norms,
-    }
-    for reason, is_right in why.items():
-        if not is_right:
-            raise ValueError(f"cannot begin with queries and keys of layer {layer} (start='heads'): {reason}")
-    lm.freeze_query_key(_tokens(lm), layer=layer)  # refuses what adds to scores besides, such as ALiBi
+    sizes = crosscoder.query_keys
+    for (site,) in crosscoder.wiring.reads:
+        rotation, norms = _rotation(lm, site.layer), lm.parts.head_norms(site.layer)
+        same_positions = (
+            rotation is None if sizes.rotary is None else rotation is not None and sizes.rotary.matches(rotation)
+        )
+        by_head = all(lm.parts.norm_acts_on_heads(path) for path in norms)
+        reasons = {
+            f"they have {lm.shape.d_head} channels, not {sizes.width}": lm.shape.d_head != sizes.width,
+            "their positions are not those of the first layer, or of no kind that is known": not same_positions,
+            "their norms act on several heads at once, or on queries or keys alone": not by_head
+            or len(norms) != 2 * (sizes.norm_epsilon is not None),
+        }
+        if why := [reason for reason, is_so in reasons.items() if is_so]:
+            raise ValueError(f"cannot begin with queries and keys of layer {site.layer} (start='heads'): {why[0]}")
+        lm.freeze_query_key(_tokens(lm), layer=site.layer)  # refuses what adds to scores besides
 
 
 def _rotation(lm: LanguageModel, layer: int) -> Rotation | None:

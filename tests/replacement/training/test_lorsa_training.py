@@ -212,6 +212,7 @@ def test_bad_input(language_model: Any, model_folder: Callable[[str], Path], tok
             ValueError, match=rf"cannot begin with queries and keys of layer 0 \(start='heads'\): {why}"
         ):
             run(run_config(value), tmp_path / architecture)
+        assert not (tmp_path / architecture).exists()
 
 
 def test_heads_are_not_shared_between_processes(
