@@ -32,7 +32,7 @@ from torch import Tensor
 
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.index.records import TokenEffects, TokenWeight
-from replacement.language_model.frozen_layers import AttentionWeights
+from replacement.language_model.frozen_layers import AttentionWeights, FrozenNorm
 from replacement.language_model.language_model import LanguageModel
 from replacement.language_model.sixteen_bits import Unembedding
 from replacement.number_checks import whole_number
@@ -167,8 +167,8 @@ class FeatureWeights:
                 continue
             v_ND = self._exact(self.crosscoder.encoder_vectors(group, index_N, site))
             if site.kind in _IN_FRONT_OF_ATTENTION:
-                norm, below = self._norms_attention[site.layer], site.layer
-                norm = norm if site.kind == "attn_in" else norm.without_gain
+                whole, below = self._norms_attention[site.layer], site.layer
+                norm: FrozenNorm | None = whole if site.kind == "attn_in" else whole.without_gain
             else:
                 norm, below = read_norm(site, self._norms_mlp), (read_depth(site, self._lm.shape) + 1) // 2
             reads.append((below, v_ND if norm is None else norm.pull_back(v_ND, torch.zeros_like(index_N))))
