@@ -44,19 +44,21 @@ class ResidualTransport:
         effects_NC = self._effects(rows, n_targets)
         return effects_NC, (targets.vectors_ND * self.constants[depth_N, position_N]).sum(-1)
 
+    @property
+    def heads_at_once(self) -> int:
+        """Targets of one call of `attribute_heads`: it holds a vector for each of them at every position."""
+        T, D = self.constants.shape[1:]
+        return max(1, NUMBERS_AT_ONCE // (T * D))
+
     def attribute_heads(self, targets: HeadTargets) -> tuple[Float[Tensor, "N C"], Float[Tensor, " N"]]:
         """The same for targets that read every earlier position; their constants are part of `bias`."""
         bias_N = targets.read(self.constants[targets.depth]).sum((1, 2)) + targets.constant_N
-        T, D = self.constants.shape[1:]
-        parts = []
-        for chunk in targets.split(max(1, NUMBERS_AT_ONCE // (T * D))):
-            v_NTD = chunk.pull_back()
-            positions_T = torch.arange(v_NTD.shape[1], device=bias_N.device)
-            target_R, position_R = torch.nonzero(positions_T <= chunk.position_N[:, None], as_tuple=True)
-            depth_R = torch.full_like(position_R, targets.depth)
-            rows = _Rows.sort(target_R, position_R, depth_R, v_NTD[target_R, position_R], T)
-            parts.append(self._effects(rows, len(v_NTD)))
-        return torch.cat(parts), bias_N
+        v_NTD = targets.pull_back()
+        positions_T = torch.arange(v_NTD.shape[1], device=bias_N.device)
+        target_R, position_R = torch.nonzero(positions_T <= targets.position_N[:, None], as_tuple=True)
+        depth_R = torch.full_like(position_R, targets.depth)
+        rows = _Rows.sort(target_R, position_R, depth_R, v_NTD[target_R, position_R], self.constants.shape[1])
+        return self._effects(rows, len(v_NTD)), bias_N
 
     def _effects(self, rows: _Rows, n_targets: int) -> Tensor:
         """Walk down from the deepest row, meeting what every layer writes."""

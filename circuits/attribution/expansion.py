@@ -282,12 +282,12 @@ class Attributor:
         assert isinstance(self.transport, ResidualTransport)
         effects, biases, depths = [], [], []
         for group in torch.unique(part.features.group[chosen_S]).tolist():
-            group_S = chosen_S[part.features.group[chosen_S] == group]
-            targets = head_reads(self.local, part, group_S, group)
-            effects_SC, bias_S = self.transport.attribute_heads(targets)
-            effects.append(effects_SC)
-            biases.append(bias_S)
-            depths.append(torch.full_like(group_S, targets.depth))
+            for some_S in chosen_S[part.features.group[chosen_S] == group].split(self.transport.heads_at_once):
+                targets = head_reads(self.local, part, some_S, group)
+                effects_SC, bias_S = self.transport.attribute_heads(targets)
+                effects.append(effects_SC)
+                biases.append(bias_S)
+                depths.append(torch.full_like(some_S, targets.depth))
         return torch.cat(effects), torch.cat(biases), torch.cat(depths)
 
 

@@ -7,7 +7,6 @@ Points are numbered by depth: pre_l = 2 l, mid_l = 2 l + 1. Parallel models have
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +48,6 @@ class HeadTargets:
     def depth(self) -> int:
         """Depth that is read: in front of the layer."""
         return 2 * self.layer
-
-    def split(self, size: int) -> Iterator[HeadTargets]:
-        """The same targets, at most `size` at a time."""
-        columns = (self.head_NP, self.vectors_NPD, self.position_N, self.constant_N)
-        for parts in zip(*(column.split(size) for column in columns), strict=True):
-            yield HeadTargets(self.layer, self.kernel_HTT, *parts)
 
     def pull_back(self) -> Float[Tensor, "N T D"]:
         """What is read of every position, as vectors on the stream; positions end with the last target's."""

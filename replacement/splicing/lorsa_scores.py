@@ -25,25 +25,21 @@ def freeze_query_key_groups(local: LocalReplacement, *, layer: int) -> FrozenQue
     lorsa, frozen = local.attention.crosscoder, local.frozen
     group = lorsa.wiring.group_of(layer)
     (site,), attention, sizes = lorsa.wiring.reads[group], frozen.attentions[layer], lorsa.query_keys
-    x_TD = frozen.activations[site]
-    scale = lorsa.input_scale(group)
-    W_Q, W_K, b_Q, b_K = (
-        getattr(lorsa, name)[group] * factor
-        for name, factor in (("W_Q", scale), ("W_K", scale), ("b_Q", 1), ("b_K", 1))
-    )
-    norms: dict[str, NormWeights | None] = {"Q": None, "K": None}
-    norm_scales: dict[str, Tensor | None] = {"Q": None, "K": None}
-    if sizes.norm_epsilon is not None:
-        for name, W_QDC, b_QC in (("Q", W_Q, b_Q), ("K", W_K, b_K)):
+    x_TD, scale = frozen.activations[site], lorsa.input_scale(group)
+    norms, norm_scales = dict[str, NormWeights | None](), dict[str, Tensor | None]()
+    for name in ("Q", "K"):
+        norms[name] = norm_scales[name] = None
+        if sizes.norm_epsilon is not None:
             gain_X = getattr(lorsa, f"gain_{name}")[group].flatten()
             norms[name] = NormWeights(gain_X, torch.zeros_like(gain_X), centred=False)
-            made_QTC = torch.einsum("td,qdc->qtc", x_TD, W_QDC) + b_QC[:, None]
+            made_QTC = torch.einsum("td,qdc->qtc", x_TD * scale, getattr(lorsa, f"W_{name}")[group])
+            made_QTC = made_QTC + getattr(lorsa, f"b_{name}")[group][:, None]
             norm_scales[name] = (made_QTC.square().mean(-1, keepdim=True) + sizes.norm_epsilon).sqrt()
     weights = QueryKeyWeights.fold(
-        W_Q=W_Q,
-        W_K=W_K,
-        b_Q=b_Q,
-        b_K=b_K,
+        W_Q=lorsa.W_Q[group] * scale,
+        W_K=lorsa.W_K[group] * scale,
+        b_Q=lorsa.b_Q[group],
+        b_K=lorsa.b_K[group],
         norm_in=attention.weights.norm_before(site.kind),
         query_norm=norms["Q"],
         key_norm=norms["K"],
