@@ -9,6 +9,8 @@ import torch
 
 from replacement.crosscoder.checks import float_dtype
 from replacement.crosscoder.formats.layouts import open_published, writable
+from replacement.crosscoder.formats.writing import check_holds
+from replacement.crosscoder.lorsa import Lorsa
 from replacement.files import atomic_folder
 
 
@@ -48,6 +50,7 @@ def convert(
     if model is not None:
         crosscoder.wiring.check_fits(model)
         crosscoder.model_name, crosscoder.model_fingerprint = model.name, model.fingerprint
+    check_holds(to, {"queries and keys": isinstance(crosscoder, Lorsa) and not layouts[to].holds_lorsa})
     write = layouts[to].write
     assert write is not None
     with atomic_folder(Path(target)) as scratch:

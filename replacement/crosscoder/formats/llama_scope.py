@@ -207,5 +207,6 @@ LAYOUTS = (
         detect=detect,
         read=read,
         write=write,
+        holds_lorsa=True,
     ),
 )

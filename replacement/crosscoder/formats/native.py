@@ -165,6 +165,11 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 LAYOUTS = (
     Layout(
-        name=NAME, description="our own: config.json and crosscoder.safetensors", detect=detect, read=read, write=write
+        name=NAME,
+        description="our own: config.json and crosscoder.safetensors",
+        detect=detect,
+        read=read,
+        write=write,
+        holds_lorsa=True,
     ),
 )

@@ -224,3 +224,5 @@ class Layout:
 
     Raises ValueError, before anything is written, for whatever the layout cannot say.
     """
+    holds_lorsa: bool = False
+    """Whether the layout has a place for queries and keys (`Lorsa`)."""

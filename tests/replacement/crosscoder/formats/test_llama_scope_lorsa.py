@@ -24,7 +24,7 @@ from torch import Tensor
 
 from replacement import Lorsa, checkpoint
 from replacement.crosscoder.formats.convert import convert
-from replacement.crosscoder.formats.layouts import open_published
+from replacement.crosscoder.formats.layouts import open_published, writable
 from replacement.crosscoder.sites import Site
 
 L, F, D, Q, C, K = 2, 12, 8, 3, 6, 4
@@ -213,6 +213,13 @@ def test_other_rotary_frequencies_have_no_place(tmp_path: Path) -> None:
         ValueError, match="llama-scope-2 has no place for rotary frequencies that are no powers of a base"
     ):
         convert(folder, tmp_path / "again", to="llama-scope-2")
+
+
+@pytest.mark.parametrize("to", sorted(writable().keys() - {"crosstrace", "llama-scope-2"}))
+def test_layouts_without_queries_refuse_it(tmp_path: Path, to: str) -> None:
+    folder = write_all(tmp_path / "relu", act_fn="relu", norm_activation="inference")
+    with pytest.raises(ValueError, match=f"the layout {to} has no place for queries and keys"):
+        convert(folder, tmp_path / "out", to=to)
 
 
 def test_the_fingerprint_knows_the_scale_of_scores(tmp_path: Path) -> None:
