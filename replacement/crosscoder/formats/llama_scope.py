@@ -19,7 +19,7 @@ Refused: gated encoders, `batchtopk` (it depends on the batch; its publishers co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,20 +87,13 @@ def read(folder: Path) -> Published:
         if source == group
     }
     files = [part.file.mapped for part in parts]
-    tensors: dict[str, Tensor] = {}
-    sources: dict[str, str] = {}
-    derived: dict[str, Callable[[Tensor], Tensor]] = {}
-    for number, (part, group) in enumerate(groups):
-        named = {
-            "W_enc": part.encoders[group],
-            "b_enc": part.encoder_biases[group],
-            "b_dec": part.decoder_biases[group],
-        }
-        named |= part.query_key_tensors
-        tensors |= {f"{name}.{number}": value for name, value in named.items()}
-        sources |= {f"{name}.{number}": str(part.file.path) for name in (*named, "W_dec")}
-        if part.query_keys is not None:
-            derived |= scaled_queries(part.query_keys, part.query_factor, number)
+    tensors, sources = _tensors(groups)
+    derived = {
+        name: make
+        for number, (part, _) in enumerate(groups)
+        if part.query_keys is not None
+        for name, make in scaled_queries(part.query_keys, part.query_factor, number).items()
+    }
     norms = _Norms([[d for (g, _), d in decoders.items() if g == number] for number in range(len(groups))], files)
     if isinstance(first.activation, JumpReLU):
         tensors["threshold"] = torch.stack([log_F for part in parts for log_F in part.log_thresholds])
@@ -130,6 +123,22 @@ def read(folder: Path) -> Published:
         output_scale={site: scale for site, scale in scales.items() if site in writes},
         facts=_facts(folder, first.activation, len(groups)),
     )
+
+
+def _tensors(groups: Sequence[tuple[Part, int]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Encoders, biases, queries and keys of every group by the names of a crosscoder's parameters, and the file of each."""
+    tensors: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
+    for number, (part, group) in enumerate(groups):
+        named = {
+            "W_enc": part.encoders[group],
+            "b_enc": part.encoder_biases[group],
+            "b_dec": part.decoder_biases[group],
+            **part.query_key_tensors,
+        }
+        tensors |= {f"{name}.{number}": value for name, value in named.items()}
+        sources |= {f"{name}.{number}": str(part.file.path) for name in (*named, "W_dec")}
+    return tensors, sources
 
 
 def _facts(folder: Path, activation: Activation, n_groups: int) -> dict[str, Any]:

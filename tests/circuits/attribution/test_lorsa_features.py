@@ -15,6 +15,7 @@ from autograd_oracle import compare_with_oracle
 import circuits
 from circuits import NodeKind, QKAttributor, attribute_score, head_view, trace
 from circuits.attribution.identity import IdentityError
+from circuits.attribution.readers import head_reads
 from replacement import JumpReLU, LanguageModel, Lorsa, QueryKeys, ReplacementModel, Site, TopK, Wiring
 from replacement.crosscoder.rotation import Rotary
 from replacement.language_model.queries_and_keys import FrozenQueryKey
@@ -76,6 +77,27 @@ def test_autograd_oracle_agrees_for_other_settings(
     outputs_LTD = local.attention.outputs()
     for layer in layers:
         torch.testing.assert_close(outputs_LTD[layer], written[Site(layer, "attn_out")], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("of_heads", [True, False], ids=["lorsa", "attn_z"])
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
+@torch.no_grad()
+def test_both_kinds_of_attention_features_are_one_kind_of_target(
+    language_model: Any, architecture: str, of_heads: bool
+) -> None:
+    """What they read head by head, and their vectors on the stream, give the pre-activation that the crosscoder computed."""
+    lm, tokens = language_model(architecture, torch.float64), tiny.random_tokens(8)
+    attention = tiny.lorsa_for(lm) if of_heads else tiny.crosscoder_for(lm, wiring=Wiring.attention(lm))
+    local = ReplacementModel(lm, tiny.crosscoder_for(lm), attention_crosscoder=attention).localize(tokens)
+    part, streams = local.attention, local.streams()
+    chosen_S = torch.nonzero(part.features.group == 1)[:, 0]
+    targets = head_reads(local, part, chosen_S, 1)
+    assert targets.head_NP.shape[1] == (1 if of_heads else lm.shape.n_heads)
+    x_TD = streams[targets.layer]
+    by_head_N = targets.read(x_TD).sum((1, 2)) + targets.constant_N
+    by_position_N = (targets.pull_back() * x_TD).sum((1, 2)) + targets.constant_N
+    for value_N in (by_head_N, by_position_N):
+        torch.testing.assert_close(value_N, part.pre_activation_S[chosen_S], rtol=1e-10, atol=1e-10)
 
 
 def test_nodes_and_edges_are_those_of_attention_features(language_model: Any) -> None:
