@@ -49,11 +49,12 @@ def headline(facts: Mapping[str, Any]) -> str:
 def legend(facts: Mapping[str, Any]) -> str:
     """What the figures mean."""
     n_controls, n_others = facts["controls"], len(facts["against"])
+    prompts = "prompt" if n_others == 1 else "prompts"
     return (
         "A group changes by % of its activation (members weighted by influence), outputs by logits. graph: what is predicted, "
         "from edges (constrained) or all paths (live). constrained: all other outputs are held; live: the original model runs "
         f"on. Brackets, 90 %: of features, the effect in excess of {n_controls} random changes of that size; of tokens, the "
-        f"median over {n_controls} random tokens (ablated) or {n_others} other prompts (set). A claim is refuted if a test is."
+        f"median over {n_controls} random tokens (ablated) or {n_others} other {prompts} (set). One bad test refutes a claim."
         + (UNDONE if facts["withheld"] else "")
     )
 
