@@ -64,13 +64,19 @@ def rows_of(tokenizer: Any, *, n_rows: int, context: int, seed: int, new_share: 
 
 
 def fine_tune(
-    folder: Path, *, steps: int = 200, batch_rows: int = 32, peak: float = 1e-3, seed: int = 0
+    folder: Path, *, steps: int = 200, batch_rows: int = 32, peak: float = 1e-3, seed: int = 0, weights: str = ""
 ) -> list[float]:
-    """Fine-tune all weights with Adam and a linear decay, save the model in `folder`, and return the losses."""
+    """Fine-tune with Adam and a linear decay, save the model in `folder`, and return the losses.
+
+    Args:
+        weights: train those whose names hold this text, such as `.mlp.`; all by default.
+    """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(ARTIFACTS / "language_model")
     model = AutoModelForCausalLM.from_pretrained(ARTIFACTS / "language_model", dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(weights in name)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.01)
     rows = rows_of(tokenizer, n_rows=steps * batch_rows, context=model.config.n_positions, seed=seed)
     losses = []
     for step, rows_BT in enumerate(rows.split(batch_rows)):

@@ -27,8 +27,8 @@ COLUMNS = ("features", "L0", "unexplained", "KL", "CE recovered", "agreement", "
 
 
 def recipes() -> list[str]:
-    """Names of all recipes but that of the shipped crosscoder, which takes longer, and that of models to be trained first."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem not in ("demo", "many_models"))
+    """Names of all recipes but that of the shipped crosscoder, which takes longer, and those of models to be trained first."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem not in ("demo", "many_models", "adapter"))
 
 
 def train_recipe(name: str, out: Path, *, overrides: Sequence[str] = ()) -> dict[str, float | None]:

@@ -313,6 +313,10 @@ def show(
             show_default=False,
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="For an adapter: the model that --model was fine-tuned from.", show_default=False),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Text to measure it on: a text file, a dataset, token ids, or `demo`.", show_default=False),
@@ -335,6 +339,7 @@ def show(
         "layout": published.layout,
         "function": published.rule,
         "model": f"{published.model_name or 'not recorded'} {published.model_fingerprint}".strip(),
+        **({"base model": f"{published.base_name} {published.base_fingerprint}"} if published.base_name else {}),
         "wiring": f"{wiring.name}, {wiring.n_groups} groups",
         "features per group": published.n_features,
         "activation": published.activation.to_dict(),
@@ -352,6 +357,7 @@ def show(
     from replacement.validation.claims import compare_with_claims
 
     lm, loaded = load_language_model(model), published.load(dtype=torch.float32, device="cpu", lazy=None)
+    lm = lm if base is None else lm.with_base(load_language_model(base))
     n_tokens, compared = compare_with_claims(lm, loaded, published.facts, data=data, n_tokens=tokens)
     show_page(section(f"Measured on {n_tokens:,} tokens of {data}", _claims(compared)))
     for warning in filter(None, (quantity.warning() for quantity in compared)):

@@ -132,13 +132,21 @@ class ModelOptions:
             rich_help_panel=PANEL, help="A second crosscoder, which replaces attention.", show_default="attention stays"
         ),
     ] = None
+    base: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=PANEL,
+            help="For an adapter: the model that the language model was fine-tuned from, named as --model is.",
+            show_default="none",
+        ),
+    ] = None
     device: Annotated[str, typer.Option(rich_help_panel=PANEL, help="auto, cpu, cuda, cuda:1 or mps.")] = "cpu"
     dtype: Annotated[str, typer.Option(rich_help_panel=PANEL, help=f"{' or '.join(DTYPES)}.")] = DTYPES[0]
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, given {self.dtype!r}")
-        for name in ("model", "crosscoder", "attention_crosscoder", "device"):
+        for name in ("model", "crosscoder", "attention_crosscoder", "base", "device"):
             given = getattr(self, name)
             if given is not None and not given.strip():
                 raise ValueError(f"{name.replace('_', '-')}: expected a name or folder, given {given!r}")
@@ -180,6 +188,7 @@ class ModelOptions:
             model=self.model or stored.get("model"),
             crosscoder=self.crosscoder or stored.get("crosscoder"),
             attention_crosscoder=self.attention_crosscoder or stored.get("attention_crosscoder"),
+            base=self.base or stored.get("base"),
         )
         traced_in = metadata.get("model", DEMO)
         if filled.model is None and traced_in != DEMO:
@@ -207,6 +216,7 @@ class ModelOptions:
             self.model or DEMO,
             crosscoder=crosscoder,
             attention_crosscoder=self.attention_crosscoder,
+            base=self.base,
             dtype=self.dtype,
             device=self.device,
         )

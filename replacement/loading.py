@@ -23,6 +23,7 @@ def load(
     *,
     crosscoder: str | Path | None = None,
     attention_crosscoder: str | Path | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     lazy: bool | None = None,
@@ -35,6 +36,7 @@ def load(
             lists: a folder, or `hf:org/repo[/path][@revision]` on the Hugging Face hub. It may be left out for the demo alone.
             A joint one replaces attention, too.
         attention_crosscoder: the same for a second crosscoder, which replaces attention; attention is left as it is if None.
+        base: where the crosscoder is an adapter, the language model that `model` was fine-tuned from, named as that one is.
         dtype: float32, bfloat16, float16 or float64, which both are loaded in; its name will do. The model runs in it; exact
             work (`localize`, `circuits.trace`) raises 16-bit weights to float32 piece by piece.
         device: device both are put on: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first of CUDA, MPS and CPU there is.
@@ -56,11 +58,11 @@ def load(
     for folder in folders:
         open_published(folder)  # a wrong path should not cost loading the language model
     lm = load_language_model(model, dtype=dtype, device=device)
+    base_lm = None if base is None else load_language_model(base, dtype=dtype, device=device)
     loaded = [checkpoint.load(folder, dtype=dtype, device=device, lazy=lazy) for folder in folders]
-    result = ReplacementModel(
-        lm, loaded[0], attention_crosscoder=loaded[1] if attention_crosscoder is not None else None
-    )
-    names = {"model": model, "crosscoder": crosscoder, "attention_crosscoder": attention_crosscoder}
+    attention = loaded[1] if attention_crosscoder is not None else None
+    result = ReplacementModel(lm, loaded[0], attention_crosscoder=attention, base=base_lm)
+    names = {"model": model, "crosscoder": crosscoder, "attention_crosscoder": attention_crosscoder, "base": base}
     result.loaded_from = {name: _lasting(given) for name, given in names.items() if given is not None}
     return result
 

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -56,7 +57,7 @@ def data(example: Any, demo: Models, tmp_path: Path) -> Any:
 def test_there_are_recipes_of_every_family() -> None:
     wirings = {read_config(path).crosscoder.wiring for path in RECIPES}
     families = {"autoencoder", "transcoder", "per_layer", "strictly_causal", "weakly_causal", "acausal", "attention"}
-    assert wirings == families | {"joint", "lorsa", "model_diffing"}
+    assert wirings == families | {"joint", "lorsa", "model_diffing", "adapter"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -66,6 +67,8 @@ def test_recipes_fit_the_demo(path: Path, demo: Models) -> None:
     assert len(lines) < 25
     config = read_config(path)
     models = demo if isinstance(config.model, str) else Models(demo.all * len(config.model))
+    if config.crosscoder.wiring == "adapter":
+        models = Models((demo.first.with_base(tiny.base_of(demo.first)),))
     crosscoder = build_crosscoder(config.crosscoder, models, torch.zeros(1, 4, dtype=torch.int64), seed=0)
     assert crosscoder.wiring.n_models == len(models.all)
     crosscoder.wiring.check_fits(demo.first)

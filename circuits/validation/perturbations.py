@@ -94,7 +94,7 @@ class _Streams:
             site
             for part, crosscoder in (model.crosscoders if local else {}).items()
             for site in (Site(layer, WRITES[part]) for layer in range(self.shape.n_layers))
-            if site not in crosscoder.wiring.write_sites
+            if site not in crosscoder.wiring.as_outputs().write_sites
         ]
         self._n_tokens = len(tokens_T)
         self._clean = self._run([None])

@@ -77,23 +77,35 @@ def check_fits(crosscoder: Crosscoder, model: ModelShape | HasShape) -> None:
 
     Args:
         model: a language model, whose sizes and weights are compared (its name only where a fingerprint is missing, because
-            folders get renamed), or a `ModelShape`, for the sizes alone.
+            folders get renamed), or a `ModelShape`, for the sizes alone. For an adapter, one with its base model.
 
     Raises:
-        ValueError: another width, depth or model, with both values.
+        ValueError: another width, depth, model or base model, with both values; or an adapter and no base model.
     """
     crosscoder.wiring.check_fits(model)
-    name, recorded = getattr(model, "name", ""), crosscoder.model_fingerprint
-    fingerprint = getattr(model, "fingerprint", "")
+    _check_owner("model", crosscoder.model_name, crosscoder.model_fingerprint, model)
+    if not crosscoder.wiring.writes_differences or isinstance(model, ModelShape):
+        return
+    if (base := getattr(model, "base", None)) is None:
+        of = f" {crosscoder.base_name!r}" if crosscoder.base_name else ""
+        raise ValueError(
+            f"this adapter adds to the MLPs of the base model{of}: give the base model too, base=... or --base"
+        )
+    _check_owner("base model", crosscoder.base_name, crosscoder.base_fingerprint, base)
+
+
+def _check_owner(what: str, recorded_name: str, recorded: str, model: ModelShape | HasShape) -> None:
+    """Check that a crosscoder was made for a language model, by its fingerprint or else by its name."""
+    name, fingerprint = getattr(model, "name", ""), getattr(model, "fingerprint", "")
     if recorded and fingerprint:
         if not model.has_fingerprint(recorded):  # type: ignore[union-attr] # which knows digests of earlier versions
             raise ValueError(
-                f"this crosscoder was trained on another model: on {crosscoder.model_name!r} with weights {recorded}, "
-                f"the model is {name!r} with weights {fingerprint}"
+                f"this crosscoder was trained on another {what}: on {recorded_name!r} with weights {recorded}, "
+                f"the {what} is {name!r} with weights {fingerprint}"
             )
-    elif crosscoder.model_name and name and last_name(crosscoder.model_name) != last_name(name):
+    elif recorded_name and name and last_name(recorded_name) != last_name(name):
         raise ValueError(
-            f"this crosscoder was trained on {crosscoder.model_name!r}, the model is {name!r}; if that is the same model in "
+            f"this crosscoder was trained on {recorded_name!r}, the {what} is {name!r}; if that is the same model in "
             "another folder, `replacement convert CROSSCODER FOLDER --model MODEL` writes a crosscoder that says so"
         )
 

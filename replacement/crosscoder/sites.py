@@ -7,7 +7,8 @@ One layer, in the order of the residual timeline (a parallel layer has no `resid
 
 `resid_post` is the `resid_pre` of the next layer. `mlp_normalized` is the output of the norm in front of the MLP before its
 gain and offset, `mlp_in` after them; in a model without such a norm both are the stream. `attn_normalized` and
-`attn_in` are the same in front of attention.
+`attn_in` are the same in front of attention. `mlp_difference` is, in a fine-tuned model, `mlp_out` minus what the MLP of its
+base model writes for the same input (`LanguageModel.with_base`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SITE_KINDS = (
     "resid_post",
     "mlp_normalized",
     "mlp_in",
+    "mlp_difference",
     "mlp_out",
     "attn_normalized",
     "attn_in",
@@ -33,7 +35,7 @@ SITE_KINDS = (
     "attn_out",
 )
 
-# Points of one layer on the residual timeline; resid_post of a layer IS resid_pre of the next (7 = 0 one layer on).
+# Points of one layer on the residual timeline; resid_post of a layer IS resid_pre of the next (8 = 0 one layer on).
 _IN_ORDER = (
     "resid_pre",
     "attn_normalized",
@@ -43,6 +45,7 @@ _IN_ORDER = (
     "resid_mid",
     "mlp_normalized",
     "mlp_in",
+    "mlp_difference",
     "mlp_out",
     "resid_post",
 )

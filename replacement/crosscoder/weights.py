@@ -31,6 +31,7 @@ class CrosscoderWeights(WeightsBySite):
         skip: add a linear map from each read to each written site of a group (Paulo et al. 2025, skip transcoders).
         model_name: name of the language model this crosscoder belongs to.
         model_fingerprint: digest of that model's weights (`LanguageModel.fingerprint`), checked on use.
+        base_name, base_fingerprint: of an adapter, the same of the base model.
         undecomposed_positions: the first n positions of a prompt have no features (the beginning-of-sequence token has
             unusual MLP outputs); their output is left to the error term.
         seed: seed of the initial weights; None draws from torch's global generator.
@@ -54,6 +55,8 @@ class CrosscoderWeights(WeightsBySite):
         "dtype",
         "model_name",
         "model_fingerprint",
+        "base_name",
+        "base_fingerprint",
         "undecomposed_positions",
     )
     """Arguments besides the wiring; each is an attribute, too."""
@@ -72,6 +75,8 @@ class CrosscoderWeights(WeightsBySite):
         dtype: torch.dtype = torch.float32,
         model_name: str = "",
         model_fingerprint: str = "",
+        base_name: str = "",
+        base_fingerprint: str = "",
         undecomposed_positions: int = 0,
         seed: int | None = None,
     ) -> None:
@@ -83,12 +88,15 @@ class CrosscoderWeights(WeightsBySite):
             "skip": (skip, bool),
             "model_name": (model_name, str),
             "model_fingerprint": (model_fingerprint, str),
+            "base_name": (base_name, str),
+            "base_fingerprint": (base_fingerprint, str),
         }
         for name, (value, kind) in kinds.items():
             if not isinstance(value, kind):
                 raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r:.50}")
         self.wiring, self.activation, self.tied, self.skip = wiring, activation, tied, skip
         self.model_name, self.model_fingerprint = model_name, model_fingerprint
+        self.base_name, self.base_fingerprint = base_name, base_fingerprint
         float_dtype("the dtype of a crosscoder", dtype)
         self.n_features = whole_number("n_features", n_features, least=1)
         self.undecomposed_positions = whole_number("undecomposed_positions", undecomposed_positions)
@@ -183,19 +191,28 @@ class CrosscoderWeights(WeightsBySite):
         with torch.device("meta"):
             return cls(**arguments)
 
-    def to_inference(self: Kind, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Kind:
+    def to_inference(
+        self: Kind,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        wiring: Wiring | None = None,
+    ) -> Kind:
         """A frozen copy in evaluation mode, for splicing into a model; this crosscoder is left as it is.
 
         Tensors that already have the dtype and device (by default those of this crosscoder) are shared, not copied: the
         copy then takes no memory, and follows later changes of these weights in place. So are 16-bit matrices where 32 bits
         or more are asked for, and matrices that stay in their file: they are raised piece by piece when they are used.
+
+        Args:
+            wiring: the same sites under other names, such as `Wiring.as_outputs`.
         """
         dtype = self.dtype if dtype is None else dtype
         tensors = {
             name: value.detach().to(device=device, dtype=None if self._stays(name, value, dtype) else dtype)
             for name, value in self.state_dict().items()
         }
-        made = self._without_memory(self, dtype=dtype)
+        made = self._without_memory(self, dtype=dtype, wiring=wiring)
         made.load_state_dict(tensors, assign=True)
         made.in_file = self.in_file
         if self._fingerprint[0] == self._state():

@@ -14,16 +14,19 @@ Every published family is a wiring of one `Crosscoder` class:
 | `lorsa` | L | the input `attn_in` of attention at layer g, at all positions up to its own | attention output of layer g |
 | `acausal` | 1 | a site at every layer | the same sites |
 | `model_diffing` | 1 | a site in each of N models | the same sites |
+| `adapter` | L | MLP input of layer g of a fine-tuned model | what its MLP adds to that of its base model |
+| `cross_layer_adapter` | L | residual stream at layer g | the same of layers >= g |
 
 Cross-layer transcoders: Ameisen et al. 2025, "Circuit Tracing". Weakly causal and acausal crosscoders and model
-diffing: Lindsey et al. 2024, "Sparse Crosscoders". Transcoders: Dunefsky et al. 2024.
+diffing: Lindsey et al. 2024, "Sparse Crosscoders". Transcoders: Dunefsky et al. 2024. Adapters: Hu et al. 2026, "Transcoder
+Adapters for Reasoning-Model Diffing".
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from replacement.crosscoder.sites import HasShape, ModelShape, Site, layers_of, shape_of
@@ -31,6 +34,8 @@ from replacement.number_checks import whole_number
 
 MLP_READS = ("resid_mid", "resid_pre", "mlp_in", "mlp_normalized")
 LORSA_READS = ("attn_in", "attn_normalized")
+ADAPTERS = ("adapter", "cross_layer_adapter")
+"""Families that write the difference between the MLPs of a fine-tuned and a base model."""
 JOINT = "joint"
 WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention", "lorsa", JOINT)
 """Families with one group for every layer of the model."""
@@ -110,6 +115,20 @@ class Wiring:
             min(site.point for site in writes) >= max(site.point for site in reads)
             for reads, writes in zip(self.reads, self.writes, strict=True)
         )
+
+    @property
+    def writes_differences(self) -> bool:
+        """Whether it writes what MLPs add to those of a base model: such a crosscoder is an adapter."""
+        return any(site.kind == "mlp_difference" for site in self.write_sites)
+
+    def as_outputs(self) -> Wiring:
+        """The same wiring where all that an adapter writes is seen as a part of the MLPs' whole outputs."""
+
+        def output(site: Site) -> Site:
+            return replace(site, kind="mlp_out") if site.kind == "mlp_difference" else site
+
+        widths = {kind.replace("mlp_difference", "mlp_out"): width for kind, width in self.widths.items()}
+        return replace(self, writes=tuple(tuple(map(output, sites)) for sites in self.writes), widths=widths)
 
     def width(self, site: Site) -> int:
         """Vector width at a site."""
@@ -252,6 +271,26 @@ class Wiring:
         return _wire(JOINT, (model,), mlps.reads + attention.reads, mlps.writes + attention.writes)
 
     @classmethod
+    def adapter(
+        cls,
+        model: ModelShape | HasShape,
+        *,
+        read: str | None = None,
+        layers: Sequence[int] | None = None,
+        cross_layer: bool = False,
+    ) -> Wiring:
+        """A transcoder adapter: group l reads the MLP input of layer l of a fine-tuned model and writes what the MLP there
+        adds to the MLP of its base model.
+
+        Args:
+            read: as for `strictly_causal`.
+            layers: those that fine-tuning changed; all by default.
+            cross_layer: write the same at all later ones of these layers, too.
+        """
+        name, read = ADAPTERS[cross_layer], _mlp_read(model, read)
+        return _by_layer(name, model, read, "mlp_difference", layers=layers, writes_above=cross_layer)
+
+    @classmethod
     def acausal(
         cls, model: ModelShape | HasShape, *, site: str = "resid_post", layers: Sequence[int] | None = None
     ) -> Wiring:
@@ -293,11 +332,14 @@ def _by_layer(
     layers: int | Sequence[int] | None = None,
     writes_above: bool = False,
 ) -> Wiring:
-    """One group for each layer, which reads a site there and writes one there or, with `writes_above`, from there on."""
+    """One group for each layer, which reads a site there and writes one there or, with `writes_above`, at all these
+    layers from there on."""
     chosen = layers_of(model, layers)
     reads = tuple((Site(layer, read),) for layer in chosen)
-    last = shape_of(model).n_layers if writes_above else 0
-    writes = tuple(tuple(Site(layer, write) for layer in range(first, max(last, first + 1))) for first in chosen)
+    writes = tuple(
+        tuple(Site(layer, write) for layer in chosen if layer == first or (writes_above and layer > first))
+        for first in chosen
+    )
     return _wire(name, (model,), reads, writes)
 
 

@@ -41,7 +41,7 @@ from replacement.splicing.skip import read_depth, read_norm
 CHUNK = 256
 """Features compared with the vocabulary at once; bounds memory."""
 HEADS_TRIED = 4
-_ADDED = ("mlp_out", "attn_out")
+_ADDED = ("mlp_out", "mlp_difference", "attn_out")
 _IN_FRONT_OF_ATTENTION = ("attn_in", "attn_normalized")
 _STREAM = ("resid_pre", "resid_mid", "resid_post")
 

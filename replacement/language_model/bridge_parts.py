@@ -366,7 +366,8 @@ class BridgeParts:
         norm = self.norm_before(layer, "mlp")
         before = None
         if norm is not None and read != "mlp_in":
-            before = self.norm_map(norm) if read == stream else self.gain_map(norm)
+            gain = self.gain_map(norm)
+            before = self.norm_map(norm) if read == stream else lambda x: gain(x).to(x.dtype)
         after = self.norm_map(f"blocks.{layer}.ln2_post") if "ln2_post" in self.norm_names(layer) else None
 
         def apply(x_BD: Tensor) -> Tensor:
@@ -374,6 +375,13 @@ class BridgeParts:
             return (after(y_BD) if after else y_BD) * scale
 
         return apply
+
+    def mlp_tensors(self, layer: int) -> list[Tensor]:
+        """Parameters and buffers of the MLP of a layer and of the norms around it, all that `mlp_map` depends on."""
+        post = f"blocks.{layer}.ln2_post" if "ln2_post" in self.norm_names(layer) else None
+        paths = [path for path in (f"blocks.{layer}.mlp", self.norm_before(layer, "mlp"), post) if path is not None]
+        modules = [self._component(path) for path in paths]
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def _mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
         """The module as a function of rows `[B, D]`; those of BLOOM and MPT add the stream they are given, zero here."""

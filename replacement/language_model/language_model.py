@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import numbers
 import reprlib
 import textwrap
@@ -16,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from replacement.crosscoder.fingerprint import legacy_fingerprint
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.language_model.base_model import MLPMap, base_mlps, difference_hooks
 from replacement.language_model.boot import boot, check_finite
 from replacement.language_model.bridge_parts import NORMALIZED, BridgeParts, NamedHook
 from replacement.language_model.fingerprint import model_fingerprint
@@ -49,7 +51,11 @@ class LanguageModel:
             settings), equal for weights loaded as bfloat16, float32 or float64; see `fingerprint.model_fingerprint`.
         tokenizer: a Hugging Face tokenizer, or None for a model without one.
         context_length: longest prompt in tokens.
+        base: the model that this one was fine-tuned from, where that is given (`with_base`).
+        base_mlps: by layer the base model's MLP, where fine-tuning changed it; see `base_model.base_mlps`.
     """
+
+    base: LanguageModel | None = None
 
     def __init__(self, bridge: TransformerBridge, *, name: str | None = None) -> None:
         """Wrap a bridge: `TransformerBridge.boot_transformers(...)` or `.boot_native(...)`.
@@ -68,6 +74,7 @@ class LanguageModel:
         self.context_length = int(bridge.cfg.n_ctx)
         self._check_special_tokens()
         self._is_linearisable = False
+        self.base_mlps: dict[int, MLPMap] = {}
         self.check_linearisable()
         self.fingerprint = model_fingerprint(self.parts)
 
@@ -94,6 +101,17 @@ class LanguageModel:
     def has_fingerprint(self, recorded: str) -> bool:
         """Whether a recorded fingerprint, of this or an earlier version, is this model's."""
         return recorded == self.fingerprint or (":" not in recorded and recorded == self.legacy_fingerprint)
+
+    def with_base(self, base: LanguageModel) -> LanguageModel:
+        """This model with the sites `mlp_difference`: what its MLPs write beyond what those of a base model write for the same
+        input, the residual stream of this model. Weights are shared, and the fingerprint stays.
+
+        Raises:
+            ValueError: a base model of another kind, see `base_model.base_mlps`.
+        """
+        made = copy.copy(self)
+        made.base, made.base_mlps = base, base_mlps(self.parts, base.parts)
+        return made
 
     @property
     def shape(self) -> ModelShape:
@@ -291,11 +309,18 @@ class LanguageModel:
             elif site.kind in NORMALIZED:
                 self.parts.hook_name(site)  # refuses a layer that does not exist
                 named += self.parts.normalized_hooks(site, hooks[site], norm_scales or {})
+            elif site.kind == "mlp_difference":
+                named += difference_hooks(self.parts, site, self._base_mlp(site), hooks[site], norm_scales or {})
             else:
                 named.append((self.parts.hook_name(site), _as_bridge_hook(hooks[site])))
         keep, redo = self.parts.norm_scale_hooks(norm_scales or {})
         logits_BTV = self.parts.run(self.batch(prompt), [*redo, *named, *keep])
         return logits_BTV if is_batch(prompt) else logits_BTV[0]
+
+    def _base_mlp(self, site: Site) -> MLPMap | None:
+        if self.base is None:
+            raise ValueError(f"{site} is what a fine-tuned MLP adds to that of its base model: give the base model")
+        return self.base_mlps.get(site.layer)
 
     def _mid_hooks(self, site: Site, hook: Hook) -> list[NamedHook]:
         """Hooks that let a replacement of `resid_mid` reach the residual stream, not only the MLP's norm.

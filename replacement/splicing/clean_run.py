@@ -22,7 +22,7 @@ from replacement.splicing.feature_changes import Change, repeat_prompt
 from replacement.splicing.splice import HeldLayers, Splice, check_choice, read_rows, run_together
 
 WRITES = {"mlp": "mlp_out", "attention": "attn_out"}
-"""Kind of site that the crosscoder of each part writes."""
+"""Kind of site that is the output of each part; its crosscoder writes it, or an adapter a part of it, `mlp_difference`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,8 @@ class CleanRun:
         """
         self.language_model, self.crosscoders, self.tokens_BT = language_model, dict(crosscoders), tokens_BT
         layers = range(language_model.shape.n_layers)
-        self._sites = {site for crosscoder in self.crosscoders.values() for site in crosscoder.wiring.read_sites}
+        wirings = [crosscoder.wiring for crosscoder in self.crosscoders.values()]
+        self._sites = {site for wiring in wirings for site in (*wiring.read_sites, *wiring.write_sites)}
         self._sites |= {Site(layer, WRITES[part]) for part in self.crosscoders for layer in layers}
 
     @cached_property
@@ -95,7 +96,7 @@ class CleanRun:
 
     @property
     def activations(self) -> dict[Site, Tensor]:
-        """Activations `[R, D]` of the original model at every read site and at the output of every layer."""
+        """Activations `[R, D]` of the original model at every read and written site and at the output of every layer."""
         return self._logits_and_activations[1]
 
     @cached_property

@@ -32,12 +32,16 @@ class ReplacementModel:
     >>> model(tokens, layers=[2], reads="clean")                # one layer, reading the original activations
     >>> model = ReplacementModel(lm, crosscoder, attention_crosscoder=other)    # doctest: +SKIP
     >>> model(tokens, parts=["attention"])                      # attention replaced, MLPs left as they are
+    >>> model = ReplacementModel(fine_tuned, adapter, base=base_model)  # doctest: +SKIP
+    >>> model(tokens)                                           # every MLP is that of the base model plus the adapter
 
     Attributes:
-        crosscoder: writes the MLP outputs.
+        language_model: the original; the fine-tuned one where the crosscoder is an adapter (`language_model.base` is then the
+            base model, whose MLPs run live, on the stream of the replacement).
+        crosscoder: writes the MLP outputs, or as an adapter what they add to those of the base model.
         attention_crosscoder: writes the attention outputs; None where attention is left as it is.
-        loaded_from: the arguments `model`, `crosscoder` and `attention_crosscoder` of `replacement.load`; None where the
-            model was put together otherwise.
+        loaded_from: the arguments `model`, `crosscoder`, `attention_crosscoder` and `base` of `replacement.load`; None where
+            the model was put together otherwise.
     """
 
     loaded_from: dict[str, str] | None = None
@@ -46,7 +50,12 @@ class ReplacementModel:
         return f"ReplacementModel({self.language_model!r}, {' and '.join(self.crosscoders)} replaced)"
 
     def __init__(
-        self, language_model: LanguageModel, crosscoder: Crosscoder, *, attention_crosscoder: Crosscoder | None = None
+        self,
+        language_model: LanguageModel,
+        crosscoder: Crosscoder,
+        *,
+        attention_crosscoder: Crosscoder | None = None,
+        base: LanguageModel | None = None,
     ) -> None:
         """Splice a crosscoder that writes MLP outputs, or a joint one that writes attention outputs too, into a model.
 
@@ -56,13 +65,21 @@ class ReplacementModel:
         Args:
             attention_crosscoder: one that reads `attn_z` and writes attention outputs, such as `Wiring.attention`, or a
                 `Lorsa`. The attention part of a joint crosscoder (`Wiring.joint`) takes its place.
+            base: where the crosscoder is an adapter, the model that this one was fine-tuned from.
 
         Raises:
             ValueError: a crosscoder was made for another width, depth or model, is not causal, writes other sites than
                 MLP outputs (attention: reads others than `attn_z`, a Lorsa than `attn_in`, writes others than attention
-                outputs), or holds NaN; both use one site; a joint crosscoder beside one of attention; or the architecture
-                cannot be linearised exactly.
+                outputs), or holds NaN; both use one site; a joint crosscoder beside one of attention; the architecture cannot
+                be linearised exactly; an adapter without its base model, or a base model of another kind or for a crosscoder
+                that is no adapter.
         """
+        if base is not None:
+            if not crosscoder.wiring.writes_differences:
+                raise ValueError(
+                    f"a base model goes with an adapter, this {crosscoder.wiring.name} crosscoder is none: leave base out"
+                )
+            language_model = language_model.with_base(base)
         crosscoders = split(crosscoder)
         if attention_crosscoder is not None:
             if len(crosscoders) > 1:
@@ -220,13 +237,17 @@ class ReplacementModel:
         """The local replacement model of one prompt, computed in at least 32 bits.
 
         Where language model and crosscoders have 16-bit weights, it is that of "these weights, float32 arithmetic";
-        `frozen.logit_gap_16bit` says how far its logits are from those of the model itself.
+        `frozen.logit_gap_16bit` says how far its logits are from those of the model itself. Of an adapter, what the MLPs of the
+        base model write on this prompt is part of the error terms: held, and not followed back any further.
 
         Raises:
             ValueError: a prompt the model cannot read, or a crosscoder that is no affine function of the frozen stream.
         """
         lm, dtype = self.language_model, self.language_model.parts.exact_dtype
-        exact = {part: crosscoder.to_inference(dtype=dtype) for part, crosscoder in self.crosscoders.items()}
+        exact = {
+            part: crosscoder.to_inference(dtype=dtype, wiring=crosscoder.wiring.as_outputs())
+            for part, crosscoder in self.crosscoders.items()
+        }
         attention = exact.get("attention")
         sites = set(self.crosscoder.wiring.read_sites)
         if attention is not None:
@@ -249,7 +270,7 @@ def _check(crosscoder: Crosscoder, language_model: LanguageModel, part: str) -> 
         raise ValueError(
             "attention needs a crosscoder of attention alone: a joint one is given as the crosscoder of both"
         )
-    for site in wiring.write_sites:
+    for site in wiring.as_outputs().write_sites:
         if site.kind != writes or site.model != 0:
             raise ValueError(f"{whose} a crosscoder that writes {writes} sites, this one writes {site}")
     reads = LORSA_READS if isinstance(crosscoder, Lorsa) else ("attn_z",)

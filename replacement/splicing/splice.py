@@ -29,7 +29,7 @@ class HeldLayers:
 
     layers: frozenset[int]
     sites: tuple[Site, ...]
-    """The held outputs; among them those of layers that the crosscoder does not write."""
+    """The held outputs, one per layer, whether the crosscoder writes there or not; of an adapter whole MLP outputs, too."""
     clean: Mapping[Site, Tensor]
     """Activations `[R, D]` of the original run at these sites and at all read sites."""
     features: Features
@@ -144,9 +144,9 @@ class Splice:
 
         Where reads are clean the hooks do not depend on each other, and any part of them is a splice of fewer sites.
         """
-        hooks: dict[Site, Hook] = {site: self._writer(site) for site in self.written}
+        hooks: dict[Site, Hook] = {site: self._writer(site) for site in self.written if not self._is_held(site)}
         for site in self._held.sites if self._held is not None else ():
-            hooks[site] = self._writer(site)
+            hooks[site] = self._held_writer(site)
         for site in () if self._reads_clean else self.crosscoder.wiring.read_sites:
             hooks[site] = self._reader(site)
         return hooks
@@ -161,8 +161,6 @@ class Splice:
         return hook
 
     def _writer(self, site: Site) -> Hook:
-        if self._is_held(site):
-            return self._held_writer(site)
         return self._adder(site) if self._keeps_mlps else self._replacer(site)
 
     def _replacer(self, site: Site) -> Hook:
@@ -186,7 +184,11 @@ class Splice:
         assert held is not None
 
         def hook(x_BTD: Tensor) -> Tensor:
-            return (held.clean[site] + self._added.pop(site, 0)).to(x_BTD).view_as(x_BTD)
+            y_RD = held.clean[site]
+            for written in self.written:
+                if written.layer == site.layer:
+                    y_RD = y_RD + self._added.pop(written, 0)
+            return y_RD.to(x_BTD).view_as(x_BTD)
 
         return hook
 
@@ -200,7 +202,7 @@ class Splice:
         return hook
 
     def _is_held(self, site: Site) -> bool:
-        return self._held is not None and site in self._held.sites
+        return self._held is not None and site.layer in self._held.layers
 
     def _receive(self, site: Site, x_RD: Tensor) -> None:
         """Take in one read site; encode and add up every group whose reads are now complete."""
@@ -233,7 +235,7 @@ class Splice:
         writes = [site for site in self.crosscoder.wiring.writes[group] if site in self.written]
         held = self._held
         if held is not None:
-            writes = [site for site in writes if site in held.sites]
+            writes = [site for site in writes if self._is_held(site)]
             if self.crosscoder.skip and writes:  # skip terms are linear, so they follow the stream
                 clean = self._scaled([group], held.clean)
                 changes = {site: x_RD - clean[site] for site, x_RD in inputs.items()}

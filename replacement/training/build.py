@@ -13,7 +13,7 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.lorsa import Lorsa, QueryKeys
 from replacement.crosscoder.sites import ModelShape, Site
-from replacement.crosscoder.wiring import WHOLE_DEPTH, Wiring
+from replacement.crosscoder.wiring import ADAPTERS, WHOLE_DEPTH, Wiring
 from replacement.data.aligned_texts import Aligned, TextReader, tokenizer_numbers
 from replacement.data.documents import special_ids
 from replacement.data.open_tokens import MAX_CONTEXT, open_source
@@ -49,6 +49,11 @@ class Models:
         return self.first if len(self.all) == 1 else None
 
     @property
+    def loaded(self) -> tuple[LanguageModel, ...]:
+        """Every model that the settings name: these, and the base model of an adapter's."""
+        return tuple(lm for model in self.all for lm in (model, model.base) if lm is not None)
+
+    @property
     def shapes(self) -> tuple[ModelShape, ...]:
         """Sizes of every model."""
         return tuple(lm.shape for lm in self.all)
@@ -56,7 +61,7 @@ class Models:
     @property
     def fingerprint(self) -> str:
         """Digest of the weights of every model."""
-        return "+".join(model.fingerprint for model in self.all)
+        return "+".join(model.fingerprint for model in self.loaded)
 
     def read(self, rows: Tensor | Sequence[Aligned], sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Activations `[R, T, D]` at sites, from one forward pass of each model.
@@ -81,20 +86,26 @@ class Models:
         return acts
 
 
-def load_models(names: str | Sequence[str], *, device: str = "cpu") -> Models:
+def load_models(names: str | Sequence[str], *, wiring: str = "", device: str = "cpu") -> Models:
     """Load one model, or several for model diffing; `demo` is the one that ships with the project.
 
+    Args:
+        wiring: family of the crosscoder. For an adapter the two models become one: the first, with the second as its base.
+
     Raises:
-        ValueError: no model, one that cannot be loaded or is named twice, or models whose texts cannot be aligned: with
-            several tokenizers, each must say where in a text its tokens end.
+        ValueError: no model, one that cannot be loaded or is named twice, models whose texts cannot be aligned (with several
+            tokenizers, each must say where in a text its tokens end), or models that an adapter cannot be trained on.
     """
     given = [names] if isinstance(names, str) else list(names)
     if not given:
         raise ValueError("expected one model, or several for model diffing; got none")
     places = [name if name == "demo" else os.path.realpath(name) for name in given]
+    if wiring in ADAPTERS and len(given) != 2:
+        raise ValueError(f'the wiring {wiring} needs two models, model = ["fine_tuned", "base"]; got {len(given)}')
     if twice := [name for name, place in zip(given, places, strict=True) if places.count(place) > 1]:
         raise ValueError(f"the model {twice[0]} is named twice: expected different models")
-    models = Models(tuple(_load(name, device) for name in given))
+    first, *others = (_load(name, device) for name in given)
+    models = Models((first.with_base(others[0]),) if wiring in ADAPTERS else (first, *others))
     if max(models.tokenizers):
         for lm in models.all:
             TextReader.of(lm, lm.context_length)
@@ -133,6 +144,8 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
     """
     lm = models.first
     wiring = build_wiring(config, models.shapes)
+    if wiring.writes_differences:
+        _check_changed(wiring, lm)
     undecomposed = config.undecomposed_positions
     if undecomposed is None:
         special = special_ids(lm)
@@ -146,6 +159,8 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
         skip=config.skip,
         model_name=lm.name,
         model_fingerprint=lm.fingerprint,
+        base_name="" if lm.base is None else lm.base.name,
+        base_fingerprint="" if lm.base is None else lm.base.fingerprint,
         undecomposed_positions=undecomposed,
         seed=seed,
     )
@@ -175,6 +190,8 @@ def build_wiring(config: CrosscoderConfig, shapes: Sequence[ModelShape]) -> Wiri
         "attention": lambda: _attention(config, shape),
         "joint": lambda: Wiring.joint(shape, read=read),
         "lorsa": lambda: _lorsa(config, shape),
+        "adapter": lambda: Wiring.adapter(shape, read=read, layers=layers),
+        "cross_layer_adapter": lambda: Wiring.adapter(shape, read=read, layers=layers, cross_layer=True),
         "acausal": lambda: Wiring.acausal(shape, site=site, layers=layers),
         "model_diffing": lambda: _model_diffing(config, shapes, site),
     }
@@ -185,6 +202,15 @@ def build_wiring(config: CrosscoderConfig, shapes: Sequence[ModelShape]) -> Wiri
     if config.wiring != "model_diffing" and len(shapes) > 1:
         raise ValueError(f"the wiring {config.wiring} takes one model, {len(shapes)} were given")
     return makers[config.wiring]()
+
+
+def _check_changed(wiring: Wiring, lm: LanguageModel) -> None:
+    written = {site.layer for site in wiring.write_sites}
+    if same := sorted(written - lm.base_mlps.keys()):
+        raise ValueError(
+            f"the MLP of layer {same[0]} is the same in both models, an adapter has nothing to learn there: set "
+            f"crosscoder.layers={sorted(written & lm.base_mlps.keys())}"
+        )
 
 
 def _model_diffing(config: CrosscoderConfig, shapes: Sequence[ModelShape], site: str) -> Wiring:

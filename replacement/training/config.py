@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from replacement.crosscoder.activation import Activation, TopK
+from replacement.crosscoder.wiring import ADAPTERS
 from replacement.training.losses import Auxiliary, Loss
 
 MOST_HELD_OUT_ROWS = 1_000_000
 """They are held in memory, and the demo's corpus would go on generating them."""
 READS = ("clean", "propagated", "subset")
 STARTS = ("random", "samples", "heads")
-ROW_FAMILIES = ("per_layer", "strictly_causal", "attention", "joint", "lorsa")
+ROW_FAMILIES = ("per_layer", "strictly_causal", "attention", "joint", "lorsa", *ADAPTERS)
 """Families whose steps take whole rows by default, if the model has several layers: they replace its layers together."""
 N_STEPS, SMALLEST_BATCH, LARGEST_BATCH = 1000, 256, 4096
 """Steps that the default batch aims at, and its bounds in tokens."""
@@ -62,12 +63,12 @@ class CrosscoderConfig:
 
     wiring: Annotated[str, "name"] = "strictly_causal"
     """Family: `autoencoder`, `transcoder`, `per_layer`, `strictly_causal`, `weakly_causal`, `attention`, `joint`, `lorsa`,
-    `acausal` or `model_diffing`."""
+    `acausal`, `model_diffing`, `adapter` or `cross_layer_adapter`."""
     read: Annotated[str | None, "site"] = None
     """Kind of site that is read; by default what suits the family. Families that read what they write also write it."""
     layers: Annotated[list[int] | None, "layers"] = None
-    """Layers of an autoencoder, transcoder or acausal crosscoder, or one for each model of a model-diffing crosscoder; by
-    default all, or the middle one."""
+    """Layers of an autoencoder, transcoder, adapter or acausal crosscoder, or one for each model of a model-diffing
+    crosscoder; by default all, or the middle one."""
     n_features: Annotated[int | None, "features"] = None
     """Features per group F, the same in every group; by default 16 times the width of the residual stream."""
     activation: Annotated[Activation, "table"] = field(default_factory=lambda: TopK(16))
@@ -206,7 +207,8 @@ class RunConfig:
     """Everything that decides a run: the sections `data`, `crosscoder` and `training`, and two settings of no section."""
 
     model: Annotated[str | list[str], "text"] = "demo"
-    """Hub name or Hugging Face folder of the language model, or `demo`; a list of several for model diffing."""
+    """Hub name or Hugging Face folder of the language model, or `demo`; a list of several for model diffing, of the fine-tuned
+    and the base model for an adapter."""
     data: DataConfig = field(default_factory=DataConfig)
     crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
     training: TrainingConfig

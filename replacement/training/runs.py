@@ -121,7 +121,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, out: Path, parallel: Parallel, *, device: str, is_new: bool) -> None:
         self.out, self.parallel, self.device = out, parallel, device
-        self.models = load_models(config.model, device=device)
+        self.models = load_models(config.model, wiring=config.crosscoder.wiring, device=device)
         fit_threads(max(shape.d_model for shape in self.models.shapes))
         self.reads = choose_reads(config.training, build_wiring(config.crosscoder, self.models.shapes), self.models)
         if is_new:
@@ -162,7 +162,7 @@ class _Run:
         names = [config.model] if isinstance(config.model, str) else config.model
         inputs = {
             f"the model {name}": run_folder.Input(lm.fingerprint, lm.has_fingerprint)
-            for name, lm in zip(names, self.models.all, strict=True)
+            for name, lm in zip(names, self.models.loaded, strict=True)
         }
         data = run_folder.digest(self.held_out_RT, self.first_rows_RT)  # counterparts of several tokenizers included
         return {**inputs, f"the data {config.data.source}": run_folder.Input(data, data.__eq__)}

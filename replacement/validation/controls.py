@@ -121,7 +121,8 @@ def measure_controls(
     fitted_on: Slice,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """The crosscoder of MLP outputs and every control on the same tokens, as plain JSON values.
+    """The crosscoder of MLP outputs and every control on the same tokens, as plain JSON values; for an adapter the random
+    encoder and the oracle alone.
 
     Args:
         sample: what is measured.
@@ -132,14 +133,12 @@ def measure_controls(
     chosen = [known[name] for name in (PROPAGATED, ZERO, MEAN)]
     measured = measure(lm, [crosscoder], sample.batches(), chosen, means=means, progress=progress)
     k = matched_counts(crosscoder, measured.activity[0].l0)
-    controls: list[Protocol] = [ThresholdedNeurons(lm, k)]
+    is_adapter = crosscoder.wiring.writes_differences  # it stands for no neurons, and a random model was not fine-tuned
+    controls: list[Protocol] = [] if is_adapter else [ThresholdedNeurons(lm, k)]
     if rows := list(fitted_on.batches()):
         controls.append(RandomEncoder(lm, crosscoder, k, rows))
     controls.append(OracleDictionary(k, means, crosscoder.n_features))
     others = measure(lm, [crosscoder], sample.batches(), controls, progress=progress)
-    other_lm = random_weights(lm)
-    other_means = measure(other_lm, [crosscoder], sample.batches(), [], progress=progress).means
-    there = measure(other_lm, [crosscoder], sample.batches(), chosen, means=other_means, progress=progress)
 
     def row(name: str, about: str, l0: float, errors: Errors, output: OutputSums, ablated: Measured) -> dict[str, Any]:
         reconstruction = site_facts(errors)
@@ -162,11 +161,16 @@ def measure_controls(
         return row(name, about, sum(of.activity[0].l0), of.errors, of.outputs[PROPAGATED], of)
 
     l0 = float(sum(k.values()))
+    result = [
+        crosscoder_row("this crosscoder", "errors propagating", measured),
+        *(row(c.name, c.about, l0, others.stand_ins[c.name], others.outputs[c.name], measured) for c in controls),
+    ]
+    if is_adapter:
+        return result
+    other_lm = random_weights(lm)
+    other_means = measure(other_lm, [crosscoder], sample.batches(), [], progress=progress).means
+    there = measure(other_lm, [crosscoder], sample.batches(), chosen, means=other_means, progress=progress)
     about = "the same crosscoder in a model of random weights, against that model's own output"
     # What a random model says of the next token is no yardstick; that the crosscoder says the same would be.
     undefined = {"cross_entropy_increase": None, "cross_entropy_recovered": {ZERO: None, MEAN: None}}
-    return [
-        crosscoder_row("this crosscoder", "errors propagating", measured),
-        *(row(c.name, c.about, l0, others.stand_ins[c.name], others.outputs[c.name], measured) for c in controls),
-        crosscoder_row("random weights", about, there) | undefined,
-    ]
+    return [*result, crosscoder_row("random weights", about, there) | undefined]

@@ -34,7 +34,9 @@ def tracer(monkeypatch, small) -> list[dict]:
     class Loaded(str):
         language_model = types.SimpleNamespace(shape=types.SimpleNamespace(d_model=1024))
 
-    def load(model: str, *, crosscoder: str, attention_crosscoder: str | None, dtype: object, device: str) -> Loaded:
+    def load(
+        model: str, *, crosscoder: str, attention_crosscoder: str | None, base: str | None, dtype: object, device: str
+    ) -> Loaded:
         sys.stdout.write("a library greets\n")
         loaded = [f"{model} with {crosscoder}", *([attention_crosscoder] if attention_crosscoder else [])]
         default = (dtype, device) == ("float32", "cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,18 @@ def write_model(model_class: str, options: dict[str, Any], folder: Path) -> Path
     return folder
 
 
+def write_base(folder: Path, target: Path, *, layers: Collection[int] = (0, 1, 2)) -> Path:
+    """Write a model that differs from that of a folder in the MLPs of some layers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp" in name and any(f".{layer}." in name for layer in layers):
+                parameter.mul_(0.7)
+    model.save_pretrained(target)
+    tokenizer().save_pretrained(target)
+    return target
+
+
 def native_model(dtype: torch.dtype) -> LanguageModel:
     """A TransformerLens native model: no tokenizer, LayerNorm, learned positions."""
     config = {
@@ -130,6 +144,29 @@ def _randomised(make: Any, lm: LanguageModel, wiring: Wiring, **options: Any) ->
             if "W_enc" not in name and "threshold" not in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1)
     return crosscoder
+
+
+def base_of(lm: LanguageModel, *, folder: Path | None = None, layers: Collection[int] | None = None) -> LanguageModel:
+    """A model that differs from this one in the MLPs of some layers, all by default: one it may have been fine-tuned from.
+
+    Args:
+        folder: what this one was loaded from; TransformerLens's Granite cannot be copied in memory.
+    """
+    loaded = None if folder is None else LanguageModel.from_pretrained(folder, dtype=lm.dtype)
+    bridge = copy.deepcopy(lm.parts.bridge) if loaded is None else loaded.parts.bridge
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in range(lm.shape.n_layers) if layers is None else layers:
+            for parameter in bridge.blocks[layer].mlp.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+                parameter.mul_(0.8).add_(noise * 0.05)
+    return LanguageModel(bridge, name=f"{lm.name}-base")
+
+
+def adapter_for(lm: LanguageModel, base: LanguageModel, **options: Any) -> Crosscoder:
+    """A random adapter from a base model to a fine-tuned one."""
+    options.setdefault("wiring", Wiring.adapter(lm))
+    return crosscoder_for(lm, base_name=base.name, base_fingerprint=base.fingerprint, **options)
 
 
 def random_tokens(length: int = 10, *, seed: int = 0) -> torch.Tensor:

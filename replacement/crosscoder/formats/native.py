@@ -47,6 +47,8 @@ ENTRIES = (
     "dtype",
     "training",
 )
+OF_ADAPTERS = ("base_name", "base_fingerprint")
+"""Entries that only adapters have."""
 
 
 RULE = "as its wiring says: h = x W_enc^T + b_enc, a = f(h), y = a W_dec + b_dec (+ x W_skip^T); b_dec is added once per site"
@@ -80,6 +82,7 @@ def read(folder: Path) -> Published:
         facts={"stored as": config["dtype"], "training": config["training"] or "not recorded"},
         verify=lambda: _verify(path, config),
         **{name: config[name] for name in ENTRIES if name not in ("wiring", "activation", "dtype", "training")},
+        **{name: config[name] for name in OF_ADAPTERS if name in config},
     )
     try:
         published.described()
@@ -97,6 +100,7 @@ def write(
         "version": VERSION,
         "model_name": crosscoder.model_name,
         "model_fingerprint": crosscoder.model_fingerprint,
+        **{name: value for name in OF_ADAPTERS if (value := getattr(crosscoder, name))},
         **crosscoder.settings(),
         "fingerprint": crosscoder.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),

@@ -55,6 +55,8 @@ class Published:
     undecomposed_positions: int = 0
     model_name: str = ""
     model_fingerprint: str = ""
+    base_name: str = ""
+    base_fingerprint: str = ""
     input_scale: Mapping[Site, float] = field(default_factory=dict)
     """Weights of the file act on `scale * x`."""
     output_scale: Mapping[Site, float] = field(default_factory=dict)
@@ -127,6 +129,8 @@ class Published:
                 dtype=dtype,
                 model_name=self.model_name,
                 model_fingerprint=self.model_fingerprint,
+                base_name=self.base_name,
+                base_fingerprint=self.base_fingerprint,
                 undecomposed_positions=self.undecomposed_positions,
             )
 

@@ -262,7 +262,9 @@ def _architecture(crosscoder: Crosscoder) -> str:
     plain = type(activation) in names and activation.to_dict().keys() <= {"name", "k", "threshold", "bandwidth"}
     is_sae = list(wiring.reads) == list(wiring.writes)
     problems = {
-        f"the wiring {wiring.name}": not single or len({group[0].layer for group in wiring.reads}) < wiring.n_groups,
+        f"the wiring {wiring.name}": not single
+        or len({group[0].layer for group in wiring.reads}) < wiring.n_groups
+        or wiring.writes_differences,
         f"the activation {activation.to_dict()}": not plain or isinstance(getattr(activation, "k", 0), tuple),
         "TopK in a transcoder": isinstance(activation, TopK) and not is_sae,
         "thresholds below 0": crosscoder.threshold is not None and bool((crosscoder.threshold < 0).any()),

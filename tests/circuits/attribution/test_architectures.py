@@ -109,6 +109,23 @@ def test_a_graph_with_low_rank_sparse_attention_is_exact(traced: tuple[Architect
     compare_with_oracle(model, tokens_T, tolerance=1e-11)
 
 
+def test_a_graph_of_an_adapter_is_exact(traced: tuple[Architecture, Path]) -> None:
+    """And errors kept give the fine-tuned model, dropped ones do not."""
+    row, folder = traced
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+        lm, tokens_T = load(folder, dtype), tiny.random_tokens()
+        if row.name == "OPT":
+            with pytest.raises(ValueError, match="OPTForCausalLM has no MLP that can be computed apart from its layer"):
+                lm.with_base(lm)
+            return
+        base = tiny.base_of(lm, folder=folder)
+        model = ReplacementModel(lm, tiny.adapter_for(lm, base), base=base)
+        size, original_TV = float(lm(tokens_T).abs().max()), lm(tokens_T)
+        torch.testing.assert_close(model(tokens_T, errors="keep"), original_TV, rtol=0, atol=tolerance * size)
+        assert float((model(tokens_T) - original_TV).abs().max()) > 1e-3 * size
+        assert 0 < trace(model, tokens_T, coverage=1.0).identity_error <= tolerance
+
+
 def test_a_massive_first_token_hides_no_error(traced: tuple[Architecture, Path]) -> None:
     row, folder = traced
     lm = LanguageModel.from_pretrained(folder)  # changed below, so not the one that is shared
