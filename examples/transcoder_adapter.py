@@ -64,7 +64,8 @@ class Question(NamedTuple):
 
 
 def questions(lm: LanguageModel, *, half: int, today: bool, every: int = 1) -> list[Question]:
-    """Questions about every second state, from the first (0) or the second (1) on, with or without `today` in front."""
+    """Questions about every second state, from the first (0) or the second (1) on, with or without `today` in front; with
+    `every` a random part of them, because the two kinds of questions alternate."""
     asked: dict[str, tuple[str, str]] = {}
     for state in STATES[half::2]:
         for city in training_cities_of(state.name):
@@ -73,7 +74,8 @@ def questions(lm: LanguageModel, *, half: int, today: bool, every: int = 1) -> l
                 answers = (state.capital, state.code) if "capital of" in prompt else (state.code, state.capital)
                 prompt = prompt if today else prompt.removeprefix("today ")
                 asked[prompt.format(state=state.name, city=city)] = answers
-    chosen = list(asked.items())[::every]
+    order = np.random.default_rng(SEED).permutation(len(asked))[: max(1, len(asked) // every)]
+    chosen = [list(asked.items())[place] for place in sorted(order.tolist())]
     return [
         Question(tuple(lm.tokenize(prompt).tolist()), *(lm.token_id(word) for word in answers))
         for prompt, answers in chosen

@@ -33,7 +33,10 @@ def test_order_is_total_and_never_against_the_timeline(a: Site, b: Site) -> None
 
 
 def test_a_layer_is_met_in_forward_order() -> None:
-    attention, mlp = ["attn_in", "attn_z", "attn_out"], ["mlp_normalized", "mlp_in", "mlp_difference", "mlp_out"]
+    attention, mlp = (
+        ["attn_normalized", "attn_in", "attn_z", "attn_out"],
+        ["mlp_normalized", "mlp_in", "mlp_difference", "mlp_out"],
+    )
     names = ["resid_pre", *attention, "resid_mid", *mlp, "resid_post"]
     assert [site.kind for site in sorted(Site(2, kind) for kind in SITE_KINDS)] == names
     assert Site(2, "resid_post").point == Site(3, "resid_pre").point
