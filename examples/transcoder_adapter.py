@@ -174,11 +174,14 @@ def random_alike(ranked: Sequence[Feature], n: int, sizes: dict[Feature, float],
 
 
 def removals(judging: Removal, ranked: Sequence[Feature], sizes: dict[Feature, float]) -> list[dict[str, Any]]:
-    """What is answered without the first n features, and without n random ones of their sizes (mean over draws)."""
+    """What is answered without the first n features, and without n random ones: means over draws, `size` over the first's."""
     rows = []
     for n in (n for n in REMOVED if 2 * n <= len(ranked)):
-        random = [judging.shares(random_alike(ranked, n, sizes, seed=seed)) for seed in range(DRAWS)]
+        drawn = [random_alike(ranked, n, sizes, seed=seed) for seed in range(DRAWS)]
+        random = [judging.shares(features) for features in drawn]
         control = {name: float(np.mean([row[name] for row in random])) for name in random[0]}
+        control["size"] = float(np.mean([sum(map(sizes.__getitem__, features)) for features in drawn]))
+        control["size"] /= sum(map(sizes.__getitem__, ranked[:n]))
         rows.append({"removed": n, "first": judging.shares(ranked[:n]), "random": control})
     return rows
 
@@ -212,10 +215,11 @@ def print_results(facts: dict[str, Any]) -> None:
     )
     print(f"KL from the fine-tuned model, nats: adapter {fidelity['kl']:.4f}, base MLPs {facts['kl of base MLPs']:.4f}")
     print("features by the fall of the new answer's margin: " + "  ".join(facts["ranked"]))
-    print(f"{'removed':>8}{'first: new':>12}{'old':>8}{'random: new':>14}{'old':>8}")
+    print(f"{'removed':>8}{'first: new':>12}{'old':>8}{'random: new':>14}{'old':>8}{'size':>8}")
     for row in facts["removals"]:
         cells = [row[kind][name] for kind in ("first", "random") for name in ("new", "old")]
-        print(f"{row['removed']:8}{cells[0]:12.1%}{cells[1]:8.1%}{cells[2]:14.1%}{cells[3]:8.1%}")
+        shown = f"{cells[0]:12.1%}{cells[1]:8.1%}{cells[2]:14.1%}{cells[3]:8.1%}"
+        print(f"{row['removed']:8}{shown}{row['random']['size']:8.2f}")
     print(f"{'all':>8}{facts['all removed']['new']:12.1%}{facts['all removed']['old']:8.1%}")
     for name, value in facts["circuit"].items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
