@@ -28,11 +28,11 @@ def table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 
 
 def test_dictionaries_are_compared_at_equal_l0(table: object, tmp_path: Path) -> None:
-    small = ("--networks", "two-hop", "--k", "2", "--seeds", "2", "--steps", "20", "--prompts", "3")
+    small = ("--networks", "two-hop", "--seeds", "2", "--steps", "20", "--prompts", "3")
     _, (title, headings, *rows) = table("hop_fidelity", *small)
     assert title == "two-hop"
     assert headings.split()[:3] == ["dictionary", "L0", "FVU"]
-    labels = [f"{wiring}  {method}  2 a layer" for wiring in ("CLT", "PLT") for method in ("BatchTopK", "JumpReLU")]
+    labels = [f"{wiring}  {method}" for wiring in ("CLT", "PLT") for method in ("BatchTopK", "JumpReLU")]
     assert [row[:28].strip() for row in rows] == ["truth", *labels]
     l0, unexplained, found, *fidelity, errors, _ = (float(cell.split()[0]) for cell in cells(rows[0]))
     assert (l0, unexplained, found, fidelity, errors) == (4.2, 0, 1, [1, 1, 1], 0)

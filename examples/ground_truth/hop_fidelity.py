@@ -4,8 +4,9 @@
 
 Two networks whose circuit is known compute C from B and B from A, in three layers (see `models.py`), behind a random rotation.
 A cross-layer transcoder (CLT) and a per-layer one (PLT) are trained on each, with BatchTopK and with JumpReLU and the tanh
-penalty, at the same number of active features: BatchTopK has it by construction, the penalty is searched for with a seed that
-no row uses. For prompts on which a C is on, the graph of its logit is traced, and the table says per dictionary
+penalty, at the same number of active features: what the truth has in each layer, rounded up. BatchTopK has it by construction;
+the penalty is searched for with a seed that no row uses. For prompts on which a C is on, the graph of its logit is traced, and
+the table says per dictionary
 
 - L0 (active features per token, all layers) and FVU (fraction of the MLP outputs' variance unexplained);
 - `B found`: share of the true B's that some feature of a layer up to B's computes (correlation of at least 0.8);
@@ -21,7 +22,6 @@ Finished dictionaries are rows of a file in `--out` and are not trained again. `
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from hops import EdgeScores, Hop, gate_edges, hop, mean_hop, middle_nodes, node_variables
 from models import GroundTruth, and_or, two_hop
-from trained import Activations, Trained, Variables, identify, measure, train_dictionary
+from trained import Activations, Trained, Variables, identify, measure, token_probability, train_dictionary
 
 sys.path.append(str(Path(__file__).parent.parent))  # for `result_rows`, which all examples share
 
@@ -103,6 +103,13 @@ def measure_hops(truth: GroundTruth, variables: Variables, trained: Trained, *, 
         any_of_layer=mean_hop(any_of_layer),
         auroc=scores.auroc,
     )
+
+
+def true_counts(truth: GroundTruth) -> tuple[int, ...]:
+    """Active features per token of each layer in the exact dictionary, rounded up."""
+    exact = measure(truth.crosscoder, Activations.of(truth, truth.crosscoder.wiring))
+    counts_G = (exact.activations_GVF > 1e-6).float().sum(2) @ token_probability(truth).float()
+    return tuple(math.ceil(count) for count in counts_G.tolist())
 
 
 class Dictionaries:
@@ -191,15 +198,16 @@ def print_network(network: str, options: argparse.Namespace) -> None:
     print_row(
         "truth", [dictionaries.measure(measure(truth.crosscoder, Activations.of(truth, truth.crosscoder.wiring)))]
     )
-    for k, (short, wired) in itertools.product(options.k, WIRINGS.items()):
+    k = true_counts(truth)
+    for short, wired in WIRINGS.items():
         wiring = wired(truth.language_model)
         for method in ("BatchTopK", "JumpReLU"):
-            key = {"dictionary": short, "method": method, "k": k}
+            key = {"dictionary": short, "method": method, "k": list(k)}
             if method == "BatchTopK":
                 how = HowTrained(wiring, BatchTopK(k), [Auxiliary()])
             else:
-                how = with_penalty(wiring, dictionaries.matched_penalty(wiring, k * wiring.n_groups, **key))
-            print_row(f"{short}  {method}  {k} a layer", dictionaries.rows(range(options.seeds), how, **key))
+                how = with_penalty(wiring, dictionaries.matched_penalty(wiring, sum(k), **key))
+            print_row(f"{short}  {method}", dictionaries.rows(range(options.seeds), how, **key))
 
 
 def main() -> None:
@@ -207,7 +215,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the rows; finished ones are not made again")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--k", type=int, nargs="+", default=[2], help="active features per layer and token")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=500, help="training steps of 256 tokens")
     parser.add_argument("--prompts", type=int, default=60, help="prompts traced per dictionary")

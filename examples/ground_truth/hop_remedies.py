@@ -26,7 +26,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from hop_fidelity import NETWORKS, Dictionaries, HowTrained, print_heading, print_row
+from hop_fidelity import NETWORKS, Dictionaries, HowTrained, print_heading, print_row, true_counts
 from remedies import PLTS, remedies
 
 from replacement.crosscoder.activation import BatchTopK
@@ -45,13 +45,13 @@ class Table:
         path = options.out / "hop_remedies.json"
         self.dictionaries = Dictionaries(network, path, n_steps=options.steps, n_prompts=options.prompts)
         self.remedies = {one.title: one for one in remedies(self.dictionaries.truth)}
-        self.k = options.k
+        self.k = true_counts(self.dictionaries.truth)
 
     def rows(self, title: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """One row for each seed."""
         _, wiring, losses = self.remedies[title]
         how = HowTrained(wiring, BatchTopK(self.k), [Auxiliary(), *losses])
-        return self.dictionaries.rows(seeds, how, k=self.k, remedy=title)
+        return self.dictionaries.rows(seeds, how, k=list(self.k), remedy=title)
 
     def print(self, title: str, titles: Sequence[str], seeds: Sequence[int]) -> None:
         """Headings and a line for each remedy."""
@@ -75,7 +75,6 @@ def main() -> None:
     """Print what was tried, what was chosen, and how it does on other seeds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the rows; finished ones are not made again")
-    parser.add_argument("--k", type=int, default=2, help="active features per layer and token")
     parser.add_argument("--steps", type=int, default=500, help="training steps of 256 tokens")
     parser.add_argument("--prompts", type=int, default=60, help="prompts traced per dictionary")
     options = parser.parse_args()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from compiled import exact_crosscoder, random_rotation
-from hop_fidelity import measure_hops, with_penalty
+from hop_fidelity import measure_hops, true_counts, with_penalty
 from hops import EdgeScores, Hop, gate_edges, hop, node_variables
 from models import GroundTruth, and_or, token_copy, two_hop
 from program import run
@@ -139,6 +139,12 @@ def test_correlations_are_pearson() -> None:
     expected = np.corrcoef(x[:, [0, 2]].T.numpy(), y.T.numpy())[:2, 2:]
     assert found[[0, 2]].numpy() == pytest.approx(expected, abs=1e-6)
     assert found[1].tolist() == [0.0, 0.0]
+
+
+def test_true_counts_are_expectations_rounded_up() -> None:
+    """Every family is on with probability 0.35 and has one active feature in each layer."""
+    assert true_counts(two_hop(n_families=2, n_first=2)) == (1, 1, 1)  # 0.7
+    assert true_counts(two_hop(n_families=3, n_first=1)) == (2, 2, 2)  # 1.05
 
 
 def test_auroc_counts_pairs() -> None:
