@@ -6,7 +6,9 @@ Replaced together, crosscoders of MLPs and attention that were trained apart cos
 neither has met the errors of the other. Here two crosscoders (sizes: `recipes/joint.toml`) are trained apart, each with its
 default reads, and then, with equal features, active features and tokens, as one joint crosscoder that reads the clean stream
 (`clean`), that with random subsets of outputs replaced (`subset`) or with all of them replaced (`propagated`), and random
-subsets with a loss on the output besides (`output_kl`).
+subsets with a loss on the output besides (`output_kl`). Last, those trained apart are joined and trained further with a seventh
+of the tokens and a third of the step size: on the clean stream (`then clean`: neither part meets the other, so that this is
+what more training alone gives), on the propagated stream, and on that with the loss on the output.
 
 Every result is measured on rows of the corpus that no training drew, errors propagating. Finished runs are not repeated, a
 killed one goes on. `CPU s` is the time of this process in training.
@@ -22,7 +24,7 @@ from result_rows import append_row, find_row
 from tqdm import tqdm
 
 from replacement import Crosscoder, LanguageModel, checkpoint
-from replacement.crosscoder.joint import split
+from replacement.crosscoder.joint import join, split
 from replacement.demo.corpus import held_out_rows
 from replacement.loading import ARTIFACTS
 from replacement.training.run_config import read_config
@@ -31,8 +33,20 @@ from replacement.training.runs import run
 from replacement.validation.fidelity import measure_fidelity
 
 RECIPE = Path(__file__).parent / "recipes" / "joint.toml"
-APART, OUTPUT_KL = "apart", "output_kl"
-CHOICES = (APART, "clean", "subset", "propagated", OUTPUT_KL)
+APART, THEN = "apart", "then "
+CLEAN, SUBSET, PROPAGATED = (f"training.reads={reads}" for reads in ("clean", "subset", "propagated"))
+OUTPUT_KL = 'training.losses=[{name="auxiliary"},{name="output_kl",coefficient=1.0}]'
+TOGETHER = {
+    "clean": [CLEAN],
+    "subset": [SUBSET],
+    "propagated": [PROPAGATED],
+    "output_kl": [SUBSET, OUTPUT_KL],
+    "then clean": [CLEAN],
+    "then propagated": [PROPAGATED],
+    "then output_kl": [PROPAGATED, OUTPUT_KL],
+}
+"""Settings of the joint runs that differ from the recipe; those that begin with `then` go on from the parts trained apart."""
+CHOICES = (APART, *TOGETHER)
 COLUMNS = {
     "KL MLPs": "9.4f",
     "KL attention": "12.4f",
@@ -46,24 +60,30 @@ COLUMNS = {
 """Columns of the table, and how their values are written."""
 
 
-def overrides_of(choice: str, k: Sequence[int]) -> dict[str, list[str]]:
-    """The runs that a choice takes, by name, each with the settings in which it differs from the recipe."""
+def runs_of(choice: str, out: Path, overrides: Sequence[str]) -> dict[str, list[str]]:
+    """The runs that a choice takes, by the name of their folders, and the settings in which they differ from the recipe."""
+    recipe = read_config(RECIPE, overrides=overrides)
     if choice == APART:
-        half = len(k) // 2
-        mlps = ['crosscoder.wiring="strictly_causal"', f'crosscoder.activation={{name="topk",k={list(k[:half])}}}']
-        attention = ['crosscoder.wiring="attention"', f'crosscoder.activation={{name="topk",k={list(k[half:])}}}']
-        return {"mlps": mlps, "attention": [*attention, 'crosscoder.read="attn_z"']}
-    if choice == OUTPUT_KL:
-        losses = '[{name="auxiliary"},{name="output_kl",coefficient=1.0}]'
-        return {choice: ['training.reads="subset"', f"training.losses={losses}"]}
-    return {choice: [f'training.reads="{choice}"']}
+        k = recipe.crosscoder.activation.k
+        of_mlps, of_attention = (f'crosscoder.activation={{name="topk",k={list(half)}}}' for half in (k[:4], k[4:]))
+        attention = ["crosscoder.wiring=attention", "crosscoder.read=attn_z", of_attention]
+        return {"mlps": ["crosscoder.wiring=strictly_causal", of_mlps], "attention": attention}
+    changes = list(TOGETHER[choice])
+    if choice.startswith(THEN):
+        checkpoint.save(join(*train(APART, out, overrides)), out / "joined")
+        n_tokens = recipe.training.n_tokens // 7
+        changes += [
+            f"crosscoder.start={out / 'joined'}",
+            f"training.n_tokens={n_tokens}",
+            "training.learning_rate=1e-3",
+        ]
+    return {choice.replace(" ", "_"): changes}
 
 
 def train(choice: str, out: Path, overrides: Sequence[str]) -> list[Crosscoder]:
     """The crosscoders of MLPs and attention, trained in folders of their own unless that is done."""
-    k = read_config(RECIPE, overrides=overrides).crosscoder.activation.k
     parts = []
-    for name, changes in overrides_of(choice, k).items():
+    for name, changes in runs_of(choice, out, overrides).items():
         config = read_config(RECIPE, overrides=[*overrides, *changes])
         with tqdm(total=config.training.n_steps, desc=name, unit="step", disable=None) as bar:
             run(config, out / name, resume=holds_run(out / name), progress=lambda _, bar=bar: bar.update())
@@ -87,7 +107,7 @@ def print_table(rows: Sequence[dict[str, float]]) -> None:
         + "".join(f"{column:>{int(form.split('.')[0].rstrip(','))}}  " for column, form in COLUMNS.items())
     )
     for row in rows:
-        print(f"{row['name']:12}" + "".join(f"{row[column]:{form}}  " for column, form in COLUMNS.items()))
+        print(f"{row['name']:16}" + "".join(f"{row[column]:{form}}  " for column, form in COLUMNS.items()))
     excess = {row["name"]: row["KL both"] - row["sum"] for row in rows}
     if APART in excess:
         for row in rows[1:]:

@@ -98,7 +98,7 @@ def test_joint_training_compares_equal_budgets(
     example: Any, demo: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, table = example("joint_training"), []
-    settings = ["training.n_tokens=1024", "training.batch_tokens=512", "data.buffer_tokens=2048"]
+    settings = ["training.n_tokens=3584", "training.batch_tokens=512", "data.buffer_tokens=2048"]
     settings += ["data.held_out_rows=2", "crosscoder.n_features=24"]
     for choice in module.CHOICES:
         parts = module.train(choice, tmp_path, settings)

@@ -1,12 +1,13 @@
-"""A joint crosscoder taken apart: that of the MLPs and that of attention, which share its memory."""
+"""A joint crosscoder taken apart, into that of the MLPs and that of attention, and put together from both."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation
+from replacement.crosscoder.activation import Activation, k_of
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import JOINT, Wiring
@@ -37,6 +38,42 @@ def split(crosscoder: Crosscoder) -> list[Crosscoder]:
         _part(crosscoder, "strictly_causal", range(n_mlps)),
         _part(crosscoder, "attention", range(n_mlps, wiring.n_groups)),
     ]
+
+
+@torch.no_grad()
+def join(mlps: Crosscoder, attention: Crosscoder) -> Crosscoder:
+    """The joint crosscoder that a cross-layer transcoder and an attention crosscoder make up, as a copy; `split` undoes it.
+
+    Raises:
+        ValueError: another family, or parts that differ in features per group, activation function or other settings.
+    """
+    parts = (mlps, attention)
+    names = [part.wiring.name for part in parts]
+    if names != ["strictly_causal", "attention"]:
+        raise ValueError(f"expected a strictly_causal and an attention crosscoder to join, got {' and '.join(names)}")
+    differing = [name for name, value in _shared(mlps).items() if _shared(attention)[name] != value]
+    if differing:
+        given = " and ".join(str(_shared(part)[differing[0]]) for part in parts)
+        raise ValueError(f"crosscoders that are joined must have the same {differing[0]}, got {given}")
+    first, second = mlps.wiring, attention.wiring
+    wiring = Wiring(JOINT, first.reads + second.reads, first.writes + second.writes, {**first.widths, **second.widths})
+    activation = mlps.activation
+    if hasattr(activation, "k"):
+        k = tuple(k_of(part.activation.k, group) for part in parts for group in range(part.n_groups))  # type: ignore[attr-defined]
+        activation = replace(activation, k=k)  # type: ignore[call-arg]
+    joint = Crosscoder._without_memory(mlps, wiring=wiring, activation=activation).to_empty(device=mlps.device)
+    for part, view in zip(parts, split(joint), strict=True):
+        values = part.state_dict()
+        for name, tensor in view.state_dict().items():
+            tensor.copy_(values[name])
+    return joint.eval()
+
+
+def _shared(crosscoder: Crosscoder) -> dict[str, object]:
+    """Settings that parts have in common."""
+    names = ("n_features", "tied", "skip", "dtype", "undecomposed_positions", "model_fingerprint")
+    activation = {name: value for name, value in crosscoder.activation.to_dict().items() if name != "k"}
+    return {**{name: getattr(crosscoder, name) for name in names}, "activation": activation}
 
 
 def _part(crosscoder: Crosscoder, name: str, groups: range) -> Crosscoder:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from replacement.crosscoder import checkpoint
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.lorsa import Lorsa, QueryKeys
 from replacement.crosscoder.sites import ModelShape, Site
@@ -19,8 +20,8 @@ from replacement.data.documents import special_ids
 from replacement.data.open_tokens import MAX_CONTEXT, open_source
 from replacement.data.token_sources import TokenSource
 from replacement.language_model.language_model import LanguageModel
-from replacement.loading import ARTIFACTS
-from replacement.training.config import CrosscoderConfig, DataConfig
+from replacement.loading import ARTIFACTS, crosscoder_folder
+from replacement.training.config import STARTS, CrosscoderConfig, DataConfig
 from replacement.training.head_start import check_can_begin, query_keys_like
 
 FEATURES_PER_DIMENSION = 16
@@ -166,6 +167,14 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
     )
     if isinstance(crosscoder, Lorsa) and config.start == "heads":
         check_can_begin(crosscoder, lm)
+    if config.start not in STARTS:
+        trained = checkpoint.load(crosscoder_folder(config.start))
+        mine, theirs = crosscoder.settings(), trained.settings()
+        if differing := [name for name, value in mine.items() if theirs[name] != value]:
+            raise ValueError(
+                f"start: the crosscoder in {config.start} has another {differing[0]} than the settings say"
+            )
+        crosscoder.load_state_dict(trained.state_dict())
     return crosscoder
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from replacement.crosscoder.activation import Activation, TopK
@@ -79,8 +80,8 @@ class CrosscoderConfig:
     skip: Annotated[bool, "true or false"] = False
     """Whether linear maps lead from reads to writes beside the features."""
     start: Annotated[str, "name"] = "random"
-    """Where features begin: at `random` directions, as detectors of tokens of the data (`samples`), or, of a lorsa, with
-    queries, keys and values of the model's own `heads`."""
+    """Where features begin: at `random` directions, as detectors of tokens of the data (`samples`), as those of the crosscoder
+    in a folder, which is then trained further, or, of a lorsa, with queries, keys and values of the model's own `heads`."""
     query_key_groups: Annotated[int | None, "groups"] = None
     """Groups of a lorsa's heads that share queries and keys; by default 4 times the heads of a layer."""
     query_key_width: Annotated[int | None, "channels"] = None
@@ -91,8 +92,10 @@ class CrosscoderConfig:
     def __post_init__(self) -> None:
         _check_above(self, 1, "n_features", "query_key_groups", "query_key_width")
         _check_above(self, 0, "undecomposed_positions")
-        if self.start not in STARTS:
-            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if self.start not in STARTS and not Path(self.start).is_dir():
+            raise ValueError(
+                f"start must be one of {', '.join(STARTS)}, or the folder of a crosscoder, got {self.start!r}"
+            )
         if self.start == "samples" and self.tied:
             raise ValueError("start='samples' needs decoders of each group's own, got tied=true")
         is_lorsa = self.wiring == "lorsa"

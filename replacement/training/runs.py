@@ -38,7 +38,7 @@ from replacement.files import check_folder
 from replacement.threads import fit_threads
 from replacement.training import run_folder, snapshots
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens
-from replacement.training.config import RunConfig
+from replacement.training.config import STARTS, RunConfig
 from replacement.training.defaults import default_context, default_learning_rate, fill_batches
 from replacement.training.head_start import start_at_heads
 from replacement.training.metrics_log import MetricsLog
@@ -135,6 +135,7 @@ class _Run:
         with plan(parallel):
             self.fresh = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
         self.activation = self.fresh.activation
+        self.begun_from = "" if config.crosscoder.start in STARTS else self.fresh.fingerprint
         self.config = self._with_choices(config) if is_new else config
         if config.data.cache and not self._shuffles(config):
             raise ValueError(
@@ -165,6 +166,8 @@ class _Run:
             for name, lm in zip(names, self.models.loaded, strict=True)
         }
         data = run_folder.digest(self.held_out_RT, self.first_rows_RT)  # counterparts of several tokenizers included
+        if (where := config.crosscoder.start) not in STARTS:
+            inputs[f"the crosscoder {where}"] = run_folder.Input(self.begun_from, self.begun_from.__eq__)
         return {**inputs, f"the data {config.data.source}": run_folder.Input(data, data.__eq__)}
 
     def start(self, step: int | None) -> None:
@@ -178,11 +181,12 @@ class _Run:
             mine = self._first_batches(part=parallel.data_rank, n_parts=parallel.n_data)
             statistics = measure(crosscoder, mine, parallel=parallel)
         self.trainer = Trainer(crosscoder, training, statistics, parallel=parallel, language_model=self.models.only)
-        if statistics is not None and isinstance(crosscoder, Lorsa) and self.config.crosscoder.start == "heads":
+        where = self.config.crosscoder.start
+        if statistics is not None and isinstance(crosscoder, Lorsa) and where == "heads":
             start_at_heads(crosscoder, self.models.first, statistics, seed=training.seed)
-        if statistics is not None and self.config.crosscoder.start == "samples":
-            if parallel.n_feature_shards > 1:
-                raise ValueError("start='samples' needs all features in one process: expected --feature-shards 1")
+        if where not in ("random", "heads") and parallel.n_feature_shards > 1:
+            raise ValueError(f"start={where!r} needs all features in one process: expected --feature-shards 1")
+        if statistics is not None and where == "samples":
             start_at_samples(crosscoder, statistics, self._first_batches(), seed=training.seed)
         if step is not None:
             state = self.trainer.state_tensors()

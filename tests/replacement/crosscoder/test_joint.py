@@ -11,7 +11,7 @@ import torch
 
 from replacement.crosscoder import checkpoint
 from replacement.crosscoder.activation import BatchTopK, JointTopK, JumpReLU, ReLU, TopK
-from replacement.crosscoder.joint import split
+from replacement.crosscoder.joint import join, split
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import Wiring
 
@@ -108,3 +108,33 @@ def test_what_cannot_be_split(shape: ModelShape, random_crosscoder: Any) -> None
     for other in (mixed, Wiring("joint", wiring.reads[:3], wiring.writes[:3], wiring.widths)):
         with pytest.raises(ValueError, match="needs groups that write MLP outputs, and behind them those of attention"):
             split(random_crosscoder(other))
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"skip": True}], ids=["untied", "tied", "skip"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: activation.name)
+def test_joining_undoes_splitting(
+    activation: Any, options: dict[str, bool], shape: ModelShape, random_crosscoder: Any, random_inputs: Any
+) -> None:
+    joint = random_crosscoder(Wiring.joint(shape), activation=activation, **options)
+    again = join(*split(joint))
+    assert again.wiring == joint.wiring
+    assert all(torch.equal(value, joint.state_dict()[name]) for name, value in again.state_dict().items())
+    inputs = random_inputs(joint.wiring)
+    expected = joint(inputs).reconstructions
+    assert all(torch.equal(y_BD, expected[site]) for site, y_BD in again(inputs).reconstructions.items())
+    joint.b_enc[0].data.zero_()
+    assert bool(again.b_enc[0].any())  # a copy
+
+
+def test_what_cannot_be_joined(shape: ModelShape, random_crosscoder: Any) -> None:
+    mlps, attention = (random_crosscoder(wiring(shape)) for wiring in (Wiring.strictly_causal, Wiring.attention))
+    assert join(mlps, attention).activation == TopK((3,) * 6)
+    message = "expected a strictly_causal and an attention crosscoder to join, got attention and strictly_causal"
+    with pytest.raises(ValueError, match=message):
+        join(attention, mlps)
+    for options, message in (
+        ({"n_features": 8}, "crosscoders that are joined must have the same n_features, got 16 and 8"),
+        ({"activation": ReLU()}, "must have the same activation, got {'name': 'topk'} and {'name': 'relu'}"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            join(mlps, random_crosscoder(Wiring.attention(shape), **options))

@@ -142,3 +142,23 @@ def test_a_joint_run_reads_subsets_by_default(model_folder: Callable[[str], Path
     value["crosscoder"]["activation"] = {"name": "topk", "k": [1, 2, 3]}
     with pytest.raises(ValueError, match="topk has k for 3 groups, the wiring has 6"):
         run(run_config(value), tmp_path / "other")
+
+
+def test_a_run_goes_on_from_the_crosscoder_in_a_folder(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Steps of no size give it back, others move it; and it must be what the settings describe."""
+    tokens = training_runs.write_tokens(tmp_path / "tokens.npy")
+    value = training_runs.settings(model_folder("gpt2"), tokens, n_steps=4, crosscoder={"wiring": "joint"})
+    first = run(run_config(value), tmp_path / "first")
+    value["crosscoder"]["start"] = str(tmp_path / "first")
+    found = {}
+    for rate in (1e-30, 1e-3):
+        value["training"]["learning_rate"] = rate
+        found[rate] = run(run_config(value), tmp_path / f"rate {rate}")
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(found[1e-30].state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+    assert float((found[1e-3].W_enc[0] - first.W_enc[0]).abs().max()) > 1e-4
+    value["crosscoder"]["n_features"] = 32
+    with pytest.raises(
+        ValueError, match=r"start: the crosscoder in .*first has another n_features than the settings say"
+    ):
+        run(run_config(value), tmp_path / "other")

@@ -63,7 +63,7 @@ def test_too_few_tokens() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"start": "zeros"}, "start must be one of random, samples, got 'zeros'"),
+        ({"start": "zeros"}, "start must be one of random, samples, heads, or the folder of a crosscoder, got 'zeros'"),
         ({"start": "samples", "tied": True}, "start='samples' needs decoders of each group's own, got tied=true"),
     ],
 )
