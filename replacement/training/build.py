@@ -170,7 +170,7 @@ def build_crosscoder(config: CrosscoderConfig, models: Models, rows_RT: Tensor, 
     if config.start not in STARTS:
         trained = checkpoint.load(crosscoder_folder(config.start))
         mine, theirs = crosscoder.settings(), trained.settings()
-        if differing := [name for name, value in mine.items() if theirs[name] != value]:
+        if differing := [name for name, value in mine.items() if theirs.get(name) != value]:
             raise ValueError(
                 f"start: the crosscoder in {config.start} has another {differing[0]} than the settings say"
             )
