@@ -14,6 +14,7 @@ from circuits import CircuitGraph, NodeKind
 from circuits.cli import main as circuits_main
 from replacement import LanguageModel, checkpoint
 from replacement.cli import main
+from replacement.index.store import FeatureIndex
 
 PROMPT = "w3 w5 w7 w8 w4 w9"
 
@@ -118,3 +119,10 @@ def test_both_parts_are_validated(folders: dict[str, str], options: list[str], c
     arguments = ["--data", folders["rows.npy"], "--tokens", "160"]
     facts = facts_of(capsys, main, "validate", *options, *arguments)
     assert [row["part"] for row in facts["model"]["crosscoders"]] == ["mlp", "attention"]
+
+
+def test_heads_are_indexed(folders: dict[str, str], options: list[str], capsys: Any) -> None:
+    arguments = ["--data", folders["rows.npy"], "--tokens", "320", "--part", "attention"]
+    assert main(["index", *options, *arguments]) == 0
+    with FeatureIndex.open(Path(folders["lorsa"]) / "features.sqlite") as index:
+        assert index.feature(1, 7).effects.read

@@ -22,6 +22,7 @@ WIRINGS: dict[str, Callable[[Any], Wiring]] = {
     "mlp_normalized": lambda lm: Wiring.per_layer(lm, read="mlp_normalized"),
     "attention": Wiring.attention,
     "lorsa": Wiring.lorsa,
+    "lorsa before the gain": lambda lm: Wiring.lorsa(lm, read="attn_normalized"),
     "weakly causal": Wiring.weakly_causal,
     "acausal": Wiring.acausal,
 }
@@ -51,12 +52,10 @@ class Oracle:
 
     def site(self, site: Site, x: Tensor) -> Tensor:
         """What a site shows of the stream, the scale of a norm left out."""
-        path = self.lm.parts.norm_before(site.layer, "mlp")
-        if site.kind == "attn_in":
-            return self.norm(self.lm.parts.norm_before(site.layer, "attention"), x)
-        if site.kind == "mlp_in":
+        path = self.lm.parts.norm_before(site.layer, "attention" if site.kind.startswith("attn") else "mlp")
+        if site.kind in ("mlp_in", "attn_in"):
             return self.norm(path, x)
-        if site.kind == "mlp_normalized" and path is not None:
+        if site.kind in ("mlp_normalized", "attn_normalized") and path is not None:
             return centred(x) if self.lm.parts.norm_weights(path).centred else x
         return x
 
@@ -64,7 +63,8 @@ class Oracle:
         """Attention layers whose outputs the site shows."""
         if site.kind == "resid_post":
             return site.layer + 1
-        return site.layer + (site.kind not in ("resid_pre", "attn_in") and not self.lm.shape.parallel)
+        in_front = site.kind in ("resid_pre", "attn_in", "attn_normalized")
+        return site.layer + (not in_front and not self.lm.shape.parallel)
 
     def head(self, layer: int, head: int, x: Tensor) -> Tensor:
         """Value vectors of one head for streams x, the scale of the norm left out."""
