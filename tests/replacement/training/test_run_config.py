@@ -113,11 +113,11 @@ def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def test_the_table_of_settings_is_that_of_the_dataclasses() -> None:
-    """At most thirty, each with its default, a unit and a line of explanation."""
+    """At most 32, each with its default, a unit and a line of explanation."""
     names = {"TopK": TopK, "Auxiliary": Auxiliary, "auto": None, "needed": dataclasses.MISSING, "true": True}
     shown = {setting.name: eval(setting.default, {**names, "false": False}) for setting in settings_table()}
     assert shown == defaults(RunConfig)
-    assert len(shown) == 30
+    assert len(shown) == 32
     for setting in settings_table():
         assert setting.unit
         assert 10 < len(setting.meaning) < 200, setting
