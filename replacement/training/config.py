@@ -80,8 +80,9 @@ class CrosscoderConfig:
     skip: Annotated[bool, "true or false"] = False
     """Whether linear maps lead from reads to writes beside the features."""
     start: Annotated[str, "name"] = "random"
-    """Where features begin: at `random` directions, as detectors of tokens of the data (`samples`), as those of the crosscoder
-    in a folder, which is then trained further, or, of a lorsa, with queries, keys and values of the model's own `heads`."""
+    """Where features begin: at `random` directions, at tokens of the data (`samples`), at the model's own `heads` (of a lorsa),
+    or as in a crosscoder's folder, which is then trained further. `samples`: as detectors of tokens; `heads`: with queries,
+    keys and directions of values of the model's heads."""
     query_key_groups: Annotated[int | None, "groups"] = None
     """Groups of a lorsa's heads that share queries and keys; by default 4 times the heads of a layer."""
     query_key_width: Annotated[int | None, "channels"] = None
