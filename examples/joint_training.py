@@ -103,19 +103,15 @@ def measure(lm: LanguageModel, parts: Sequence[Crosscoder], n_rows: int) -> dict
 
 def print_table(rows: Sequence[dict[str, float]]) -> None:
     """One line for every choice, and what it gains against training apart."""
-    print(
-        "trained     "
-        + "".join(f"{column:>{int(form.split('.')[0].rstrip(','))}}  " for column, form in COLUMNS.items())
-    )
+    widths = {column: int(form.split(".")[0].rstrip(",")) for column, form in COLUMNS.items()}
+    print(f"{'trained':16}" + "".join(f"{column:>{width}}  " for column, width in widths.items()))
     for row in rows:
         print(f"{row['name']:16}" + "".join(f"{row[column]:{form}}  " for column, form in COLUMNS.items()))
     excess = {row["name"]: row["KL both"] - row["sum"] for row in rows}
     if APART in excess:
         for row in rows[1:]:
-            change = row["KL both"] / rows[0]["KL both"] - 1
-            print(
-                f"{row['name']}: both minus sum {excess[row['name']]:+.4f} (apart {excess[APART]:+.4f}), KL both {change:+.0%}"
-            )
+            gap, change = excess[row["name"]], row["KL both"] / rows[0]["KL both"] - 1
+            print(f"{row['name']}: both minus sum {gap:+.4f} (apart {excess[APART]:+.4f}), KL both {change:+.0%}")
 
 
 def main() -> None:
