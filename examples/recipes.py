@@ -27,8 +27,10 @@ COLUMNS = ("features", "L0", "unexplained", "KL", "CE recovered", "agreement", "
 
 
 def recipes() -> list[str]:
-    """Names of all recipes but that of the shipped crosscoder, which takes longer, and those of models to be trained first."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem not in ("demo", "many_models", "adapter"))
+    """Names of all recipes but that of the shipped crosscoder, those of models to be trained first, and that which
+    changes the language model."""
+    others = ("demo", "many_models", "adapter", "co_training")
+    return sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem not in others)
 
 
 def train_recipe(name: str, out: Path, *, overrides: Sequence[str] = ()) -> dict[str, float | None]:

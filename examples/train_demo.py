@@ -10,7 +10,6 @@ so the numbers in `accuracy.json`, `fidelity.json` and `attention_fidelity.json`
 import argparse
 import copy
 import dataclasses
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from train_demo_crosscoder import crosscoder_stage
 from train_demo_files import N_SNAPSHOTS, snapshot_folders, write_json
@@ -28,6 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from replacement.demo.accuracy import Accuracy, measure_accuracy
 from replacement.demo.corpus import behaviours, held_out_rows, sample_marked_rows
 from replacement.demo.tokenizer import build_tokenizer
+from replacement.training.co_training import decaying_adamw, warmup_and_cosine
+from replacement.training.co_training import next_token_loss as weighted_loss
 
 ROWS_PER_SEED = 4096  # training rows drawn from one corpus seed before the next one is used
 PROBE_SEED = 0
@@ -108,18 +108,14 @@ def training_batches(run: LanguageModelRun, tokenizer: PreTrainedTokenizerFast) 
 
 def build_optimizer(run: LanguageModelRun, model: GPT2LMHeadModel) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and none on biases and norms."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.98), fused=True)
+    return decaying_adamw(
+        model.parameters(), learning_rate=run.learning_rate, weight_decay=run.weight_decay, fused=True
+    )
 
 
 def learning_rate_factor(run: LanguageModelRun, step: int) -> float:
     """Linear warm-up, then a cosine from 1 to 0.05."""
-    if step < run.warm_up_steps:
-        return (step + 1) / run.warm_up_steps
-    progress = (step - run.warm_up_steps) / max(1, run.steps - run.warm_up_steps)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+    return warmup_and_cosine(step, n_steps=run.steps, warmup_steps=run.warm_up_steps)
 
 
 def stand_ins(rows_BT: Tensor, names_BT: Tensor, share: float) -> Tensor:
@@ -159,10 +155,8 @@ def next_token_loss(
 ) -> Tensor:
     """Weighted mean cross-entropy of every token after the first."""
     with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
-        logits_BTV = forward(model, rows_BT, stand_ins_BT, name_noise)[:, :-1]
-    losses_N = cross_entropy(logits_BTV.float().flatten(0, 1), rows_BT[:, 1:].flatten(), reduction="none")
-    weights_N = weights_BT[:, 1:].flatten()
-    return (losses_N * weights_N).sum() / weights_N.sum()
+        logits_BTV = forward(model, rows_BT, stand_ins_BT, name_noise)
+    return weighted_loss(logits_BTV, rows_BT, weights_BT[:, 1:])
 
 
 def evaluate(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> list[Accuracy]:

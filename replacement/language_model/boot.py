@@ -27,7 +27,7 @@ def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tupl
     if is_folder:
         _check_folder(folder)
     try:
-        with _quiet():
+        with quiet():
             overrides = _falcon_overrides(PretrainedConfig.get_config_dict(str(name_or_folder))[0])
             bridge = TransformerBridge.boot_transformers(
                 str(name_or_folder), dtype=dtype, device=device, hf_config_overrides=overrides
@@ -102,7 +102,7 @@ def _check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide the loader's progress bars: library code never prints."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -312,7 +312,14 @@ def run_together(
 def read_rows(
     language_model: LanguageModel, tokens_BT: Tensor, sites: Iterable[Site]
 ) -> tuple[Tensor, dict[Site, Tensor]]:
-    """Logits `[B, T, V]` and activations `[R, D]` at sites, of one run of the original model."""
+    """Logits `[B, T, V]` and activations `[R, D]` at sites, of one run of the original model; constants."""
+    return run_and_read(language_model, tokens_BT, sites)
+
+
+def run_and_read(
+    language_model: LanguageModel, tokens_BT: Tensor, sites: Iterable[Site]
+) -> tuple[Tensor, dict[Site, Tensor]]:
+    """The same, with gradients to the language model's weights where these collect some."""
     activations: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Hook:

@@ -17,8 +17,9 @@ from replacement.training.losses import Auxiliary, Loss
 
 MOST_HELD_OUT_ROWS = 1_000_000
 """They are held in memory, and the demo's corpus would go on generating them."""
-READS = ("clean", "propagated", "subset")
+READS = ("clean", "propagated", "subset", "one")
 STARTS = ("random", "samples", "heads")
+LANGUAGE_MODEL_STARTS = ("trained", "random")
 ROW_FAMILIES = ("per_layer", "strictly_causal", "attention", "joint", "lorsa", *ADAPTERS)
 """Families whose steps take whole rows by default, if the model has several layers: they replace its layers together."""
 N_STEPS, SMALLEST_BATCH, LARGEST_BATCH = 1000, 256, 4096
@@ -142,9 +143,9 @@ class TrainingConfig:
     dead_after_tokens: Annotated[int, "tokens"] = 200_000
     """Tokens without firing after which a feature counts as dead."""
     reads: Annotated[str | None, "name"] = None
-    """What the crosscoder reads: `clean` activations, a stream `propagated` through its own earlier layers, or a random
-    `subset` of layers replaced in each step. By default `subset` for crosscoders that replace the MLPs of several layers
-    (best overall, see the README), `clean` for others."""
+    """What the crosscoder reads: `clean` activations, a stream `propagated` through its own earlier layers, or one in which
+    each step replaces a random `subset` of layers, or a random `one`. By default `subset` for crosscoders that replace the
+    MLPs of several layers (best overall, see the README), `clean` for others."""
     autocast: Annotated[bool, "true or false"] = False
     """Whether active features are chosen in bfloat16; their values and gradients stay in float32."""
     seed: Annotated[int, "number"] = 0
@@ -207,8 +208,50 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LanguageModelConfig:
+    """How the language model is trained together with the crosscoder, in a run that has this section; see `co_training`."""
+
+    start: Annotated[str, "name"] = "trained"
+    """Where its weights begin: as they are `trained`, or at `random`, which keeps its shape and tokenizer alone."""
+    learning_rate: Annotated[float, "per step"] = 3e-4
+    """Peak step size of AdamW; it rises over `training.warmup_fraction`, then falls along a cosine to a twentieth."""
+    weight_decay: Annotated[float, "per step and step size"] = 0.1
+    """Decay of its matrices, embeddings included; biases and norms have none."""
+    reconstruction: Annotated[float, "coefficient"] = 0.0
+    """Weight of the variance that the crosscoder leaves unexplained, with gradients to both."""
+    cross_entropy: Annotated[float, "coefficient"] = 0.0
+    """Weight of the cross-entropy of the spliced model, with gradients to both. The sites that `training.reads` names are
+    replaced."""
+    kl: Annotated[float, "coefficient"] = 0.0
+    """Weight of the KL from the model's output to that of the spliced model, with gradients to both. The sites that
+    `training.reads` names are replaced."""
+    turns: Annotated[list[int] | None, "steps"] = None
+    """Steps of the language model with the crosscoder frozen, and then of the crosscoder with the language model frozen, in
+    turn; both move in every step where it is left out."""
+
+    def __post_init__(self) -> None:
+        if self.start not in LANGUAGE_MODEL_STARTS:
+            raise ValueError(f"start must be one of {', '.join(LANGUAGE_MODEL_STARTS)}, got {self.start!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
+        for name in ("weight_decay", "reconstruction", "cross_entropy", "kl"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        if self.turns is not None and (len(self.turns) != 2 or min(self.turns) < 1):
+            raise ValueError(
+                f"turns must be two numbers of steps, 1 or more: the language model's and the crosscoder's; got {self.turns}"
+            )
+
+    @property
+    def needs_splice(self) -> bool:
+        """Whether its loss runs the spliced model."""
+        return bool(self.cross_entropy or self.kl)
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """Everything that decides a run: the sections `data`, `crosscoder` and `training`, and two settings of no section."""
+    """Everything that decides a run: the sections `data`, `crosscoder` and `training`, `language_model` where that is trained,
+    too, and two settings of no section."""
 
     model: Annotated[str | list[str], "text"] = "demo"
     """Hub name or Hugging Face folder of the language model, or `demo`; a list of several for model diffing, of the fine-tuned
@@ -216,12 +259,17 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
     training: TrainingConfig
+    language_model: LanguageModelConfig | None = None
     checkpoint_every: Annotated[int | None, "steps"] = None
     """Steps between two measurements on held-out rows; by default a tenth of the run, or what keeps them below a twentieth of
     the work. Each comes with a snapshot, and there is one every two minutes: a killed run loses at most those."""
 
     def __post_init__(self) -> None:
         _check_above(self, 1, "checkpoint_every")
+        if self.language_model is not None and not isinstance(self.model, str):
+            raise ValueError(f"language_model trains the model of the run: expected one, got {len(self.model)}")
+        if self.language_model is not None and self.data.cache:
+            raise ValueError("language_model changes the activations in every step: expected no data.cache")
         batch_tokens, shards, context = self.training.batch_tokens, self.data.shards, self.data.context
         if batch_tokens and shards and batch_tokens % shards:
             raise ValueError(f"batch_tokens={batch_tokens} is not a multiple of shards={shards}")
@@ -234,7 +282,8 @@ class RunConfig:
         reads = self.training.reads
         wiring = self.crosscoder.wiring
         several_layers = wiring == "lorsa" or (reads is None and wiring in ROW_FAMILIES)
-        return several_layers or reads in READS[1:] or any(loss.needs_rows for loss in self.training.losses)
+        needed = self.language_model is not None or any(loss.needs_rows for loss in self.training.losses)
+        return needed or several_layers or reads in READS[1:]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON value; `run_config` reads it back."""

@@ -7,7 +7,8 @@ well as features that compute. Circuits are derivatives, so `JacobianMatching` c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from replacement.crosscoder.activation import BatchTopK
+from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.sparse import with_encoder_gradient
@@ -161,12 +164,19 @@ class OutputKL(Loss):
         lm, tokens_RT, keep_RT = state.language_model, state.tokens_RT, state.keep_RT
         if lm is None or tokens_RT is None or keep_RT is None:
             raise ValueError(f"the loss {self.name} needs the language model and whole rows of tokens in every step")
-        threshold = state.crosscoder.threshold
-        before = None if threshold is None else threshold.detach().clone()
-        splice = Splice(lm, state.crosscoder, tokens_RT, scales=state.scales, keep_BT=keep_RT)
-        spliced_KV = splice.run()[keep_RT]
-        if threshold is not None and before is not None and not threshold.requires_grad:
-            threshold.copy_(before)  # the step itself has measured BatchTopK's running threshold
+        with running_threshold_kept(state.crosscoder):
+            splice = Splice(lm, state.crosscoder, tokens_RT, scales=state.scales, keep_BT=keep_RT)
+            spliced_KV = splice.run()[keep_RT]
         with torch.no_grad():
             original_KV = lm(tokens_RT)[keep_RT]
         return self.coefficient * kl_divergence(original_KV, spliced_KV, dtype=spliced_KV.dtype).sum() / state.n_rows
+
+
+@contextmanager
+def running_threshold_kept(crosscoder: Crosscoder) -> Iterator[None]:
+    """Leave the running threshold of BatchTopK alone: the step itself measures it, once."""
+    threshold = crosscoder.threshold if isinstance(crosscoder.activation, BatchTopK) else None
+    before = None if threshold is None else threshold.detach().clone()
+    yield
+    if threshold is not None and before is not None:
+        threshold.copy_(before)

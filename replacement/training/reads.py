@@ -6,6 +6,8 @@ replacement model. Here some or all of its layers are spliced in while the strea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -44,9 +46,9 @@ def choose_reads(config: TrainingConfig, wiring: Wiring, models: Models) -> str:
 
 
 def replaced_sites(crosscoder: Crosscoder, reads: str, *, seed: int, step: int) -> tuple[Site, ...]:
-    """Written sites that are replaced in a step: none, all, or a random subset of a random size.
+    """Written sites that are replaced in a step: none, all, a random subset of a random size, or a random one.
 
-    The subset is a function of (seed, step), so that a resumed run draws the same.
+    The choice is a function of (seed, step), so that a resumed run draws the same.
     """
     sites = crosscoder.wiring.write_sites
     if reads == "clean":
@@ -54,7 +56,7 @@ def replaced_sites(crosscoder: Crosscoder, reads: str, *, seed: int, step: int) 
     if reads == "propagated":
         return sites
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    count = int(torch.randint(len(sites) + 1, (), generator=generator))
+    count = 1 if reads == "one" else int(torch.randint(len(sites) + 1, (), generator=generator))
     chosen = torch.randperm(len(sites), generator=generator)[:count].tolist()
     return tuple(sites[place] for place in sorted(chosen))
 
@@ -75,12 +77,32 @@ def read_rows(
     Targets are always the clean activations: a propagated stream is to be led back to the original model's outputs.
     """
     clean = language_model.read(tokens_RT, sites_of(crosscoder))
-    whole = crosscoder.wiring.read_sites if crosscoder.reads_prompts else ()
-    batch = {site: x_RTD.flatten(0, 1) if site in whole else x_RTD[keep_RT] for site, x_RTD in clean.items()}
+    batch = kept_rows(crosscoder, {site: x_RTD.flatten(0, 1) for site, x_RTD in clean.items()}, keep_RT)
     if not replaced:
         return batch, batch
+    return batch, read_spliced(language_model, crosscoder, statistics, tokens_RT, keep_RT, replaced=replaced)
+
+
+@torch.no_grad()
+def read_spliced(
+    language_model: LanguageModel,
+    crosscoder: Crosscoder,
+    statistics: Statistics,
+    tokens_RT: Int[Tensor, "R T"],
+    keep_RT: Bool[Tensor, "R T"],
+    *,
+    replaced: tuple[Site, ...],
+) -> Batch:
+    """What the crosscoder reads with some sites replaced."""
     splice = Splice(language_model, crosscoder, tokens_RT, sites=replaced, scales=statistics.scales, keep_BT=keep_RT)
-    inputs, keep_B = splice.read(), keep_RT.flatten()
-    return batch, {
-        site: inputs[site] if site in whole else inputs[site][keep_B] for site in crosscoder.wiring.read_sites
-    }
+    splice.read()
+    return kept_rows(crosscoder, splice.inputs, keep_RT)
+
+
+def kept_rows(
+    crosscoder: Crosscoder, activations: Mapping[Site, Tensor], keep_RT: Bool[Tensor, "R T"]
+) -> dict[Site, Tensor]:
+    """Activations of the kept tokens, `[B, D]`; those of all tokens at the read sites where prompts are read whole."""
+    whole = crosscoder.wiring.read_sites if crosscoder.reads_prompts else ()
+    keep_R = keep_RT.flatten()
+    return {site: x_RD if site in whole else x_RD[keep_R] for site, x_RD in activations.items()}

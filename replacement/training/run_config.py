@@ -37,7 +37,7 @@ _EXPECTED = {
     "int | tuple[int, ...]": "a whole number, or a list of whole numbers",
     "str | list[str]": "text, or a list of texts",
     "list[int]": "a list of whole numbers",
-    **dict.fromkeys(("DataConfig", "CrosscoderConfig", "TrainingConfig"), "a table of settings"),
+    **dict.fromkeys(("DataConfig", "CrosscoderConfig", "TrainingConfig", "LanguageModelConfig"), "a table of settings"),
 }
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -166,7 +166,7 @@ def _wrong_type(setting: str, type_name: str, value: object) -> str:
 
 def _type_name(kind: Any) -> str:
     name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-    return name.removeprefix("typing.Optional[").removesuffix(" | None")
+    return name.removeprefix("typing.Optional[").removeprefix(f"{RunConfig.__module__}.").removesuffix(" | None")
 
 
 def _short_text(text: str) -> str:

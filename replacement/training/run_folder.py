@@ -24,6 +24,8 @@ SETTINGS_FILE = "run.json"
 INPUTS_FILE = "inputs.json"
 LOCK_FILE = ".lock"
 SNAPSHOTS = "snapshots"
+LANGUAGE_MODEL = "language_model"
+"""Folder of the language model of a run that trains it, in Hugging Face layout."""
 RESULT = "crosscoder"
 """Folder of the result, which appears whole when the run is finished."""
 

@@ -5,6 +5,7 @@
     OUT/metrics.jsonl       one line per record (see `metrics_log`)
     OUT/snapshots/          state of the run (see `snapshots`)
     OUT/crosscoder/         the result, once the run is finished
+    OUT/language_model/     the language model, where it was trained, too (see `co_training`)
     OUT/.lock               held by the process that writes here (see `run_folder`)
 
 The order of the data and every random choice are functions of (seed, step), so the state is the weights, the optimizer's
@@ -35,16 +36,18 @@ from replacement.data.activation_cache import ActivationCache
 from replacement.data.activation_stream import ActivationStream
 from replacement.data.documents import special_ids
 from replacement.files import check_folder
+from replacement.language_model.hugging_face import save_language_model
 from replacement.threads import fit_threads
 from replacement.training import run_folder, snapshots
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens
+from replacement.training.co_training import CoTrainer, begin_co_training
 from replacement.training.config import STARTS, RunConfig
 from replacement.training.defaults import default_context, default_learning_rate, fill_batches
 from replacement.training.head_start import start_at_heads
 from replacement.training.metrics_log import MetricsLog
 from replacement.training.pacing import Clock, stop_request
 from replacement.training.parallel import Parallel, connect
-from replacement.training.reads import choose_reads, read_rows, replaced_sites
+from replacement.training.reads import choose_reads, replaced_sites
 from replacement.training.sample_start import start_at_samples
 from replacement.training.scaling import Batch, calibrate, measure, sites_of
 from replacement.training.sharding import feature_dim, local_part, plan, whole
@@ -124,6 +127,8 @@ class _Run:
         self.models = load_models(config.model, wiring=config.crosscoder.wiring, device=device)
         fit_threads(max(shape.d_model for shape in self.models.shapes))
         self.reads = choose_reads(config.training, build_wiring(config.crosscoder, self.models.shapes), self.models)
+        if config.language_model is not None:
+            begin_co_training(config, self.models.first, self.reads, parallel=parallel)
         if is_new:
             self.source = open_tokens(config.data, self.models, default_context=default_context(config))
             config = fill_batches(config, self.source.context, whole_rows=not self._shuffles(config))
@@ -180,7 +185,9 @@ class _Run:
         if step is None:
             mine = self._first_batches(part=parallel.data_rank, n_parts=parallel.n_data)
             statistics = measure(crosscoder, mine, parallel=parallel)
-        self.trainer = Trainer(crosscoder, training, statistics, parallel=parallel, language_model=self.models.only)
+        co_training = self.config.language_model
+        make = Trainer if co_training is None else partial(CoTrainer, settings=co_training)
+        self.trainer = make(crosscoder, training, statistics, parallel=parallel, language_model=self.models.only)
         where = self.config.crosscoder.start
         if statistics is not None and isinstance(crosscoder, Lorsa) and where == "heads":
             start_at_heads(crosscoder, self.models.first, statistics, seed=training.seed)
@@ -197,6 +204,7 @@ class _Run:
     def _shuffles(self, config: RunConfig) -> bool:
         """Whether steps take shuffled tokens; otherwise whole rows, to run the model on them or to attend over them."""
         needs_rows = any(loss.needs_rows for loss in config.training.losses) or config.crosscoder.wiring == "lorsa"
+        return self.reads == "clean" and not needs_rows and config.language_model is None
         return self.reads == "clean" and not needs_rows
 
     def _read(self, rows_RT: Tensor, *, first_model: int = 0) -> dict[Site, Tensor]:
@@ -294,10 +302,7 @@ class _Run:
         for tokens_RT, kept_RT in itertools.islice(self.stream.row_batches(start=done), left):
             tokens_RT, kept_RT = tokens_RT.to(lm.device), kept_RT.to(lm.device)
             replaced = replaced_sites(trainer.crosscoder, self.reads, seed=training.seed, step=trainer.steps_done)
-            activations, inputs = read_rows(
-                lm, trainer.crosscoder, trainer.statistics, tokens_RT, kept_RT, replaced=replaced
-            )
-            yield partial(trainer.step, activations, inputs=inputs, rows=RowsRead(tokens_RT, kept_RT))
+            yield partial(trainer.step_on_rows, RowsRead(tokens_RT, kept_RT), replaced=replaced)
 
     def _training_record(self, report: Progress, tokens_per_second: float) -> dict[str, Any]:
         crosscoder = self.trainer.crosscoder
@@ -402,6 +407,8 @@ class _Run:
     def finish(self) -> Crosscoder:
         """Save the result."""
         part = self.trainer.finished()
+        if self.config.language_model is not None:
+            save_language_model(self.models.first, self.out / run_folder.LANGUAGE_MODEL)
         crosscoder = whole(part, self.activation, self.parallel)
         if crosscoder is not None and self.parallel.is_first:
             checkpoint.save(crosscoder, self.out / run_folder.RESULT, training=self.config.to_dict())

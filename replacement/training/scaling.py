@@ -42,6 +42,16 @@ class Statistics(NamedTuple):
         tensors |= {f"mean.{site}": mean_D for site, mean_D in self.means.items()}
         return tensors | {f"variance.{site}": variance for site, variance in self.variances.items()}
 
+    def toward(self, new: Statistics, share: float) -> Statistics:
+        """A running mean of statistics: norm, mean and variance of the model's own activations move by a share to new ones."""
+        scales, means, variances = {}, {}, {}
+        for site, old in self.scales.items():
+            now = new.scales[site]
+            scale = scales[site] = 1 / (1 / old + share * (1 / now - 1 / old))
+            means[site] = scale * torch.lerp(self.means[site] / old, new.means[site] / now, share)
+            variances[site] = scale**2 * torch.lerp(self.variances[site] / old**2, new.variances[site] / now**2, share)
+        return Statistics(scales, means, variances)
+
     @classmethod
     def blank(cls, crosscoder: Crosscoder) -> Statistics:
         """Of the right shapes, to be overwritten."""

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_SECTIONS = {"RunConfig": "", "DataConfig": "data.", "CrosscoderConfig": "crosscoder.", "TrainingConfig": "training."}
+_SECTIONS = {
+    "RunConfig": "",
+    "DataConfig": "data.",
+    "CrosscoderConfig": "crosscoder.",
+    "TrainingConfig": "training.",
+    "LanguageModelConfig": "language_model.",
+}
 
 
 class Setting(NamedTuple):

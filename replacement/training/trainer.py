@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from replacement.language_model.language_model import LanguageModel
 from replacement.training.config import TrainingConfig
 from replacement.training.losses import StepState, reconstruction_losses
 from replacement.training.parallel import SINGLE, Parallel
+from replacement.training.reads import read_rows
 from replacement.training.scaling import (
     Batch,
     Statistics,
@@ -143,6 +145,13 @@ class Trainer:
             )
         return progress._replace(gradient_norm=self._update(loss))
 
+    def step_on_rows(self, rows: RowsRead, *, replaced: tuple[Site, ...]) -> Progress:
+        """One optimizer step on whole rows of tokens, read from the language model with some sites replaced."""
+        lm, crosscoder = self.language_model, self.crosscoder
+        assert lm is not None
+        batch, inputs = read_rows(lm, crosscoder, self.statistics, *rows, replaced=replaced)
+        return self.step(batch, inputs=inputs, rows=rows)
+
     def _loss(self, batch: Batch, rows: RowsRead | None, inputs: Batch | None) -> tuple[Tensor, Progress]:
         state, losses = self._forward(batch, rows, inputs)
         return torch.stack(list(losses.values())).sum(), self._report(state, self._values(losses))
@@ -253,7 +262,7 @@ class Trainer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that decides the next step besides `steps_done`: weights, moments, silence, statistics."""
-        self._make_moments()
+        make_moments(self.optimizer)
         tensors = {f"crosscoder.{name}": value.detach() for name, value in self.crosscoder.state_dict().items()}
         for name, parameter in self.crosscoder.named_parameters():
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -266,14 +275,6 @@ class Trainer:
         self.statistics = Statistics.from_tensors(state, sites_of(self.crosscoder))
         for parameter in self.crosscoder.parameters():
             self.optimizer.state[parameter]["step"].fill_(steps_done)
-
-    def _make_moments(self) -> None:
-        for parameter in self.crosscoder.parameters():
-            if not self.optimizer.state[parameter]:
-                # The fused Adam keeps its step counter as a tensor beside the moments.
-                state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                self.optimizer.state[parameter] = state
 
     def finished(self) -> Crosscoder:
         """A copy of the crosscoder with the scales folded in, in evaluation mode."""
@@ -314,6 +315,18 @@ def train(
     n_rows = sum(len(next(iter(batch.values()))) for batch in first)
     calibrate(crosscoder, trainer.statistics, first, n_rows=n_rows)
     return trainer.finished()
+
+
+def make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that Adam would make in its first step, where it is not there yet."""
+    for settings in optimizer.param_groups:
+        for parameter in settings["params"]:
+            if not optimizer.state[parameter]:
+                # Contiguous, which weights that are parts of others are not; moments are saved.
+                new = partial(torch.zeros_like, parameter, memory_format=torch.contiguous_format)
+                # The fused Adam keeps its step counter as a tensor beside the moments.
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device if settings["fused"] else "cpu")
+                optimizer.state[parameter] = {"step": step, "exp_avg": new(), "exp_avg_sq": new()}
 
 
 def _count_silence(silent_GF: Tensor, features: Features, n_rows: int) -> Tensor:

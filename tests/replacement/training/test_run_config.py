@@ -25,7 +25,7 @@ from replacement.crosscoder.activation import Activation, BatchTopK, JointTopK, 
 from replacement.crosscoder.wiring import Wiring
 from replacement.data.documents import special_ids
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens
-from replacement.training.config import CrosscoderConfig, DataConfig, RunConfig, TrainingConfig
+from replacement.training.config import CrosscoderConfig, DataConfig, LanguageModelConfig, RunConfig, TrainingConfig
 from replacement.training.losses import Auxiliary, Tanh
 from replacement.training.metrics_log import MetricsLog, read_metrics
 from replacement.training.model_losses import OutputKL
@@ -98,11 +98,19 @@ def test_any_settings_survive_json(n_tokens: int, k: int, seed: int, clip: float
     assert run_config(json.loads(json.dumps(config.to_dict()))) == config
 
 
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "crosscoder": CrosscoderConfig,
+    "training": TrainingConfig,
+    "language_model": LanguageModelConfig,
+}
+
+
 def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted names and default values of a dataclass of settings and its sections."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        section = {"data": DataConfig, "crosscoder": CrosscoderConfig, "training": TrainingConfig}.get(field.name)
+        section = SECTIONS.get(field.name)
         if section is not None:
             values |= defaults(section, f"{field.name}.")
         elif field.default_factory is not dataclasses.MISSING:
@@ -113,11 +121,12 @@ def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def test_the_table_of_settings_is_that_of_the_dataclasses() -> None:
-    """At most 32, each with its default, a unit and a line of explanation."""
+    """Thirty-two of a crosscoder and seven of a language model, each with its default, a unit and a line of explanation."""
     names = {"TopK": TopK, "Auxiliary": Auxiliary, "auto": None, "needed": dataclasses.MISSING, "true": True}
     shown = {setting.name: eval(setting.default, {**names, "false": False}) for setting in settings_table()}
     assert shown == defaults(RunConfig)
-    assert len(shown) == 32
+    of_language_model = [name for name in shown if name.startswith("language_model.")]
+    assert (len(shown) - len(of_language_model), len(of_language_model)) == (32, 7)
     for setting in settings_table():
         assert setting.unit
         assert 10 < len(setting.meaning) < 200, setting
