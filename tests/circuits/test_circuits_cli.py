@@ -53,7 +53,7 @@ def tracer(monkeypatch, small) -> list[dict]:
         calls.append({"model": model, "prompt": prompt, **options})
         return small
 
-    tracing.trace, splitting.with_heads = trace, with_heads
+    tracing.trace, splitting.with_heads, splitting.replaces_heads = trace, with_heads, lambda model: False
     monkeypatch.setattr(replacement, "load", load)
     monkeypatch.setattr("circuits.attribution.labels.with_labels", lambda model, graph, **_: graph)
     monkeypatch.setitem(sys.modules, "circuits.heads.edge_split", splitting)
@@ -252,7 +252,7 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
         ),
         (["trace", "a", "--model", "gpt2"], "crosscoder: expected a crosscoder made for gpt2, given none"),
         (
-            ["trace", "a", "--model", "gpt2", "--crosscoder", "c", "--attention", "features"],
+            ["trace", "a", "--model", "gpt2", "--crosscoder", "demo", "--attention", "features"],
             "attention-crosscoder: expected a crosscoder made for gpt2, given none",
         ),
         (["trace", "a", "--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16, float64, given 'int8'"),
