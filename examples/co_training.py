@@ -94,7 +94,7 @@ class Study:
     d_model: int = 64
     fine_tuned: str = "demo"
     """The language model that is fine-tuned."""
-    steps: int = 600
+    steps: int = 400
     """Steps in which both move; other ways get as many as the same compute buys."""
     n_features: int = 512
     n_rows: int = 256

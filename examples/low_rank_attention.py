@@ -182,8 +182,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--tokens", type=int, default=1_024_000, help="tokens of each training")
-    parser.add_argument("--rows", type=int, default=256, help="held-out rows of 64 tokens")
+    parser.add_argument("--tokens", type=int, default=512_000, help="tokens of each training")
+    parser.add_argument("--rows", type=int, default=128, help="held-out rows of 64 tokens")
     parser.add_argument("--prompts", type=int, default=2, help="held-out prompts of every behaviour that are traced")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all trainings")
     arguments = parser.parse_args()

@@ -25,6 +25,7 @@ from torch import Tensor
 from circuits.attribution.direct_effects import rows_per_chunk
 from circuits.attribution.grounding import Grounding
 from circuits.attribution.identity import check_identity
+from circuits.attribution.targets import check_model
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.text import full_name
@@ -68,6 +69,7 @@ def split_heads(model: ReplacementModel, graph: CircuitGraph, *, hop: str = "las
         ValueError: another hop, a graph of another model, or attention that is replaced whole (`replaces_heads`).
         IdentityError: the parts of an edge do not sum to it.
     """
+    check_model(model)
     if replaces_heads(model):
         raise ValueError(
             "no head of the model carries an edge of this graph: attention is replaced by low-rank sparse attention, whose "

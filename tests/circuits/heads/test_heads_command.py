@@ -398,9 +398,9 @@ def test_the_model_is_the_graphs(graph: CircuitGraph, tmp_path: Path, capsys: An
         ["--edge", strongest_edge(graph)[1]],
     ):
         assert "seen enough" in fails(capsys, path, *question, "--dtype", "float64")
-        assert asked.pop() == {**stored, "device": "cpu", "dtype": "float64"}
+        assert asked.pop() == {**stored, "base": None, "device": "cpu", "dtype": "float64"}
     assert "seen enough" in fails(capsys, path, "--check", "--crosscoder", "four")
-    assert asked.pop() == {**stored, "crosscoder": "four", "device": "cpu", "dtype": "float32"}
+    assert asked.pop() == {**stored, "base": None, "crosscoder": "four", "device": "cpu", "dtype": "float32"}
 
 
 @pytest.mark.usefixtures("no_model")

@@ -20,6 +20,7 @@ import training_runs
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from replacement.data.activation_stream import ActivationStream
 from replacement.data.token_sources import StoredRows
@@ -158,6 +159,8 @@ def test_recipes_run_on_a_model_of_long_context(
     model = str(long_context)
     if not isinstance(read_config(path).model, str):  # a recipe of several models, each named once
         copy = shutil.copytree(long_context, tmp_path / "copy")
+        stored = load_file(copy / "model.safetensors")  # other weights, as if one were fine-tuned from the other
+        save_file({name: 1.01 * value for name, value in stored.items()}, copy / "model.safetensors", {"format": "pt"})
         model = json.dumps([model, str(copy)])
     overrides = [f"model={model}", f"data.source={flat_tokens}", "data.held_out_rows=4"]
     config = read_config(path, overrides=[*overrides, "training.n_tokens=2048", "data.buffer_tokens=4096"])

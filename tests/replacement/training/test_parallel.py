@@ -92,6 +92,8 @@ def test_what_two_processes_save_is_one_crosscoder(folder: Path, name: str, mode
     one, two = (checkpoint.load(folder / f"{name} {kind}" / "crosscoder") for kind in ("single", mode))
     assert two.activation == one.activation
     for key, value in one.state_dict().items():
+        if key.startswith("b_K."):
+            continue  # shifts all scores of a query alike: its gradient is rounding, of which Adam makes whole steps
         error = (two.state_dict()[key] - value).norm() / value.norm().clamp(min=1e-6)
         assert float(error) < 0.02, key  # single steps agree to rounding; Adam divides by small numbers
 

@@ -360,7 +360,7 @@ def test_sparsity_penalties_ramp() -> None:
         ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
         ({"warmup_fraction": -1.0}, "warmup_fraction must lie between 0 and 1, got -1.0"),
         ({"decay_fraction": 1.5}, "decay_fraction must lie between 0 and 1, got 1.5"),
-        ({"reads": "dirty"}, "reads must be one of clean, propagated, subset, got 'dirty'"),
+        ({"reads": "dirty"}, "reads must be one of clean, propagated, subset, one, got 'dirty'"),
     ],
 )
 def test_bad_settings_are_refused(setting: dict[str, Any], message: str) -> None:
