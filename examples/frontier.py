@@ -37,7 +37,9 @@ from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, R
 from replacement.crosscoder.wiring import Wiring
 from replacement.training.build import load_models
 from replacement.training.config import TrainingConfig
-from replacement.training.losses import Auxiliary, L1OfNorms, Loss, Penalty, PreActivation, Tanh
+from replacement.training.dead_features import Auxiliary, PreActivation
+from replacement.training.losses import Loss
+from replacement.training.penalties import L1OfNorms, Penalty, Tanh
 from replacement.training.scaling import measure
 from replacement.training.trainer import SCALE_BATCHES, Trainer
 from replacement.validation.fidelity import measure_fidelity

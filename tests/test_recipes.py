@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replacement.training.build import Models, build_crosscoder, load_models
-from replacement.training.losses import Tanh
+from replacement.training.penalties import Tanh
 from replacement.training.run_config import read_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -43,7 +43,9 @@ from result_rows import kept_row, spread
 from circuits import NodeKind, trace
 from replacement import ReplacementModel, Wiring
 from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU
-from replacement.training.losses import Auxiliary, Loss, Tanh
+from replacement.training.dead_features import Auxiliary
+from replacement.training.losses import Loss
+from replacement.training.penalties import Tanh
 
 NETWORKS: dict[str, Callable[..., GroundTruth]] = {"two-hop": two_hop, "and-or": and_or}
 WIRINGS = {"CLT": Wiring.strictly_causal, "PLT": Wiring.per_layer}

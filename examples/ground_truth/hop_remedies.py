@@ -30,7 +30,7 @@ from hop_fidelity import NETWORKS, Dictionaries, HowTrained, print_heading, prin
 from remedies import PLTS, remedies
 
 from replacement.crosscoder.activation import BatchTopK
-from replacement.training.losses import Auxiliary
+from replacement.training.dead_features import Auxiliary
 
 CHOOSE, JUDGE = (0, 1), (2, 3, 4)
 """Seeds."""

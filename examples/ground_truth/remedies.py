@@ -15,8 +15,9 @@ from torch import Tensor
 
 from replacement import Wiring
 from replacement.crosscoder.sites import Site
-from replacement.training.losses import Distance, Loss, StepState
+from replacement.training.losses import Loss, StepState
 from replacement.training.model_losses import JacobianMatching
+from replacement.training.penalties import Distance
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ from plot_style import STYLE, save
 from replacement import Crosscoder
 from replacement.crosscoder.activation import ReLU
 from replacement.crosscoder.wiring import Wiring
-from replacement.training.losses import Auxiliary, L1OfNorms, Loss
+from replacement.training.dead_features import Auxiliary
+from replacement.training.losses import Loss
 from replacement.training.model_losses import JacobianMatching
+from replacement.training.penalties import L1OfNorms
 
 WIDTH, N_FEATURES = 6, 16
 DENSITY, SHARE = 0.3, 0.25

@@ -36,7 +36,9 @@ from replacement import Crosscoder
 from replacement.crosscoder.activation import Activation, ReLU, TopK
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
-from replacement.training.losses import Auxiliary, L1OfNorms, Loss
+from replacement.training.dead_features import Auxiliary
+from replacement.training.losses import Loss
+from replacement.training.penalties import L1OfNorms
 
 N_FEATURES = 32
 N_STEPS = 500

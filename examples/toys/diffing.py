@@ -34,7 +34,9 @@ from replacement import Crosscoder
 from replacement.crosscoder.activation import Activation, BatchTopK, ReLU
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
-from replacement.training.losses import Auxiliary, L1OfNorms, Loss
+from replacement.training.dead_features import Auxiliary
+from replacement.training.losses import Loss
+from replacement.training.penalties import L1OfNorms
 from replacement.validation.latent_scaling import latent_scaling, relative_decoder_norms
 
 CLAIM = 0.9

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from replacement.crosscoder.activation import Activation, TopK
 from replacement.crosscoder.wiring import ADAPTERS
-from replacement.training.losses import Auxiliary, Loss
+from replacement.training.dead_features import Auxiliary
+from replacement.training.losses import Loss
 
 MOST_HELD_OUT_ROWS = 1_000_000
 """They are held in memory, and the demo's corpus would go on generating them."""

@@ -15,8 +15,10 @@ import dacite
 from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from replacement.files import read_text
 from replacement.training.config import RunConfig
-from replacement.training.losses import Auxiliary, Distance, L1OfNorms, L2OfNorms, Loss, PreActivation, Strongest, Tanh
+from replacement.training.dead_features import Auxiliary, PreActivation
+from replacement.training.losses import Loss, Strongest
 from replacement.training.model_losses import JacobianMatching, OutputKL
+from replacement.training.penalties import Distance, L1OfNorms, L2OfNorms, Tanh
 from replacement.training.settings import settings_table
 
 Kind = TypeVar("Kind", Activation, Loss)

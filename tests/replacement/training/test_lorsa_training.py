@@ -15,8 +15,9 @@ from replacement import LanguageModel, Lorsa, ReLU, Site, Wiring
 from replacement.crosscoder.jumprelu import to_jumprelu
 from replacement.training.build import Models, build_crosscoder
 from replacement.training.config import CrosscoderConfig, TrainingConfig
+from replacement.training.dead_features import Auxiliary, PreActivation
 from replacement.training.head_start import query_keys_like, start_at_heads
-from replacement.training.losses import Auxiliary, PreActivation, StepState
+from replacement.training.losses import StepState
 from replacement.training.metrics_log import read_metrics
 from replacement.training.run_config import run_config
 from replacement.training.runs import Interrupted, run

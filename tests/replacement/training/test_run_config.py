@@ -26,9 +26,10 @@ from replacement.crosscoder.wiring import Wiring
 from replacement.data.documents import special_ids
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens
 from replacement.training.config import CrosscoderConfig, DataConfig, LanguageModelConfig, RunConfig, TrainingConfig
-from replacement.training.losses import Auxiliary, Tanh
+from replacement.training.dead_features import Auxiliary
 from replacement.training.metrics_log import MetricsLog, read_metrics
 from replacement.training.model_losses import OutputKL
+from replacement.training.penalties import Tanh
 from replacement.training.reads import choose_reads
 from replacement.training.run_config import ACTIVATIONS, read_config, run_config
 from replacement.training.runs import run
