@@ -23,7 +23,7 @@ from demo_activations import DemoActivations
 from result_rows import append_row, find_row
 
 from replacement import Crosscoder, LanguageModel
-from replacement.crosscoder.activation import TopK
+from replacement.crosscoder.topk import TopK
 from replacement.crosscoder.wiring import Wiring
 from replacement.training import TrainingConfig, train
 from replacement.training.build import load_models

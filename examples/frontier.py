@@ -33,7 +33,8 @@ from penalty_search import search
 from result_rows import append_row, find_row, read_rows
 
 from replacement import Crosscoder, LanguageModel
-from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
+from replacement.crosscoder.topk import BatchTopK, TopK
 from replacement.crosscoder.wiring import Wiring
 from replacement.training.build import load_models
 from replacement.training.config import TrainingConfig

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from replacement.crosscoder import checkpoint
-    from replacement.crosscoder.activation import BatchTopK, JointTopK, JumpReLU, ReLU, TopK
+    from replacement.crosscoder.activation import JumpReLU, ReLU
     from replacement.crosscoder.crosscoder import Crosscoder, CrosscoderOutput
     from replacement.crosscoder.features import Features
     from replacement.crosscoder.lorsa import Lorsa, QueryKeys
     from replacement.crosscoder.sites import ModelShape, Site
+    from replacement.crosscoder.topk import BatchTopK, JointTopK, TopK
     from replacement.crosscoder.wiring import Wiring
     from replacement.index.build import build_index
     from replacement.index.store import FeatureIndex
@@ -60,7 +61,7 @@ __all__ = [
 
 # Imported on first use: `replacement --help` and `replacement show` must not wait for torch and transformer_lens.
 _LAZY = {
-    "BatchTopK": "replacement.crosscoder.activation",
+    "BatchTopK": "replacement.crosscoder.topk",
     "Crosscoder": "replacement.crosscoder.crosscoder",
     "CrosscoderOutput": "replacement.crosscoder.crosscoder",
     "Decomposition": "replacement.splicing.local_replacement",
@@ -68,7 +69,7 @@ _LAZY = {
     "Features": "replacement.crosscoder.features",
     "Intervened": "replacement.splicing.intervened",
     "Intervention": "replacement.splicing.intervention",
-    "JointTopK": "replacement.crosscoder.activation",
+    "JointTopK": "replacement.crosscoder.topk",
     "JumpReLU": "replacement.crosscoder.activation",
     "LanguageModel": "replacement.language_model.language_model",
     "LocalReplacement": "replacement.splicing.local_replacement",
@@ -78,7 +79,7 @@ _LAZY = {
     "ReLU": "replacement.crosscoder.activation",
     "ReplacementModel": "replacement.splicing.replacement_model",
     "Site": "replacement.crosscoder.sites",
-    "TopK": "replacement.crosscoder.activation",
+    "TopK": "replacement.crosscoder.topk",
     "UnknownFeatureError": "replacement.splicing.intervention",
     "Wiring": "replacement.crosscoder.wiring",
     "build_index": "replacement.index.build",

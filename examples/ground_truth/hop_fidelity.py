@@ -42,7 +42,8 @@ from result_rows import kept_row, spread
 
 from circuits import NodeKind, trace
 from replacement import ReplacementModel, Wiring
-from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU
+from replacement.crosscoder.activation import Activation, JumpReLU
+from replacement.crosscoder.topk import BatchTopK
 from replacement.training.dead_features import Auxiliary
 from replacement.training.losses import Loss
 from replacement.training.penalties import Tanh

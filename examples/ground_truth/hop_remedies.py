@@ -29,7 +29,7 @@ import torch
 from hop_fidelity import NETWORKS, Dictionaries, HowTrained, print_heading, print_row, true_counts
 from remedies import PLTS, remedies
 
-from replacement.crosscoder.activation import BatchTopK
+from replacement.crosscoder.topk import BatchTopK
 from replacement.training.dead_features import Auxiliary
 
 CHOOSE, JUDGE = (0, 1), (2, 3, 4)

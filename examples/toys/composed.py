@@ -33,8 +33,9 @@ from matplotlib import pyplot
 from plot_style import STYLE, save
 
 from replacement import Crosscoder
-from replacement.crosscoder.activation import Activation, ReLU, TopK
+from replacement.crosscoder.activation import Activation, ReLU
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import TopK
 from replacement.crosscoder.wiring import Wiring
 from replacement.training.dead_features import Auxiliary
 from replacement.training.losses import Loss

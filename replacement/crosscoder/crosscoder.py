@@ -21,11 +21,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from replacement.crosscoder.activation import BatchTopK, JointTopK, Selection
+from replacement.crosscoder.activation import Selection
 from replacement.crosscoder.checks import finite_values
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.sparse import Block, Pattern, add_blocks, dots, with_encoder_gradient
+from replacement.crosscoder.topk import BatchTopK, JointTopK
 from replacement.crosscoder.weights import CrosscoderWeights
 
 _ROWS_AT_ONCE = 512

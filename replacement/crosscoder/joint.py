@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation, k_of
+from replacement.crosscoder.activation import Activation
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import k_of
 from replacement.crosscoder.wiring import JOINT, Wiring
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from replacement.crosscoder.activation import BatchTopK, JumpReLU, TopK
+from replacement.crosscoder.activation import JumpReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import BatchTopK, TopK
 from replacement.number_checks import LARGEST
 
 _ROWS_AT_ONCE = 512

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from replacement.crosscoder.activation import Activation, TopK
+from replacement.crosscoder.activation import Activation
 from replacement.crosscoder.checks import finite_values, float_dtype
 from replacement.crosscoder.fingerprint import fingerprint, legacy_fingerprint
+from replacement.crosscoder.topk import TopK
 from replacement.crosscoder.weights_by_site import MATRICES, WeightsBySite
 from replacement.crosscoder.wiring import Wiring
 from replacement.number_checks import whole_number

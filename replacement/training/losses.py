@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from replacement.crosscoder.activation import k_of
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import k_of
 from replacement.training.parallel import SINGLE, Parallel
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replacement.crosscoder.activation import BatchTopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.sparse import with_encoder_gradient
+from replacement.crosscoder.topk import BatchTopK
 from replacement.splicing.splice import Splice
 from replacement.training.losses import Loss, StepState
 from replacement.validation.metrics import kl_divergence

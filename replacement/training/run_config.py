@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import dacite
 
-from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
+from replacement.crosscoder.topk import BatchTopK, TopK
 from replacement.files import read_text
 from replacement.training.config import RunConfig
 from replacement.training.dead_features import Auxiliary, PreActivation

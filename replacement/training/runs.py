@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from replacement.crosscoder import checkpoint
-from replacement.crosscoder.activation import BatchTopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import BatchTopK
 from replacement.data.activation_cache import ActivationCache
 from replacement.data.activation_stream import ActivationStream
 from replacement.data.documents import special_ids

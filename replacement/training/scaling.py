@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import BatchTopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.jumprelu import quantile_thresholds
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import BatchTopK
 from replacement.training.parallel import SINGLE, Parallel
 
 Batch = Mapping[Site, Tensor]

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation, BatchTopK, Selection, TopK, k_of
+from replacement.crosscoder.activation import Activation, Selection
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import BatchTopK, TopK, k_of
 from replacement.training.parallel import DATA, FEATURES, SINGLE, Parallel
 
 

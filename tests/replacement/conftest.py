@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation, TopK
+from replacement.crosscoder.activation import Activation
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.topk import TopK
 from replacement.crosscoder.wiring import Wiring
 
 # A busy machine makes single examples slow now and then; correctness is what is tested.

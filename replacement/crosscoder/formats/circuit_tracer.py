@@ -22,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats import hub
 from replacement.crosscoder.formats.hooks import MLP_OUT, MLP_READS, MLP_WRITES, shape_of
@@ -30,6 +30,7 @@ from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.single_layers import LayerWeights, joined, read_layer
 from replacement.crosscoder.formats.tensor_files import Settings, layer_files, mentions, numbered
 from replacement.crosscoder.formats.writing import check_holds, common_problems, decoders_by_target, write_named
+from replacement.crosscoder.topk import TopK
 from replacement.crosscoder.wiring import Wiring
 
 CONFIG_FILE = "config.yaml"

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import JointTopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.hooks import shape_of
 from replacement.crosscoder.formats.published import Layout, Published
@@ -33,6 +32,7 @@ from replacement.crosscoder.formats.writing import (
     write_json,
     write_named,
 )
+from replacement.crosscoder.topk import JointTopK
 from replacement.crosscoder.wiring import Wiring
 
 NAME = "cross-layer-topk"

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation, JointTopK, JumpReLU, ReLU
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
 from replacement.crosscoder.formats.decoder_norms import decoder_norms
 from replacement.crosscoder.formats.hooks import shape_of
 from replacement.crosscoder.formats.llama_scope_folder import CONFIG_FILE, KINDS, Part, read_part
@@ -36,6 +36,7 @@ from replacement.crosscoder.formats.llama_scope_writing import NAME, UNDECOMPOSE
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.tensor_files import mentions
 from replacement.crosscoder.mapped_file import MappedFile
+from replacement.crosscoder.topk import JointTopK
 from replacement.crosscoder.wiring import Wiring
 
 _LAYER_FOLDER = re.compile(r"layer_?(\d{1,6})(?!\d)")

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation, JointTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
 from replacement.crosscoder.formats.hooks import ATTENTION_OUT, ATTENTION_READS, MLP_READS, MLP_WRITES
 from replacement.crosscoder.formats.llama_scope_lorsa import read_query_keys, take_query_keys
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, norm_scale
 from replacement.crosscoder.lorsa import QueryKeys
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import JointTopK, TopK
 
 CONFIG_FILE, TENSOR_FILE = "config.json", "sae_weights.safetensors"
 KINDS = {"sae": "transcoder", "clt": "cross-layer transcoder", "lorsa": "low-rank sparse attention"}

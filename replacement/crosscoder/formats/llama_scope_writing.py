@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import JointTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import JumpReLU, ReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.decoder_norms import decoder_norms
 from replacement.crosscoder.formats.hooks import ATTENTION_OUT, ATTENTION_READS, MLP_OUT, MLP_READS
@@ -21,6 +21,7 @@ from replacement.crosscoder.formats.writing import check_holds, common_problems,
 from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.mapped_file import write_tensors
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import JointTopK, TopK
 
 NAME = "llama-scope-2"
 UNDECOMPOSED = 1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import activation_from_dict
+from replacement.crosscoder.activation_kinds import activation_from_dict
 from replacement.crosscoder.checks import finite_values
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.published import Layout, Published

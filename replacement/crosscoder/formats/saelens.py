@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from replacement.crosscoder.activation import Activation, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.decoder_norms import decoder_norms
 from replacement.crosscoder.formats.hooks import HOOKS, MODULES, hook_of
@@ -38,6 +38,7 @@ from replacement.crosscoder.formats.single_layers import (
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile
 from replacement.crosscoder.formats.writing import check_holds, common_problems, write_json, write_named
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import TopK
 
 NAME = "saelens"
 CONFIG_FILE, TENSOR_FILE = "cfg.json", "sae_weights.safetensors"

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import TopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.single_layers import LayerWeights, joined, layer_wiring
@@ -38,6 +37,7 @@ from replacement.crosscoder.formats.sparsify_files import (
 )
 from replacement.crosscoder.formats.writing import check_holds, common_problems, write_json, write_named
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import TopK
 
 NAME = "sparsify"
 READ_HOOKS = {"mlp_in": "layers.{}.mlp", "resid_mid": "layers.{}.post_attention_layernorm"}

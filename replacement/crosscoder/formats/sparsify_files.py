@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import TopK
 from replacement.crosscoder.formats.single_layers import bias_for_shifted_input
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, listed, norm_scale
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import TopK
 from replacement.files import read_json
 
 CONFIG_FILE = "cfg.json"

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK, activation_from_dict
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
+from replacement.crosscoder.activation_kinds import activation_from_dict
+from replacement.crosscoder.topk import BatchTopK, TopK
 
 ALL = [ReLU(), JumpReLU(), TopK(3), TopK(3, relu=False), BatchTopK(3)]
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from replacement.crosscoder.activation import ReLU, TopK
+from replacement.crosscoder.activation import ReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.topk import TopK
 from replacement.crosscoder.wiring import Wiring
 
 SHAPE = ModelShape(n_layers=2, d_model=4, n_heads=2, d_head=3)

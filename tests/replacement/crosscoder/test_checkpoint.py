@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from replacement import checkpoint
-from replacement.crosscoder.activation import BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import JumpReLU, ReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats import native
 from replacement.crosscoder.sites import ModelShape
+from replacement.crosscoder.topk import BatchTopK, TopK
 from replacement.crosscoder.wiring import Wiring
 
 ACTIVATIONS = [ReLU(), JumpReLU(bandwidth=0.5), TopK(3), BatchTopK(3, momentum=0.5)]

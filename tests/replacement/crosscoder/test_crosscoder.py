@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.topk import BatchTopK, TopK
 from replacement.crosscoder.wiring import Wiring
 
 ACTIVATIONS = [ReLU(), JumpReLU(), TopK(3), BatchTopK(3)]

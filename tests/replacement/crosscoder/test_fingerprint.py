@@ -12,9 +12,10 @@ import torch
 import replacement.crosscoder.fingerprint
 import replacement.crosscoder.weights
 from replacement.crosscoder import checkpoint
-from replacement.crosscoder.activation import BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import JumpReLU, ReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape
+from replacement.crosscoder.topk import BatchTopK, TopK
 from replacement.crosscoder.wiring import Wiring
 
 SHAPE = ModelShape(n_layers=3, d_model=8, n_heads=2, d_head=5)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from replacement.crosscoder import checkpoint
-from replacement.crosscoder.activation import BatchTopK, JointTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import JumpReLU, ReLU
 from replacement.crosscoder.joint import join, split
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.topk import BatchTopK, JointTopK, TopK
 from replacement.crosscoder.wiring import Wiring
 
 K_PER_GROUP = TopK((4, 2, 1, 5, 3, 2))

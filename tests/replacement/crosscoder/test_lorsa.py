@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from replacement.crosscoder import checkpoint
-from replacement.crosscoder.activation import JointTopK, ReLU, TopK
+from replacement.crosscoder.activation import ReLU
 from replacement.crosscoder.formats.convert import convert
 from replacement.crosscoder.formats.layouts import writable
 from replacement.crosscoder.lorsa import Lorsa, QueryKeys
 from replacement.crosscoder.rotation import Rotary
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.topk import JointTopK, TopK
 from replacement.crosscoder.wiring import Wiring
 
 SHAPE = ModelShape(n_layers=2, d_model=6, n_heads=2, d_head=3)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import replacement.crosscoder.crosscoder
-from replacement.crosscoder.activation import BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import JumpReLU, ReLU
 from replacement.crosscoder.sites import ModelShape
 from replacement.crosscoder.sparse import Block, Pattern, add_blocks, dots, weighted_rows, with_encoder_gradient
+from replacement.crosscoder.topk import BatchTopK, TopK
 from replacement.crosscoder.wiring import Wiring
 
 N_ROWS, N_FEATURES, WIDTH = 6, 9, 4

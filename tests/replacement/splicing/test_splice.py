@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from replacement import Crosscoder, Features, JointTopK, ReLU, Site, TopK, Wiring
-from replacement.crosscoder.activation import BatchTopK
+from replacement.crosscoder.topk import BatchTopK
 from replacement.splicing.splice import Splice, possible_reads, read_rows
 
 CAUSAL = {

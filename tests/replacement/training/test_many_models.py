@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from replacement.crosscoder.activation import TopK
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.topk import TopK
 from replacement.crosscoder.wiring import Wiring
 from replacement.data.activation_stream import ActivationStream
 from replacement.data.documents import special_ids

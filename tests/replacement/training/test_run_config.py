@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from replacement import checkpoint
 from replacement.cli import main
 from replacement.crosscoder import activation
-from replacement.crosscoder.activation import Activation, BatchTopK, JointTopK, JumpReLU, TopK
+from replacement.crosscoder.activation import Activation, JumpReLU
+from replacement.crosscoder.topk import BatchTopK, JointTopK, TopK
 from replacement.crosscoder.wiring import Wiring
 from replacement.data.documents import special_ids
 from replacement.training.build import build_crosscoder, build_wiring, load_models, open_tokens

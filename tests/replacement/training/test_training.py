@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.topk import BatchTopK, TopK
 from replacement.crosscoder.wiring import Wiring
 from replacement.training import (
     Auxiliary,

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from replacement import Crosscoder, ReLU, TopK, Wiring
-from replacement.crosscoder.activation import BatchTopK
 from replacement.crosscoder.sites import Site
+from replacement.crosscoder.topk import BatchTopK
 from replacement.validation.fidelity import measure_fidelity
 from replacement.validation.measure import measure
 from replacement.validation.protocols import protocols

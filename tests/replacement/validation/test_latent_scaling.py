@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.activation import ReLU, TopK
+from replacement.crosscoder.activation import ReLU
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import ModelShape, Site
+from replacement.crosscoder.topk import TopK
 from replacement.crosscoder.wiring import Wiring
 from replacement.validation.latent_scaling import latent_scaling, relative_decoder_norms
 
