@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from replacement.crosscoder.sites import Site
-from replacement.language_model.bridge_parts import BridgeParts, NamedHook
+from replacement.language_model.bridge_norms import NamedHook
+from replacement.language_model.bridge_parts import BridgeParts
 
 MLPMap = Callable[[Tensor], Tensor]
 """Rows `[R, D]` at `mlp_normalized` to rows at `mlp_out`."""

@@ -19,7 +19,8 @@ from replacement.crosscoder.fingerprint import legacy_fingerprint
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.language_model.base_model import MLPMap, base_mlps, difference_hooks
 from replacement.language_model.boot import boot, check_finite
-from replacement.language_model.bridge_parts import NORMALIZED, BridgeParts, NamedHook
+from replacement.language_model.bridge_norms import NamedHook
+from replacement.language_model.bridge_parts import NORMALIZED, BridgeParts
 from replacement.language_model.fingerprint import model_fingerprint
 from replacement.language_model.freezing import FrozenPrompt, freeze, freeze_query_key
 from replacement.language_model.queries_and_keys import FrozenQueryKey
