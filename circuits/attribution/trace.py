@@ -36,7 +36,7 @@ from circuits.graph.feature_labels import FEATURE_LABELS
 from circuits.graph.nodes import NodeKind, NodeTable
 from circuits.graph.pruning import check_threshold
 from replacement import LocalReplacement, ReplacementModel
-from replacement.language_model.language_model import Prompt
+from replacement.language_model.prompts import Prompt
 from replacement.number_checks import whole_number
 
 

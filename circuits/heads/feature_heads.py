@@ -31,7 +31,7 @@ from circuits.heads.relu_credit import DEFAULT_RULE, Credit, credit
 from circuits.heads.writes_and_reads import TargetReads
 from replacement import Decomposition, LocalReplacement, Lorsa, ReplacementModel
 from replacement.console import section, table
-from replacement.language_model.language_model import Prompt
+from replacement.language_model.prompts import Prompt
 from replacement.notebook import repr_html
 from replacement.splicing.intervention import PARTS
 from replacement.token_texts import visible

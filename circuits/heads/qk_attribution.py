@@ -36,7 +36,7 @@ from circuits.attribution.targets import check_model, check_position
 from circuits.graph.nodes import NodeKind
 from circuits.heads.qk_result import QKAttribution, SourceNode, summed_magnitudes
 from replacement import ReplacementModel
-from replacement.language_model.language_model import Prompt
+from replacement.language_model.prompts import Prompt
 from replacement.language_model.queries_and_keys import FrozenQueryKey
 from replacement.number_checks import integer
 from replacement.splicing.intervention import PARTS

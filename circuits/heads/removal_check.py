@@ -31,7 +31,8 @@ from circuits.heads.feature_heads import HeadView, HeadViews
 from circuits.heads.relu_credit import RULES
 from replacement import Crosscoder, LanguageModel, LocalReplacement, Lorsa, ReplacementModel, Site
 from replacement.console import section, table
-from replacement.language_model.language_model import EnoughSeen, Hook, Prompt
+from replacement.language_model.language_model import EnoughSeen, Hook
+from replacement.language_model.prompts import Prompt
 from replacement.notebook import repr_html
 from replacement.splicing.intervention import PARTS
 

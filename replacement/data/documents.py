@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from replacement.language_model.language_model import LanguageModel, check_text
+from replacement.language_model.language_model import LanguageModel
+from replacement.language_model.prompts import check_text
 
 HUB_PREFIX = "hf:"
 _PIECE_CHARACTERS = 1 << 18  # a long file is tokenised in pieces of about this size, cut at line ends

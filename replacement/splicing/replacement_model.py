@@ -13,7 +13,8 @@ from replacement.crosscoder.joint import split
 from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import JOINT, LORSA_READS
-from replacement.language_model.language_model import LanguageModel, Prompt, is_batch
+from replacement.language_model.language_model import LanguageModel
+from replacement.language_model.prompts import Prompt, is_batch
 from replacement.number_checks import integer, integers
 from replacement.splicing.clean_run import WRITES, CleanRun, Conditions
 from replacement.splicing.feature_changes import Change, change_of
