@@ -12,7 +12,7 @@ import torch
 
 import circuits
 from replacement import BatchTopK, Crosscoder, JumpReLU, ReLU, ReplacementModel, TopK, Wiring, checkpoint
-from replacement.crosscoder import crosscoder as computing
+from replacement.crosscoder import encoder
 from replacement.crosscoder.formats import native, published
 from replacement.crosscoder.weights_by_site import MATRICES
 
@@ -43,8 +43,8 @@ def test_weights_in_their_file_compute_what_loaded_ones_do(
     assert {value.dtype for name, value in lazy.state_dict().items() if name.startswith(MATRICES)} == {torch.bfloat16}
     assert lazy.dtype == eager.dtype == torch.float32
     inputs = inputs_of(eager)
-    monkeypatch.setattr(computing, "_FEATURES_AT_ONCE", 7)  # several pieces
-    monkeypatch.setattr(computing, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(encoder, "_FEATURES_AT_ONCE", 7)  # several pieces
+    monkeypatch.setattr(encoder, "_ROWS_AT_ONCE", 2)
     with torch.no_grad():
         (outputs, features), (expected, known) = lazy(inputs), eager(inputs)
     assert torch.equal(features.index, known.index)
@@ -69,7 +69,7 @@ def test_inference_in_pieces_chooses_what_the_whole_does(language_model: Any, mo
         inputs = inputs_of(crosscoder, 33)
         whole = crosscoder.encode(inputs)
         with monkeypatch.context() as patched:
-            patched.setattr(computing, "_ROWS_AT_ONCE", 4)
+            patched.setattr(encoder, "_ROWS_AT_ONCE", 4)
             pieces = crosscoder.encode(inputs)
         assert torch.equal(pieces.index, whole.index)
         torch.testing.assert_close(pieces.activation, whole.activation)

@@ -145,7 +145,7 @@ def test_joint_choice_never_holds_more_than_two_best_lists(
         return keep(self, row_S, score_S)
 
     monkeypatch.setattr(JointTopK, "keep", counted)
-    monkeypatch.setattr("replacement.crosscoder.crosscoder._ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("replacement.crosscoder.encoder._ROWS_AT_ONCE", 3)
     again = crosscoder.encode(inputs)
     assert len(sizes) == 12
     assert max(sizes) <= 2 * 6 * 10

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import replacement.crosscoder.crosscoder
+import replacement.crosscoder.encoder
 from replacement.crosscoder.activation import JumpReLU, ReLU
 from replacement.crosscoder.sites import ModelShape
 from replacement.crosscoder.sparse import Block, Pattern, add_blocks, dots, weighted_rows, with_encoder_gradient
@@ -221,7 +221,7 @@ def test_rows_may_be_encoded_in_chunks(
     inputs = random_inputs(wiring, n_rows=10)
     with torch.no_grad():
         whole = random_crosscoder(wiring, activation=activation).train(training).encode(inputs)
-        monkeypatch.setattr(replacement.crosscoder.crosscoder, "_ROWS_AT_ONCE", 3)
+        monkeypatch.setattr(replacement.crosscoder.encoder, "_ROWS_AT_ONCE", 3)
         chunked = random_crosscoder(wiring, activation=activation).train(training).encode(inputs)
     assert len(whole) > 0
     assert torch.equal(chunked.row, whole.row)
