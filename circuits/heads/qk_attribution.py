@@ -41,7 +41,7 @@ from replacement.language_model.queries_and_keys import FrozenQueryKey
 from replacement.number_checks import integer
 from replacement.splicing.intervention import PARTS
 from replacement.splicing.lorsa_scores import freeze_query_key_groups
-from replacement.splicing.splice import check_choice
+from replacement.splicing.splice_options import check_choice
 
 Read = Callable[[int, int], tuple[Tensor, Tensor]]
 """Of a head and a position: how its query or key reads the stream, `[K, D]`, and its constant, `[K]`."""

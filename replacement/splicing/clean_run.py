@@ -19,7 +19,8 @@ from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import Hook, LanguageModel
 from replacement.number_checks import integers
 from replacement.splicing.feature_changes import Change, repeat_prompt
-from replacement.splicing.splice import HeldLayers, Splice, check_choice, read_rows, run_together
+from replacement.splicing.splice import Splice, read_rows, run_together
+from replacement.splicing.splice_options import HeldLayers, check_choice
 
 WRITES = {"mlp": "mlp_out", "attention": "attn_out"}
 """Kind of site that is the output of each part; its crosscoder writes it, or an adapter a part of it, `mlp_difference`."""

@@ -21,7 +21,7 @@ from replacement.splicing.feature_changes import Change, change_of
 from replacement.splicing.intervened import Intervened
 from replacement.splicing.intervention import PARTS, Intervention, check_interventions
 from replacement.splicing.local_replacement import LocalReplacement, localize
-from replacement.splicing.splice import check_together
+from replacement.splicing.splice_options import check_together
 
 
 class ReplacementModel:

@@ -16,7 +16,8 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.wiring import Wiring
 from replacement.language_model.language_model import LanguageModel
-from replacement.splicing.splice import Splice, possible_reads
+from replacement.splicing.splice import Splice
+from replacement.splicing.splice_options import possible_reads
 from replacement.training.build import Models
 from replacement.training.config import TrainingConfig
 from replacement.training.scaling import Batch, Statistics, sites_of

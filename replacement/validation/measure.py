@@ -16,7 +16,7 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.features import Features
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
-from replacement.splicing.splice import check_together, possible_reads
+from replacement.splicing.splice_options import check_together, possible_reads
 from replacement.validation.metrics import ReconstructionError
 from replacement.validation.outputs import OriginalOutput, OutputSums, WorstTokens, compare
 from replacement.validation.protocols import ERRORS_KEPT, MEAN, PROPAGATED, ZERO, BatchRun, Protocol

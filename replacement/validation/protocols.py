@@ -21,7 +21,8 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder, CrosscoderOutput
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import Hook, LanguageModel
-from replacement.splicing.splice import Splice, possible_reads, read_rows, replaced_tokens, run_together
+from replacement.splicing.splice import Splice, read_rows, run_together
+from replacement.splicing.splice_options import possible_reads, replaced_tokens
 from replacement.validation.slices import Batch
 
 CLEAN, PROPAGATED, ERRORS_KEPT, ZERO, MEAN = "clean", "propagated", "errors kept", "zero", "mean"

@@ -20,7 +20,7 @@ from torch import Tensor
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import Hook, LanguageModel
-from replacement.splicing.splice import possible_reads
+from replacement.splicing.splice_options import possible_reads
 from replacement.validation.protocols import BatchRun, Protocol
 from replacement.validation.slices import Batch
 

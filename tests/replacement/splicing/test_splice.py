@@ -13,7 +13,8 @@ from torch import Tensor
 
 from replacement import Crosscoder, Features, JointTopK, ReLU, Site, TopK, Wiring
 from replacement.crosscoder.topk import BatchTopK
-from replacement.splicing.splice import Splice, possible_reads, read_rows
+from replacement.splicing.splice import Splice, read_rows
+from replacement.splicing.splice_options import possible_reads
 
 CAUSAL = {
     "strictly_causal": lambda lm: Wiring.strictly_causal(lm),
