@@ -1,28 +1,24 @@
 """Reading JSON files, and writing files and folders so that a reader meets the old content or the whole new one, never a part.
 
-Everything is first written into a scratch folder, flushed to disk, and then renamed to its place. The name of a scratch folder
-holds the host and the process id: the next write to the same place removes what a killed process left behind. The process's
-umask is never touched; the kernel applies it to the folders and files made here.
+Everything is first written into a scratch folder (`scratch_folders.py`), flushed to disk, and then renamed to its place. The
+process's umask is never touched; the kernel applies it to the folders and files made here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import itertools
 import json
 import os
 import re
-import shutil
-import socket
 import stat
-import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from replacement.scratch_folders import make_folder, scratch_folder, swap
 
 _KINDS = {
     stat.S_IFREG: "file",
@@ -33,8 +29,6 @@ _KINDS = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
-_NUMBERS = itertools.count()
-"""Numbers of the scratch folders of this process; none is used twice, because another thread may still remove it."""
 
 
 def read_json(path: Path) -> Any:
@@ -109,7 +103,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     path = checked_path(folder)
     existing = _existing_folder(path)
     try:
-        os.rmdir(_make_folder(existing, path.name))
+        os.rmdir(make_folder(existing, path.name))
     except OSError as error:
         reason = _reason(error)
         raise ValueError(
@@ -144,7 +138,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = checked_path(path)
     _check_regular_file(path)
-    with _errors_named(path), _scratch_folder(path.parent, path.name) as scratch:
+    with _errors_named(path), _scratch_in(path.parent, path.name) as scratch:
         yield scratch / path.name
         _flush(scratch)
         _check_regular_file(path)  # it may have appeared meanwhile
@@ -172,7 +166,7 @@ def atomic_folder(
     """
     path = checked_path(path)
     merges = _kind(path) is not None and keep_others and path.is_dir()
-    with _errors_named(path), _scratch_folder(path if merges else path.parent, path.name) as scratch:
+    with _errors_named(path), _scratch_in(path if merges else path.parent, path.name) as scratch:
         _check_replaceable(path, replaces, keep_others)
         yield scratch
         _flush(scratch)
@@ -180,7 +174,7 @@ def atomic_folder(
         if keep_others and path.is_dir():
             _move_files(scratch, path)
         else:
-            _swap(scratch, path)
+            swap(scratch, path)
         _flush_folder(path.parent)
 
 
@@ -229,6 +223,14 @@ def _existing_folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def _scratch_in(parent: Path, name: str) -> Iterator[Path]:
+    """A scratch folder in `parent`, which is made where it is missing."""
+    _existing_folder(parent)
+    with scratch_folder(parent, name) as scratch:
+        yield scratch
+
+
+@contextlib.contextmanager
 def _errors_named(path: Path) -> Iterator[None]:
     try:
         yield
@@ -244,82 +246,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or (wrapped[1] if wrapped else str(error))
 
 
-# Scratch folders -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A new folder in `parent`, removed in the end, after those that killed processes left for the same name."""
-    _existing_folder(parent)
-    parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(parent, name)
-    scratch = _make_folder(parent, name)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _make_folder(parent: Path, name: str, suffix: str = "tmp") -> Path:
-    while True:
-        path = parent / f"{_prefix(name)}{os.getpid()}-{next(_NUMBERS)}.{suffix}"
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path)
-            return path
-
-
-def _prefix(name: str) -> str:
-    """Start of the names of scratch folders for a target: its own name, short enough for every file system, and a digest."""
-    digest = zlib.crc32(os.fsencode(name))
-    return f".{name[:32]}.{digest:08x}.{socket.gethostname()[:64]}-"
-
-
-def _remove_leftovers(parent: Path, name: str) -> None:
-    pattern = re.compile(re.escape(_prefix(name)) + r"(\d+)-\d+\.(tmp|old)")
-    for entry in os.listdir(parent):
-        match = pattern.fullmatch(entry)
-        if match is None or _is_alive(int(match[1])):
-            continue
-        if match[2] == "old" and not os.path.lexists(parent / name):
-            with contextlib.suppress(OSError):  # another process has just done the same
-                os.rename(parent / entry, parent / name)
-        shutil.rmtree(parent / entry, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 # Taking the target's place -------------------------------------------------------------------------------------------
-
-
-def _swap(scratch: Path, target: Path) -> None:
-    """Rename `scratch` to `target`; a folder that holds files cannot be renamed over, so it steps aside first."""
-    asides: list[Path] = []
-    try:
-        while True:
-            try:
-                os.rename(scratch, target)
-                break
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            asides.append(_make_folder(target.parent, target.name, "old"))
-            with contextlib.suppress(FileNotFoundError):  # another writer moved it aside in this moment
-                os.rename(target, asides[-1])
-    except OSError:
-        with contextlib.suppress(OSError, IndexError):
-            os.rename(asides[-1], target)
-        raise
-    finally:
-        for aside in asides:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _move_files(scratch: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ MODELS = {"torch", "transformer_lens", "transformers"}
 # Room -> the rooms it may import besides itself. A module belongs to the room with the longest matching name.
 _SHARED = [
     "replacement.number_checks",
+    "replacement.scratch_folders",
     "replacement.files",
     "replacement.memory",
     "replacement.console",
