@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from replacement.language_model.language_model import LanguageModel
 from replacement.language_model.prompts import Prompt, is_batch
 from replacement.number_checks import integer, integers
 from replacement.splicing.clean_run import WRITES, CleanRun, Conditions
-from replacement.splicing.feature_changes import Change, change_of
 from replacement.splicing.intervened import Intervened
-from replacement.splicing.intervention import PARTS, Intervention, check_interventions
+from replacement.splicing.intervention import PARTS, Intervention
+from replacement.splicing.interventions_by_part import changes_of, check_felt, interventions_by_part
 from replacement.splicing.local_replacement import LocalReplacement, localize
 from replacement.splicing.splice_options import check_together
 
@@ -136,10 +136,10 @@ class ReplacementModel:
         conditions = Conditions(errors=errors, reads=reads, patterns=patterns)
         crosscoders = self._chosen(parts)
         sites = _sites_of(crosscoders, layers)
-        by_part = _checked_by_part(interventions, crosscoders, n_positions=tokens_BT.shape[1])
+        by_part = interventions_by_part(interventions, crosscoders, n_positions=tokens_BT.shape[1])
         for part, crosscoder in crosscoders.items():
-            _check_felt(by_part[part], crosscoder, sites[part])
-        changes = _changes(by_part, crosscoders, tokens_BT)
+            check_felt(by_part[part], crosscoder, sites[part])
+        changes = changes_of(by_part, crosscoders, tokens_BT)
         logits_BTV = CleanRun(lm, crosscoders, tokens_BT).run(conditions, changes, sites=sites).logits_BTV
         return logits_BTV if is_batch(prompt) else logits_BTV[0]
 
@@ -211,10 +211,10 @@ class ReplacementModel:
             mlps=mlps,
             constrained_layers=constrained_layers,
         )
-        by_part = _checked_by_part(interventions, crosscoders, n_positions=len(tokens_T))
+        by_part = interventions_by_part(interventions, crosscoders, n_positions=len(tokens_T))
         for step in range(generate + 1):
             original = CleanRun(lm, crosscoders, tokens_T[None])
-            changed = original.run(conditions, _changes(by_part, crosscoders, tokens_T[None]))
+            changed = original.run(conditions, changes_of(by_part, crosscoders, tokens_T[None]))
             if step < generate:
                 tokens_T = torch.cat([tokens_T, changed.logits_BTV[0, -1:].argmax(-1)])
         # With errors kept, or the model's own MLPs, the run without interventions is the original model's.
@@ -296,48 +296,3 @@ def _sites_of(crosscoders: Mapping[str, Crosscoder], layers: Iterable[int] | Non
     if chosen - known:
         raise ValueError(f"the crosscoder writes layers {sorted(known)}, not layer {min(chosen - known)}")
     return {part: tuple(site for site in sites if site.layer in chosen) for part, sites in written.items()}
-
-
-def _checked_by_part(
-    interventions: Iterable[Intervention], crosscoders: Mapping[str, Crosscoder], *, n_positions: int
-) -> dict[str, tuple[Intervention, ...]]:
-    """Interventions on the features of each crosscoder, checked."""
-    by_part: dict[str, list[Intervention]] = {part: [] for part in crosscoders}
-    if not isinstance(interventions, Iterable):
-        raise ValueError(f"interventions must be a list of Intervention, got {type(interventions).__name__}")
-    for intervention in interventions:
-        if not isinstance(intervention, Intervention):
-            raise ValueError(f"interventions must be a list of Intervention, got one that holds {intervention!r:.50}")
-        if intervention.part not in by_part:
-            raise ValueError(
-                f"an intervention sets a feature of {intervention.part}, which is not replaced in this call"
-            )
-        by_part[intervention.part].append(intervention)
-    return {
-        part: check_interventions(
-            by_part[part],
-            crosscoder.wiring,
-            n_features=crosscoder.n_features,
-            n_positions=n_positions,
-            first_position=crosscoder.undecomposed_positions,
-        )
-        for part, crosscoder in crosscoders.items()
-    }
-
-
-def _check_felt(interventions: Iterable[Intervention], crosscoder: Crosscoder, sites: tuple[Site, ...]) -> None:
-    """An intervention on features that write none of the replaced sites would do nothing."""
-    for intervention in interventions:
-        if not set(crosscoder.wiring.writes[crosscoder.wiring.group_of(intervention.layer)]) & set(sites):
-            replaced = ", ".join(map(str, sites)) or "no site"
-            raise ValueError(
-                f"intervention on layer {intervention.layer} would do nothing: only {replaced} is replaced"
-            )
-
-
-def _changes(
-    by_part: Mapping[str, Sequence[Intervention]], crosscoders: Mapping[str, Crosscoder], tokens_BT: Tensor
-) -> dict[str, Change | None]:
-    """The same interventions in every prompt, as changes of features."""
-    B, T = tokens_BT.shape
-    return {part: change_of([by_part[part]] * B, crosscoder, n_positions=T) for part, crosscoder in crosscoders.items()}
