@@ -19,8 +19,8 @@ from circuits.graph.metadata import check_traced_here
 from circuits.graph.rows import edge_number
 from circuits.graph.text import parse_feature_name, shorten
 from circuits.heads import pages
+from circuits.heads.facts import Facts, attends_facts, check_facts, edge_facts, feature_facts, graph_facts
 from circuits.heads.heat_map import check_picture
-from circuits.heads.pages import Facts
 from circuits.heads.relu_credit import DEFAULT_RULE, RULES
 from replacement.command_line import AsJson, ModelOptions, model_options, path_option
 from replacement.console import show, show_json
@@ -88,22 +88,22 @@ def heads(
             f"--check draws prompts of the demo's corpus: give a graph of {options.model}, whose prompt is used"
         )
     if graph is None or check:
-        facts, page = ask(lambda model: pages.check_facts(model, graph)), pages.check_page
+        facts, page = ask(lambda model: check_facts(model, graph)), pages.check_page
     elif edge is not None:
         number = edge_number(graph, edge)
-        facts, page = ask(lambda model: pages.edge_facts(model, graph, number)), pages.edge_page
+        facts, page = ask(lambda model: edge_facts(model, graph, number)), pages.edge_page
     elif feature is not None:
         rule = rule or DEFAULT_RULE
-        facts = ask(lambda model: pages.feature_facts(model, graph, feature, rule=rule, top=top, plot=plot))
+        facts = ask(lambda model: feature_facts(model, graph, feature, rule=rule, top=top, plot=plot))
         page = pages.feature_page
     elif place is not None:
-        facts, page = ask(lambda model: pages.attends_facts(model, graph, place, top=top)), pages.attends_page
+        facts, page = ask(lambda model: attends_facts(model, graph, place, top=top)), pages.attends_page
     elif graph.heads is not None:
-        facts, page = pages.graph_facts(graph, top=top), pages.graph_page
+        facts, page = graph_facts(graph, top=top), pages.graph_page
     else:
         from circuits.heads.edge_split import with_heads
 
-        facts, page = ask(lambda model: pages.graph_facts(with_heads(model, graph), top=top)), pages.graph_page
+        facts, page = ask(lambda model: graph_facts(with_heads(model, graph), top=top)), pages.graph_page
     if as_json:
         show_json(facts)
     else:
