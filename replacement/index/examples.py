@@ -8,7 +8,7 @@ import numpy as np
 
 from replacement.index import packing
 from replacement.index.keeping import Candidates, Evidence, Kept
-from replacement.index.store import Row
+from replacement.index.tables import Row
 
 
 def feature_rows(evidence: Evidence, *, before: int, n_quantiles: int, per_quantile: int) -> Iterator[Row]:

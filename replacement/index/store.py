@@ -1,22 +1,8 @@
-"""The file of a feature index: one SQLite database, of which only what is asked for is read.
-
-| table | holds |
-|---|---|
-| `facts` | what made the index: crosscoder, model, data, settings; a name and a JSON value each |
-| `tokens` | text of every token |
-| `rows` | the rows of text that examples are from, each once, 64 to a compressed block |
-| `features` | counts, histogram, examples and token effects of each feature, packed as `packing.py` says |
-| `token_features` | for each token the features that fire on it, read it or promote it |
-| `labels` | claims of rules and language models, scored; scores in 1/10,000 |
-| `person_labels` | what people wrote; indexing again keeps it |
-
-A feature's number in the file is `place of its layer * n_features + index`.
-"""
+"""`FeatureIndex`, which reads of an index only what is asked for; `tables.py` says what the file holds."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +13,8 @@ import numpy as np
 
 from replacement.files import checked_path
 from replacement.index import packing
-from replacement.index.records import UNCLEAR, Example, FeatureRecord, Label, TokenEffects
+from replacement.index.records import Example, FeatureRecord, Label, TokenEffects
+from replacement.index.tables import MATCHES, label_of, read_facts, scores_of
 
 if TYPE_CHECKING:
     from replacement.crosscoder.crosscoder import Crosscoder
@@ -36,31 +23,7 @@ FILE_NAME = "features.sqlite"
 """Of the index in a crosscoder's folder."""
 ATTENTION_FILE_NAME = "attention_features.sqlite"
 """Of that of a joint crosscoder's attention features, beside the index of its MLPs' features."""
-FORMAT = "crosstrace feature index"
-VERSION = 1
-SCHEMA = """
-CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE tokens (id INTEGER PRIMARY KEY, text TEXT NOT NULL);
-CREATE TABLE rows (block INTEGER PRIMARY KEY, present BLOB NOT NULL, tokens BLOB NOT NULL);
-CREATE TABLE features (
-    id INTEGER PRIMARY KEY, n_active INTEGER NOT NULL, max_activation REAL NOT NULL,
-    bin_width REAL NOT NULL, histogram BLOB NOT NULL, examples BLOB NOT NULL, effects BLOB
-);
-CREATE TABLE token_features (token INTEGER PRIMARY KEY, features BLOB NOT NULL);
-CREATE TABLE labels (
-    feature INTEGER NOT NULL, place INTEGER NOT NULL, source TEXT NOT NULL, text TEXT, claim TEXT NOT NULL,
-    precision INTEGER, recall INTEGER, f1 INTEGER, PRIMARY KEY (feature, place)
-) WITHOUT ROWID;
-CREATE TABLE person_labels (
-    feature INTEGER NOT NULL, text TEXT NOT NULL, claim TEXT NOT NULL, precision INTEGER, recall INTEGER, f1 INTEGER,
-    PRIMARY KEY (feature, text)
-) WITHOUT ROWID;
-"""
-MATCHES = ("fires on", "reads", "promotes")
-"""How a token leads to a feature; the number of a match in `token_features` is `feature * 4 + place in this list`."""
-SCALE = 10_000
 _PAIRS_PER_QUERY = 500
-Row = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +73,7 @@ class FeatureIndex:
             raise ValueError(f"{path} {found}: expected a feature index, such as `replacement index` makes")
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={'rw' if writable else 'ro'}", uri=True)
         try:
-            facts = _read_facts(connection, path)
+            facts = read_facts(connection, path)
             if crosscoder is not None and facts["crosscoder_fingerprint"] != crosscoder.fingerprint:
                 raise ValueError(
                     f"{path} is the index of another crosscoder: of {facts['crosscoder_fingerprint']} ({facts['model']}), "
@@ -244,7 +207,7 @@ class FeatureIndex:
         rows = self._db.execute("SELECT feature, text, claim, precision, recall, f1 FROM person_labels")
         labels: dict[tuple[int, int], list[Label]] = {}
         for number, text, claim, *scores in rows:
-            labels.setdefault(self._feature(number), []).append(_label("person", text, claim, *scores))
+            labels.setdefault(self._feature(number), []).append(label_of("person", text, claim, *scores))
         return labels
 
     def digest(self) -> str:
@@ -283,7 +246,7 @@ class FeatureIndex:
             others = f"SELECT feature, source, {columns} FROM labels WHERE feature IN ({marks}) ORDER BY f1 DESC, place"
             for query in (people, others):
                 for number, *label in self._db.execute(query, chosen):
-                    labels.setdefault(number, []).append(_label(*label))
+                    labels.setdefault(number, []).append(label_of(*label))
         return labels
 
     def _examples(self, blob: bytes, largest: float) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
@@ -322,29 +285,3 @@ class FeatureIndex:
     def _effects(self, blob: bytes) -> TokenEffects:
         texts = self._texts(packing.effect_tokens(blob, self._token_dtype))
         return packing.unpack_effects(blob, texts, self._token_dtype)
-
-
-def _read_facts(connection: sqlite3.Connection, path: Path) -> dict[str, Any]:
-    try:
-        facts = {name: json.loads(value) for name, value in connection.execute("SELECT name, value FROM facts")}
-    except (sqlite3.Error, ValueError) as error:
-        raise ValueError(f"{path} is no feature index ({error})") from None
-    if facts.get("format") != FORMAT:
-        raise ValueError(f"{path} is no feature index: expected format {FORMAT!r}, got {facts.get('format')!r:.50}")
-    if facts.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has format version {facts.get('version')!r:.50}; this library reads version {VERSION}"
-        )
-    return facts
-
-
-def _label(
-    source: Any, text: str | None, claim: str, precision: int | None, recall: int | None, f1: int | None
-) -> Label:
-    scores = [None if score is None else score / SCALE for score in (precision, recall, f1)]
-    return Label(UNCLEAR if text is None else text, source, claim, *scores)
-
-
-def scores_of(label: Label) -> Row:
-    """Scores as they are stored."""
-    return tuple(None if x is None else round(x * SCALE) for x in (label.precision, label.recall, label.f1))

@@ -1,4 +1,4 @@
-"""Writing the file of a feature index; `store.py` says what is in it."""
+"""Writing the file of a feature index; `tables.py` says what is in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from replacement.index import packing
 from replacement.index.records import UNCLEAR, Label, TokenEffects
-from replacement.index.store import FORMAT, SCHEMA, VERSION, Row, scores_of
+from replacement.index.tables import FORMAT, SCHEMA, VERSION, Row, scores_of
 
 
 class IndexWriter:
