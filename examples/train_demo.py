@@ -26,8 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from replacement.demo.accuracy import Accuracy, measure_accuracy
 from replacement.demo.corpus import behaviours, held_out_rows, sample_marked_rows
 from replacement.demo.tokenizer import build_tokenizer
-from replacement.training.co_training import decaying_adamw, warmup_and_cosine
 from replacement.training.co_training import next_token_loss as weighted_loss
+from replacement.training.optimizers import decaying_adamw, warmup_and_cosine
 
 ROWS_PER_SEED = 4096  # training rows drawn from one corpus seed before the next one is used
 PROBE_SEED = 0

@@ -19,7 +19,7 @@ R rows, T tokens per row, K tokens kept, D site width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -38,10 +38,11 @@ from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.splice import Splice, run_and_read
 from replacement.training.config import LanguageModelConfig, RunConfig, TrainingConfig
 from replacement.training.model_losses import running_threshold_kept
+from replacement.training.optimizers import decaying_adamw, make_moments, warmup_and_cosine
 from replacement.training.parallel import SINGLE, Parallel
-from replacement.training.reads import kept_rows, read_spliced
+from replacement.training.reads import RowsRead, kept_rows, read_spliced
 from replacement.training.scaling import Batch, Statistics, measure, sites_of
-from replacement.training.trainer import Progress, RowsRead, Trainer, make_moments
+from replacement.training.trainer import Progress, Trainer
 from replacement.validation.metrics import kl_divergence
 
 FOLLOW = 0.1
@@ -174,7 +175,7 @@ class CoTrainer(Trainer):
                 kl_RT = kl_divergence(logits_RTV, spliced_RTV, dtype=spliced_RTV.dtype)[:, :-1]
                 terms["spliced_kl"] = settings.kl * _weighted_mean(kl_RT, weights_RT)
         elif replaced:
-            inputs = read_spliced(self.lm, self.crosscoder, self.statistics, *rows, replaced=replaced)
+            inputs = read_spliced(self.lm, self.crosscoder, self.statistics, rows, replaced=replaced)
         if settings.reconstruction:
             terms["spliced_reconstruction"] = settings.reconstruction * self._unexplained(inputs, clean, rows)
         return terms, clean, inputs
@@ -261,25 +262,6 @@ def steps_of_both(turns: Sequence[int] | None, n_steps: int) -> tuple[int, int]:
         return n_steps, n_steps
     cycles, rest = divmod(n_steps, sum(turns))
     return cycles * turns[0] + min(rest, turns[0]), cycles * turns[1] + max(0, rest - turns[0])
-
-
-def decaying_adamw(
-    weights: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float, fused: bool | None = None
-) -> torch.optim.AdamW:
-    """AdamW for a language model: weight decay on matrices and none on biases and norms."""
-    both: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for weight in weights:
-        both[weight.ndim >= 2].append(weight)
-    groups = [{"params": both[True], "weight_decay": weight_decay}, {"params": both[False], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=fused)
-
-
-def warmup_and_cosine(step: int, *, n_steps: int, warmup_steps: int) -> float:
-    """Share of the peak step size at a step, from 0: a linear warm-up, then a cosine from 1 to 0.05."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, n_steps - warmup_steps)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def next_token_loss(logits_RTV: Tensor, tokens_RT: Tensor, weights_RT: Tensor) -> Tensor:

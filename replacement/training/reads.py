@@ -7,6 +7,7 @@ replacement model. Here some or all of its layers are spliced in while the strea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,6 +22,20 @@ from replacement.splicing.splice_options import possible_reads
 from replacement.training.build import Models
 from replacement.training.config import TrainingConfig
 from replacement.training.scaling import Batch, Statistics, sites_of
+
+
+class RowsRead(NamedTuple):
+    """The rows of tokens behind a batch, for losses that run the language model on them."""
+
+    tokens_RT: Int[Tensor, "R T"]
+    """Token ids."""
+    keep_RT: Bool[Tensor, "R T"]
+    """Which of them the batch is made of."""
+
+    def positions(self) -> Tensor:
+        """Position of every token in its row, `[R T]`."""
+        n_rows, n_positions = self.tokens_RT.shape
+        return torch.arange(n_positions, device=self.tokens_RT.device).repeat(n_rows)
 
 
 def choose_reads(config: TrainingConfig, wiring: Wiring, models: Models) -> str:
@@ -67,8 +82,7 @@ def read_rows(
     language_model: LanguageModel,
     crosscoder: Crosscoder,
     statistics: Statistics,
-    tokens_RT: Int[Tensor, "R T"],
-    keep_RT: Bool[Tensor, "R T"],
+    rows: RowsRead,
     *,
     replaced: tuple[Site, ...],
 ) -> tuple[Batch, Batch]:
@@ -77,11 +91,11 @@ def read_rows(
 
     Targets are always the clean activations: a propagated stream is to be led back to the original model's outputs.
     """
-    clean = language_model.read(tokens_RT, sites_of(crosscoder))
-    batch = kept_rows(crosscoder, {site: x_RTD.flatten(0, 1) for site, x_RTD in clean.items()}, keep_RT)
+    clean = language_model.read(rows.tokens_RT, sites_of(crosscoder))
+    batch = kept_rows(crosscoder, {site: x_RTD.flatten(0, 1) for site, x_RTD in clean.items()}, rows.keep_RT)
     if not replaced:
         return batch, batch
-    return batch, read_spliced(language_model, crosscoder, statistics, tokens_RT, keep_RT, replaced=replaced)
+    return batch, read_spliced(language_model, crosscoder, statistics, rows, replaced=replaced)
 
 
 @torch.no_grad()
@@ -89,15 +103,16 @@ def read_spliced(
     language_model: LanguageModel,
     crosscoder: Crosscoder,
     statistics: Statistics,
-    tokens_RT: Int[Tensor, "R T"],
-    keep_RT: Bool[Tensor, "R T"],
+    rows: RowsRead,
     *,
     replaced: tuple[Site, ...],
 ) -> Batch:
     """What the crosscoder reads with some sites replaced."""
-    splice = Splice(language_model, crosscoder, tokens_RT, sites=replaced, scales=statistics.scales, keep_BT=keep_RT)
+    splice = Splice(
+        language_model, crosscoder, rows.tokens_RT, sites=replaced, scales=statistics.scales, keep_BT=rows.keep_RT
+    )
     splice.read()
-    return kept_rows(crosscoder, splice.inputs, keep_RT)
+    return kept_rows(crosscoder, splice.inputs, rows.keep_RT)
 
 
 def kept_rows(

@@ -47,11 +47,11 @@ from replacement.training.head_start import start_at_heads
 from replacement.training.metrics_log import MetricsLog
 from replacement.training.pacing import Clock, stop_request
 from replacement.training.parallel import Parallel, connect
-from replacement.training.reads import choose_reads, replaced_sites
+from replacement.training.reads import RowsRead, choose_reads, replaced_sites
 from replacement.training.sample_start import start_at_samples
 from replacement.training.scaling import Batch, calibrate, measure, sites_of
 from replacement.training.sharding import feature_dim, local_part, plan, whole
-from replacement.training.trainer import Progress, RowsRead, Trainer
+from replacement.training.trainer import Progress, Trainer
 from replacement.validation.fidelity import measure_fidelity
 
 LOG_EVERY = 10

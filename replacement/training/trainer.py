@@ -10,7 +10,6 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,9 @@ from replacement.crosscoder.sites import Site
 from replacement.language_model.language_model import LanguageModel
 from replacement.training.config import TrainingConfig
 from replacement.training.losses import StepState, reconstruction_losses
+from replacement.training.optimizers import make_moments
 from replacement.training.parallel import SINGLE, Parallel
-from replacement.training.reads import read_rows
+from replacement.training.reads import RowsRead, read_rows
 from replacement.training.scaling import (
     Batch,
     Statistics,
@@ -63,20 +63,6 @@ class Progress(NamedTuple):
     """Value of every other loss, coefficient included."""
     gradient_norm: float
     """Norm of the gradient before clipping."""
-
-
-class RowsRead(NamedTuple):
-    """The rows of tokens behind a batch, for losses that run the language model on them."""
-
-    tokens_RT: Tensor
-    """Token ids."""
-    keep_RT: Tensor
-    """Which of them the batch is made of."""
-
-    def positions(self) -> Tensor:
-        """Position of every token in its row, `[R T]`."""
-        n_rows, n_positions = self.tokens_RT.shape
-        return torch.arange(n_positions, device=self.tokens_RT.device).repeat(n_rows)
 
 
 class Trainer:
@@ -149,7 +135,7 @@ class Trainer:
         """One optimizer step on whole rows of tokens, read from the language model with some sites replaced."""
         lm, crosscoder = self.language_model, self.crosscoder
         assert lm is not None
-        batch, inputs = read_rows(lm, crosscoder, self.statistics, *rows, replaced=replaced)
+        batch, inputs = read_rows(lm, crosscoder, self.statistics, rows, replaced=replaced)
         return self.step(batch, inputs=inputs, rows=rows)
 
     def _loss(self, batch: Batch, rows: RowsRead | None, inputs: Batch | None) -> tuple[Tensor, Progress]:
@@ -315,18 +301,6 @@ def train(
     n_rows = sum(len(next(iter(batch.values()))) for batch in first)
     calibrate(crosscoder, trainer.statistics, first, n_rows=n_rows)
     return trainer.finished()
-
-
-def make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that Adam would make in its first step, where it is not there yet."""
-    for settings in optimizer.param_groups:
-        for parameter in settings["params"]:
-            if not optimizer.state[parameter]:
-                # Contiguous, which weights that are parts of others are not; moments are saved.
-                new = partial(torch.zeros_like, parameter, memory_format=torch.contiguous_format)
-                # The fused Adam keeps its step counter as a tensor beside the moments.
-                step = torch.zeros((), dtype=torch.float32, device=parameter.device if settings["fused"] else "cpu")
-                optimizer.state[parameter] = {"step": step, "exp_avg": new(), "exp_avg_sq": new()}
 
 
 def _count_silence(silent_GF: Tensor, features: Features, n_rows: int) -> Tensor:

@@ -27,15 +27,15 @@ from torch.nn import functional
 import circuits
 import replacement
 from replacement import Crosscoder, LanguageModel, ReLU, Site, TopK, Wiring
-from replacement.training.co_training import CoTrainer, begin_co_training, steps_of_both, warmup_and_cosine
+from replacement.training.co_training import CoTrainer, begin_co_training, steps_of_both
 from replacement.training.config import LanguageModelConfig, TrainingConfig
 from replacement.training.metrics_log import read_metrics
+from replacement.training.optimizers import warmup_and_cosine
 from replacement.training.parallel import SINGLE, Parallel
-from replacement.training.reads import replaced_sites
+from replacement.training.reads import RowsRead, replaced_sites
 from replacement.training.run_config import run_config
 from replacement.training.runs import Interrupted, run
 from replacement.training.scaling import Statistics, measure
-from replacement.training.trainer import RowsRead
 
 N_STEPS = 6
 WEIGHTS = (Path("language_model") / "model.safetensors", Path("crosscoder") / "crosscoder.safetensors")

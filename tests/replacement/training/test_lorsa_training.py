@@ -19,10 +19,11 @@ from replacement.training.dead_features import Auxiliary, PreActivation
 from replacement.training.head_start import query_keys_like, start_at_heads
 from replacement.training.losses import StepState
 from replacement.training.metrics_log import read_metrics
+from replacement.training.reads import RowsRead
 from replacement.training.run_config import run_config
 from replacement.training.runs import Interrupted, run
 from replacement.training.scaling import measure
-from replacement.training.trainer import RowsRead, Trainer
+from replacement.training.trainer import Trainer
 
 WEIGHTS = Path("crosscoder") / "crosscoder.safetensors"
 LORSA = {"wiring": "lorsa", "query_key_groups": 8}

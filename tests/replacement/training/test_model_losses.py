@@ -17,9 +17,10 @@ from replacement.splicing.splice import read_rows
 from replacement.training.config import TrainingConfig
 from replacement.training.losses import StepState
 from replacement.training.model_losses import JacobianMatching, OutputKL, directions
+from replacement.training.reads import RowsRead
 from replacement.training.run_config import run_config
 from replacement.training.scaling import measure
-from replacement.training.trainer import RowsRead, Trainer
+from replacement.training.trainer import Trainer
 
 
 def prompts() -> Tensor:
