@@ -20,7 +20,7 @@ from replacement.language_model.language_model import LanguageModel
 from replacement.splicing.splice import Splice
 from replacement.splicing.splice_options import possible_reads
 from replacement.training.build import Models
-from replacement.training.config import TrainingConfig
+from replacement.training.config import RunConfig, TrainingConfig
 from replacement.training.scaling import Batch, Statistics, sites_of
 
 
@@ -59,6 +59,12 @@ def choose_reads(config: TrainingConfig, wiring: Wiring, models: Models) -> str:
         what = f"reads={reads!r}" if reads != "clean" else f"the loss {needs_rows[0]}"
         raise ValueError(f"{what} needs a causal crosscoder of one model, not one with the wiring {wiring.name}")
     return reads
+
+
+def takes_shuffled_tokens(config: RunConfig, reads: str) -> bool:
+    """Whether steps take shuffled tokens; otherwise whole rows, to run the model on them or to attend over them."""
+    needs_rows = any(loss.needs_rows for loss in config.training.losses) or config.crosscoder.wiring == "lorsa"
+    return reads == "clean" and not needs_rows and config.language_model is None
 
 
 def replaced_sites(crosscoder: Crosscoder, reads: str, *, seed: int, step: int) -> tuple[Site, ...]:

@@ -16,13 +16,11 @@ with the same number of threads and processes (GPU kernels may add in another or
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +28,6 @@ from torch import Tensor
 from replacement.crosscoder import checkpoint
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.lorsa import Lorsa
-from replacement.crosscoder.sites import Site
-from replacement.crosscoder.topk import BatchTopK
-from replacement.data.activation_cache import ActivationCache
-from replacement.data.activation_stream import ActivationStream
-from replacement.data.documents import special_ids
 from replacement.files import check_folder
 from replacement.language_model.hugging_face import save_language_model
 from replacement.threads import fit_threads
@@ -47,17 +40,16 @@ from replacement.training.head_start import start_at_heads
 from replacement.training.metrics_log import MetricsLog
 from replacement.training.pacing import Clock, stop_request
 from replacement.training.parallel import Parallel, connect
-from replacement.training.reads import RowsRead, choose_reads, replaced_sites
+from replacement.training.reads import RowsRead, choose_reads, replaced_sites, takes_shuffled_tokens
+from replacement.training.run_data import RunData
+from replacement.training.run_records import held_out_record, training_record
 from replacement.training.sample_start import start_at_samples
-from replacement.training.scaling import Batch, calibrate, measure, sites_of
+from replacement.training.scaling import measure
 from replacement.training.sharding import feature_dim, local_part, plan, whole
 from replacement.training.trainer import Progress, Trainer
-from replacement.validation.fidelity import measure_fidelity
 
 LOG_EVERY = 10
 """Steps between two records of training metrics."""
-SCALE_TOKENS = 16_384
-"""Tokens that measure the scale, mean and variance of every site."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped because it was asked to
@@ -130,25 +122,24 @@ class _Run:
         if config.language_model is not None:
             begin_co_training(config, self.models.first, self.reads, parallel=parallel)
         if is_new:
-            self.source = open_tokens(config.data, self.models, default_context=default_context(config))
-            config = fill_batches(config, self.source.context, whole_rows=not self._shuffles(config))
+            source = open_tokens(config.data, self.models, default_context=default_context(config))
+            config = fill_batches(config, source.context, whole_rows=not takes_shuffled_tokens(config, self.reads))
         else:
-            self.source = open_tokens(config.data, self.models)
-        self.held_out_RT = self.source.held_out()
-        n_rows = -(-SCALE_TOKENS // self.source.context)
-        self.first_rows_RT = next(self.source.blocks(n_rows, seed=config.training.seed)).tokens_RT
+            source = open_tokens(config.data, self.models)
+        self.names = [config.model] if isinstance(config.model, str) else config.model
+        seed = config.training.seed
+        self.data = RunData(self.models, source, names=self.names, seed=seed)
         with plan(parallel):
-            self.fresh = build_crosscoder(config.crosscoder, self.models, self.held_out_RT, seed=config.training.seed)
+            self.fresh = build_crosscoder(config.crosscoder, self.models, self.data.held_out_RT, seed=seed)
         self.activation = self.fresh.activation
         self.begun_from = "" if config.crosscoder.start in STARTS else self.fresh.fingerprint
         self.config = self._with_choices(config) if is_new else config
-        if config.data.cache and not self._shuffles(config):
+        self.shuffles = takes_shuffled_tokens(self.config, self.reads)
+        if config.data.cache and not self.shuffles:
             raise ValueError(
                 "data.cache serves training on shuffled clean activations: set training.reads='clean', or no cache"
             )
-        self.sites = sites_of(self.fresh)
-        self.stream = self._open_stream(self.fresh.undecomposed_positions)
-        self._check_text()
+        self.data.open_stream(self.config, self.fresh, parallel)
 
     def _with_choices(self, config: RunConfig) -> RunConfig:
         """The settings with what was chosen for this crosscoder, so that all is recorded."""
@@ -165,12 +156,12 @@ class _Run:
     def inputs(self) -> dict[str, run_folder.Input]:
         """Fingerprints of what the settings name without saying what it holds, by what a message calls it."""
         config = self.config
-        names = [config.model] if isinstance(config.model, str) else config.model
         inputs = {
             f"the model {name}": run_folder.Input(lm.fingerprint, lm.has_fingerprint)
-            for name, lm in zip(names, self.models.loaded, strict=True)
+            for name, lm in zip(self.names, self.models.loaded, strict=True)
         }
-        data = run_folder.digest(self.held_out_RT, self.first_rows_RT)  # counterparts of several tokenizers included
+        # Counterparts of several tokenizers are among these rows.
+        data = run_folder.digest(self.data.held_out_RT, self.data.first_rows_RT)
         if (where := config.crosscoder.start) not in STARTS:
             inputs[f"the crosscoder {where}"] = run_folder.Input(self.begun_from, self.begun_from.__eq__)
         return {**inputs, f"the data {config.data.source}": run_folder.Input(data, data.__eq__)}
@@ -178,12 +169,12 @@ class _Run:
     def start(self, step: int | None) -> None:
         """Prepare the trainer: from the snapshot of a step, or afresh."""
         if self.config.data.cache:
-            self.stream.read_activations = self._cached()
+            self.data.read_from_cache(Path(self.config.data.cache), self.parallel)
         training, parallel = self.config.training, self.parallel
         crosscoder = local_part(self.fresh, parallel, seed=training.seed, device=self.device)
         statistics = None
         if step is None:
-            mine = self._first_batches(part=parallel.data_rank, n_parts=parallel.n_data)
+            mine = self.data.first_batches(part=parallel.data_rank, n_parts=parallel.n_data)
             statistics = measure(crosscoder, mine, parallel=parallel)
         co_training = self.config.language_model
         make = Trainer if co_training is None else partial(CoTrainer, settings=co_training)
@@ -194,73 +185,12 @@ class _Run:
         if where not in ("random", "heads") and parallel.n_feature_shards > 1:
             raise ValueError(f"start={where!r} needs all features in one process: expected --feature-shards 1")
         if statistics is not None and where == "samples":
-            start_at_samples(crosscoder, statistics, self._first_batches(), seed=training.seed)
+            start_at_samples(crosscoder, statistics, self.data.first_batches(), seed=training.seed)
         if step is not None:
             state = self.trainer.state_tensors()
             folder = self.out / run_folder.SNAPSHOTS
             snapshots.load(folder, step, self._for_snapshot(state), parallel=self.parallel)
             self.trainer.restore(state, step)
-
-    def _shuffles(self, config: RunConfig) -> bool:
-        """Whether steps take shuffled tokens; otherwise whole rows, to run the model on them or to attend over them."""
-        needs_rows = any(loss.needs_rows for loss in config.training.losses) or config.crosscoder.wiring == "lorsa"
-        return self.reads == "clean" and not needs_rows and config.language_model is None
-        return self.reads == "clean" and not needs_rows
-
-    def _read(self, rows_RT: Tensor, *, first_model: int = 0) -> dict[Site, Tensor]:
-        sites = [site for site in self.sites if site.model >= first_model]
-        with torch.no_grad():
-            return self.models.read(self.source.by_tokenizer(rows_RT), sites)
-
-    def _open_stream(self, undecomposed_positions: int) -> ActivationStream:
-        data, training, n_data = self.config.data, self.config.training, self.parallel.n_data
-        assert data.shards is not None
-        if data.shards % n_data:
-            raise ValueError(
-                f"shards={data.shards} is not a multiple of the {n_data} processes that share the rows: set data.shards and "
-                "training.batch_tokens to multiples of it"
-            )
-        share = data.shards // n_data
-        first = share * self.parallel.data_rank
-        return ActivationStream(
-            self.source,
-            self._read,
-            batch_tokens=training.step_tokens,
-            buffer_tokens=data.buffer_tokens,
-            shards=data.shards,
-            my_shards=range(first, first + share),
-            seed=training.seed,
-            excluded_ids=special_ids(self.models.first),
-            undecomposed_positions=undecomposed_positions,
-        )
-
-    def _check_text(self) -> None:
-        """Refuse text of unknown words only: a crosscoder would learn a constant, or nothing at all."""
-        kept_RT = self.stream.kept(self.first_rows_RT)
-        for number, (tokens_RT, place_RT) in enumerate(self.source.by_tokenizer(self.first_rows_RT)):
-            lm = self.models.all[self.models.tokenizers.index(number)]
-            unknown = getattr(lm.tokenizer, "unk_token_id", None)
-            counterpart_RT = tokens_RT if place_RT is None else tokens_RT.gather(1, place_RT.clamp(min=0))
-            if not set(counterpart_RT[kept_RT].tolist()) - {unknown}:
-                raise ValueError(
-                    f"{self.source.name}: none of the first {tokens_RT.numel():,} tokens is a word that {lm.name} knows; all "
-                    "are special, padding or unknown tokens: is the text in a language and spelling that the model was made "
-                    "for?"
-                )
-
-    def _cached(self) -> ActivationCache:
-        """The activations of all rows on disk, computed by the first process if they are not there yet."""
-        folder, fingerprint = Path(self.config.data.cache or ""), self.models.fingerprint
-        if self.parallel.is_first:
-            ActivationCache.build(folder, self.source, self._read, self.sites, fingerprint=fingerprint)
-        self.parallel.barrier()
-        return ActivationCache.open(folder, self.source, fingerprint=fingerprint, sites=self.sites)
-
-    def _first_batches(self, *, part: int = 0, n_parts: int = 1) -> Iterator[Batch]:
-        """Activations of the first rows of the data, or a part of them."""
-        for chunk_RT in self.first_rows_RT[part::n_parts].split(32):
-            kept_RT = self.stream.kept(chunk_RT)
-            yield {site: x_RTD[kept_RT.to(x_RTD.device)] for site, x_RTD in self._read(chunk_RT).items()}
 
     def go(
         self,
@@ -279,10 +209,12 @@ class _Run:
                 progress(report)
             at_checkpoint = report.step % every == 0 or report.step == training.n_steps
             if report.step % LOG_EVERY == 0 or at_checkpoint:
-                log.write("train", report.step, self._training_record(report, clock.tokens_per_second(report.step)))
+                record = training_record(trainer, self.data, report, clock.tokens_per_second(report.step))
+                log.write("train", report.step, record)
             with clock.paused():
                 if at_checkpoint:
-                    log.write("held_out", report.step, self._held_out_record(measuring))
+                    record = held_out_record(trainer, self.data, self.activation, measuring)
+                    log.write("held_out", report.step, record)
                 if at_checkpoint or self.parallel.any(stop.is_set() or clock.wants_snapshot()):
                     clock.save(self.save_snapshot)
                     if self.parallel.any(stop.is_set()) and report.step < training.n_steps:
@@ -294,96 +226,15 @@ class _Run:
         """The remaining steps, each as a function that does it."""
         trainer, training = self.trainer, self.config.training
         left = training.n_steps - done
-        if self._shuffles(self.config):
-            for batch in itertools.islice(self.stream.batches(start=done), left):
+        if self.shuffles:
+            for batch in itertools.islice(self.data.stream.batches(start=done), left):
                 yield partial(trainer.step, batch)
             return
         lm = self.models.first
-        for tokens_RT, kept_RT in itertools.islice(self.stream.row_batches(start=done), left):
+        for tokens_RT, kept_RT in itertools.islice(self.data.stream.row_batches(start=done), left):
             tokens_RT, kept_RT = tokens_RT.to(lm.device), kept_RT.to(lm.device)
             replaced = replaced_sites(trainer.crosscoder, self.reads, seed=training.seed, step=trainer.steps_done)
             yield partial(trainer.step_on_rows, RowsRead(tokens_RT, kept_RT), replaced=replaced)
-
-    def _training_record(self, report: Progress, tokens_per_second: float) -> dict[str, Any]:
-        crosscoder = self.trainer.crosscoder
-        n_features = crosscoder.n_groups * crosscoder.n_features * self.parallel.n_feature_shards
-        return {
-            "tokens": report.tokens,
-            "loss": report.loss,
-            "unexplained": {str(site): value for site, value in report.unexplained_by_site.items()},
-            "l0": report.l0_by_group,
-            "l0_total": report.l0,
-            "dead_fraction": report.n_dead / n_features,
-            "terms": report.terms,
-            "learning_rate": self.trainer.learning_rate_at(report.step - 1),
-            "gradient_norm": report.gradient_norm,
-            "tokens_per_second": tokens_per_second,
-            **self._aligned(self.stream.counts),
-        }
-
-    def _aligned(self, counts: tuple[list[int], int] | None) -> dict[str, Any]:
-        """Tokens of text that each tokenizer made, and which of them no other tokenizer ends at the same character."""
-        if counts is None:
-            return {}
-        n_text, n_aligned = counts
-        names = [self.config.model[self.models.tokenizers.index(number)] for number in range(len(n_text))]
-        return {
-            "text_tokens": dict(zip(names, n_text, strict=True)),
-            "not_aligned": {name: n - n_aligned for name, n in zip(names, n_text, strict=True)},
-        }
-
-    def _held_out_record(self, measuring: Callable[[int, int], None] | None) -> dict[str, Any]:
-        """Reconstruction of held-out rows and the output with the crosscoder spliced in, measured by the first process while
-        the others wait; empty there. Thresholds of BatchTopK are calibrated before, in every process."""
-        if measuring is not None:
-            measuring(0, 1)
-        crosscoder: Crosscoder | None = self.trainer.crosscoder
-        if self.parallel.n_feature_shards > 1:
-            crosscoder = whole(self.trainer.crosscoder, self.activation, self.parallel)
-        self._calibrate(crosscoder)
-        if crosscoder is None or not self.parallel.is_first:
-            return {}
-        lm = self.models.first
-        fidelity = measure_fidelity(
-            lm,
-            crosscoder,
-            self.source.by_tokenizer(self.held_out_RT)[0].tokens_RT.to(lm.device),
-            keep_RT=self.stream.kept(self.held_out_RT).to(lm.device),
-            scales=self.trainer.statistics.scales,
-            others=None if self.models.only else lambda rows: self._read(self.held_out_RT[rows], first_model=1),
-            progress=measuring,
-        )
-        layout = self.source.layout
-        sites = crosscoder.wiring.write_sites
-        measured = (
-            "kl",
-            "cross_entropy",
-            "cross_entropy_original",
-            "cross_entropy_recovered",
-            "agreement",
-            "agreement_all",
-        )
-        return {
-            "unexplained": {str(site): value for site, value in zip(sites, fidelity.unexplained, strict=True)},
-            "l0": list(fidelity.l0),
-            "l0_total": fidelity.total_l0,
-            **{name: getattr(fidelity, name) for name in measured},
-            **self._aligned(None if layout is None else layout.counts(self.held_out_RT)),
-        }
-
-    def _calibrate(self, crosscoder: Crosscoder | None) -> None:
-        """Set the thresholds of BatchTopK: the first process measures them on its whole crosscoder and tells the others."""
-        own = self.trainer.crosscoder
-        if not isinstance(self.activation, BatchTopK) or own.threshold is None:
-            return
-        measured = []
-        if self.parallel.is_first:
-            assert crosscoder is not None
-            assert crosscoder.threshold is not None
-            n_rows = int(self.stream.kept(self.first_rows_RT).sum())
-            calibrate(crosscoder, self.trainer.statistics, self._first_batches(), n_rows=n_rows)
-            measured = crosscoder.threshold.tolist()
-        own.threshold.copy_(torch.tensor(json.loads(self.parallel.from_first(json.dumps(measured)))))
 
     def save_snapshot(self) -> None:
         """Write the state of the run."""
