@@ -34,7 +34,8 @@ from train_demo_files import write_json
 
 import replacement
 from replacement.demo.corpus import held_out_rows
-from replacement.demo.families import CHOOSE, FAMILIES, JUDGE
+from replacement.demo.families import FAMILIES
+from replacement.demo.family_cases import CHOOSE, JUDGE
 from replacement.demo.feature_families import choose_features, judge_features, read_firings
 from replacement.demo.tokenizer import build_tokenizer
 from replacement.files import read_json

@@ -32,7 +32,8 @@ from circuits.graph.paths import describe_path, strongest_path
 from circuits.validation.hops import hop_fidelity
 from replacement import ReplacementModel, Site
 from replacement.demo.corpus import capital_of
-from replacement.demo.families import CHOOSE, FAMILIES, JUDGE, Case
+from replacement.demo.families import FAMILIES
+from replacement.demo.family_cases import CHOOSE, JUDGE, Case
 from replacement.demo.feature_families import (
     ChosenFeatures,
     case_positions,

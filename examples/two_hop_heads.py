@@ -32,7 +32,7 @@ from circuits.heads.feature_heads import HeadViews
 from circuits.heads.relu_credit import activation
 from replacement import LanguageModel, LocalReplacement, ReplacementModel, Site
 from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, capital_of, state_of, states, training_cities_of
-from replacement.demo.families import Case
+from replacement.demo.family_cases import Case
 from replacement.demo.feature_families import layer_and_index, read_firings, score_features
 
 Head = tuple[int, int]

@@ -45,7 +45,8 @@ def demo(
     """
     if not 1 <= rows <= 100_000:
         raise ValueError(f"rows: expected 1 to 100000, given {rows}")
-    from replacement.demo.families import FAMILIES, check_probes
+    from replacement.demo.families import FAMILIES
+    from replacement.demo.family_cases import check_probes
     from replacement.demo.page import page
     from replacement.demo.report import measure_demo
 

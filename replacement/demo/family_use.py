@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from replacement.demo.accuracy import answer_ids, batches_by_length, token_rows
-from replacement.demo.families import NO_CONCEPT, Case, Family
+from replacement.demo.families import Family
+from replacement.demo.family_cases import NO_CONCEPT, Case
 from replacement.demo.feature_families import ChosenFeatures, Firings, case_positions, layer_and_index
 from replacement.splicing.clean_run import CleanRun, Conditions
 from replacement.splicing.feature_changes import change_of

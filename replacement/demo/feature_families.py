@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from replacement.demo.accuracy import batches_by_length, token_rows
-from replacement.demo.families import NO_CONCEPT, Case
+from replacement.demo.family_cases import NO_CONCEPT, Case
 from replacement.splicing.replacement_model import ReplacementModel
 
 GOOD = 0.9

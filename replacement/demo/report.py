@@ -10,7 +10,8 @@ import torch
 
 from replacement.demo.accuracy import measure_accuracy
 from replacement.demo.corpus import Behaviour, Probe, behaviours, held_out_rows
-from replacement.demo.families import CHOOSE, FAMILIES, JUDGE, Family, check_probes
+from replacement.demo.families import FAMILIES, Family
+from replacement.demo.family_cases import CHOOSE, JUDGE, check_probes
 from replacement.demo.family_use import FamilyUse
 from replacement.demo.feature_families import GOOD, choose_features, judge_features, layer_and_index, read_firings
 from replacement.files import read_json

@@ -22,7 +22,8 @@ from circuits.graph.conventions import EXACT
 from circuits.trace_options import TraceOptions
 from replacement import Crosscoder, ModelShape, TopK, Wiring, checkpoint
 from replacement.demo.corpus.geography import state_of
-from replacement.demo.families import FAMILIES, JUDGE
+from replacement.demo.families import FAMILIES
+from replacement.demo.family_cases import JUDGE
 from replacement.demo.feature_families import layer_and_index, read_firings
 from replacement.loading import ARTIFACTS
 

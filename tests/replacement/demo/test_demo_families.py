@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from replacement.demo.accuracy import token_rows
 from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, behaviours
-from replacement.demo.families import CHOOSE, FAMILIES, JUDGE, NO_CONCEPT, Case, Family
+from replacement.demo.families import FAMILIES, Family
+from replacement.demo.family_cases import CHOOSE, JUDGE, NO_CONCEPT, Case
 from replacement.demo.feature_families import Firings, choose_features, judge_features, score_features
 from replacement.demo.tokenizer import build_tokenizer
 

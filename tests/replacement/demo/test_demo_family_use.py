@@ -9,7 +9,8 @@ import replacement
 from replacement import Crosscoder, ReplacementModel, Wiring
 from replacement.crosscoder.activation import ReLU
 from replacement.demo.corpus import capital_of
-from replacement.demo.families import JUDGE, NO_CONCEPT, Case, Family
+from replacement.demo.families import Family
+from replacement.demo.family_cases import JUDGE, NO_CONCEPT, Case
 from replacement.demo.family_use import Change, FamilyUse, next_token_probabilities
 from replacement.demo.feature_families import ChosenFeatures, read_firings
 
