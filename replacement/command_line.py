@@ -161,8 +161,8 @@ class ModelOptions:
         """Whether the crosscoder named replaces MLPs and attention, so that there is none of attention beside it."""
         if self.crosscoder in (None, DEMO) or self.attention_crosscoder is not None:
             return False
+        from replacement.crosscoder.families import JOINT
         from replacement.crosscoder.formats.layouts import open_published
-        from replacement.crosscoder.wiring import JOINT
         from replacement.loading import crosscoder_folder
 
         return open_published(crosscoder_folder(self.crosscoder)).wiring.name == JOINT

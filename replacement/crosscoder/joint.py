@@ -9,9 +9,10 @@ from torch import Tensor
 
 from replacement.crosscoder.activation import Activation
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.families import JOINT
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.topk import k_of
-from replacement.crosscoder.wiring import JOINT, Wiring
+from replacement.crosscoder.wiring import Wiring
 
 
 def split(crosscoder: Crosscoder) -> list[Crosscoder]:

@@ -24,21 +24,22 @@ Adapters for Reasoning-Model Diffing".
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from replacement.crosscoder.families import (
+    ADAPTERS,
+    JOINT,
+    LORSA_READS,
+    WHOLE_DEPTH,
+    by_layer,
+    kind_in_model,
+    mlp_read,
+    of_sites,
+)
 from replacement.crosscoder.sites import HasShape, ModelShape, Site, layers_of, shape_of
 from replacement.number_checks import whole_number
-
-MLP_READS = ("resid_mid", "resid_pre", "mlp_in", "mlp_normalized")
-LORSA_READS = ("attn_in", "attn_normalized")
-ADAPTERS = ("adapter", "cross_layer_adapter")
-"""Families that write the difference between the MLPs of a fine-tuned and a base model."""
-JOINT = "joint"
-WHOLE_DEPTH = ("per_layer", "strictly_causal", "weakly_causal", "attention", "lorsa", JOINT)
-"""Families with one group for every layer of the model."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Wiring:
                     raise ValueError(f"group {group} {role} no site: expected at least one")
                 if len(set(sites)) != len(sites):
                     raise ValueError(f"group {group} {role} a site twice: {', '.join(map(str, sites))}")
-                missing = sorted(site.kind for site in sites if not {site.kind, _in_model(site)} & set(self.widths))
+                missing = sorted(site.kind for site in sites if not {site.kind, kind_in_model(site)} & set(self.widths))
                 if missing:
                     raise ValueError(f"no width given for site kind {missing[0]!r}, which group {group} {role}")
 
@@ -132,7 +133,7 @@ class Wiring:
 
     def width(self, site: Site) -> int:
         """Vector width at a site."""
-        return self.widths.get(_in_model(site)) or self.widths[site.kind]
+        return self.widths.get(kind_in_model(site)) or self.widths[site.kind]
 
     def group_layer(self, group: int) -> int:
         """Layer a group belongs to: the lowest layer it reads."""
@@ -211,19 +212,19 @@ class Wiring:
         cls, model: ModelShape | HasShape, *, layers: int | Sequence[int] | None = None, site: str = "resid_post"
     ) -> Wiring:
         """Sparse autoencoders, one group per layer (all by default), each reading and writing one site."""
-        return _by_layer("autoencoder", model, site, site, layers=layers)
+        return cls(*by_layer("autoencoder", model, site, site, layers=layers))
 
     @classmethod
     def transcoder(
         cls, model: ModelShape | HasShape, *, layer: int, read: str | None = None, write: str = "mlp_out"
     ) -> Wiring:
         """One transcoder: reads the MLP's input (see `strictly_causal` for `read`), writes its output."""
-        return _by_layer("transcoder", model, _mlp_read(model, read), write, layers=layer)
+        return cls(*by_layer("transcoder", model, mlp_read(model, read), write, layers=layer))
 
     @classmethod
     def per_layer(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:
         """A per-layer transcoder (PLT): one transcoder for each layer's MLP."""
-        return _by_layer("per_layer", model, _mlp_read(model, read), "mlp_out")
+        return cls(*by_layer("per_layer", model, mlp_read(model, read), "mlp_out"))
 
     @classmethod
     def strictly_causal(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:
@@ -233,12 +234,12 @@ class Wiring:
             read: `resid_mid` (default), `resid_pre` (default for parallel models), `mlp_in`, or `mlp_normalized`, which is
                 `mlp_in` before the norm's gain and offset.
         """
-        return _by_layer("strictly_causal", model, _mlp_read(model, read), "mlp_out", writes_above=True)
+        return cls(*by_layer("strictly_causal", model, mlp_read(model, read), "mlp_out", writes_above=True))
 
     @classmethod
     def weakly_causal(cls, model: ModelShape | HasShape, *, site: str = "resid_post") -> Wiring:
         """A weakly causal crosscoder: group l reads a site at layer l and writes the same kind at layers >= l."""
-        return _by_layer("weakly_causal", model, site, site, writes_above=True)
+        return cls(*by_layer("weakly_causal", model, site, site, writes_above=True))
 
     @classmethod
     def attention(cls, model: ModelShape | HasShape) -> Wiring:
@@ -247,7 +248,7 @@ class Wiring:
         It is weakly causal: `attn_z` holds the outputs of all heads side by side, before the output weights mix them, so that
         each feature's encoder shows how much it reads from each head.
         """
-        return _by_layer("attention", model, "attn_z", "attn_out", writes_above=True)
+        return cls(*by_layer("attention", model, "attn_z", "attn_out", writes_above=True))
 
     @classmethod
     def lorsa(cls, model: ModelShape | HasShape, *, layer: int | None = None, read: str = "attn_in") -> Wiring:
@@ -259,7 +260,7 @@ class Wiring:
         """
         if read not in LORSA_READS:
             raise ValueError(f"low-rank sparse attention reads {' or '.join(LORSA_READS)}; got {read!r:.50}")
-        return _by_layer("lorsa" if layer is None else "lorsa_layer", model, read, "attn_out", layers=layer)
+        return cls(*by_layer("lorsa" if layer is None else "lorsa_layer", model, read, "attn_out", layers=layer))
 
     @classmethod
     def joint(cls, model: ModelShape | HasShape, *, read: str | None = None) -> Wiring:
@@ -268,7 +269,7 @@ class Wiring:
         Trained as one, each of the two parts meets the errors of the other. `joint.split` takes them apart.
         """
         mlps, attention = cls.strictly_causal(model, read=read), cls.attention(model)
-        return _wire(JOINT, (model,), mlps.reads + attention.reads, mlps.writes + attention.writes)
+        return cls(*of_sites(JOINT, (model,), mlps.reads + attention.reads, mlps.writes + attention.writes))
 
     @classmethod
     def adapter(
@@ -287,8 +288,8 @@ class Wiring:
             layers: those that fine-tuning changed; all by default.
             cross_layer: write the same at all later ones of these layers, too.
         """
-        name, read = ADAPTERS[cross_layer], _mlp_read(model, read)
-        return _by_layer(name, model, read, "mlp_difference", layers=layers, writes_above=cross_layer)
+        name, read = ADAPTERS[cross_layer], mlp_read(model, read)
+        return cls(*by_layer(name, model, read, "mlp_difference", layers=layers, writes_above=cross_layer))
 
     @classmethod
     def acausal(
@@ -296,7 +297,7 @@ class Wiring:
     ) -> Wiring:
         """An acausal crosscoder: one group reads and writes a site at all layers (or the layers named)."""
         sites = tuple(Site(layer, site) for layer in layers_of(model, layers))
-        return _wire("acausal", (model,), (sites,), (sites,))
+        return cls(*of_sites("acausal", (model,), (sites,), (sites,)))
 
     @classmethod
     def model_diffing(
@@ -320,54 +321,4 @@ class Wiring:
             raise ValueError(f"model diffing needs two models or more, got {len(shapes)}")
         chosen = [layers_of(model, number)[0] for model, number in zip(shapes, layers, strict=True)]
         sites = tuple(Site(number, site, model) for model, number in enumerate(chosen))
-        return _wire("model_diffing", shapes, (sites,), (sites,))
-
-
-def _by_layer(
-    name: str,
-    model: ModelShape | HasShape,
-    read: str,
-    write: str,
-    *,
-    layers: int | Sequence[int] | None = None,
-    writes_above: bool = False,
-) -> Wiring:
-    """One group for each layer, which reads a site there and writes one there or, with `writes_above`, at all these
-    layers from there on."""
-    chosen = layers_of(model, layers)
-    reads = tuple((Site(layer, read),) for layer in chosen)
-    writes = tuple(
-        tuple(Site(layer, write) for layer in chosen if layer == first or (writes_above and layer > first))
-        for first in chosen
-    )
-    return _wire(name, (model,), reads, writes)
-
-
-def _wire(
-    name: str,
-    models: Sequence[ModelShape | HasShape],
-    reads: tuple[tuple[Site, ...], ...],
-    writes: tuple[tuple[Site, ...], ...],
-) -> Wiring:
-    widths: dict[str, int] = {}
-    for site in sorted({*itertools.chain(*reads, *writes)}, key=lambda site: (site.model, site.kind)):
-        shape = shape_of(models[site.model])
-        if shape.parallel and site.kind == "resid_mid":
-            raise ValueError("a model with parallel attention has no resid_mid: use resid_pre or mlp_in")
-        width = shape.width(site.kind)
-        if widths.setdefault(site.kind, width) != width:
-            widths[_in_model(site)] = width
-    return Wiring(name, reads, writes, widths)
-
-
-def _in_model(site: Site) -> str:
-    """The kind of a site in its own model, a key of `Wiring.widths`."""
-    return f"{site.kind}@{site.model}"
-
-
-def _mlp_read(model: ModelShape | HasShape, read: str | None) -> str:
-    if read is None:
-        return "resid_pre" if shape_of(model).parallel else "resid_mid"
-    if read not in MLP_READS:
-        raise ValueError(f"a transcoder reads one of {', '.join(MLP_READS)}; got {read!r:.50}")
-    return read
+        return cls(*of_sites("model_diffing", shapes, (sites,), (sites,)))

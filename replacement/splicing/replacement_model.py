@@ -9,10 +9,10 @@ from torch import Tensor
 
 from replacement.crosscoder.checkpoint import check_fits
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.families import JOINT, LORSA_READS
 from replacement.crosscoder.joint import split
 from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.sites import Site
-from replacement.crosscoder.wiring import JOINT, LORSA_READS
 from replacement.language_model.language_model import LanguageModel
 from replacement.language_model.prompts import Prompt, is_batch
 from replacement.number_checks import integer, integers

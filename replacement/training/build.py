@@ -12,9 +12,10 @@ from torch import Tensor
 
 from replacement.crosscoder import checkpoint
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.families import ADAPTERS, WHOLE_DEPTH
 from replacement.crosscoder.lorsa import Lorsa, QueryKeys
 from replacement.crosscoder.sites import ModelShape, Site
-from replacement.crosscoder.wiring import ADAPTERS, WHOLE_DEPTH, Wiring
+from replacement.crosscoder.wiring import Wiring
 from replacement.data.aligned_texts import Aligned, TextReader, tokenizer_numbers
 from replacement.data.documents import special_ids
 from replacement.data.open_tokens import MAX_CONTEXT, open_source

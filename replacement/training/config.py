@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from replacement.crosscoder.activation import Activation
+from replacement.crosscoder.families import ADAPTERS
 from replacement.crosscoder.topk import TopK
-from replacement.crosscoder.wiring import ADAPTERS
 from replacement.training.dead_features import Auxiliary
 from replacement.training.losses import Loss
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from replacement import JointTopK, JumpReLU, ReLU, TopK
 from replacement.crosscoder.activation import Activation
 from replacement.crosscoder.crosscoder import Crosscoder
+from replacement.crosscoder.families import MLP_READS
 from replacement.crosscoder.formats.layouts import LAYOUTS, open_published, writable
 from replacement.crosscoder.sites import ModelShape
-from replacement.crosscoder.wiring import MLP_READS, Wiring
+from replacement.crosscoder.wiring import Wiring
 
 L, F, D = 3, 10, 6
 SHAPE = ModelShape(n_layers=L, d_model=D, n_heads=2, d_head=3)
