@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import circuits
-from circuits.attribution.labels import LONGEST, _hint
+from circuits.attribution.hints import LONGEST, _hint
 from circuits.graph.feature_labels import label_note
 from circuits.graph.nodes import NodeKind
 from replacement import ReplacementModel, Wiring, checkpoint
