@@ -15,7 +15,8 @@ from pathlib import Path
 
 from replacement.files import checked_path
 from replacement.index.formats import dashboards, delphi
-from replacement.index.formats.dashboards import LAYOUTS, check_layout, write
+from replacement.index.formats.dashboards import LAYOUTS
+from replacement.index.formats.dashboards_writing import check_layout, write
 from replacement.index.formats.delphi import Texts
 from replacement.index.records import FeatureRecord
 

@@ -25,163 +25,26 @@ left out.
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from replacement.files import atomic_folder
 from replacement.index.formats.fields import Fields
 from replacement.index.records import Example, FeatureRecord, Label, TokenEffects
 
 LAYOUTS = ("neuronpedia", "saedashboard")
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz")
-FEATURES_PER_BATCH = 256
-_ACTIVATION = {  # key of a batch -> key of the API
+ACTIVATION = {  # key of a batch -> key of the API
     "bin_min": "binMin",
     "bin_max": "binMax",
     "bin_contains": "binContains",
     "qualifying_token_index": "qualifyingTokenIndex",
 }
-_UNUSED = (
-    *(f"neuron_alignment_{column}" for column in ("indices", "values", "l1")),
-    *(f"correlated_{kind}_{column}" for kind in ("neurons", "features") for column in ("indices", "l1", "pearson")),
-    "logits_hist_data_bar_heights",
-    "logits_hist_data_bar_values",
-    "decoder_weights_dist",
-)
-_SCORES = ("precision", "recall", "f1")
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
-
-
-# Writing -------------------------------------------------------------------------------------------------------------
-
-
-def write(
-    records: Iterable[FeatureRecord],
-    folder: str | Path,
-    *,
-    layout: str,
-    model_id: str,
-    name: str,
-) -> None:
-    """Write features, layer by layer; a few hundred are in memory at a time. The folder appears whole or not at all.
-
-    Args:
-        records: features in the order of their layers, such as a `FeatureIndex`.
-        folder: a new or empty one.
-        layout: one of `LAYOUTS`.
-        model_id: Neuronpedia's name of the language model.
-        name: of the set of features (`sae_set`), without the layer.
-
-    Raises:
-        ValueError: an unknown layout, a name with other characters than letters, digits, dots, dashes and underscores, or a
-            folder that cannot be written.
-    """
-    check_layout(layout)
-    for what, text in (("model_id", model_id), ("name", name)):
-        if not isinstance(text, str) or _NAME.fullmatch(text) is None:
-            raise ValueError(f"{what}: expected letters, digits, dots, dashes and underscores, got {text!r:.50}")
-    with atomic_folder(folder) as scratch:
-        for layer, of_layer in itertools.groupby(records, key=lambda record: record.layer):
-            source = f"{layer}-{name}"
-            if layout == "neuronpedia":
-                with (scratch / f"{source}.jsonl").open("x", encoding="utf-8") as file:
-                    file.writelines(json.dumps(_api_feature(record, model_id, source)) + "\n" for record in of_layer)
-                continue
-            (scratch / source).mkdir()
-            for number in itertools.count():
-                if not (
-                    features := [_batch_feature(record) for record in itertools.islice(of_layer, FEATURES_PER_BATCH)]
-                ):
-                    break
-                names = {"model_id": model_id, "layer": layer, "sae_set": name, "sae_id_suffix": None}
-                text = json.dumps({**names, "features": features})
-                (scratch / source / f"batch-{number}.json").write_text(text, encoding="utf-8")
-
-
-def check_layout(layout: str) -> None:
-    """Refuse a name that is none of `LAYOUTS`."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {layout!r:.50}")
-
-
-def _shared(record: FeatureRecord) -> dict[str, Any]:
-    """What both layouts say of a feature in the same words."""
-    edges, effects = record.histogram_edges, record.effects
-    return {
-        **{key: [] for key in _UNUSED},
-        "neg_str": [token for token, _ in effects.suppressed],
-        "neg_values": [weight for _, weight in effects.suppressed],
-        "pos_str": [token for token, _ in effects.promoted],
-        "pos_values": [weight for _, weight in effects.promoted],
-        "frac_nonzero": record.density,
-        "freq_hist_data_bar_heights": list(record.histogram_counts),
-        "freq_hist_data_bar_values": [(low + high) / 2 for low, high in itertools.pairwise(edges)],
-    }
-
-
-def _batch_feature(record: FeatureRecord) -> dict[str, Any]:
-    return {"feature_index": record.index, **_shared(record), "activations": _activations(record)}
-
-
-def _api_feature(record: FeatureRecord, model_id: str, source: str) -> dict[str, Any]:
-    names = {"modelId": model_id, "layer": source, "index": str(record.index)}
-    activations = []
-    for activation in _activations(record):
-        values = activation["values"]
-        peak = max(range(len(values)), key=values.__getitem__)
-        extremes = {"maxValue": values[peak], "maxValueTokenIndex": peak, "minValue": min(values)}
-        activations.append(
-            {**names, **{_ACTIVATION.get(key, key): value for key, value in activation.items()}, **extremes}
-        )
-    labels = [label for label in (record.label, *record.other_labels) if label is not None]
-    return {
-        **names,
-        "sourceSetName": source.partition("-")[2],
-        "maxActApprox": record.max_activation,
-        **_shared(record),
-        "activations": activations,
-        "explanations": [{**names, **_explanation(label)} for label in labels],
-    }
-
-
-def _activations(record: FeatureRecord) -> list[dict[str, Any]]:
-    bins = [(example, (-1.0, record.max_activation, -1.0)) for example in record.top_examples]
-    upper, above = 1.0, itertools.groupby(record.quantile_examples, key=lambda example: example.quantile)
-    for quantile, group in above:
-        examples = list(group)
-        peaks = [example.activations[example.peak] for example in examples]
-        bins += [(example, (min(peaks), max(peaks), upper - (quantile or 0.0))) for example in examples]
-        upper = quantile or 0.0
-    return [
-        {
-            **dict(zip(_ACTIVATION, (*bounds, example.peak), strict=True)),
-            "tokens": list(example.tokens),
-            "values": list(example.activations),
-        }
-        for example, bounds in bins
-    ]
-
-
-def _explanation(label: Label) -> dict[str, Any]:
-    scores = {kind: value for kind in _SCORES if (value := getattr(label, kind)) is not None}
-    return {
-        "description": label.text,
-        "notes": label.claim,
-        "typeName": label.source,
-        "explanationModelName": None,
-        "scores": [
-            {"value": value, "explanationScoreTypeName": kind, "explanationScoreModelName": "crosstrace"}
-            for kind, value in scores.items()
-        ],
-    }
-
-
-# Reading -------------------------------------------------------------------------------------------------------------
+"""Names of the keys of an activation in the two layouts."""
+SCORES = ("precision", "recall", "f1")
 
 
 def by_number(path: Path) -> tuple[object, ...]:
@@ -200,14 +63,14 @@ def read_file(path: Path) -> Iterator[FeatureRecord]:
         if "features" in fields.values:
             layer = fields.whole("layer")
             for entry in fields.objects("features"):
-                yield _record(entry, layer, entry.whole("feature_index"), {key: key for key in _ACTIVATION})
+                yield _record(entry, layer, entry.whole("feature_index"), {key: key for key in ACTIVATION})
         elif "index" in fields.values:
             layer_text = fields.text("layer").partition("-")[0]
             if not layer_text.isdecimal() or len(layer_text) > 9:
                 raise fields.error(
                     "layer", "a layer's number and the name of a set, such as 6-res-jb", fields.get("layer")
                 )
-            yield _record(fields, int(layer_text), fields.whole("index"), _ACTIVATION)
+            yield _record(fields, int(layer_text), fields.whole("index"), ACTIVATION)
         else:
             raise ValueError(
                 f"{place}: expected a feature with an index, or a batch of features, given {list(fields.values)!r:.60}"
@@ -310,7 +173,7 @@ def _peak(example: Example) -> float:
 def _label(fields: Fields) -> Label:
     scores: dict[str, float] = {}
     for score in fields.objects("scores") if fields.has("scores") else ():
-        if score.has("explanationScoreTypeName") and (kind := score.text("explanationScoreTypeName")) in _SCORES:
+        if score.has("explanationScoreTypeName") and (kind := score.text("explanationScoreTypeName")) in SCORES:
             scores[kind] = score.number("value", least=0.0, most=1.0)
     source: Literal["rule", "person", "language model"]
     match fields.values.get("typeName"):

@@ -195,7 +195,7 @@ def test_round_trips(data: st.DataObject, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_many_features_are_written_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replacement.index.formats.dashboards.FEATURES_PER_BATCH", 2)
+    monkeypatch.setattr("replacement.index.formats.dashboards_writing.FEATURES_PER_BATCH", 2)
     many = [replace(RECORD, layer=layer, index=index) for layer in (0, 2) for index in range(3)]
     formats.write(iter(many), tmp_path / "out", layout="saedashboard", model_id="tiny", name="set")
     files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.json"))
