@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from replacement import checkpoint
 from replacement.cli import main
-from replacement.crosscoder import activation
+from replacement.crosscoder import activation, topk
 from replacement.crosscoder.activation import Activation, JumpReLU
 from replacement.crosscoder.topk import BatchTopK, JointTopK, TopK
 from replacement.crosscoder.wiring import Wiring
@@ -263,7 +263,8 @@ def test_mistakes_in_the_losses_are_named(losses: Any, message: str) -> None:
 
 def test_every_activation_and_loss_can_be_written_in_a_file() -> None:
     """Whole numbers stand for floats of their value, lists for tuples."""
-    own = [kind for kind in vars(activation).values() if isinstance(kind, type) and issubclass(kind, Activation)]
+    defined = (vars(activation) | vars(topk)).values()
+    own = [kind for kind in defined if isinstance(kind, type) and issubclass(kind, Activation)]
     named = {kind.name: kind for kind in own if "name" in vars(kind)}
     assert named == ACTIVATIONS | {"jointtopk": JointTopK}  # which is read alone
     config = run_config(
