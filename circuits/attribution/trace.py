@@ -100,10 +100,8 @@ def trace(
         whole_number("max_nodes", max_nodes, least=1)
     if memory is not None:
         memory = memory_bytes(memory)
+    _check_layers(model)
     lm = model.language_model
-    layers = [model.crosscoder.wiring.group_layer(group) for group in range(model.crosscoder.n_groups)]
-    if sorted(set(layers)) != layers:
-        raise ValueError(f"cannot name features by layer: the crosscoder's groups belong to the layers {layers}")
     tokens_T = lm.tokens(prompt)
     with open_indexes(model, index) as indexes, torch.no_grad():
         local = model.localize(tokens_T)
@@ -113,9 +111,7 @@ def trace(
         if announce is not None:
             announce(cost)
         attributor = Attributor(local, logits, drop_below=drop_below)
-        output = np.zeros(attributor.rows.n_nodes)
-        output[attributor.rows.n_columns :] = output_weights(logits) if logits else []
-        output[attributor.columns.features.start + np.array(roots, dtype=np.int64)] = 1 / max(1, len(roots))
+        output = _shares_of_output(attributor, logits, roots)
         rows = attributor.expand(output, coverage=coverage, max_nodes=max_nodes, progress=progress)
         columns = _columns(local, logits)
         left_out = _left_out(columns, local, rows, rules) & (output == 0)
@@ -132,6 +128,20 @@ def trace(
         "seconds": time.perf_counter() - started,
     }
     return CircuitGraph(nodes, edges, metadata)
+
+
+def _check_layers(model: ReplacementModel) -> None:
+    layers = [model.crosscoder.wiring.group_layer(group) for group in range(model.crosscoder.n_groups)]
+    if sorted(set(layers)) != layers:
+        raise ValueError(f"cannot name features by layer: the crosscoder's groups belong to the layers {layers}")
+
+
+def _shares_of_output(attributor: Attributor, logits: Sequence[LogitTarget], roots: Sequence[int]) -> np.ndarray:
+    """Share of the output of every node: of logits by probability, of features that are targets in equal parts."""
+    output = np.zeros(attributor.rows.n_nodes)
+    output[attributor.rows.n_columns :] = output_weights(logits) if logits else []
+    output[attributor.columns.features.start + np.array(roots, dtype=np.int64)] = 1 / max(1, len(roots))
+    return output
 
 
 def _resolve(
