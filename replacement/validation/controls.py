@@ -140,30 +140,10 @@ def measure_controls(
     controls.append(OracleDictionary(k, means, crosscoder.n_features))
     others = measure(lm, [crosscoder], sample.batches(), controls, progress=progress)
 
-    def row(name: str, about: str, l0: float, errors: Errors, output: OutputSums, ablated: Measured) -> dict[str, Any]:
-        reconstruction = site_facts(errors)
-        facts = output.facts({ablation: ablated.outputs[ablation] for ablation in (ZERO, MEAN)})
-        return {
-            "name": name,
-            "about": about,
-            "is_oracle": name == ORACLE,
-            "n_tokens": facts["n_tokens"],
-            "l0": l0,
-            "unexplained": reconstruction["unexplained"],
-            "unexplained_mean": reconstruction["unexplained_mean"],
-            "kl": facts["kl"]["mean"],
-            "cross_entropy_increase": facts["cross_entropy_increase"],
-            "cross_entropy_recovered": facts["cross_entropy_recovered"],
-            "agreement": facts["agreement"]["all"],
-        }
-
-    def crosscoder_row(name: str, about: str, of: Measured) -> dict[str, Any]:
-        return row(name, about, sum(of.activity[0].l0), of.errors, of.outputs[PROPAGATED], of)
-
     l0 = float(sum(k.values()))
     result = [
-        crosscoder_row("this crosscoder", "errors propagating", measured),
-        *(row(c.name, c.about, l0, others.stand_ins[c.name], others.outputs[c.name], measured) for c in controls),
+        _crosscoder_row("this crosscoder", "errors propagating", measured),
+        *(_row(c.name, c.about, l0, others.stand_ins[c.name], others.outputs[c.name], measured) for c in controls),
     ]
     if is_adapter:
         return result
@@ -173,4 +153,27 @@ def measure_controls(
     about = "the same crosscoder in a model of random weights, against that model's own output"
     # What a random model says of the next token is no yardstick; that the crosscoder says the same would be.
     undefined = {"cross_entropy_increase": None, "cross_entropy_recovered": {ZERO: None, MEAN: None}}
-    return [*result, crosscoder_row("random weights", about, there) | undefined]
+    return [*result, _crosscoder_row("random weights", about, there) | undefined]
+
+
+def _crosscoder_row(name: str, about: str, of: Measured) -> dict[str, Any]:
+    return _row(name, about, sum(of.activity[0].l0), of.errors, of.outputs[PROPAGATED], of)
+
+
+def _row(name: str, about: str, l0: float, errors: Errors, output: OutputSums, ablated: Measured) -> dict[str, Any]:
+    """What is said of one control, or of the crosscoder; its outputs are compared with those of the ablated model."""
+    reconstruction = site_facts(errors)
+    facts = output.facts({ablation: ablated.outputs[ablation] for ablation in (ZERO, MEAN)})
+    return {
+        "name": name,
+        "about": about,
+        "is_oracle": name == ORACLE,
+        "n_tokens": facts["n_tokens"],
+        "l0": l0,
+        "unexplained": reconstruction["unexplained"],
+        "unexplained_mean": reconstruction["unexplained_mean"],
+        "kl": facts["kl"]["mean"],
+        "cross_entropy_increase": facts["cross_entropy_increase"],
+        "cross_entropy_recovered": facts["cross_entropy_recovered"],
+        "agreement": facts["agreement"]["all"],
+    }
