@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,15 @@ class Part:
     query_factor: float = 1.0
 
 
+class _Weights(NamedTuple):
+    """Fields of a `Part`, by group and place of the written layer."""
+
+    encoders: list[Tensor]
+    encoder_biases: list[Tensor]
+    decoders: dict[tuple[int, int], Tensor]
+    decoder_biases: list[Tensor]
+
+
 def read_part(folder: Path) -> Part:
     """Open one folder; see `llama_scope.read` for what is refused."""
     settings = Settings(folder / CONFIG_FILE)
@@ -83,17 +93,9 @@ def read_part(folder: Path) -> Part:
     settings.finish()
     file = TensorFile(folder / TENSOR_FILE)
     if kind == "clt":
-        encoders = [matrix.T for matrix in file.take("W_E", n_layers, width, n_features)]
-        encoder_biases = list(file.take("b_E", n_layers, n_features))
-        targets = [file.take(f"W_D.{layer}", layer + 1, n_features, width) for layer in range(n_layers)]
-        decoders = {(g, m - g): targets[m][g] for g in range(n_layers) for m in range(g, n_layers)}
-        decoder_biases = [file.take(f"b_D.{layer}", width) for layer in range(n_layers)]
+        weights = _clt_weights(file, n_layers, width, n_features)
     else:
-        of_heads = kind == "lorsa"
-        encoder = file.take("W_V", n_features, width) if of_heads else file.take("W_E", width, n_features).T
-        encoders, encoder_biases = [encoder], [file.take("b_V" if of_heads else "b_E", n_features)]
-        decoders = {(0, 0): file.take("W_O" if of_heads else "W_D", n_features, width)}
-        decoder_biases = [file.take("b_D", width) if has_bias else torch.zeros(width)]
+        weights = _layer_weights(file, width, n_features, of_heads=kind == "lorsa", has_bias=has_bias)
     thresholds: list[Tensor] = []
     if isinstance(activation, JumpReLU):
         shape = (n_layers, n_features) if kind == "clt" else (n_features,)
@@ -113,16 +115,33 @@ def read_part(folder: Path) -> Part:
         activation=activation,
         is_scored=is_scored,
         file=file,
-        encoders=encoders,
-        encoder_biases=encoder_biases,
-        decoders=decoders,
-        decoder_biases=decoder_biases,
+        encoders=weights.encoders,
+        encoder_biases=weights.encoder_biases,
+        decoders=weights.decoders,
+        decoder_biases=weights.decoder_biases,
         log_thresholds=thresholds,
         scales=scales,
         query_keys=query_keys,
         query_key_tensors=query_key_tensors,
         query_factor=query_factor,
     )
+
+
+def _clt_weights(file: TensorFile, n_layers: int, width: int, n_features: int) -> _Weights:
+    encoders = [matrix.T for matrix in file.take("W_E", n_layers, width, n_features)]
+    encoder_biases = list(file.take("b_E", n_layers, n_features))
+    targets = [file.take(f"W_D.{layer}", layer + 1, n_features, width) for layer in range(n_layers)]
+    decoders = {(g, m - g): targets[m][g] for g in range(n_layers) for m in range(g, n_layers)}
+    decoder_biases = [file.take(f"b_D.{layer}", width) for layer in range(n_layers)]
+    return _Weights(encoders, encoder_biases, decoders, decoder_biases)
+
+
+def _layer_weights(file: TensorFile, width: int, n_features: int, *, of_heads: bool, has_bias: bool) -> _Weights:
+    encoder = file.take("W_V", n_features, width) if of_heads else file.take("W_E", width, n_features).T
+    encoder_bias = file.take("b_V" if of_heads else "b_E", n_features)
+    decoder = file.take("W_O" if of_heads else "W_D", n_features, width)
+    decoder_bias = file.take("b_D", width) if has_bias else torch.zeros(width)
+    return _Weights([encoder], [encoder_bias], {(0, 0): decoder}, [decoder_bias])
 
 
 def _norm_activation(settings: Settings) -> str:

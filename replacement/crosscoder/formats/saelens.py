@@ -123,18 +123,7 @@ class _Layer:
         cfg = Settings(folder / CONFIG_FILE)
         metadata = cfg.take("metadata", dict, default={})
         where = Settings(cfg.path, metadata) if {"hook_name", "hf_hook_name"} & metadata.keys() else cfg
-        architecture = cfg.take("architecture", str, default="standard")
-        activation_fn = cfg.take("activation_fn", str, default=cfg.take("activation_fn_str", str, default="relu"))
-        kwargs = cfg.take("activation_fn_kwargs", dict, default={})
-        if architecture == "standard" and activation_fn == "topk":  # before version 6
-            architecture = "topk"
-        if architecture not in (*SAES, *TRANSCODERS):
-            expected = ", ".join((*SAES, *TRANSCODERS))
-            raise ValueError(f"{cfg.path}: architecture: expected one of {expected}, got {architecture!r:.50}")
-        if activation_fn not in ("relu", "topk") or set(kwargs) - {"k"}:
-            raise ValueError(
-                f"{cfg.path}: activation_fn: expected relu or topk, got {activation_fn!r:.50} with {kwargs}"
-            )
+        architecture, kwargs = _read_architecture(cfg)
         is_transcoder = architecture in TRANSCODERS
         self._refuse(cfg, where)
         self.read = _site(where, "", cfg.path)
@@ -149,29 +138,14 @@ class _Layer:
         self.model_name = where.take("model_name", str, default="")
         cfg.ignore(*HARMLESS)
         cfg.finish()
-        file = TensorFile(folder / TENSOR_FILE)
-        factor_F = file.take_if_there("scaling_factor", None)
-        if factor_F is not None and not bool((factor_F == 1).all()):
-            raise ValueError(f"{file.path}: the tensor scaling_factor (finetuning) is not 1, which is not supported")
-        weights = take_layer(file, SAELENS)
-        file.finish()
-        needs = {
-            "threshold": "jumprelu" in architecture or "batchtopk" in architecture,
-            "W_skip": "skip" in architecture,
-        }
-        for name, needed in needs.items():
-            if needed != (name in file):
-                verb = "lacks" if needed else "has"
-                raise ValueError(
-                    f"{file.path} {verb} the tensor {name}, which does not fit the architecture {architecture}"
-                )
+        weights, has_threshold = _read_weights(TensorFile(folder / TENSOR_FILE), architecture)
         if subtracts and is_transcoder:
             raise ValueError(f"{cfg.path}: apply_b_dec_to_input is not possible in a transcoder")
         if subtracts:
             shift = weights.encoder_FD, weights.encoder_bias_F, weights.decoder_bias_D, weights.mapped
             weights = replace(weights, encoder_bias_F=bias_for_shifted_input(*shift))
         self.weights = weights
-        self.activation: Activation = JumpReLU() if needs["threshold"] else ReLU()
+        self.activation: Activation = JumpReLU() if has_threshold else ReLU()
         if architecture == "topk":
             if not isinstance(k, int):
                 raise ValueError(f"{cfg.path}: expected a whole number k with architecture topk, got {k!r:.50}")
@@ -192,6 +166,38 @@ class _Layer:
         for name in ("hook_head_index", "hook_head_index_out", "hook_point_head_index"):
             if where.take(name, (int, type(None)), default=None) is not None:
                 raise ValueError(f"{cfg.path}: {name}: a single head is not supported")
+
+
+def _read_architecture(cfg: Settings) -> tuple[str, dict[str, Any]]:
+    """The architecture, and the parameters of its activation function."""
+    architecture = cfg.take("architecture", str, default="standard")
+    activation_fn = cfg.take("activation_fn", str, default=cfg.take("activation_fn_str", str, default="relu"))
+    kwargs = cfg.take("activation_fn_kwargs", dict, default={})
+    if architecture == "standard" and activation_fn == "topk":  # before version 6
+        architecture = "topk"
+    if architecture not in (*SAES, *TRANSCODERS):
+        expected = ", ".join((*SAES, *TRANSCODERS))
+        raise ValueError(f"{cfg.path}: architecture: expected one of {expected}, got {architecture!r:.50}")
+    if activation_fn not in ("relu", "topk") or set(kwargs) - {"k"}:
+        raise ValueError(f"{cfg.path}: activation_fn: expected relu or topk, got {activation_fn!r:.50} with {kwargs}")
+    return architecture, kwargs
+
+
+def _read_weights(file: TensorFile, architecture: str) -> tuple[LayerWeights, bool]:
+    """The tensors of one folder, which must be those of its architecture, and whether a threshold is among them."""
+    factor_F = file.take_if_there("scaling_factor", None)
+    if factor_F is not None and not bool((factor_F == 1).all()):
+        raise ValueError(f"{file.path}: the tensor scaling_factor (finetuning) is not 1, which is not supported")
+    weights = take_layer(file, SAELENS)
+    file.finish()
+    has_threshold = "jumprelu" in architecture or "batchtopk" in architecture
+    for name, needed in {"threshold": has_threshold, "W_skip": "skip" in architecture}.items():
+        if needed != (name in file):
+            verb = "lacks" if needed else "has"
+            raise ValueError(
+                f"{file.path} {verb} the tensor {name}, which does not fit the architecture {architecture}"
+            )
+    return weights, has_threshold
 
 
 def _site(where: Settings, suffix: str, path: Path) -> Site:
