@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -36,65 +37,81 @@ from transformer_lens.pretrained.weight_conversions import (
 def load_model(folder: Path, crosscoder: Path) -> TransformerLensReplacementModel:
     """A replacement model from two local folders."""
     source = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = source.config
-    common = {"d_vocab": config.vocab_size, "model_name": "random", "n_ctx": config.max_position_embeddings}
-    common |= {
-        "n_layers": config.num_hidden_layers,
-        "d_model": config.hidden_size,
-        "n_heads": config.num_attention_heads,
-    }
-    if config.model_type == "gpt2":
-        convert, common = (
-            convert_gpt2_weights,
-            common
-            | {
-                "d_head": config.n_embd // config.n_head,
-                "act_fn": "gelu_new",
-                "normalization_type": "LN",
-                "eps": config.layer_norm_epsilon,
-            },
-        )
-    else:
-        convert = convert_llama_weights
-        common |= {
-            "d_head": config.head_dim,
-            "d_mlp": config.intermediate_size,
-            "n_key_value_heads": config.num_key_value_heads,
-            "eps": config.rms_norm_eps,
-            "act_fn": "silu",
-            "normalization_type": "RMS",
-            "positional_embedding_type": "rotary",
-            "rotary_base": config.rope_theta,
-            "rotary_dim": config.head_dim,
-            "rotary_adjacent_pairs": False,
-            "gated_mlp": True,
-            "final_rms": True,
-        }
-    if config.model_type == "gemma2":
-        convert = convert_gemma_weights
-        common |= {
-            "act_fn": "gelu_pytorch_tanh",
-            "use_attn_scale": True,
-            "attn_scale": config.query_pre_attn_scalar**0.5,
-            "use_local_attn": True,
-            "window_size": config.sliding_window,
-            "attn_types": [
-                kind.split("_")[0].replace("sliding", "local").replace("full", "global") for kind in config.layer_types
-            ],
-            "attn_scores_soft_cap": config.attn_logit_softcapping,
-            "output_logits_soft_cap": config.final_logit_softcapping,
-            "use_normalization_before_and_after": True,
-        }
-    cfg = HookedTransformerConfig(**common, device="cpu", dtype=torch.float32)
+    convert, settings = FAMILIES[source.config.model_type]
+    cfg = HookedTransformerConfig(**settings(source.config), device="cpu", dtype=torch.float32)
     model = TransformerLensReplacementModel(cfg)
     model.load_and_process_state_dict(
         convert(source, cfg), fold_ln=False, center_writing_weights=False, center_unembed=False
     )
-    model._configure_replacement_model(load_crosscoder(crosscoder, config.num_hidden_layers))
+    model._configure_replacement_model(load_crosscoder(crosscoder, source.config.num_hidden_layers))
     model.tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="w0", eos_token="w0", pad_token="w0", unk_token="w0"
     )
     return model
+
+
+def common_settings(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """Settings of TransformerLens that every family has."""
+    return {
+        "d_vocab": config.vocab_size,
+        "model_name": "random",
+        "n_ctx": config.max_position_embeddings,
+        "n_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+    }
+
+
+def gpt2_settings(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """Settings of TransformerLens for GPT-2."""
+    return common_settings(config) | {
+        "d_head": config.n_embd // config.n_head,
+        "act_fn": "gelu_new",
+        "normalization_type": "LN",
+        "eps": config.layer_norm_epsilon,
+    }
+
+
+def llama_settings(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """Settings of TransformerLens for Llama."""
+    return common_settings(config) | {
+        "d_head": config.head_dim,
+        "d_mlp": config.intermediate_size,
+        "n_key_value_heads": config.num_key_value_heads,
+        "eps": config.rms_norm_eps,
+        "act_fn": "silu",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_base": config.rope_theta,
+        "rotary_dim": config.head_dim,
+        "rotary_adjacent_pairs": False,
+        "gated_mlp": True,
+        "final_rms": True,
+    }
+
+
+def gemma2_settings(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """Settings of TransformerLens for Gemma 2."""
+    kinds = [kind.split("_")[0].replace("sliding", "local").replace("full", "global") for kind in config.layer_types]
+    return llama_settings(config) | {
+        "act_fn": "gelu_pytorch_tanh",
+        "use_attn_scale": True,
+        "attn_scale": config.query_pre_attn_scalar**0.5,
+        "use_local_attn": True,
+        "window_size": config.sliding_window,
+        "attn_types": kinds,
+        "attn_scores_soft_cap": config.attn_logit_softcapping,
+        "output_logits_soft_cap": config.final_logit_softcapping,
+        "use_normalization_before_and_after": True,
+    }
+
+
+FAMILIES = {
+    "gpt2": (convert_gpt2_weights, gpt2_settings),
+    "llama": (convert_llama_weights, llama_settings),
+    "gemma2": (convert_gemma_weights, gemma2_settings),
+}
+"""Converter of weights and settings of each family of models."""
 
 
 def load_crosscoder(folder: Path, n_layers: int) -> torch.nn.Module:
