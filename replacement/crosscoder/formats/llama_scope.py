@@ -19,7 +19,7 @@ Refused: gated encoders, `batchtopk` (it depends on the batch; its publishers co
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,7 @@ def read(folder: Path) -> Published:
         for name, make in scaled_queries(part.query_keys, part.query_factor, number).items()
     }
     norms = _Norms([[d for (g, _), d in decoders.items() if g == number] for number in range(len(groups))], files)
-    if isinstance(first.activation, JumpReLU):
-        tensors["threshold"] = torch.stack([log_F for part in parts for log_F in part.log_thresholds])
-        derived["threshold"] = norms.under if first.is_scored else _exp
-    elif first.is_scored and not isinstance(first.activation, ReLU):
-        tensors["score_factor"] = torch.ones(1, 1).expand(len(groups), first.n_features)
-        derived["score_factor"] = norms.times
+    _add_choice(tensors, derived, parts, norms, n_groups=len(groups))
     scales = {site: scale for part in parts for site, scale in part.scales.items()}
     reads = {site for part in parts for site in part.reads}
     writes = {site for part in parts for site in part.writes}
@@ -140,6 +135,24 @@ def _tensors(groups: Sequence[tuple[Part, int]]) -> tuple[dict[str, Tensor], dic
         tensors |= {f"{name}.{number}": value for name, value in named.items()}
         sources |= {f"{name}.{number}": str(part.file.path) for name in (*named, "W_dec")}
     return tensors, sources
+
+
+def _add_choice(
+    tensors: dict[str, Tensor],
+    derived: dict[str, Callable[[Tensor], Tensor]],
+    parts: Sequence[Part],
+    norms: _Norms,
+    *,
+    n_groups: int,
+) -> None:
+    """Add what features are chosen by: thresholds, or factors of scores, and how they are made of what the files hold."""
+    first = parts[0]
+    if isinstance(first.activation, JumpReLU):
+        tensors["threshold"] = torch.stack([log_F for part in parts for log_F in part.log_thresholds])
+        derived["threshold"] = norms.under if first.is_scored else _exp
+    elif first.is_scored and not isinstance(first.activation, ReLU):
+        tensors["score_factor"] = torch.ones(1, 1).expand(n_groups, first.n_features)
+        derived["score_factor"] = norms.times
 
 
 def _facts(folder: Path, activation: Activation, n_groups: int) -> dict[str, Any]:
