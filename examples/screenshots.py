@@ -113,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the pictures")
     out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
     model = replacement.load("demo")
     with tempfile.TemporaryDirectory() as name, chromium() as open_page:
         folder = Path(name)

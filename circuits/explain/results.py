@@ -10,6 +10,11 @@ a direction: 5 % are left on its side. It assumes nothing about how effects are 
   have no such interval, and the sign of the median alone counts.
 
 A claim holds in a trial if the effect has its sign, and the interval (if there is one) lies on the same side of 0.
+
+A graph is the replacement model made linear at one prompt: attention patterns, norms and the set of active features held. So
+every trial is run in the replacement model first, with all of these live. A claim that this does not bear out is withheld: it
+is one of the linear picture alone. What is told is then tested in the original model, whose MLPs the replacement model does not
+have. `is_borne_out` asks more than the tests do, so that what is told has a margin: no control at all may do as much.
 """
 
 from __future__ import annotations
@@ -27,12 +32,15 @@ from circuits.explain.trials import OtherPrompt, Trial, Trials
 CONFIDENCE = 0.9
 LEAST_PREDICTED = 0.5
 """Another prompt is no trial of a claim where the graph predicts less than this share of what it predicts of ablation: the
-group keeps too much of its value there. A claim is withheld where the final norm leaves less than this share of its effect."""
+group keeps too much of its value there."""
 VERDICTS = ("held", "refuted", "untested")
 """What is found of a claim; see `verdict`."""
 CONDITIONS = {"constrained": "constrained", "live": "original"}
 """Condition -> patching of `circuits.validation.effects`: all outputs held but for what the group writes, or the original
 model running on behind it. Attention patterns and norms are live in both."""
+IN_REPLACEMENT = {"constrained": "constrained", "live": "propagated"}
+"""The same conditions in the replacement model: its features react instead of the original MLPs. Where all outputs are held
+no MLP runs, and both models do the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,34 +53,16 @@ class Result:
     """`constrained` or `live`."""
     predicted: float
     """By the graph: direct edges where constrained, all paths where live; no activation falls below 0."""
+    replacement: float
+    """What the replacement model does, median over the variants."""
+    is_borne_out: bool
+    """Whether that is an effect as claimed, larger than that of every control."""
     measured: float
-    """Median over the variants."""
+    """What the original model does, median over the variants."""
     interval: tuple[float, float] | None
     variants: int
     outcome: str
     """`held`, `wrong sign`, or `within noise`: within the noise, which is what controls do or how variants differ."""
-
-
-def kept_by_final_norm(trials: Trials, claims: Sequence[Claim]) -> list[float | None]:
-    """Share of its predicted effect on the answer that is left when the final norm follows the change; below 0 if turned.
-
-    Ablating features that write much of the last stream makes it smaller, and the norm scales up what is left: a group may
-    carry a large part of the answer, and still the answer would do without it. The smaller of the shares of direct and total
-    effects; None for claims that are not about an output or not of features.
-    """
-    shares: list[float | None] = []
-    for claim in claims:
-        source, target = (trials.groups[number] for number in (claim.edge.source, claim.edge.target))
-        trial = trials.ablated(claim.edge.source) if target.kind == "outputs" and source.kind == "features" else None
-        if trial is None:
-            shares.append(None)
-            continue
-        held, live = (
-            np.array([trials.predicted(trial, total=total, norm=norm)[0, claim.edge.target] for total in (False, True)])
-            for norm in ("held", "live")
-        )
-        shares.append(float(np.divide(live, held, out=np.zeros(2), where=held != 0).min()))
-    return shares
 
 
 def try_claims(trials: Trials, claims: Sequence[Claim], others: Sequence[OtherPrompt]) -> list[list[Result]]:
@@ -91,26 +81,58 @@ def try_claims(trials: Trials, claims: Sequence[Claim], others: Sequence[OtherPr
             is_test_BG = direct_BG * np.sign(of_ablation_G) >= LEAST_PREDICTED * np.abs(of_ablation_G)
             for condition, patching in CONDITIONS.items():
                 predicted_BG = trials.predicted(trial, total=condition == "live")
-                measured_BG = trials.measured(trial, patching)
+                measured_BG = replacement_BG = trials.measured(trial, patching)
+                if IN_REPLACEMENT[condition] != patching:
+                    replacement_BG = trials.measured(trial, IN_REPLACEMENT[condition])
                 for number in numbers:
                     target = claims[number].edge.target
                     chosen = is_test_BG[:, target]
                     if chosen.any():
-                        columns = predicted_BG[chosen, target], measured_BG[:, target]
+                        columns = predicted_BG[chosen, target], replacement_BG[:, target], measured_BG[:, target]
                         results[number].append(_judge(claims[number], trial, condition, chosen, *columns))
     return results
 
 
+def is_told(results: Sequence[Result]) -> bool:
+    """Whether the replacement model bears a claim out in all of its trials; claims that cannot be tried are told."""
+    return all(result.is_borne_out for result in results)
+
+
 def _judge(
-    claim: Claim, trial: Trial, condition: str, chosen_B: np.ndarray, predicted_B: np.ndarray, measured_B: np.ndarray
+    claim: Claim,
+    trial: Trial,
+    condition: str,
+    chosen_B: np.ndarray,
+    predicted_B: np.ndarray,
+    replacement_B: np.ndarray,
+    measured_B: np.ndarray,
 ) -> Result:
-    """One result; `chosen_B` are the variants that count, and `measured_B` has the controls behind the variants."""
-    variants, controls = np.split(measured_B, [len(trial.edits)])
+    """One result; `chosen_B` are the variants that count, the two last have the controls behind the variants."""
+    (expected, beyond_all), (measured, interval) = (
+        _effect(trial, chosen_B, values_B, confidence)
+        for values_B, confidence in ((replacement_B, 1.0), (measured_B, CONFIDENCE))
+    )
+    return Result(
+        trial=trial.name,
+        condition=condition,
+        predicted=float(np.median(predicted_B)),
+        replacement=expected,
+        is_borne_out=outcome(-claim.sign, expected, beyond_all) == "held",
+        measured=measured,
+        interval=interval,
+        variants=int(chosen_B.sum()),
+        outcome=outcome(-claim.sign, measured, interval),
+    )
+
+
+def _effect(
+    trial: Trial, chosen_B: np.ndarray, values_B: np.ndarray, confidence: float
+) -> tuple[float, tuple[float, float] | None]:
+    """Median over the variants that count, and its interval: in excess of controls at the confidence, or of the median."""
+    variants, controls = np.split(values_B, [len(trial.edits)])
     variants, controls = variants[chosen_B], controls[chosen_B[np.arange(len(controls)) % len(chosen_B)]]
-    measured = float(np.median(variants))
-    interval = excess_interval(measured, controls) if len(controls) else median_interval(variants)
-    found = outcome(-claim.sign, measured, interval)
-    return Result(trial.name, condition, float(np.median(predicted_B)), measured, interval, len(variants), found)
+    effect = float(np.median(variants))
+    return effect, excess_interval(effect, controls, confidence) if len(controls) else median_interval(variants)
 
 
 def verdict(results: Sequence[Result]) -> str:
@@ -126,9 +148,9 @@ def outcome(sign: int, measured: float, interval: tuple[float, float] | None) ->
     return "held" if signs == {1} else "wrong sign" if signs == {-1} else "within noise"
 
 
-def excess_interval(effect: float, controls: np.ndarray) -> tuple[float, float]:
-    """The effect minus what controls do."""
-    tail = (1 - CONFIDENCE) / 2
+def excess_interval(effect: float, controls: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The effect minus what controls do; with a confidence of 1, minus the smallest and the largest of them."""
+    tail = (1 - confidence) / 2
     low, high = np.quantile(controls, [tail, 1 - tail])
     return effect - float(high), effect - float(low)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from circuits.attribution.grounding import Grounding
 from circuits.explain.claims import MOST_GROUPS, Claim, claims_of, story_groups, told_share
-from circuits.explain.results import LEAST_PREDICTED, VERDICTS, Result, kept_by_final_norm, try_claims, verdict
+from circuits.explain.results import VERDICTS, Result, is_told, try_claims, verdict
 from circuits.explain.sentences import display_names, sentences
 from circuits.explain.story_page import page
 from circuits.explain.trials import OtherPrompt, Trials, circuit_of
@@ -49,8 +49,8 @@ def explain_graph(
     groups), and the claims are the strongest edges among the groups (`circuits.explain.claims`). Each group that is said to
     cause something is ablated, and set to its values in other prompts (`circuits.explain.trials`); whether the groups that it
     is said to raise or lower follow is decided in `circuits.explain.results`. A claim is refuted if any of its tests is.
-    Claims about the answer whose effect would be undone by the final norm, as the graph itself predicts, are withheld: tested
-    and listed, but told in no sentence.
+    Claims that the replacement model itself does not bear out, once attention, norms and features may react, are withheld:
+    tested and listed, but told in no sentence.
 
     Args:
         model: the model that the graph was traced in.
@@ -86,14 +86,14 @@ def explain_graph(
         raise ValueError("expected a graph with edges between its groups, given one without any")
     others = [OtherPrompt(model, prompt, graph) for prompt in against]
     trials = Trials(effects, grouping, controls=controls, seed=seed)
-    results, kept = try_claims(trials, claims, others), kept_by_final_norm(trials, claims)
+    results = try_claims(trials, claims, others)
     facts = {
         "prompt": graph.metadata["prompt"],
         "is_pruned": "pruning" in graph.metadata,
         "against": [other.text for other in others],
         "controls": controls,
         "seed": seed,
-        **_facts(grouping, shown, claims, results, kept),
+        **_facts(grouping, shown, claims, results),
     }
     title = f"story of {facts['prompt']!r:.80}"
     return Report({name: finite(value) for name, value in facts.items()}, title=title, page=page)
@@ -104,7 +104,6 @@ def _facts(
     shown: Sequence[int],
     claims: Sequence[Claim],
     results: Sequence[Sequence[Result]],
-    kept: Sequence[float | None],
 ) -> dict[str, Any]:
     """Groups, claims, sentences and overall figures as plain values."""
     graph, names = grouping.graph, display_names(grouping)
@@ -131,18 +130,17 @@ def _facts(
             "influence": claim.edge.influence,
             "heads": claim.heads(),
             "verdict": verdict(of_claim),
-            "kept_by_final_norm": share,
             "tests": [asdict(result) for result in of_claim],
         }
-        for claim, of_claim, share in zip(claims, results, kept, strict=True)
+        for claim, of_claim in zip(claims, results, strict=True)
     ]
-    is_told = [share is None or share >= LEAST_PREDICTED for share in kept]
-    facts, telling = list(compress(tried, is_told)), list(compress(claims, is_told))
+    told = [is_told(of_claim) for of_claim in results]
+    facts, telling = list(compress(tried, told)), list(compress(claims, told))
     verdicts = [claim["verdict"] for claim in facts]
     return {
         "groups": groups,
         "claims": facts,
-        "withheld": [claim for claim, told in zip(tried, is_told, strict=True) if not told],
+        "withheld": [claim for claim, is_one in zip(tried, told, strict=True) if not is_one],
         "sentences": sentences(grouping, telling, facts),
         **{name: verdicts.count(name) for name in VERDICTS},
         "share_held": share_held(facts),

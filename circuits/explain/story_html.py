@@ -101,7 +101,9 @@ def _extent(claims: Sequence[Mapping[str, Any]], unit: str) -> float:
     """Largest number of the axis, which has 0 in its middle."""
     tests = [test for claim in claims if claim["unit"] == unit for test in claim["tests"]]
     numbers = [
-        abs(value) for test in tests for value in (test["predicted"], test["measured"], *(test["interval"] or ()))
+        abs(value)
+        for test in tests
+        for value in (test["predicted"], test["replacement"], test["measured"], *(test["interval"] or ()))
     ]
     return max(numbers, default=0.0) or 1.0
 
@@ -114,8 +116,10 @@ def _row(claim: Mapping[str, Any], test: Mapping[str, Any], extent: float) -> di
         **test,
         "source": shorten(claim["source"], 34),
         "predicted_text": change(test["predicted"], claim["unit"]),
+        "replacement_text": change(test["replacement"], claim["unit"]) if test["condition"] == "live" else "",
         "measured_text": measured(test, claim["unit"]),
         "x_predicted": x(test["predicted"]),
+        "x_replacement": x(test["replacement"]),
         "x_measured": x(test["measured"]),
         "x_interval": [x(value) for value in test["interval"]] if test["interval"] else None,
     }

@@ -12,15 +12,14 @@ from rich.text import Text
 from circuits.graph.text import printable, shorten
 from replacement import console
 
-NOT_TOLD = "Not told: the final norm is predicted to undo them"
-UNDONE = (
-    " Not told: without the group the last stream is smaller, the final norm scales up what is left, and the graph itself "
-    "predicts less than half of the effect to remain. More may be measured where attention turns elsewhere, as a graph holds "
-    "attention patterns still."
+NOT_TOLD = "Not told: the replacement model does not bear them out"
+WHY_NOT_TOLD = (
+    " Not told: a graph holds attention, norms and the choice of features still; run with all of these live, the replacement "
+    "model shows no such effect in one of the trials, or a random change that does as much."
 )
 """What claims are that are not told."""
 STYLES = {"held": "bold", "refuted": "bold red", "untested": "dim"}
-LONGEST_NAME = 30
+LONGEST_NAME = 24
 
 
 def page(facts: Mapping[str, Any]) -> Group:
@@ -42,7 +41,8 @@ def headline(facts: Mapping[str, Any]) -> str:
         "no claim could be tested" if share is None else f"{facts['held']} of {tested} tested claims held ({share:.0%})"
     )
     rest = f", {facts['untested']} of {len(facts['claims'])} could not be tested" if facts["untested"] else ""
-    withheld = f", {len(facts['withheld'])} more are not told" if facts["withheld"] else ""
+    n_withheld = len(facts["withheld"])
+    withheld = f", {n_withheld} more {'is' if n_withheld == 1 else 'are'} not told" if n_withheld else ""
     return f"{held}{rest}{withheld}; the story tells {facts['told']:.0%} of what flows into its groups"
 
 
@@ -52,20 +52,30 @@ def legend(facts: Mapping[str, Any]) -> str:
     prompts = "prompt" if n_others == 1 else "prompts"
     return (
         "A group changes by % of its activation (members weighted by influence), outputs by logits. graph: what is predicted, "
-        "from edges (constrained) or all paths (live). constrained: all other outputs are held; live: the original model runs "
-        f"on. Brackets, 90 %: of features, the effect in excess of {n_controls} random changes of that size; of tokens, the "
-        f"median over {n_controls} random tokens (ablated) or {n_others} other {prompts} (set). One bad test refutes a claim."
-        + (UNDONE if facts["withheld"] else "")
+        "from edges (constrained) or all paths (live). constrained: all other outputs are held; replacement: the replacement "
+        "model runs on, its features reacting; live: the original model does. Brackets, 90 %: of features, the effect in "
+        f"excess of {n_controls} random changes of that size; of tokens, the median over {n_controls} random tokens (ablated) "
+        f"or {n_others} other {prompts} (set). A claim is refuted if one of its tests fails."
+        + (WHY_NOT_TOLD if facts["withheld"] else "")
     )
 
 
-def withheld_rows(facts: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Of every claim that is not told: what it would say, the effect that the norm leaves, measured effects, verdict."""
+def withheld_rows(facts: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Of every claim that is not told: what it would say; of ablation, what the graph predicts, what the replacement model
+    does (constrained, live) and the original one (live); and the verdict that it would have."""
     rows = []
     for claim in facts["withheld"]:
-        live = [change(test["measured"], claim["unit"]) for test in claim["tests"] if test["trial"] == "ablated"]
-        says = f"{claim['source']} {claim['says']} {claim['target']}"
-        rows.append((says, f"{claim['kept_by_final_norm']:.0%}", ", ".join(live), claim["verdict"]))
+        held, live = (test for test in claim["tests"] if test["trial"] == "ablated")
+        effects = [change(value, claim["unit"]) for value in (held["replacement"], live["replacement"])]
+        rows.append(
+            (
+                f"{claim['source']} {claim['says']} {claim['target']}",
+                change(live["predicted"], claim["unit"]),
+                ", ".join(effects),
+                change(live["measured"], claim["unit"]),
+                claim["verdict"],
+            )
+        )
     return rows
 
 
@@ -99,7 +109,7 @@ def _groups(facts: Mapping[str, Any]) -> RenderableType:
 def _withheld(facts: Mapping[str, Any]) -> RenderableType:
     rows = [(shorten(says, 60), *rest) for says, *rest in withheld_rows(facts)]
     return console.table(
-        "", "left by the norm", "ablated (constrained, live)", "would have", rows=rows, texts=("would have",)
+        "ablated", "graph", "replacement", "live", "would have", rows=rows, texts=("ablated", "would have")
     )
 
 
@@ -119,10 +129,12 @@ def _tests(facts: Mapping[str, Any], sentence: Mapping[str, Any]) -> list[Render
             row: list[Text | str] = [shorten(claim["source"], LONGEST_NAME), trial]
             for test in tests:
                 style = "" if test["outcome"] == "held" else "bold red"
-                row += [change(test["predicted"], claim["unit"]), Text(measured(test, claim["unit"]), style=style)]
+                predicted = [test["predicted"], *([test["replacement"]] if test["condition"] == "live" else [])]
+                row += [change(value, claim["unit"]) for value in predicted]
+                row.append(Text(measured(test, claim["unit"]), style=style))
             rows.append(row)
             failed = [f"{test['outcome']} ({test['condition']})" for test in tests if test["outcome"] != "held"]
             if failed:
                 refuted.append(Text(f"{claim['source']} {trial}: effect {', '.join(failed)}", style="red"))
-    heads = ("", "", "graph", "constrained", "graph", "live")
+    heads = ("", "", "graph", "constrained", "graph", "replacement", "live")
     return [Padding(Group(console.table(*heads, rows=rows, texts=("",)), *refuted), (0, 0, 0, 2))] if rows else []

@@ -138,22 +138,23 @@ class Trials:
         turns = range(self.n_controls if of_features else 0)
         return Trial(name, edits, changes, [self._control(random, edits[turn % len(edits)]) for turn in turns])
 
-    def predicted(self, trial: Trial, *, total: bool, norm: str = "live") -> np.ndarray:
+    def predicted(self, trial: Trial, *, total: bool) -> np.ndarray:
         """float64[B, G], what the graph predicts that every variant changes of every group's reading.
+
+        The final norm follows what changed features leave of the last stream. Of random tokens the graph knows nothing, and
+        the norm is held.
 
         Args:
             total: through all paths; only through the edges out of the group otherwise.
-            norm: the final norm follows what changed features leave of the last stream (`live`), or is `held`, as the graph
-                has it. Of random tokens the graph knows nothing, and the norm is held.
         """
         grounding = self.effects.grounding
         change_BN = predicted_changes(grounding.graph, trial.changes, total=total, clipped=True)
-        if norm == "live" and not any(edit.tokens for edit in trial.edits):
+        if not any(edit.tokens for edit in trial.edits):
             change_BN = with_final_norm(grounding, trial.changes, change_BN, total=total)
         return np.asarray(change_BN @ self.reading_NG)
 
     def measured(self, trial: Trial, patching: str) -> np.ndarray:
-        """float64[B, G], what every variant, and after them every control, changes in the model."""
+        """float64[B, G], what every variant, and after them every control, changes; `patching` as of `Effects.measure`."""
         run = self.effects.measure_edits([*trial.edits, *trial.controls], patching, "live")
         return np.asarray(run.change_BN @ self.reading_NG)
 

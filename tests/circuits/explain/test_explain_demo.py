@@ -30,6 +30,9 @@ def test_what_is_reported_on(example: Any) -> None:
     assert len(set(prompts)) == 21
     cities = [prompt.removeprefix("the capital of the state containing ").removesuffix(" is") for prompt in prompts]
     assert not {state_of(city) for city in cities} & set(HELD_OUT_STATES)
+    further = example.reported_probes(further=True)
+    assert {name: len(found) for name, found in further.items()} == dict.fromkeys(example.FURTHER, 20)
+    assert not set(further) & set(probes)
 
 
 def story(*verdicts: str) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from circuits.attribution.grounding import Grounding
 from circuits.cli import main
 from circuits.explain.claims import Claim, claims_of, story_groups
 from circuits.explain.counterfactuals import demo_counterfactuals
-from circuits.explain.results import try_claims
+from circuits.explain.results import is_told, try_claims
 from circuits.explain.story_html import html_page
 from circuits.explain.trials import OtherPrompt, Trials
 from circuits.graph.groups import Grouping
 from circuits.graph.nodes import NodeKind
 from circuits.validation.effects import Effects
+from circuits.validation.prediction import predicted_changes
 from replacement import ReLU, ReplacementModel
 
 PROMPT = "the capital of the state containing Houston is"
@@ -69,7 +70,8 @@ def test_effects_of_groups_are_predicted_exactly_where_everything_is_frozen(lang
     for number in range(6):
         trial = trials.ablated(number)
         assert trial is not None
-        predicted = trials.predicted(trial, total=False, norm="held")[0]
+        change_BN = predicted_changes(trials.effects.grounding.graph, trial.changes, total=False, clipped=True)
+        predicted = (change_BN @ trials.reading_NG)[0]
         run = trials.effects.measure_edits(trial.edits, "constrained", "frozen", norms="frozen")
         measured = (run.change_BN @ trials.reading_NG)[0]
         later = [*range(3 * (number // 3 + 1), 9), *outputs]
@@ -95,6 +97,7 @@ def test_true_claims_hold_and_planted_false_ones_are_refuted(demo: ReplacementMo
     assert len(wrong) == 4
     assert {result.outcome for result in wrong} == {"wrong sign"}
     assert "held" not in {result.outcome for result in nothing}
+    assert [is_told(results) for results in (true, wrong, nothing)] == [True, False, False]
 
 
 def test_a_group_set_to_another_prompt_has_its_values(demo: ReplacementModel, graph: Any) -> None:
@@ -179,30 +182,52 @@ def test_the_facts(facts: Any, graph: Any) -> None:
     json.dumps(facts, allow_nan=False)
 
 
-def test_claims_that_the_final_norm_would_undo_are_tested_but_not_told(
+def test_claims_that_the_replacement_model_does_not_bear_out_are_tested_but_not_told(
     demo: ReplacementModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Agreement: several groups write the answer, and each could be missed. What the norm leaves is what is measured."""
+    """Agreement: several groups write the answer, and each could be missed."""
     graph = circuits.trace(demo, "the tables beside the wagon")
     facts = circuits.explain_graph(demo, graph, controls=9)
+    assert facts["claims"]
     assert facts["withheld"]
-    assert all(claim["unit"] == "logits" and claim["kept_by_final_norm"] < 0.5 for claim in facts["withheld"])
-    kept = [claim["kept_by_final_norm"] for claim in facts["claims"]]
-    assert all(share is None or share >= 0.5 for share in kept)
     every = [claim["verdict"] for claim in (*facts["claims"], *facts["withheld"])]
     expected = every.count("held") / (every.count("held") + every.count("refuted"))
     assert facts["share_held_with_withheld"] == pytest.approx(expected)
     said = {number for sentence in facts["sentences"] for number in sentence["claims"]}
     assert said == set(range(len(facts["claims"])))
-    for claim in facts["withheld"]:
-        held = -claim["weight"]
-        (test,) = [test for test in claim["tests"] if test["condition"] == "constrained"]
-        assert abs(test["predicted"] - test["measured"]) < abs(held - test["measured"])
+    told = [test for claim in facts["claims"] for test in claim["tests"]]
+    assert all(test["is_borne_out"] for test in told)
+    assert {test["outcome"] for test in told if test["condition"] == "constrained"} == {"held"}, (
+        "the same in both models"
+    )
+    assert not any(all(test["is_borne_out"] for test in claim["tests"]) for claim in facts["withheld"])
     Console(width=100).print(facts._page(facts))
     text = capsys.readouterr().out
-    assert "Not told: the final norm is predicted to undo them" in text
+    assert "Not told: the replacement model does not bear them out" in text
     assert max(map(len, text.splitlines())) <= 100
-    assert "Not told: the final norm is predicted to undo them" in html_page(facts)
+    assert "Not told: the replacement model does not bear them out" in html_page(facts)
+
+
+def test_effects_in_the_replacement_model_are_those_of_interventions_in_it(demo: ReplacementModel, graph: Any) -> None:
+    grouping = graph.prune(most_nodes=60, most_edges=300).group()
+    answer, austin = len(grouping) - 1, int(demo.language_model.tokens(" Austin")[-1])
+    kinds = [group.kind for group in grouping.groups]
+    claims = [
+        claim
+        for claim in claims_of(grouping, story_groups(grouping, 8))
+        if claim.edge.target == answer and kinds[claim.edge.source] == "features"
+    ]
+    trials = trials_of(demo, graph, grouping, controls=3)
+
+    def logit(interventions: Any) -> float:
+        logits_V = demo.intervene(PROMPT, interventions).logits[-1]
+        return float(logits_V[austin] - logits_V.mean())
+
+    assert claims
+    for claim, results in zip(claims, try_claims(trials, claims, []), strict=True):
+        (edit,) = trials.ablated(claim.edge.source).edits  # type: ignore[union-attr]
+        live = next(result for result in results if result.condition == "live")
+        assert live.replacement == pytest.approx(logit(edit.interventions) - logit(()), abs=1e-3)
 
 
 def test_the_same_seed_gives_the_same_facts(demo: ReplacementModel, graph: Any, facts: Any) -> None:
@@ -264,6 +289,15 @@ def test_counterfactuals_of_the_demo(demo: ReplacementModel, graph: Any) -> None
     assert len(set(found)) == 8
     assert all(prompt.startswith("the capital of the state containing ") and prompt != PROMPT for prompt in found)
     assert not {"Dallas", "Amarillo"} & {prompt.split()[-2] for prompt in found}, "of the same answer"
+
+
+def test_counterfactuals_where_no_target_is_a_token_are_those_of_the_likeliest_answer(
+    demo: ReplacementModel, graph: Any
+) -> None:
+    row = graph.features()[0]
+    for target in ("Austin - Boston", f"feature:{row.layer}/{row.index}@{row.position}"):
+        asked = circuits.trace(demo, PROMPT, targets=target)
+        assert demo_counterfactuals(demo.language_model, asked) == demo_counterfactuals(demo.language_model, graph)
 
 
 def test_mistakes(demo: ReplacementModel, graph: Any, language_model: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from circuits.explain.claims import claims_of, readings, story_groups, told_share
-from circuits.explain.results import Result, excess_interval, median_interval, outcome, verdict
+from circuits.explain.results import Result, excess_interval, is_told, median_interval, outcome, verdict
 from circuits.explain.sentences import display_names, sentences
 from circuits.graph.groups import Grouping
 from circuits.graph.nodes import NodeKind
@@ -55,8 +55,25 @@ def test_outcomes() -> None:
         (1, 2.0, (-0.5, -0.1)): "within noise",
     }
     assert {case: outcome(*case) for case in cases} == cases
-    results = [Result("ablated", "live", -1.0, -1.0, None, 1, text) for text in ("held", "within noise")]
+    results = [result(outcome=text) for text in ("held", "within noise")]
     assert [verdict(results), verdict(results[:1]), verdict([])] == ["refuted", "held", "untested"]
+
+
+def result(*, outcome: str = "held", is_borne_out: bool = True) -> Result:
+    return Result("ablated", "live", -1.0, -1.0, is_borne_out, -1.0, None, 1, outcome)
+
+
+def test_a_claim_is_told_if_the_replacement_model_bears_out_every_trial_whatever_the_original_model_does() -> None:
+    assert is_told([result(), result(outcome="wrong sign")])
+    assert not is_told([result(), result(is_borne_out=False)])
+    assert is_told([])
+
+
+def test_with_a_confidence_of_one_no_control_may_do_as_much() -> None:
+    controls = np.linspace(-1, 1, 101)
+    assert excess_interval(-5.0, controls, 1.0) == (-6.0, -4.0)
+    assert outcome(-1, -0.999, excess_interval(-0.999, controls, 1.0)) == "within noise"
+    assert outcome(-1, -1.001, excess_interval(-1.001, controls, 1.0)) == "held"
 
 
 @pytest.fixture
