@@ -17,7 +17,7 @@ from circuits.graph.text import printable, shorten
 TEMPLATE = Path(__file__).with_name("story.html.jinja")
 WIDTH, ROW, BOX_WIDTH, BOX_HEIGHT = 960, 96, 200, 46
 """Of the diagram and its boxes, in pixels."""
-AXIS = 200
+AXIS = 180
 """Pixels of the axis of a test."""
 VERDICTS = {"held": "held", "refuted": "REFUTED", "untested": "not tested"}
 
@@ -39,6 +39,7 @@ def html_page(facts: Mapping[str, Any]) -> str:
         boxes=list(boxes.values()),
         lines=[*_lines(facts["claims"], boxes), *_lines(facts["withheld"], boxes, drawn="withheld")],
         size=(WIDTH, height),
+        axis=AXIS,
         sentences=[_sentence(facts, sentence) for sentence in facts["sentences"]],
         withheld=withheld_rows(facts),
         not_told=NOT_TOLD,
