@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
+from rich.console import Group
 
 from circuits.graph.circuit_graph import CircuitGraph
 from circuits.graph.metadata import check_traced_here
@@ -80,34 +80,54 @@ def heads(
         chosen = options if graph is None else options.for_graph(graph.metadata)
         return chosen.use(lambda model, _: question(model))
 
-    page: Callable[[Facts], RenderableType]
     if graph is None and not check:
         raise ValueError("expected a graph, given none: it may be left out with --check only")
     if graph is None and not options.is_demo:
         raise ValueError(
             f"--check draws prompts of the demo's corpus: give a graph of {options.model}, whose prompt is used"
         )
+    page: Callable[[Facts], Group]
     if graph is None or check:
         facts, page = ask(lambda model: check_facts(model, graph)), pages.check_page
-    elif edge is not None:
-        number = edge_number(graph, edge)
-        facts, page = ask(lambda model: edge_facts(model, graph, number)), pages.edge_page
-    elif feature is not None:
-        rule = rule or DEFAULT_RULE
-        facts = ask(lambda model: feature_facts(model, graph, feature, rule=rule, top=top, plot=plot))
-        page = pages.feature_page
-    elif place is not None:
-        facts, page = ask(lambda model: attends_facts(model, graph, place, top=top)), pages.attends_page
-    elif graph.heads is not None:
-        facts, page = graph_facts(graph, top=top), pages.graph_page
     else:
-        from circuits.heads.edge_split import with_heads
-
-        facts, page = ask(lambda model: graph_facts(with_heads(model, graph), top=top)), pages.graph_page
+        rule = rule or DEFAULT_RULE
+        facts, page = _answer(graph, ask, edge=edge, feature=feature, place=place, rule=rule, top=top, plot=plot)
     if as_json:
         show_json(facts)
     else:
         show(page(facts))
+
+
+def _answer(
+    graph: CircuitGraph,
+    ask: Callable[[Callable[[ReplacementModel], Facts]], Facts],
+    *,
+    edge: str | None,
+    feature: str | None,
+    place: dict[str, int | str] | None,
+    rule: str,
+    top: int,
+    plot: Path | None,
+) -> tuple[Facts, Callable[[Facts], Group]]:
+    """What was asked of a graph, and the page for it.
+
+    Args:
+        ask: asks a question of the model, which is loaded for it.
+        place: of the head whose attention is asked for.
+    """
+    if edge is not None:
+        number = edge_number(graph, edge)
+        return ask(lambda model: edge_facts(model, graph, number)), pages.edge_page
+    if feature is not None:
+        facts = ask(lambda model: feature_facts(model, graph, feature, rule=rule, top=top, plot=plot))
+        return facts, pages.feature_page
+    if place is not None:
+        return ask(lambda model: attends_facts(model, graph, place, top=top)), pages.attends_page
+    if graph.heads is not None:
+        return graph_facts(graph, top=top), pages.graph_page
+    from circuits.heads.edge_split import with_heads
+
+    return ask(lambda model: graph_facts(with_heads(model, graph), top=top)), pages.graph_page
 
 
 def _check_feature(text: str | None, rule: str | None, plot: Path | None) -> None:
