@@ -137,10 +137,7 @@ def trace(
         memory=memory,
     )
     options = _with_attention(options, attention)
-    if index is not None:  # a wrong file should not cost loading the model
-        from replacement.index.store import FeatureIndex
-
-        FeatureIndex.open(index).close()
+    _check_index(index)
     if prompts is not None:
         if prompt is not None or target:
             raise ValueError("prompts: expected a file alone, given a prompt or a target beside it")
@@ -148,13 +145,26 @@ def trace(
             raise ValueError("out: expected a folder for the prompts' folders, given none")
         _trace_file(prompts, out, options, tracing, check_formats(file_format or FORMATS_OF_MANY), as_json=as_json)
         return
+    prompt = _checked_prompt(prompt)
+    folder = check_folder(out if out is not None else Path(f"circuit-{slug(prompt)}"))
+    formats = check_formats(file_format or FORMATS)
+    _trace_prompt(prompt, target, folder, options, tracing, formats, as_json=as_json)
+
+
+def _check_index(index: Path | None) -> None:
+    """Refuse a wrong file before it costs loading the model."""
+    if index is not None:
+        from replacement.index.store import FeatureIndex
+
+        FeatureIndex.open(index).close()
+
+
+def _checked_prompt(prompt: str | None) -> str:
     if prompt is None or not prompt.strip():
         raise ValueError("prompt: expected some text, given none")
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes of the command line that are not UTF-8
         raise ValueError("prompt: expected text in UTF-8, given other bytes")
-    folder = check_folder(out if out is not None else Path(f"circuit-{slug(prompt)}"))
-    formats = check_formats(file_format or FORMATS)
-    _trace_prompt(prompt, target, folder, options, tracing, formats, as_json=as_json)
+    return prompt
 
 
 def _trace_prompt(
