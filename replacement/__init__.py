@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from replacement.crosscoder.activation import JumpReLU, ReLU
     from replacement.crosscoder.crosscoder import Crosscoder, CrosscoderOutput
     from replacement.crosscoder.features import Features
-    from replacement.crosscoder.lorsa import Lorsa, QueryKeys
+    from replacement.crosscoder.lorsa import Lorsa
+    from replacement.crosscoder.query_keys import QueryKeys
     from replacement.crosscoder.sites import ModelShape, Site
     from replacement.crosscoder.topk import BatchTopK, JointTopK, TopK
     from replacement.crosscoder.wiring import Wiring
@@ -75,7 +76,7 @@ _LAZY = {
     "LocalReplacement": "replacement.splicing.local_replacement",
     "Lorsa": "replacement.crosscoder.lorsa",
     "ModelShape": "replacement.crosscoder.sites",
-    "QueryKeys": "replacement.crosscoder.lorsa",
+    "QueryKeys": "replacement.crosscoder.query_keys",
     "ReLU": "replacement.crosscoder.activation",
     "ReplacementModel": "replacement.splicing.replacement_model",
     "Site": "replacement.crosscoder.sites",

@@ -13,7 +13,8 @@ from torch import Tensor
 from replacement.crosscoder import checkpoint
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.families import ADAPTERS, WHOLE_DEPTH
-from replacement.crosscoder.lorsa import Lorsa, QueryKeys
+from replacement.crosscoder.lorsa import Lorsa
+from replacement.crosscoder.query_keys import QueryKeys
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.wiring import Wiring
 from replacement.data.aligned_texts import Aligned, TextReader, tokenizer_numbers

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from replacement.crosscoder.lorsa import Lorsa, QueryKeys
+from replacement.crosscoder.lorsa import Lorsa
+from replacement.crosscoder.query_keys import QueryKeys
 from replacement.crosscoder.rotation import Rotary, Rotation
 from replacement.language_model.bridge_scores import query_key_weights, read_rotation, value_weights
 from replacement.language_model.language_model import LanguageModel

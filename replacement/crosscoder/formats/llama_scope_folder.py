@@ -16,7 +16,7 @@ from replacement.crosscoder.activation import Activation, JumpReLU, ReLU
 from replacement.crosscoder.formats.hooks import ATTENTION_OUT, ATTENTION_READS, MLP_READS, MLP_WRITES
 from replacement.crosscoder.formats.llama_scope_lorsa import read_query_keys, take_query_keys
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile, norm_scale
-from replacement.crosscoder.lorsa import QueryKeys
+from replacement.crosscoder.query_keys import QueryKeys
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.topk import JointTopK, TopK
 

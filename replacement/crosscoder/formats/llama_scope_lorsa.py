@@ -20,7 +20,8 @@ from torch import Tensor
 
 from replacement.crosscoder.formats.tensor_files import Settings, TensorFile
 from replacement.crosscoder.formats.writing import check_holds
-from replacement.crosscoder.lorsa import Lorsa, QueryKeys
+from replacement.crosscoder.lorsa import Lorsa
+from replacement.crosscoder.query_keys import QueryKeys
 from replacement.crosscoder.rotation import Rotary
 
 TABLES = ("mask", "IGNORE", "rotary_sin", "rotary_cos")

@@ -22,8 +22,8 @@ from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.formats.published import Layout, Published
 from replacement.crosscoder.formats.tensor_files import mentions
 from replacement.crosscoder.formats.writing import write_json
-from replacement.crosscoder.lorsa import QueryKeys
 from replacement.crosscoder.mapped_file import map_tensors, write_tensors
+from replacement.crosscoder.query_keys import QueryKeys
 from replacement.crosscoder.wiring import Wiring
 from replacement.files import read_json, sha256_of
 

@@ -16,8 +16,9 @@ from replacement.crosscoder.checks import finite_values, float_dtype
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.fingerprint import sampled_fingerprint
 from replacement.crosscoder.formats.reference import Asked
-from replacement.crosscoder.lorsa import Lorsa, QueryKeys
+from replacement.crosscoder.lorsa import Lorsa
 from replacement.crosscoder.mapped_file import MappedFile, WeightsInFile
+from replacement.crosscoder.query_keys import QueryKeys
 from replacement.crosscoder.sites import Site
 from replacement.crosscoder.weights_by_site import MATRICES
 from replacement.crosscoder.wiring import Wiring

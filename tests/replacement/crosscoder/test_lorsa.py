@@ -13,7 +13,8 @@ from replacement.crosscoder import checkpoint
 from replacement.crosscoder.activation import ReLU
 from replacement.crosscoder.formats.convert import convert
 from replacement.crosscoder.formats.layouts import writable
-from replacement.crosscoder.lorsa import Lorsa, QueryKeys
+from replacement.crosscoder.lorsa import Lorsa
+from replacement.crosscoder.query_keys import QueryKeys
 from replacement.crosscoder.rotation import Rotary
 from replacement.crosscoder.sites import ModelShape, Site
 from replacement.crosscoder.topk import JointTopK, TopK
