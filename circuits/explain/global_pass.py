@@ -25,7 +25,7 @@ from circuits.explain.pair_sums import BYTES_PER_PAIR, PairSums
 from replacement import ReplacementModel
 from replacement.files import atomic_file, check_file
 from replacement.index.firings import counted_tokens
-from replacement.language_model.language_model import Prompt
+from replacement.language_model.prompts import Prompt
 from replacement.memory import size_text
 from replacement.number_checks import whole_number
 

@@ -24,7 +24,7 @@ from circuits.heads.edge_split import replaces_heads, with_heads
 from circuits.validation.effects import Effects
 from replacement import ReplacementModel
 from replacement.console import finite
-from replacement.language_model.language_model import Prompt
+from replacement.language_model.prompts import Prompt
 from replacement.notebook import Report
 from replacement.number_checks import whole_number
 

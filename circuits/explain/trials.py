@@ -35,7 +35,7 @@ from circuits.validation.effects import Edit, Effects
 from circuits.validation.final_norm import with_final_norm
 from circuits.validation.prediction import predicted_changes
 from replacement import Intervention, ReplacementModel
-from replacement.language_model.language_model import Prompt
+from replacement.language_model.prompts import Prompt
 from replacement.splicing.clean_run import CleanRun
 from replacement.splicing.feature_changes import activations_at
 from replacement.splicing.intervention import PARTS

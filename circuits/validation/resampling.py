@@ -28,7 +28,7 @@ from circuits.validation.effects import TOKENS_AT_ONCE
 from replacement import Features, ReplacementModel
 from replacement.splicing.clean_run import CleanRun, Conditions
 from replacement.splicing.feature_changes import Change
-from replacement.splicing.splice import check_choice
+from replacement.splicing.splice_options import check_choice
 from replacement.validation.metrics import kl_divergence
 
 

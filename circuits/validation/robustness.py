@@ -28,7 +28,7 @@ from circuits.validation.survival import (
 )
 from replacement import Crosscoder, ReplacementModel
 from replacement.crosscoder.joint import split
-from replacement.language_model.language_model import Prompt
+from replacement.language_model.prompts import Prompt
 
 _SHARES = ("active", "kept", "influence_active", "influence_kept", "edges_kept", "edge_influence_kept")
 _MEANS = ("equal_tokens", *_SHARES, "jaccard", "overlap")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformer_lens.utilities.hf_utils import get_rotary_pct_from_config
 
+from replacement.crosscoder.rotation import Rotation
 from replacement.language_model.bridge_parts import BridgeParts
-from replacement.language_model.queries_and_keys import QueryKeyWeights, Rotation
+from replacement.language_model.queries_and_keys import QueryKeyWeights
 
 
 def query_key_weights(parts: BridgeParts, layer: int, *, fold_norm: bool = True) -> QueryKeyWeights:

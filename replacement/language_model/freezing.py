@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from replacement.crosscoder.rotation import Rotation
 from replacement.crosscoder.sites import Site
 from replacement.language_model.bridge_parts import BridgeParts
 from replacement.language_model.bridge_scores import (
@@ -26,7 +27,7 @@ from replacement.language_model.bridge_scores import (
     rotation_of,
 )
 from replacement.language_model.frozen_layers import FrozenAttention, FrozenNorm
-from replacement.language_model.queries_and_keys import FrozenQueryKey, QueryKeyWeights, Rotation
+from replacement.language_model.queries_and_keys import FrozenQueryKey, QueryKeyWeights
 
 # Rounding of a rebuilt activation, relative to the largest term of its sum; anything above is a different computation.
 _EXACT = {torch.float64: 1e-9, torch.float32: 1e-4}

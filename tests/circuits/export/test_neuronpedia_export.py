@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits import NodeKind
-from circuits.export.neuronpedia import cumulative_influence, slug
+from circuits.export.neuronpedia import cumulative_influence
 from circuits.graph.edge_heads import EdgeHeads
 from circuits.graph.edges import Edges
 from circuits.graph.neuronpedia_schema import cantor_pair, cantor_unpair
+from circuits.graph.text import slug
 
 T, P, E, F, L = NodeKind
 FEATURE_TYPES = {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}

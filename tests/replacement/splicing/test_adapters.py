@@ -24,7 +24,8 @@ from replacement import (
     Wiring,
     checkpoint,
 )
-from replacement.crosscoder.formats.convert import convert, writable
+from replacement.crosscoder.formats.convert import convert
+from replacement.crosscoder.formats.layouts import writable
 from replacement.splicing.splice import Splice
 from replacement.validation.fidelity import measure_fidelity
 
