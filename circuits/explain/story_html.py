@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from circuits.explain.story_page import NOT_TOLD, change, headline, legend, measured, withheld_rows
+from circuits.explain.story_page import NOT_TOLD, WITHHELD_HEADS, change, headline, legend, measured, withheld_rows
 from circuits.graph.text import printable, shorten
 
 TEMPLATE = Path(__file__).with_name("story.html.jinja")
@@ -42,6 +42,7 @@ def html_page(facts: Mapping[str, Any]) -> str:
         axis=AXIS,
         sentences=[_sentence(facts, sentence) for sentence in facts["sentences"]],
         withheld=withheld_rows(facts),
+        withheld_heads=WITHHELD_HEADS,
         not_told=NOT_TOLD,
     )
 

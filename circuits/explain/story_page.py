@@ -18,6 +18,8 @@ WHY_NOT_TOLD = (
     "model shows no such effect in one of the trials, or a random change that does as much."
 )
 """What claims are that are not told."""
+WITHHELD_HEADS = ("", "fails in", "graph", "replacement", "original", "if told")
+"""Of the table of these claims; the first column says the claim."""
 STYLES = {"held": "bold", "refuted": "bold red", "untested": "dim"}
 LONGEST_NAME = 24
 
@@ -38,41 +40,45 @@ def headline(facts: Mapping[str, Any]) -> str:
     """How many claims held, were refuted, and could not be tested; and how much of the graph they tell."""
     tested, share = facts["held"] + facts["refuted"], facts["share_held"]
     held = (
-        "no claim could be tested" if share is None else f"{facts['held']} of {tested} tested claims held ({share:.0%})"
+        "no claim could be tested"
+        if share is None
+        else f"{facts['held']} of {tested} tested claims held ({100 * share:.0f} %)"
     )
     rest = f", {facts['untested']} of {len(facts['claims'])} could not be tested" if facts["untested"] else ""
     n_withheld = len(facts["withheld"])
     withheld = f", {n_withheld} more {'is' if n_withheld == 1 else 'are'} not told" if n_withheld else ""
-    return f"{held}{rest}{withheld}; the story tells {facts['told']:.0%} of what flows into its groups"
+    return f"{held}{rest}{withheld}; the story tells {100 * facts['told']:.0f} % of what flows into its groups"
 
 
 def legend(facts: Mapping[str, Any]) -> str:
     """What the figures mean."""
     n_controls, n_others = facts["controls"], len(facts["against"])
-    prompts = "prompt" if n_others == 1 else "prompts"
+    others = f" or {n_others} other {'prompt' if n_others == 1 else 'prompts'} (set)" if n_others else ""
     return (
+        "ablated: the cause is switched off; set: it has its values of another prompt. "
         "A group changes by % of its activation (members weighted by influence), outputs by logits. graph: what is predicted, "
         "from edges (constrained) or all paths (live). constrained: all other outputs are held; replacement: the replacement "
         "model runs on, its features reacting; live: the original model does. Brackets, 90 %: of features, the effect in "
-        f"excess of {n_controls} random changes of that size; of tokens, the median over {n_controls} random tokens (ablated) "
-        f"or {n_others} other {prompts} (set). A claim is refuted if one of its tests fails."
+        f"excess of {n_controls} random changes of that size; of tokens, the median over {n_controls} random tokens "
+        f"(ablated){others}. A test holds if effect and brackets go the way that "
+        "the claim says, whatever their size; a claim is refuted if one of its tests fails."
         + (WHY_NOT_TOLD if facts["withheld"] else "")
     )
 
 
-def withheld_rows(facts: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Of every claim that is not told: what it would say; of ablation, what the graph predicts, what the replacement model
-    does (constrained, live) and the original one (live); and the verdict that it would have."""
+def withheld_rows(facts: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """Of every claim that is not told, the first test that the replacement model does not bear out: what the claim would say;
+    which test; what the graph predicts, the replacement model does and the original does; and the verdict if it were told."""
     rows = []
     for claim in facts["withheld"]:
-        held, live = (test for test in claim["tests"] if test["trial"] == "ablated")
-        effects = [change(value, claim["unit"]) for value in (held["replacement"], live["replacement"])]
+        test = next(test for test in claim["tests"] if not test["is_borne_out"])
+        expected = [change(test[key], claim["unit"]) for key in ("predicted", "replacement")]
         rows.append(
             (
                 f"{claim['source']} {claim['says']} {claim['target']}",
-                change(live["predicted"], claim["unit"]),
-                ", ".join(effects),
-                change(live["measured"], claim["unit"]),
+                f"{test['trial']}, {test['condition']}",
+                *expected,
+                measured(test, claim["unit"]),
                 claim["verdict"],
             )
         )
@@ -97,7 +103,7 @@ def _groups(facts: Mapping[str, Any]) -> RenderableType:
         (
             shorten(group["name"], 44),
             group["kind"],
-            f"{group['influence']:.0%}",
+            f"{100 * group['influence']:.0f} %",
             len(group["members"]),
             "" if group["f1"] is None else f"{group['f1']:.2f}",
         )
@@ -107,10 +113,8 @@ def _groups(facts: Mapping[str, Any]) -> RenderableType:
 
 
 def _withheld(facts: Mapping[str, Any]) -> RenderableType:
-    rows = [(shorten(says, 60), *rest) for says, *rest in withheld_rows(facts)]
-    return console.table(
-        "ablated", "graph", "replacement", "live", "would have", rows=rows, texts=("ablated", "would have")
-    )
+    rows = [(shorten(says, 44), *rest) for says, *rest in withheld_rows(facts)]
+    return console.table(*WITHHELD_HEADS, rows=rows, texts=WITHHELD_HEADS[1:2] + WITHHELD_HEADS[-1:])
 
 
 def _sentence(sentence: Mapping[str, Any]) -> Text:
