@@ -38,9 +38,10 @@ def foot(graph: GraphData, picture: Picture, width: float, top: float) -> tuple[
         y += 10.0
     signs, y = _flow(list(_signs(picture)), width, y)
     parts += signs
-    for line in _caption(graph, picture):
-        parts.append(words(MARGIN, y, fit(line, width - 2 * MARGIN, FONT), colour=INK))
-        y += _LINE
+    for phrases in _caption(graph, picture):
+        for line in _lines(phrases, width - 2 * MARGIN):
+            parts.append(words(MARGIN, y, line, colour=INK))
+            y += _LINE
     return parts, y - 3.0
 
 
@@ -151,7 +152,20 @@ def _flow(signs: Sequence[Sign], width: float, y: float) -> tuple[list[str], flo
     return parts, y + _LINE + 3.0
 
 
-def _caption(graph: GraphData, picture: Picture) -> list[str]:
+def _lines(phrases: Sequence[str], width: float) -> list[str]:
+    """Phrases one after the other, in as many lines as they need; a phrase wider than a line is cut."""
+    lines: list[str] = []
+    for phrase in phrases:
+        longer = f"{lines[-1]}  ·  {phrase}" if lines else phrase
+        if lines and text_width(longer, FONT) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(phrase)
+    return [fit(line, width, FONT) for line in lines]
+
+
+def _caption(graph: GraphData, picture: Picture) -> list[list[str]]:
+    """Scores, and counts with the identity error."""
     result, error = scores(graph), graph.metadata["identity_error"]
     n_nodes, n_edges = len(graph.nodes), len(graph.edges)
     missing = {"nodes": n_nodes - picture.n_nodes, "edges": n_edges - picture.n_edges}
@@ -163,7 +177,9 @@ def _caption(graph: GraphData, picture: Picture) -> list[str]:
     ]
     exact = "not known" if error is None else f"{float(error):.1e}"
     return [
-        f"replacement {result.replacement:.3f} (share of the output traced to the tokens)  ·  "
-        f"completeness {result.completeness:.3f} (share of inputs that are not errors)",
-        "  ·  ".join([*counts, f"identity error {exact}"]),
+        [
+            f"replacement {result.replacement:.3f} (share of the output traced to the tokens)",
+            f"completeness {result.completeness:.3f} (share of inputs that are not errors)",
+        ],
+        [*counts, f"identity error {exact}"],
     ]

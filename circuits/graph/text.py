@@ -26,7 +26,7 @@ def shorten(text: str, length: int) -> str:
         return text
     kept = text[: max(length - 1, 0)]
     whole = kept if text[len(kept)].isspace() else kept.rpartition(" ")[0]
-    return (whole if len(whole) > length / 2 else kept).rstrip() + "…"
+    return (whole if len(whole) > length / 2 else kept).rstrip(" …") + "…"
 
 
 def slug(text: str) -> str:

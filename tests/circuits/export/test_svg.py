@@ -80,10 +80,12 @@ def test_long_labels_end_in_an_ellipsis_and_are_whole_in_the_tooltip(build_graph
 def test_caption_shows_scores_and_what_was_left_out(build_graph) -> None:
     graph = crowded(build_graph)
     scores = graph.scores()
-    first, second = texts(graph.to_svg())[-2:]
-    assert f"replacement {scores.replacement:.3f}" in first
-    assert f"completeness {scores.completeness:.3f}" in first
-    assert second == "15 nodes  ·  36 edges  ·  all drawn  ·  identity error 1.0e-06"
+    *_, first, second, last = texts(graph.to_svg())
+    assert first == f"replacement {scores.replacement:.3f} (share of the output traced to the tokens)"
+    assert second == f"completeness {scores.completeness:.3f} (share of inputs that are not errors)", (
+        "no room beside it"
+    )
+    assert last == "15 nodes  ·  36 edges  ·  all drawn  ·  identity error 1.0e-06"
     drawn, edges = re.search(r"not drawn: (\d+) weaker nodes, (\d+) weaker edges", graph.to_svg(max_nodes=10)).groups()
     assert int(drawn) == 5
     assert 0 < int(edges) < 36
