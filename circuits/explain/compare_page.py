@@ -36,7 +36,7 @@ def page(facts: Facts) -> Group:
 def _difference(facts: Facts) -> list[RenderableType]:
     prompts = pairs(zip(("first", "second"), map(printable, facts["prompts"]), strict=True), width=8)
     overlap = table(
-        *("", "shared", "only first", "only second", "share that is shared", "the same of influence"),
+        *("", "shared", "only first", "only second", "shared of all", "shared influence"),
         rows=(
             (name, *(f"{row[key]:,}" for key in _COUNTS), f"{row['jaccard']:.3f}", f"{row['influence_overlap']:.3f}")
             for name, row in facts["overlap"].items()

@@ -132,7 +132,9 @@ def graph_file(path: str | os.PathLike[str]) -> Path:
     """
     path = checked_path(path)
     if path.is_dir():
-        raise ValueError(f"{path}: expected a circuit file, given a folder; a traced one holds circuit.safetensors")
+        raise ValueError(
+            f"{path}: expected a circuit file, given a folder; a traced one holds graph.safetensors and circuit.safetensors"
+        )
     if not path.is_file():
         found = "given a device or pipe" if path.exists() else "but there is no such file"
         raise ValueError(f"{path}: expected a circuit file, {found}")

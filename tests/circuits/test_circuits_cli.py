@@ -288,7 +288,10 @@ def test_prune_and_show_and_export(saved, tmp_path, capsys, small) -> None:
         (["bogus"], "No such command"),
         (["show", "missing.safetensors"], "missing.safetensors: expected a circuit file, but there is no such file"),
         (["prune", "missing.safetensors"], "missing.safetensors: expected a circuit file, but there is no such file"),
-        (["show", "."], ".: expected a circuit file, given a folder; a traced one holds circuit.safetensors"),
+        (
+            ["show", "."],
+            ".: expected a circuit file, given a folder; a traced one holds graph.safetensors and circuit.safetensors",
+        ),
         (["export", "missing.safetensors", "--format", "gif", "--out", "x"], "expected one of dot, dot-pdf"),
     ],
 )
