@@ -11,9 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import jaxtyping
 import pytest
 import torch
+import type_checks
 from browser import MissingBrowserError, chromium
 from filelock import FileLock
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from browser import OpenPage
     from playwright.sync_api import Page
 
-jaxtyping.install_import_hook(["replacement", "circuits"], "beartype.beartype")
+type_checks.install(["replacement", "circuits"])
 
 torch.set_num_threads(1)  # the suite runs in several processes; more threads than cores are slower than one
 

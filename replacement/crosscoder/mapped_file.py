@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ def map_tensors(path: Path) -> tuple[dict[str, Tensor], MappedFile]:
     return tensors, mapped
 
 
-def _entries(header: dict[str, dict]) -> dict[str, dict]:
+def _entries(header: Any) -> dict[str, dict]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
