@@ -60,16 +60,26 @@ class Family:
             patterns.append(re.compile(pattern))
         return patterns
 
-    def exchanged(self, words: Mapping[str, str], kind: str, rng: np.random.Generator) -> dict[str, str] | None:
-        """The words of a variant that differ from one another and from those they replace; None where none can change."""
-        result = dict(words)
-        for name, word in words.items():
-            inside = [candidate for cell in self.slots[name] if word in cell for candidate in cell]
-            outside = [candidate for cell in self.slots[name] if word not in cell for candidate in cell]
-            candidates = [new for new in (inside if kind == "same answer" else outside) if new not in result.values()]
-            if candidates:
-                result[name] = candidates[int(rng.integers(len(candidates)))]
-        return None if result == words else result
+    def choices(self, words: Mapping[str, str], kind: str) -> dict[str, list[str]]:
+        """Of every slot, the words of its word's own cell or, for another answer, of all other cells."""
+        inside = kind == "same answer"
+        return {
+            name: [candidate for cell in self.slots[name] if (word in cell) == inside for candidate in cell]
+            for name, word in words.items()
+        }
+
+
+def _exchanged(
+    words: Mapping[str, str], choices: Mapping[str, list[str]], rng: np.random.Generator
+) -> dict[str, str] | None:
+    """The words of a variant that differ from one another and from those they replace; None where none can change."""
+    result = dict(words)
+    for name, possible in choices.items():
+        taken = set(result.values())
+        candidates = [new for new in possible if new not in taken]
+        if candidates:
+            result[name] = candidates[int(rng.integers(len(candidates)))]
+    return None if result == words else result
 
 
 def variants(prompt: str, n: int, *, seed: int = 0) -> dict[str, tuple[str, ...]]:
@@ -85,7 +95,8 @@ def variants(prompt: str, n: int, *, seed: int = 0) -> dict[str, tuple[str, ...]
         return {}
     rng, result = np.random.default_rng(seed), {}
     for kind in ("same answer", "other answer"):
-        draws = [family.exchanged(words, kind, rng) for _ in range(_DRAWS * n)]
+        choices = family.choices(words, kind)
+        draws = [_exchanged(words, choices, rng) for _ in range(_DRAWS * n)]
         filled = [family.templates[number].format(**draw) for draw in draws if draw is not None]
         result[kind] = tuple(dict.fromkeys(filled))[:n]
     others = [template for other, template in enumerate(family.templates) if other != number]
