@@ -1,7 +1,8 @@
-"""Boot a TransformerLens bridge from a hub name or a local folder, with one clear error for each way that can fail."""
+"""Boot a TransformerLens bridge from a hub name or a local folder, with one clear error for each way to fail; and copy one."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,16 @@ def boot(name_or_folder: str | Path, *, dtype: torch.dtype, device: str) -> tupl
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load the language model {str(name_or_folder)!r}: {reason[:300]}") from error
     return bridge, _folder_name(folder.resolve()) if is_folder else str(name_or_folder)
+
+
+def copy_bridge(bridge: TransformerBridge) -> TransformerBridge:
+    """A copy with weights of its own.
+
+    The last attention patterns, which TransformerLens keeps in some models, are left out: those of a pass with gradients cannot
+    be copied.
+    """
+    patterns = (getattr(module, "_pattern", None) for module in bridge.modules())
+    return copy.deepcopy(bridge, {id(pattern): None for pattern in patterns if pattern is not None})
 
 
 def _folder_name(folder: Path) -> str:

@@ -15,7 +15,6 @@ k is the crosscoder's mean number of active features in every layer, rounded. M 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from replacement.crosscoder.crosscoder import Crosscoder
 from replacement.crosscoder.sites import Site
+from replacement.language_model.boot import copy_bridge
 from replacement.language_model.language_model import LanguageModel
 from replacement.validation.measure import Measured, Progress, measure, no_progress, site_facts
 from replacement.validation.metrics import ReconstructionError
@@ -91,7 +91,7 @@ class ThresholdedNeurons(Protocol):
 
 def random_weights(lm: LanguageModel, *, seed: int = 0) -> LanguageModel:
     """A model of the same shape whose matrices are drawn anew, normal with the mean and spread each had; vectors stay."""
-    bridge = copy.deepcopy(lm.parts.bridge)
+    bridge = copy_bridge(lm.parts.bridge)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in bridge.parameters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
 from replacement import Crosscoder, LanguageModel, Lorsa, QueryKeys, TopK, Wiring
+from replacement.language_model.boot import copy_bridge
 
 VOCABULARY = 97
 CONTEXT = 32
@@ -153,7 +153,7 @@ def base_of(lm: LanguageModel, *, folder: Path | None = None, layers: Collection
         folder: what this one was loaded from; TransformerLens's Granite cannot be copied in memory.
     """
     loaded = None if folder is None else LanguageModel.from_pretrained(folder, dtype=lm.dtype)
-    bridge = copy.deepcopy(lm.parts.bridge) if loaded is None else loaded.parts.bridge
+    bridge = copy_bridge(lm.parts.bridge) if loaded is None else loaded.parts.bridge
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for layer in range(lm.shape.n_layers) if layers is None else layers:

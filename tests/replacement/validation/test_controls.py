@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from replacement import ReplacementModel, Site, TopK, Wiring
+from replacement import LanguageModel, ReplacementModel, Site, TopK, Wiring
 from replacement.validation import compute_equivalent, read_curve
 from replacement.validation.controls import (
     ThresholdedNeurons,
@@ -159,6 +159,18 @@ def test_random_weights_keep_shape_and_scale_and_leave_the_original(language_mod
             assert float(after[name].std()) == pytest.approx(float(value.std()), rel=0.1)
         else:
             assert torch.equal(after[name], value)
+
+
+def test_patterns_with_gradients_that_a_model_keeps_are_not_copied(model_folder: Any) -> None:
+    lm, tokens_T = LanguageModel.from_pretrained(model_folder("gpt2")), tiny.random_tokens(5)
+    bridge = lm.parts.bridge
+    bridge.requires_grad_(True)
+    bridge(tokens_T[None])
+    kept = [module._pattern for module in bridge.modules() if getattr(module, "_pattern", None) is not None]
+    assert len(kept) == lm.shape.n_layers
+    assert all(pattern.grad_fn is not None for pattern in kept)
+    assert random_weights(lm)(tokens_T).isfinite().all()
+    assert [module._pattern for module in bridge.modules() if hasattr(module, "_pattern")] == kept
 
 
 def test_controls_are_matched_and_measured_on_the_same_tokens(language_model: Any) -> None:
