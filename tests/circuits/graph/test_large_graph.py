@@ -107,8 +107,8 @@ def test_influence_scores_and_pruning_equal_a_dense_reference() -> None:
         chosen &= keep[:, None] & keep[None, :]
     pruned = graph.prune()
     assert pruned.nodes.ids() == nodes.select(keep).ids()
-    expected = [(nodes.ids()[s], nodes.ids()[t]) for t, s in zip(*np.nonzero(chosen), strict=True)]
-    ids = pruned.nodes.ids()
+    all_ids, ids = nodes.ids(), pruned.nodes.ids()
+    expected = [(all_ids[s], all_ids[t]) for t, s in zip(*np.nonzero(chosen), strict=True)]
     assert [(ids[s], ids[t]) for s, t in zip(pruned.edges.source, pruned.edges.target, strict=True)] == expected
 
 
