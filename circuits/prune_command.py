@@ -43,7 +43,10 @@ def prune(
             show_default="by influence",
         ),
     ] = None,
-    most_nodes: Annotated[int, typer.Option(min=1, help="With --faithful: most nodes of the circuit.")] = 60,
+    most_nodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --faithful: most nodes of the circuit.", show_default="60"),
+    ] = None,
     resample: Annotated[
         Path | None,
         typer.Option(
@@ -60,10 +63,11 @@ def prune(
     """Prune a saved graph."""
     check_threshold("node-threshold", node_threshold)
     check_threshold("edge-threshold", edge_threshold)
-    if faithful is None and resample is not None:
-        raise ValueError("resample: expected with --faithful alone, given without it")
+    for name, given in (("resample", resample), ("most-nodes", most_nodes)):
+        if faithful is None and given is not None:
+            raise ValueError(f"{name}: expected with --faithful alone, given without it")
     if faithful is not None:
-        check_threshold("faithful", faithful)
+        check_threshold("faithful", faithful, what="faithfulness")
     path = check_file(out or file.with_name(f"{file.stem}-pruned.safetensors"))
     lines = (
         None if resample is None else read_text(resample, expected="a text file with one prompt per line").splitlines()
@@ -76,15 +80,16 @@ def prune(
         options = options.for_graph(graph.metadata)
 
         def work(loaded: ReplacementModel, say: object) -> CircuitGraph:
-            from circuits.validation.faithful import prune_faithfully
+            from circuits.validation.faithful import MOST_NODES, prune_faithfully
 
             others = other_prompts(loaded, graph, lines, is_demo=options.is_demo, most=_SEARCHED, seed=_SEED)
             if not others:
                 raise ValueError("resample: expected a file of prompts for a model other than the demo, given none")
             return prune_faithfully(
-                loaded, graph, others, faithfulness=faithful, most_nodes=most_nodes, edges=edge_threshold
+                loaded, graph, others, faithfulness=faithful, most_nodes=most_nodes or MOST_NODES, edges=edge_threshold
             )
 
         circuit = options.use(work)
     circuit.save(path)
-    show(page({"full": graph, "pruned": circuit}, {"safetensors": path}))
+    before = "before" if "pruning" in graph.metadata else "full"
+    show(page({before: graph, "pruned": circuit}, {"safetensors": path}))

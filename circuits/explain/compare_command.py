@@ -49,7 +49,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Say what graphs of two prompts share and where they differ; or of many, what is frequent: their consensus."""
-    check_threshold("frequency", frequency)
+    check_threshold("frequency", frequency, what="share of the prompts")
     file_format = "" if out is None else _format_of(check_file(out))
     files = GraphFiles.of(graphs, pruned=pruned)
     if len(files) < 2:

@@ -60,7 +60,7 @@ class Consensus:
 
         Targets stay. Raises `ValueError` for a share outside 0..1.
         """
-        check_threshold("frequency", frequency)
+        check_threshold("frequency", frequency, what="share of the prompts")
         nodes = (self.node_frequency >= frequency) | self.graph.nodes.is_target
         circuit = self.graph.select(nodes, self.edge_frequency >= frequency)
         figures = (self._figures(self.nodes, row, "activation", "influence") for row in np.flatnonzero(nodes).tolist())

@@ -151,10 +151,10 @@ def always_kept(nodes: NodeTable) -> np.ndarray:
     return nodes.mask(NodeKind.TOKEN, NodeKind.LOGIT) | nodes.is_target
 
 
-def check_threshold(name: str, threshold: float) -> None:
-    """Raise `ValueError` unless a pruning threshold is a share."""
+def check_threshold(name: str, threshold: float, *, what: str = "share of influence") -> None:
+    """Raise `ValueError` unless a threshold lies between 0 and 1; `what` it is a threshold of is said."""
     if not 0.0 <= real(name, threshold) <= 1.0:
-        raise ValueError(f"{name}: expected a share of influence between 0 and 1, given {threshold}")
+        raise ValueError(f"{name}: expected a {what} between 0 and 1, given {threshold}")
 
 
 def drop_dangling(nodes: NodeTable, edges: Edges, kept: np.ndarray, had_causes: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ def prune_faithfully(
     """
     check_threshold("edges", edges)
     if faithfulness is not None:
-        check_threshold("faithfulness", faithfulness)
+        check_threshold("faithfulness", faithfulness, what="faithfulness")
     resampler = Resampler(model, Grounding.of(model, graph), others)
     stays_N = _always_stays(graph)
     n_features = whole_number("most_nodes", most_nodes, least=1) - int(stays_N.sum())

@@ -111,7 +111,7 @@ def test_mistakes(pair, small, fails, tmp_path) -> None:
     longer = {"tokens": ["x", "y", "z"], "token_ids": [1, 2, 3]}
     unlike = dataclasses.replace(small, metadata={**small.metadata, **longer}).save(tmp_path / "unlike.safetensors")
     assert "expected prompts that can be aligned" in fails(first, unlike)
-    assert "frequency: expected" in fails(*pair, "--frequency", "1.5")
+    assert "frequency: expected a share of the prompts between 0 and 1" in fails(*pair, "--frequency", "1.5")
     assert "out: expected a file that ends in one of .dot" in fails(*pair, "--out", tmp_path / "consensus.txt")
     assert not (tmp_path / "consensus.txt").exists()
     assert "most" in fails(*pair, "--most", "0")

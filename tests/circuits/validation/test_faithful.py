@@ -240,7 +240,7 @@ def test_edges_among_given_nodes(small: CircuitGraph) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"faithfulness": 1.5}, "faithfulness: expected a share of influence between 0 and 1, given 1.5"),
+        ({"faithfulness": 1.5}, "faithfulness: expected a faithfulness between 0 and 1, given 1.5"),
         ({"edges": -1.0}, "edges: expected a share of influence between 0 and 1, given -1.0"),
         ({"most_nodes": 3}, r"most_nodes: expected more than the \d+ that stay, given 3"),
         ({"most_nodes": 0}, "most_nodes must be 1 or more, got 0"),
@@ -266,7 +266,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.dumps(circuit.to_neuronpedia())
     for arguments, message in (
         (["--resample", "x"], "resample: expected with --faithful alone, given without it"),
-        (["--faithful", "2"], "faithful: expected a share of influence between 0 and 1, given 2.0"),
+        (["--most-nodes", "5"], "most-nodes: expected with --faithful alone, given without it"),
+        (["--faithful", "2"], "faithful: expected a faithfulness between 0 and 1, given 2.0"),
         (["--faithful", "0.7", "--most-nodes", "5"], "most_nodes: expected more than the"),
     ):
         assert main(["prune", str(full), *arguments]) == 2
