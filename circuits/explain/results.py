@@ -56,7 +56,7 @@ class Result:
     replacement: float
     """What the replacement model does, median over the variants."""
     is_borne_out: bool
-    """Whether that is an effect as claimed, larger than that of every control."""
+    """Whether that is an effect as claimed: of features larger than that of every control; of tokens as the tests ask."""
     measured: float
     """What the original model does, median over the variants."""
     interval: tuple[float, float] | None
