@@ -171,8 +171,8 @@ def _protocols(facts: Facts) -> Table:
         key="protocols",
         title="Every way of replacing layers",
         note=f"{count(original['n_tokens'])} tokens; the original's cross-entropy is {nats(original['cross_entropy'])} nats. "
-        f"It gets {count(original['right_but_unsure'])} of them right with p < 0.8: agreement there is in the page and in JSON."
-        + check,
+        f"It gets {count(original['right_but_unsure'])} of them right with p < 0.8; 'where unsure' (report and "
+        "JSON) is the agreement there." + check,
         **_filled(columns, [{"name": name, **protocol} for name, protocol in facts["protocols"].items()]),
         brief=(0, 1, 3, 4, 7, 8, 9),
     )
