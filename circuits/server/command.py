@@ -104,7 +104,7 @@ def make_server(folder: Folder, listener: socket.socket, work: ModelWork | None 
 
 
 def _announce(folder: Path, n_graphs: int, url: str, work: ModelWork | None) -> None:
-    facts = [("address", url), ("folder", f"{folder}: {n_graphs:,} graphs")]
+    facts = [("address", url), ("folder", f"{folder}: {n_graphs:,} {'graph' if n_graphs == 1 else 'graphs'}")]
     model = "none: start with --model to trace prompts" if work is None else work.model.language_model.name
     show(section("Serving until Ctrl-C", pairs([*facts, ("model", model)])))
     sys.stdout.flush()
