@@ -28,6 +28,7 @@ import numpy as np
 import circuits
 import replacement
 from circuits.explain.counterfactuals import demo_counterfactuals
+from circuits.explain.story import share_within
 from replacement import ReplacementModel
 from replacement.demo.corpus import HELD_OUT_CITIES, HELD_OUT_STATES, Probe, behaviours, state_of, two_hop_probe
 
@@ -97,6 +98,11 @@ def print_summary(name: str, stories: Sequence[Facts]) -> None:
         f"{count['untested']} not tested; stories without a refuted claim: {whole}"
     )
     print(f"  with the claimed sign in every trial, controls aside: {share_of_signs(stories):.0%}")
+    claims = [claim for story in stories for claim in story["claims"]]
+    graph, model = (share_within(claims, name) or 0.0 for name in ("predicted", "replacement"))
+    print(
+        f"  live effects within a factor of two of what the graph predicts: {graph:.0%}, the replacement model: {model:.0%}"
+    )
     not_told = Counter(claim["verdict"] for story in stories for claim in story["withheld"])
     print(
         f"  not told, as the replacement model does not bear them out: {not_told.total()}, of which {not_told['held']} would "

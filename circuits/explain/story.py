@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -145,6 +146,7 @@ def _facts(
         **{name: verdicts.count(name) for name in VERDICTS},
         "share_held": share_held(facts),
         "share_held_with_withheld": share_held(tried),
+        "within_factor_two": {name: share_within(facts, name) for name in ("predicted", "replacement")},
         "told": told_share(grouping, shown, telling),
     }
 
@@ -154,6 +156,19 @@ def share_held(claims: Iterable[Mapping[str, Any]]) -> float | None:
     verdicts = Counter(claim["verdict"] for claim in claims)
     tested = verdicts["held"] + verdicts["refuted"]
     return verdicts["held"] / tested if tested else None
+
+
+def share_within(claims: Iterable[Mapping[str, Any]], prediction: str, factor: float = 2.0) -> float | None:
+    """Share of the live tests of some claims whose measured effect is the predicted one up to a factor; None without any.
+
+    Args:
+        claims: as in the facts.
+        prediction: `predicted` by the graph, or `replacement`: what the replacement model does.
+        factor: 2 for half of the prediction to twice of it.
+    """
+    live = [test for claim in claims for test in claim["tests"] if test["condition"] == "live"]
+    ratios = [test["measured"] / test[prediction] if test[prediction] else math.inf for test in live]
+    return float(np.mean([1 / factor <= ratio <= factor for ratio in ratios])) if ratios else None
 
 
 def _range(column: np.ndarray, group: Group) -> list[int]:

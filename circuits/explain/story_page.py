@@ -47,7 +47,13 @@ def headline(facts: Mapping[str, Any]) -> str:
     rest = f", {facts['untested']} of {len(facts['claims'])} could not be tested" if facts["untested"] else ""
     n_withheld = len(facts["withheld"])
     withheld = f", {n_withheld} more {'is' if n_withheld == 1 else 'are'} not told" if n_withheld else ""
-    return f"{held}{rest}{withheld}; the story tells {100 * facts['told']:.0f} % of what flows into its groups"
+    told = f"{held}{rest}{withheld}; the story tells {100 * facts['told']:.0f} % of what flows into its groups"
+    shares = [facts["within_factor_two"][name] for name in ("predicted", "replacement")]
+    if None in shares:
+        return told
+    graph, replacement = (f"{100 * share:.0f} %" for share in shares)
+    sizes = f"of the graph's in {graph} of tests, of the replacement's in {replacement}"
+    return f"{told}. Live effects are within a factor of two {sizes}"
 
 
 def legend(facts: Mapping[str, Any]) -> str:

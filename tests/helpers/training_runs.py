@@ -66,12 +66,14 @@ def execute(runs: list[dict[str, Any]], folder: Path, *, n_processes: int = 1, t
 
 def main() -> None:
     """Do the runs of a file; `stop_at` asks a run to stop after a step, as a scheduler would; `die_at` kills the last
-    process after a step."""
+    process after a step; `float64` makes this and all later runs of the file in float64."""
     from replacement.training.run_config import run_config
     from replacement.training.runs import Interrupted, run
 
     for options in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         stop_at, die_at = options.pop("stop_at", None), options.pop("die_at", None)
+        if options.pop("float64", False):
+            in_float64()
 
         def show(progress: Any, stop_at: int | None = stop_at, die_at: int | None = die_at) -> None:
             if progress.step == stop_at:
@@ -84,6 +86,20 @@ def main() -> None:
             run(run_config(options.pop("config")), options.pop("out"), progress=show, **options)
         except Interrupted:
             assert stop_at is not None
+
+
+def in_float64() -> None:
+    """Let models be loaded and crosscoders be made in float64 by default.
+
+    In float32 another order of summation, which other processors and numbers of processes have, picks another feature once in
+    a few hundred tokens, and from there on two runs differ by far more than rounding.
+    """
+    import torch
+
+    from replacement import Crosscoder, LanguageModel
+
+    for made in (LanguageModel.from_pretrained.__func__, Crosscoder.__init__):
+        made.__kwdefaults__["dtype"] = torch.float64
 
 
 if __name__ == "__main__":

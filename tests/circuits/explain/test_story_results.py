@@ -11,6 +11,7 @@ import pytest
 from circuits.explain.claims import claims_of, readings, story_groups, told_share
 from circuits.explain.results import Result, excess_interval, is_told, median_interval, outcome, verdict
 from circuits.explain.sentences import display_names, sentences
+from circuits.explain.story import share_within
 from circuits.graph.groups import Grouping
 from circuits.graph.nodes import NodeKind
 from circuits.validation.prediction import predicted_changes
@@ -67,6 +68,16 @@ def test_a_claim_is_told_if_the_replacement_model_bears_out_every_trial_whatever
     assert is_told([result(), result(outcome="wrong sign")])
     assert not is_told([result(), result(is_borne_out=False)])
     assert is_told([])
+
+
+def test_sizes_are_right_up_to_a_factor_of_two_in_live_tests_alone() -> None:
+    def claim(*live: tuple[float, float]) -> dict[str, Any]:
+        held = {"condition": "constrained", "predicted": 1.0, "measured": 100.0}
+        return {"tests": [held, *({"condition": "live", "predicted": p, "measured": m} for p, m in live)]}
+
+    assert share_within([claim()], "predicted") is None
+    assert share_within([claim((-1.0, -0.5), (-1.0, -2.0)), claim((2.0, 4.1), (2.0, -2.0))], "predicted") == 0.5
+    assert share_within([claim((0.0, 1.0))], "predicted") == 0.0
 
 
 def test_with_a_confidence_of_one_no_control_may_do_as_much() -> None:
