@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,6 +12,7 @@ from rich.text import Text
 from circuits.graph.text import printable
 from replacement import console
 
+NO_FIGURE = "–"
 _ERRORS = {"keep": "error terms kept", "resample": "error terms resampled too"}
 _TEXTS = ("patching", "patterns", "norms", "change", "kind", "class", "place", "order")
 _HEADS = {
@@ -71,14 +72,17 @@ def page(facts: Mapping[str, Any]) -> Group:
     exact = f"{check['edges']:,} direct edges with everything frozen: off by {check['relative_error']:.1e} (relative)"
     shape = (
         f"average path length {facts['average_path_length']:.2f}; "
-        f"hop fidelity {_number(facts['hop_fidelity'])} (share of the inputs' influence that passes through a feature)"
+        f"hop fidelity {figure(facts['hop_fidelity'])} (share of the inputs' influence that passes through a feature)"
     )
     sampled = f"{facts['features']} features, {facts['sampling']}, seed {facts['seed']}; {facts['prediction']}"
     parts: list[RenderableType] = [Text(printable(facts["prompt"]), style="bold"), Text(sampled), Text()]
     if facts["is_pruned"]:
         removed = "This graph is pruned, and removed edges are predicted to do nothing: the full graph predicts better."
         parts += [Text(removed, style="bold red"), Text()]
-    sections: list[tuple[str, RenderableType]] = [("Self-check, true by construction", Text(exact))]
+    sections: list[tuple[str, RenderableType]] = [
+        ("In short", console.table("question", "figure", rows=in_short(facts), texts=("question",)))
+    ]
+    sections.append(("Self-check, true by construction", Text(exact)))
     for key, (title, columns) in _SECTIONS.items():
         sections.append((title, _rows([row for row in facts[key] if key != "effects" or _is_shown(row)], columns)))
     for errors, circuit in (facts["circuit"] or {}).items():
@@ -87,6 +91,35 @@ def page(facts: Mapping[str, Any]) -> Group:
     sections += _robustness(facts["robustness"])
     sections.append(("Paths", Text(shape)))
     return Group(*parts, *(console.section(title, body) for title, body in sections))
+
+
+def in_short(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One line for each question that the tables below answer; those without a figure are left out."""
+    whole = {"change": "ablated", "norms": "live", "distance": "logits"}
+    alone = (facts["circuit"] or {}).get("keep", {}).get("pruned", {})
+    core = next((row for row in facts["robustness"]["thresholds"]["classes"] if row["class"] == "core"), None)
+    lines = {
+        "edges against the model with everything frozen, relative error": f"{facts['self_check']['relative_error']:.0e}",
+        "predicted effects on the answer, all else and attention held (Spearman)": _found(
+            facts["effects"], "spearman", **whole, patching="constrained", patterns="frozen"
+        ),
+        "the same in the original model, everything live": _found(
+            facts["effects"], "spearman", **whole, patching="original", patterns="live"
+        ),
+        "influence against what ablation does to the output there": _found(
+            facts["influence_against_ablation"], "spearman", patching="original", patterns="live"
+        ),
+        "the pruned circuit alone: faithfulness (1: all it takes)": figure(alone.get("faithfulness")),
+        "the model without it: necessity (1: nothing is left)": figure(alone.get("necessity")),
+        "nodes kept at every pair of pruning thresholds: influence": figure(core and core["nodes_influence"]),
+    }
+    return [(question, figure) for question, figure in lines.items() if figure != NO_FIGURE]
+
+
+def _found(rows: Iterable[Mapping[str, Any]], key: str, **where: str) -> str:
+    """The figure of the row that has these values; none if there is no such row."""
+    fitting = [row[key] for row in rows if where.items() <= row.items()]
+    return figure(fitting[0] if fitting else None)
 
 
 def _robustness(facts: Mapping[str, Any]) -> list[tuple[str, RenderableType]]:
@@ -153,9 +186,12 @@ def _row(row: dict[str, Any], *names: str) -> tuple[str, ...]:
     """Cells of a row: texts as they are, counts with separators, figures with three decimals."""
     cells = (row[name] for name in names)
     return tuple(
-        f"{cell:,}" if isinstance(cell, int) else cell if isinstance(cell, str) else _number(cell) for cell in cells
+        f"{cell:,}" if isinstance(cell, int) else cell if isinstance(cell, str) else figure(cell) for cell in cells
     )
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def figure(value: float | None) -> str:
+    """Three decimals, or powers of ten from 10,000 on; a dash for what does not exist."""
+    if value is None:
+        return NO_FIGURE
+    return f"{value:.1e}" if abs(value) >= 1e4 else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no -0.000

@@ -22,7 +22,7 @@ from circuits.validation import effects as effects_module
 from circuits.validation.command import other_prompts
 from circuits.validation.effects import Edit, Effects, Measured, sample_features
 from circuits.validation.prediction import predicted_changes, scaled_alone
-from circuits.validation.report import page
+from circuits.validation.report import figure, in_short, page
 from circuits.validation.resampling import Resampler
 from circuits.validation.sufficiency import sufficiency
 from circuits.validation.validate import one_layer_cosine, validate
@@ -321,6 +321,28 @@ def test_the_command(saved: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         "another crosscoder",
     ):
         assert text in shown
+    (on_answer,) = [
+        row["spearman"]
+        for row in facts["effects"]
+        if (row["patching"], row["patterns"], row["norms"], row["change"], row["distance"])
+        == ("original", "live", "live", "ablated", "logits")
+    ]
+    pruned, questions = facts["circuit"]["keep"]["pruned"], dict(in_short(facts))
+    assert questions["the same in the original model, everything live"] == f"{on_answer:.3f}"
+    assert questions["the pruned circuit alone: faithfulness (1: all it takes)"] == f"{pruned['faithfulness']:.3f}"
+    assert shown.index("In short") < shown.index("Self-check")
+    bare = {**facts, "circuit": None, "effects": []}
+    assert len(in_short(bare)) == len(questions) - 4, "no line without a figure"
+
+
+def test_numbers_of_the_page() -> None:
+    assert [figure(value) for value in (None, -0.0004, 0.5, -9_999.0, 140_579_815.4)] == [
+        "–",
+        "0.000",
+        "0.500",
+        "-9999.000",
+        "1.4e+08",
+    ]
 
 
 def test_other_prompts(language_model: Any) -> None:
