@@ -55,7 +55,7 @@ def _boxes(groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any
     for group in groups:
         level = {"tokens": 0, "outputs": len(levels) + 1}.get(group["kind"])
         rows.setdefault(levels.index(sum(group["layers"])) + 1 if level is None else level, []).append(group)
-    places, height = {}, ROW * len(rows) + 12
+    places, height = {}, ROW * (len(rows) - 1) + BOX_HEIGHT + 24
     for row, level in enumerate(sorted(rows)):
         members = sorted(rows[level], key=lambda group: sum(group["positions"]))
         width = min(BOX_WIDTH, WIDTH / len(members) - 12)

@@ -18,6 +18,11 @@ WHY_NOT_TOLD = (
     "model shows no such effect in one of the trials, or a random change that does as much."
 )
 """What claims are that are not told."""
+COMPETE = (
+    " Several answers compete here, and without one group most of them stay as they are: ask why one and not another "
+    "(circuits trace --target 'are - is') for a story that tells more."
+)
+"""What to do where little is told of several answers."""
 WITHHELD_HEADS = ("", "fails in", "graph", "replacement", "original", "if told")
 """Of the table of these claims; the first column says the claim."""
 STYLES = {"held": "bold", "refuted": "bold red", "untested": "dim"}
@@ -59,6 +64,7 @@ def headline(facts: Mapping[str, Any]) -> str:
 def legend(facts: Mapping[str, Any]) -> str:
     """What the figures mean."""
     n_controls, n_others = facts["controls"], len(facts["against"])
+    n_answers = sum(group["kind"] == "outputs" for group in facts["groups"])
     others = f" or {n_others} other {'prompt' if n_others == 1 else 'prompts'} (set)" if n_others else ""
     return (
         "ablated: the cause is switched off; set: it has its values of another prompt. "
@@ -69,6 +75,7 @@ def legend(facts: Mapping[str, Any]) -> str:
         f"(ablated){others}. A test holds if effect and brackets go the way that "
         "the claim says, whatever their size; a claim is refuted if one of its tests fails."
         + (WHY_NOT_TOLD if facts["withheld"] else "")
+        + (COMPETE if facts["withheld"] and n_answers > 1 else "")
     )
 
 

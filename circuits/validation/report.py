@@ -113,7 +113,7 @@ def in_short(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         "the model without it: necessity (1: nothing is left)": figure(alone.get("necessity")),
         "nodes kept at every pair of pruning thresholds: influence": figure(core and core["nodes_influence"]),
     }
-    return [(question, figure) for question, figure in lines.items() if figure != NO_FIGURE]
+    return [(question, shown) for question, shown in lines.items() if shown != NO_FIGURE]
 
 
 def _found(rows: Iterable[Mapping[str, Any]], key: str, **where: str) -> str:

@@ -180,6 +180,7 @@ def test_the_facts(facts: Any, graph: Any) -> None:
     assert sorted(n for sentence in facts["sentences"] for n in sentence["claims"]) == list(range(len(facts["claims"])))
     assert any(claim["heads"] for claim in facts["claims"])
     json.dumps(facts, allow_nan=False)
+    assert "Several answers compete" not in html_page(facts), "there is one answer"
 
 
 def test_claims_that_the_replacement_model_does_not_bear_out_are_tested_but_not_told(
@@ -204,6 +205,7 @@ def test_claims_that_the_replacement_model_does_not_bear_out_are_tested_but_not_
     Console(width=100).print(facts._page(facts))
     text = capsys.readouterr().out
     assert "Not told: the replacement model does not bear them out" in text
+    assert "Several answers compete here" in text
     assert max(map(len, text.splitlines())) <= 100
     assert "Not told: the replacement model does not bear them out" in html_page(facts)
 
