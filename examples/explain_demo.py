@@ -4,7 +4,7 @@
 
 Tells and tests the story of Dallas and of 20 more held-out cities, and of 20 held-out probes of each of three other behaviours:
 the first ones of the corpus, in its order. Behaviours and prompts were written down here before any of their stories was
-seen; the rules of `circuits.explain` were settled on cities of training sentences and on other probes. Prints the share of
+seen; the rules of `circuits.explain` were settled on cities of other states and on other probes. Prints the share of
 claims that held, with an interval over prompts, and lists every claim that did not.
 
     python examples/explain_demo.py --further
@@ -77,6 +77,23 @@ def share_of_signs(stories: Sequence[Facts]) -> float:
     return float(np.mean(signs))
 
 
+def share_by_influence(stories: Sequence[Facts]) -> float:
+    """Share of the tested claims that held, each counted with its influence."""
+    claims = [claim for story in stories for claim in story["claims"] if claim["verdict"] != "untested"]
+    held = sum(claim["influence"] for claim in claims if claim["verdict"] == "held")
+    total = sum(claim["influence"] for claim in claims)
+    return held / total if total else float("nan")
+
+
+def verdicts_by_target(stories: Sequence[Facts]) -> Counter[tuple[str, str]]:
+    """Numbers of claims by the kind of group that they are about, and verdict."""
+    count: Counter[tuple[str, str]] = Counter()
+    for story in stories:
+        kinds = {group["name"]: group["kind"] for group in story["groups"]}
+        count.update((kinds[claim["target"]], claim["verdict"]) for claim in story["claims"])
+    return count
+
+
 def interval(stories: Sequence[Facts]) -> tuple[float, float]:
     """95 % interval of the share over prompts, whose claims stand or fall together: percentiles of 2,000 bootstrap samples."""
     random = np.random.default_rng(0)
@@ -97,6 +114,12 @@ def print_summary(name: str, stories: Sequence[Facts]) -> None:
         f"  claims held: {share_held(stories):.0%} [{low:.0%}, {high:.0%}] of {count['held'] + count['refuted']} tested, "
         f"{count['untested']} not tested; stories without a refuted claim: {whole}"
     )
+    about = verdicts_by_target(stories)
+    of_kind = (
+        f"about {kind} {about[kind, 'held']} of {about[kind, 'held'] + about[kind, 'refuted']}"
+        for kind in ("features", "outputs")
+    )
+    print(f"  held, weighted with influence: {share_by_influence(stories):.0%}; {', '.join(of_kind)}")
     print(f"  with the claimed sign in every trial, controls aside: {share_of_signs(stories):.0%}")
     claims = [claim for story in stories for claim in story["claims"]]
     graph, model = (share_within(claims, name) or 0.0 for name in ("predicted", "replacement"))

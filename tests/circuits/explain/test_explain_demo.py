@@ -49,6 +49,18 @@ def story(*verdicts: str) -> dict[str, Any]:
     }
 
 
+def test_claims_are_counted_by_what_they_are_about_and_by_influence(example: Any) -> None:
+    groups = [{"name": "Texas", "kind": "features"}, {"name": "say Austin", "kind": "outputs"}]
+    told = (("Texas", "held", 0.3), ("Texas", "refuted", 0.1), ("say Austin", "untested", 0.6))
+    claims = [{"target": target, "verdict": verdict, "influence": size} for target, verdict, size in told]
+    stories = [{"groups": groups, "claims": claims}]
+    assert example.share_by_influence(stories) == pytest.approx(0.75)
+    assert dict(example.verdicts_by_target(stories)) == {
+        (target["kind"], verdict): 1
+        for target, verdict in ((groups[0], "held"), (groups[0], "refuted"), (groups[1], "untested"))
+    }
+
+
 def test_figures(example: Any) -> None:
     stories = [story("held", "held", "refuted"), story("held", "untested")]
     assert example.share_held(stories) == 0.75
