@@ -203,5 +203,5 @@ def _read(path: Path) -> Any:
         return read_json(path)
     try:
         return yaml.safe_load(read_text(path, expected="settings in YAML"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # nested thousands deep is no YAML of ours either
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None

@@ -164,6 +164,7 @@ MISTAKES: list[tuple[Change, str]] = [
     (with_config(activation="topk", k=True), "the entry 'k' must be of type int, got True"),
     (with_config(transcoders=["hf://nonsense"]), "cannot read 'hf://nonsense': expected hf:org/repo"),
     (lambda folder: (folder / "config.yaml").write_text("model_kind: ]"), "config.yaml is not YAML: "),
+    (lambda folder: (folder / "config.yaml").write_text("[" * 20_000), "config.yaml is not YAML: "),
     (lambda folder: (folder / "config.yaml").write_text("model_kind"), "config.yaml: expected an object with settings"),
 ]
 
